@@ -1,0 +1,130 @@
+"""The words: system text, chat turns, the answer's tokens, the label mask, masked action augmentation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla0.codec import SYMBOLS, to_levels
+from vla0.spec import InputError, Observation, Spec, state_of
+from vla0.vision import JITTER, compose
+
+IGNORE = -100  # a label that the loss leaves out
+HIDDEN = "?"  # an answer's character that the model may not see and need not write
+
+
+class Prompt:
+    """Observations (and answers) → what the model takes. `processor` is that of a Qwen2.5-VL style model."""
+
+    def __init__(self, spec: Spec, processor: Any):
+        self.spec, self.processor = spec, processor
+        images = processor.image_processor
+        side = images.patch_size * images.merge_size
+        if spec.image_size % side:
+            nearest = max(side, round(spec.image_size / side) * side)
+            raise InputError(f"image_size, a multiple of {side} for this model", f"{spec.image_size}", f"use {nearest}")
+        tokenizer = processor.tokenizer
+        self.end_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+        self.ids = {}  # character → its one token
+        for character in SYMBOLS + HIDDEN:
+            ids = tokenizer.encode(character, add_special_tokens=False)
+            if len(ids) != 1:
+                raise InputError("a tokenizer where a digit and a space are one token each", f"'{character}' → {ids}", "use another base model")
+            self.ids[character] = ids[0]
+        self.symbol_ids = [self.ids[character] for character in SYMBOLS] + [self.end_id]  # by symbol of vla0.codec
+
+    def words(self, observation: Observation) -> str:
+        """The user's text: the instruction, after the state's levels where the Spec has a state."""
+        if not isinstance(observation.instruction, str) or not observation.instruction.strip():
+            raise InputError("an instruction in words", repr(observation.instruction), "say what the robot shall do")
+        if self.spec.state is None:
+            return observation.instruction
+        low, high = (np.array(bound) for bound in self.spec.state)
+        levels = to_levels(state_of(observation, self.spec, len(low)), low, high, self.spec.bins)
+        return f"State: {' '.join(map(str, levels.tolist()))}\n{observation.instruction}"
+
+    def chat(self, count: int, words: str) -> str:
+        """The text before the answer: system turn, user turn with `count` images, the assistant's opening."""
+        content = [{"type": "image"}] * count + [{"type": "text", "text": words}]
+        system = [{"type": "text", "text": self.spec.system_text()}]
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        return self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, add_vision_id=self.spec.vision_id
+        )
+
+    def batch(
+        self,
+        images: Sequence[Sequence[np.ndarray]],
+        instructions: Sequence[str],
+        answers: Sequence[str] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """What the model takes, one row per sample, padded on the left; `labels` (B, L) iff answers.
+
+        images: for each sample the output of `compose`; instructions: of `words`; answers: text of a chunk, in which
+        "?" is a character to hide. An answer is followed by the end token; both are labelled, hidden characters not.
+        """
+        text = [self.chat(len(own), words) for own, words in zip(images, instructions, strict=True)]
+        inputs = self.processor(text=text, images=[image for own in images for image in own], do_resize=False)
+        prompts = [list(ids) for ids in inputs["input_ids"]]
+        tails = [[] for _ in prompts] if answers is None else [self.answer_ids(answer) for answer in answers]
+        rows = [prompt + tail for prompt, tail in zip(prompts, tails, strict=True)]
+        kinds = [list(kind) + [0] * len(tail) for kind, tail in zip(inputs["mm_token_type_ids"], tails, strict=True)]
+        batch = {
+            "input_ids": _left_padded(rows, self.pad_id),
+            "attention_mask": _left_padded([[1] * len(row) for row in rows], 0),
+            "mm_token_type_ids": _left_padded(kinds, 0),
+            "pixel_values": torch.as_tensor(np.asarray(inputs["pixel_values"])),
+            "image_grid_thw": torch.as_tensor(np.asarray(inputs["image_grid_thw"])),
+        }
+        if answers is not None:
+            hidden = self.ids[HIDDEN]
+            labels = [
+                [IGNORE] * len(prompt) + [IGNORE if token == hidden else token for token in tail]
+                for prompt, tail in zip(prompts, tails, strict=True)
+            ]
+            batch["labels"] = _left_padded(labels, IGNORE)
+        return batch
+
+    def observe(
+        self,
+        observations: Sequence[Observation],
+        answers: Sequence[str] | None = None,
+        rng: np.random.Generator | None = None,
+        jitter: tuple[float, float, float, float] = JITTER,
+    ) -> dict[str, torch.Tensor]:
+        """The batch of observations: both flows come through here, and differ in answers and rng only."""
+        images = [compose(observation, self.spec, rng, jitter) for observation in observations]
+        return self.batch(images, [self.words(observation) for observation in observations], answers)
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """The tokens of an answer and its end: one a character, so that hiding some never merges others."""
+        return [self.ids[character] for character in answer] + [self.end_id]
+
+
+def hide(
+    answer: str, rng: np.random.Generator | None, by: str = "character", most: float = 0.4, none: float = 0.1
+) -> str:
+    """Masked action augmentation: the answer with a share ~ U(0, most) hidden; with probability `none` nothing is.
+
+    by: "character" (published: digits and spaces alike), "number" (whole numbers, spaces stay) or "none".
+    """
+    if by == "none" or rng is None or rng.random() < none:
+        return answer
+    share = rng.uniform(0, most)
+    if by == "character":
+        hidden = rng.random(len(answer)) < share
+        return "".join(HIDDEN if h else c for h, c in zip(hidden, answer, strict=True))
+    words = answer.split(" ")
+    return hide_numbers(answer, rng.random(len(words)) < share)
+
+
+def hide_numbers(answer: str, hidden: Sequence[bool] | np.ndarray) -> str:
+    """The answer with the digits of those numbers hidden whose entry is True."""
+    return " ".join(HIDDEN * len(w) if h else w for h, w in zip(hidden, answer.split(" "), strict=True))
+
+
+def _left_padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+    """(B, L) int64. On the left, so that answers end together: acting appends there, the loss cuts there."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[fill] * (longest - len(row)) + list(row) for row in rows])

@@ -1,0 +1,209 @@
+"""The nouns of vla0: what training and acting must agree on (`Spec`), and what flows through the rooms."""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+SPEC_FILE = "vla0.json"
+SPEC_VERSION = 1
+
+SYSTEM = (  # VLA-0, arXiv 2510.13054, section 3; the four names are filled in from the Spec
+    "Analyze the input image and predict robot actions for the next {horizon} timesteps. "
+    "Each action has {dimensions} dimensions. Output a single sequence of {numbers} integers (0-{bins} each), "
+    "representing the {horizon} timesteps sequentially. Provide only space separated numbers. Nothing else."
+)
+
+
+class InputError(ValueError):
+    """Input that cannot be used: says what was expected, what came, and how to mend it."""
+
+    def __init__(self, expected: str, got: str, remedy: str):
+        super().__init__(f"expected {expected}; got {got}; {remedy}")
+
+
+def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises InputError for the first key that is not known, naming the nearest known one."""
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+            remedy = f"did you mean '{near[0]}'?" if near else "remove it"
+            raise InputError(f"a known key in {where}", f"unknown key '{key}'", remedy)
+
+
+def tupled(value: Any) -> Any:
+    """Lists turned into tuples, all the way down: what frozen dataclasses hold."""
+    return tuple(tupled(v) for v in value) if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that a checkpoint's training and its acting must agree on; saved beside the weights as `vla0.json`."""
+
+    low: tuple[float, ...]  # (D,) action units of the dataset; written as level 0
+    high: tuple[float, ...]  # (D,) written as level `bins`
+    fps: float  # control rate of the data, Hz
+    cameras: tuple[str, ...]  # in the order the model sees them
+    base_model: str  # the model that was fine-tuned: Hub id, path or "tiny"
+    horizon: int = 8  # H, steps that a chunk predicts
+    bins: int = 1000  # levels are 0..bins inclusive
+    image_size: int = 224  # side in pixels of one camera's square, after crop and resize
+    crop: float = 0.875  # side of the crop, as a fraction of the frame's
+    tile: bool = True  # all cameras side by side in one image, or one image each
+    history: int = 1  # frames per camera, oldest first
+    vision_id: bool = False  # "Picture 1: " before an image
+    state: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # (low, high) of a state written into the prompt
+    relative: tuple[int, ...] = ()  # action dimensions given as differences from the same dimension of the state
+    system: str = SYSTEM
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, tupled(getattr(self, field.name)))
+        _check_bounds("low and high", self.low, self.high)
+        if self.state is not None:
+            if len(self.state) != 2:
+                raise InputError("state as [low, high]", f"{len(self.state)} lists", "give two lists or null")
+            _check_bounds("state", *self.state)
+        _check(math.isfinite(self.fps) and self.fps > 0, "fps > 0", self.fps, "give the dataset's control rate in Hz")
+        _check(
+            len(self.cameras) > 0 and len(set(self.cameras)) == len(self.cameras),
+            "one camera or more, each named once", self.cameras, "name the cameras in the order the model sees them",
+        )  # fmt: skip
+        _check(_whole(self.horizon, 1), "horizon, a whole number >= 1", self.horizon, "8 is the published one")
+        _check(_whole(self.bins, 2), "bins, a whole number >= 2", self.bins, "1000 is the published one")
+        _check(_whole(self.history, 1), "history, a whole number >= 1", self.history, "1 is the published one")
+        _check(_whole(self.image_size, 28), "image_size, pixels >= 28", self.image_size, "224 is the published one")
+        _check(0 < self.crop <= 1, "crop in (0, 1]", self.crop, "0.875 is the published one, 1 keeps the whole frame")
+        _check(
+            all(_whole(d, 0) and d < len(self.low) for d in self.relative) and len(set(self.relative)) == len(self.relative),
+            f"relative, dimensions in 0..{len(self.low) - 1}, each once", self.relative, "name action dimensions from 0",
+        )  # fmt: skip
+        try:
+            self.system_text()
+        except (KeyError, IndexError, ValueError) as error:
+            known = "{horizon}, {dimensions}, {numbers} and {bins}"
+            raise InputError(f"a system text with no names but {known}", repr(error), "double any other brace") from None
+
+    @property
+    def dimensions(self) -> int:
+        """D, numbers in one action."""
+        return len(self.low)
+
+    @property
+    def numbers(self) -> int:
+        """H * D, numbers in one chunk."""
+        return self.horizon * self.dimensions
+
+    def system_text(self) -> str:
+        """The system turn, with this Spec's numbers filled in."""
+        return self.system.format(
+            horizon=self.horizon, dimensions=self.dimensions, numbers=self.numbers, bins=self.bins
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes `vla0.json` into the folder."""
+        content = {"version": SPEC_VERSION, **dataclasses.asdict(self)}
+        (Path(folder) / SPEC_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """The Spec of a checkpoint folder. Raises InputError where there is none, or one that is not understood."""
+        file = Path(folder) / SPEC_FILE
+        if not file.is_file():
+            raise InputError(f"a checkpoint folder with {SPEC_FILE}", f"'{folder}' without it", "train one with `vla0 train`")
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"JSON in {file}", str(error), "the file is damaged: fetch the checkpoint again") from None
+        if not isinstance(content, dict):
+            raise InputError(f"a JSON object in {file}", type(content).__name__, "fetch the checkpoint again")
+        version = content.pop("version", None)
+        if version != SPEC_VERSION:
+            raise InputError(f"{SPEC_FILE} of version {SPEC_VERSION}", f"version {version}", "install the vla0 that wrote it")
+        refuse_unknown(content, (field.name for field in dataclasses.fields(cls)), str(file))
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise InputError(f"a complete {SPEC_FILE}", str(error), "fetch the checkpoint again") from None
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the policy is given at one instant."""
+
+    images: Mapping[str, np.ndarray]  # camera → (h, w, 3) uint8 RGB, upright; (history, h, w, 3) where Spec.history > 1
+    instruction: str
+    state: np.ndarray | None = None  # (S,) in the dataset's units
+    captured_at: float | None = None  # monotonic seconds of the oldest frame
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row of a dataset before any text: what was seen, and the actions that followed."""
+
+    observation: Observation
+    actions: np.ndarray  # (H, D) float32; after the episode's end the last action repeated
+    valid: np.ndarray  # (H,) bool; False after the episode's end
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What came of one rollout."""
+
+    seed: int
+    success: bool
+    actions: np.ndarray  # (T, D) as executed
+    chunks: tuple[tuple[int, np.ndarray], ...] = ()  # (step, (H, D)) for each query of the policy
+
+    @property
+    def steps(self) -> int:
+        """T, control ticks executed."""
+        return len(self.actions)
+
+
+def state_of(observation: Observation, spec: Spec, needed: int) -> np.ndarray:
+    """(S,) float64: the observation's state. Raises InputError where it is missing, not finite or of another length."""
+    if observation.state is None:
+        raise InputError(f"a state of {needed} numbers", "no state", "this checkpoint was trained with one: pass state=")
+    state = np.asarray(observation.state, dtype=np.float64)
+    exact = spec.state is not None
+    if state.ndim != 1 or (len(state) != needed if exact else len(state) < needed):
+        raise InputError(f"a state of {needed} numbers", f"shape {state.shape}", "pass the dataset's state vector")
+    if not np.isfinite(state).all():
+        raise InputError("a finite state", f"{state.tolist()}", "check the sensors")
+    return state
+
+
+def offset(observation: Observation, spec: Spec) -> np.ndarray:
+    """(D,) float64: what relative dimensions are relative to, zero elsewhere. Subtract to train, add to act."""
+    zero = np.zeros(spec.dimensions)
+    if spec.relative:
+        dims = list(spec.relative)
+        needed = len(spec.state[0]) if spec.state else max(dims) + 1
+        zero[dims] = state_of(observation, spec, needed)[dims]
+    return zero
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check(holds: bool, expected: str, got: Any, remedy: str) -> None:
+    if not holds:
+        raise InputError(expected, repr(got), remedy)
+
+
+def _check_bounds(name: str, low: Any, high: Any) -> None:
+    fine = (
+        isinstance(low, tuple) and isinstance(high, tuple) and len(low) == len(high) > 0
+        and all(isinstance(v, int | float) and math.isfinite(v) for v in low + high)
+        and all(a <= b for a, b in zip(low, high, strict=True))
+    )  # fmt: skip
+    _check(fine, f"{name}: two equally long lists of finite numbers, low <= high", (low, high), "take the dataset's statistics")

@@ -1,0 +1,67 @@
+"""Frames → the image(s) the model sees: crop, resize, jitter, tile. One function for training and acting."""
+
+import numpy as np
+from PIL import Image
+from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
+
+from vla0.spec import InputError, Observation, Spec
+
+JITTER = (0.2, 0.2, 0.2, 0.05)  # brightness, contrast, saturation, hue: the published strengths
+_ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def compose(
+    observation: Observation,
+    spec: Spec,
+    rng: np.random.Generator | None = None,
+    jitter: tuple[float, float, float, float] = JITTER,
+) -> list[np.ndarray]:
+    """The images (h, w, 3) uint8 the model sees: one of (image_size, image_size * cameras * history, 3), or one each.
+
+    rng None: centre crop, no jitter (acting). Else a random crop and jitter for each camera, the same for all its
+    frames (training). Raises InputError for a missing camera, or frames that are not uint8 RGB of one size.
+    """
+    frames = []
+    for camera in spec.cameras:
+        stack = _frames(observation, camera, spec.history)
+        place, adjust = _draw(rng, jitter)
+        frames += [_square(frame, spec, place, adjust) for frame in stack]
+    return [np.concatenate(frames, axis=1)] if spec.tile else frames
+
+
+def _frames(observation: Observation, camera: str, history: int) -> np.ndarray:
+    """(history, h, w, 3) uint8: a camera's frames, checked."""
+    if camera not in observation.images:
+        got = f"cameras {sorted(observation.images)}"
+        raise InputError(f"camera '{camera}'", got, "pass images={camera: array} for each of the checkpoint's cameras")
+    frames = np.asarray(observation.images[camera])
+    shape = "(h, w, 3)" if history == 1 else f"({history}, h, w, 3)"
+    if history == 1 and frames.ndim == 3:
+        frames = frames[None]
+    if frames.ndim != 4 or frames.shape[0] != history or frames.shape[3] != 3 or min(frames.shape) == 0:
+        raise InputError(f"'{camera}' of shape {shape}", f"shape {np.shape(observation.images[camera])}", "pass RGB frames, channels last")
+    if frames.dtype != np.uint8:
+        raise InputError(f"'{camera}' of dtype uint8", f"{frames.dtype}", "multiply a 0-1 float image by 255 and convert")
+    return frames
+
+
+def _draw(rng, jitter):
+    """Where to crop (two fractions of the free room) and which adjustments to make, in order."""
+    if rng is None:
+        return (0.5, 0.5), []
+    place = tuple(rng.random(2))
+    order = [i for i in rng.permutation(4) if jitter[i] > 0]
+    centre = (1.0, 1.0, 1.0, 0.0)
+    return place, [(_ADJUST[i], centre[i] + rng.uniform(-jitter[i], jitter[i])) for i in order]
+
+
+def _square(frame: np.ndarray, spec: Spec, place, adjust) -> np.ndarray:
+    """(image_size, image_size, 3) uint8: one frame cropped at `place`, resized, adjusted."""
+    height, width = frame.shape[:2]
+    crop_h, crop_w = max(1, round(height * spec.crop)), max(1, round(width * spec.crop))
+    top, left = round((height - crop_h) * place[0]), round((width - crop_w) * place[1])
+    image = Image.fromarray(frame[top : top + crop_h, left : left + crop_w])
+    image = image.resize((spec.image_size, spec.image_size), Image.Resampling.BILINEAR)
+    for function, strength in adjust:
+        image = function(image, strength)
+    return np.asarray(image)
