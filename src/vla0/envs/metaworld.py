@@ -1,0 +1,102 @@
+"""Meta-World 3.0.0 on MuJoCo as an Env, its scripted experts, and a sentence for each task."""
+
+import os
+from functools import cache
+from importlib import metadata
+
+import numpy as np
+
+from vla0.spec import InputError, Observation
+
+os.environ.setdefault("MUJOCO_GL", "egl" if os.uname().sysname == "Linux" else "glfw")  # read when mujoco is imported
+
+import metaworld.policies
+import mujoco
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+CAMERA = "front"
+FPS = 80.0  # Meta-World's control rate: 0.0025 s x 5 substeps a tick
+SENTENCES = {
+    "button-press-topdown-v3": "press the button from the top",
+    "button-press-v3": "press the button on the wall",
+    "coffee-button-v3": "push the button of the coffee machine",
+    "door-close-v3": "close the door",
+    "drawer-close-v3": "push the drawer closed",
+    "drawer-open-v3": "pull the drawer open",
+    "faucet-close-v3": "turn the faucet to the right",
+    "faucet-open-v3": "turn the faucet to the left",
+    "handle-press-v3": "press the handle down",
+    "plate-slide-v3": "slide the plate into the goal",
+    "reach-v3": "reach the goal",
+    "window-close-v3": "push the window closed",
+    "window-open-v3": "push the window open",
+}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    return {package: metadata.version(package) for package in ("metaworld", "mujoco")}
+
+
+class MetaWorldEnv:
+    """One Meta-World task seen from a single camera close by.
+
+    Actions (4,): dx, dy, dz of the hand and the gripper, in [-1, 1]; outside they are clipped, as Meta-World does.
+    State (4,): position of the hand (m) and opening of the gripper. The seed places the objects.
+    Shadows, reflections and multisampling are off: on a CPU they are most of a picture's cost.
+    """
+
+    fps = FPS
+
+    def __init__(self, task: str, image_size: int = 112, max_steps: int = 200):
+        if task not in ALL_V3_ENVIRONMENTS:
+            raise InputError(f"a Meta-World task of {len(ALL_V3_ENVIRONMENTS)}", f"'{task}'", f"for example {', '.join(list(SENTENCES)[:3])}")
+        self.task, self.max_steps = task, max_steps
+        self.instruction = SENTENCES.get(task, task.removesuffix("-v3").replace("-", " "))
+        self.env = ALL_V3_ENVIRONMENTS[task]()
+        # Seeded placement of the objects, new at each reset: what Meta-World's benchmark wrappers do task by task.
+        self.env._set_task_called, self.env._freeze_rand_vec, self.env.seeded_rand_vec = True, False, True
+        self.env._partially_observable = False
+        self.env.model.vis.quality.offsamples = 0
+        self.renderer = mujoco.Renderer(self.env.model, image_size, image_size)
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+            self.renderer.scene.flags[flag] = 0
+        self.camera = mujoco.MjvCamera()
+        self.camera.lookat[:] = (0.0, 0.7, 0.1)
+        self.camera.distance, self.camera.azimuth, self.camera.elevation = 1.0, 145.0, -30.0
+        self.full_state = np.zeros(39)  # what the expert sees
+
+    def reset(self, seed: int) -> Observation:
+        """Starts the episode whose objects lie where the seed puts them."""
+        self.env.seed(seed)
+        self.full_state, _ = self.env.reset()
+        return self._observe()
+
+    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+        """One tick: what is seen then, and whether Meta-World calls the task solved."""
+        self.full_state, _, _, _, info = self.env.step(np.clip(action, -1, 1))
+        return self._observe(), bool(info["success"])
+
+    def close(self) -> None:
+        """Frees the renderer."""
+        self.renderer.close()
+
+    def _observe(self) -> Observation:
+        self.renderer.update_scene(self.env.data, self.camera)
+        return Observation({CAMERA: self.renderer.render()}, self.instruction, self.full_state[:4].astype(np.float32))
+
+
+class MetaWorldExpert:
+    """Meta-World's scripted policy for the task: acts on the simulator's full state, not on the picture."""
+
+    def __init__(self, env: MetaWorldEnv):
+        self.env = env
+        self.expert = metaworld.policies.ENV_POLICY_MAP[env.task]()
+
+    def reset(self) -> None:
+        """Nothing: the expert looks at the present alone."""
+
+    def act(self, observation: Observation) -> np.ndarray:
+        """(4,) float32 in [-1, 1]: what the expert does now."""
+        return np.clip(self.expert.get_action(self.env.full_state), -1, 1).astype(np.float32)

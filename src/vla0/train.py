@@ -1,0 +1,298 @@
+"""TrainConfig and main: fine-tuning with plain next-token loss, on transformers' Trainer."""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from yaml import YAMLError
+
+from vla0 import model as models
+from vla0.data import Augmentation, DataConfig, Samples, Source, collator
+from vla0.policy import VLA0
+from vla0.prompt import IGNORE, Prompt
+from vla0.spec import InputError, Spec, refuse_unknown
+
+logger = logging.getLogger(__name__)
+
+FROM_DATA = ("low", "high", "fps", "cameras", "state", "base_model")  # fields of Spec that a recipe does not choose
+Measure = Callable[[VLA0, Path], Mapping[str, float]]  # a policy tried in a simulator: must return "success"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A recipe. Defaults are the published LIBERO ones on one GPU where there is one."""
+
+    output: str  # folder of the run: checkpoints, last, best, TensorBoard
+    data: DataConfig
+    steps: int
+    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # Hub id, folder, or "tiny"
+    tiny: Mapping[str, Any] = field(default_factory=dict)  # arguments of vla0.model.tiny_model
+    spec: Mapping[str, Any] = field(default_factory=dict)  # fields of Spec, but for those that data decides
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    batch_size: int = 8  # per device
+    accumulate: int = 1  # batches per step
+    learning_rate: float = 5e-6
+    schedule: str = "constant"  # a name of transformers' schedulers
+    warmup: float = 0.0  # share of the steps
+    weight_decay: float = 1e-10
+    clip: float = 0.0  # norm of the gradient; 0 leaves it alone
+    precision: str = "bf16"  # or "fp32"; fp16 diverges
+    seed: int = 0
+    workers: int = 0  # processes that prepare batches
+    log_every: int = 20
+    save_every: int = 500  # steps that a killed run loses at most; also when it is measured
+    simulator: Mapping[str, Any] | None = None  # an evaluation (vla0.evaluate.EvalConfig) at each save
+
+    def __post_init__(self):
+        choosable = [f.name for f in dataclasses.fields(Spec) if f.name not in FROM_DATA]
+        refuse_unknown(self.spec, choosable, "spec")
+        for name in ("steps", "batch_size", "accumulate", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} >= 1", f"{getattr(self, name)}", "give a whole number of at least one")
+        if not self.learning_rate > 0:
+            raise InputError("learning_rate > 0", f"{self.learning_rate}", "5e-6 is the published one")
+        if self.precision not in ("bf16", "fp32"):
+            raise InputError("precision: bf16 or fp32", f"'{self.precision}'", "fp16 was found to diverge")
+
+
+def read_config(cls: type, file: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """A config of a YAML file with `key=value` overrides (dots go deeper). Raises InputError for an unknown key."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
+        content = OmegaConf.to_container(merged, resolve=True)
+    except FileNotFoundError:
+        raise InputError("a recipe (YAML)", f"'{file}', which is not there", "see configs/") from None
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise InputError(f"YAML in '{file}' and key=value", str(error).splitlines()[0], "correct it") from None
+    return build(cls, content, str(file))
+
+
+def build(cls: type, content: Any, where: str) -> Any:
+    """A frozen dataclass of a mapping, dataclasses inside it too. Raises InputError for what does not fit."""
+    if not isinstance(content, Mapping):
+        raise InputError(f"a mapping in {where}", f"{content!r}", f"give keys of {cls.__name__}")
+    types = typing.get_type_hints(cls)
+    refuse_unknown(map(str, content), types, where)
+    values = {}
+    for key, value in content.items():
+        kind = types[key]
+        if dataclasses.is_dataclass(kind):
+            value = build(typing.cast(type, kind), value, f"{where}: {key}")
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        elif kind in (int, float, str, bool) and type(value) is not kind:
+            raise InputError(f"{key} as {kind.__name__} in {where}", f"{value!r}", "correct the recipe")
+        values[key] = value
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    for name in needed:
+        if name not in values:
+            raise InputError(f"'{name}' in {where}", "nothing", f"add {name}: {types[name]}")
+    return cls(**values)
+
+
+class VLA0Trainer(Trainer):
+    """transformers' Trainer with logits only where there are labels, in fp32."""
+
+    held_out_collator: Any = None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean cross-entropy over the step's labelled tokens."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        # Rows end together (left padding), so the answers are the last `kept` columns.
+        kept = labels.shape[1] - int((labels != IGNORE).any(dim=0).int().argmax())
+        outputs = model(**inputs, logits_to_keep=kept + 1, use_cache=False)
+        logits = outputs.logits[:, :-1].float()
+        targets = labels[:, -kept:]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        if num_items_in_batch is None:
+            loss = loss / (targets != IGNORE).sum()
+        else:
+            # The count is that of all processes, whose gradients are then averaged.
+            share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss / num_items_in_batch * share
+        return (loss, outputs) if return_outputs else loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Held-out rows without augmentation."""
+        loader = DataLoader(eval_dataset, self.args.eval_batch_size, collate_fn=self.held_out_collator)
+        return self.accelerator.prepare(loader)
+
+
+class Keeper(TrainerCallback):
+    """Keeps `last` and `best`: clean checkpoint folders, complete whenever they are named so.
+
+    The Trainer's own folders (state/checkpoint-N) hold optimiser pickles and may be half-written after a kill; `last`
+    moves on only after one is whole, and resuming starts from the one that `last` names.
+    """
+
+    trainer: VLA0Trainer
+
+    def __init__(self, output: Path, spec: Spec, processor: Any, held_out: Dataset | None, measure: Measure | None):
+        self.output, self.spec, self.processor = output, spec, processor
+        self.held_out, self.measure = held_out, measure
+
+    def on_save(self, args, state, control, **kwargs):
+        """Names the new checkpoint `last`, measures it, and names it `best` where it is."""
+        step = f"step-{state.global_step:06d}"
+        if state.is_world_process_zero:
+            publish(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.output / step, self.processor, self.spec)
+            point(self.output / "last", step)
+        metrics = self._measured(state)
+        if state.is_world_process_zero:
+            self._rank(step, metrics)
+            self._prune()
+
+    def _measured(self, state) -> dict[str, float]:
+        metrics = {}
+        if self.held_out is not None:
+            metrics["held_out_loss"] = self.trainer.evaluate(self.held_out)["eval_loss"]  # type: ignore[arg-type]
+        if self.measure is not None and state.is_world_process_zero:
+            policy = VLA0(self.trainer.accelerator.unwrap_model(self.trainer.model), self.processor, self.spec)
+            metrics |= self.measure(policy, self.output / "simulator" / f"step-{state.global_step:06d}")
+            policy.model.train()
+            self.trainer.log({f"simulator/{name}": value for name, value in metrics.items() if name != "held_out_loss"})
+        return metrics
+
+    def _rank(self, step: str, metrics: dict[str, float]) -> None:
+        file = self.output / "metrics.jsonl"
+        earlier = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        earlier = [m for m in earlier if m["step"] < step] + [{"step": step, **metrics}]
+        write_whole(file, "".join(json.dumps(m) + "\n" for m in earlier))
+        score = (lambda m: m["success"]) if "success" in metrics else (lambda m: -m.get("held_out_loss", 0.0))
+        best = max(reversed(earlier), key=score) if metrics else earlier[-1]  # of equals the later
+        if best["step"] == step or not (self.output / "best").exists():
+            point(self.output / "best", step)
+
+    def _prune(self) -> None:
+        kept = {(self.output / name).resolve().name for name in ("last", "best")}
+        for folder in self.output.glob("step-*"):
+            if folder.name not in kept:
+                shutil.rmtree(folder)
+
+
+def publish(state: Path, folder: Path, processor: Any, spec: Spec) -> None:
+    """A clean checkpoint folder out of a Trainer's: no pickle, weights as hard links where the disk has them."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in state.iterdir():
+        if file.is_file() and file.name != "trainer_state.json" and file.suffix in (".safetensors", ".json"):
+            try:
+                os.link(file, partial / file.name)
+            except OSError:
+                shutil.copy2(file, partial / file.name)
+    processor.save_pretrained(partial)
+    spec.save(partial)
+    models.put_in_place(partial, folder)
+
+
+def point(link: Path, name: str) -> None:
+    """Makes `link` name a sibling folder, in one instant."""
+    fresh = link.with_name(f".{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(name)
+    fresh.replace(link)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file that is never half there."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def main(config: TrainConfig, measure: Measure | None = None) -> Path:
+    """Trains, or goes on where the same recipe stopped; the folder `last`. measure: tries a checkpoint at each save."""
+    output = Path(config.output)
+    resume = _resumable(config, output)
+    set_seed(config.seed)
+    source = Source(config.data)
+    vlm, processor, spec = _start(config, source, output / "last" if resume else None)
+    prompt = Prompt(spec, processor)
+    samples = Samples(source, spec)
+    clipped = samples.outside()
+    if clipped.any():
+        logger.warning("%s of %d actions lie outside the bounds, by dimension, and are clipped", clipped.tolist(), len(samples))
+    held_out = Samples(source, spec, held_out=True) if config.data.held_out else None
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / "recipe.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    keeper = Keeper(output, spec, processor, held_out, measure)
+    trainer = VLA0Trainer(
+        model=vlm, args=_arguments(config, output), train_dataset=samples,
+        data_collator=collator(prompt, config.augmentation),
+        callbacks=[keeper, _tensorboard(output)],
+    )  # fmt: skip
+    trainer.held_out_collator = collator(prompt, None)
+    keeper.trainer = trainer
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    return output / "last"
+
+
+def _start(config: TrainConfig, source: Source, last: Path | None) -> tuple[Any, Any, Spec]:
+    """(model, processor, Spec) to train: of the run's own `last` where it goes on, else of the recipe."""
+    if last is not None:
+        spec = Spec.load(last)
+        return *models.load(last, "cpu", torch.float32), spec
+    chosen = dict(config.spec)
+    horizon = chosen.get("horizon", Spec.horizon)
+    spec = Spec(base_model=config.model, **source.spec_fields(horizon, chosen.get("relative", ())), **chosen)
+    if config.model != models.TINY:
+        return *models.load(models.locate(config.model), "cpu", torch.float32), spec
+    processor = models.tiny_processor([spec.system_text(), "State: ", *source.tasks])
+    refuse_unknown(config.tiny, ("width", "layers", "heads", "vision_width", "vision_layers", "vision_heads", "seed"), "tiny")
+    return models.tiny_model(processor, **config.tiny), processor, spec
+
+
+def _arguments(config: TrainConfig, output: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output / "state"), max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size, per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate, lr_scheduler_type=config.schedule,
+        warmup_steps=round(config.warmup * config.steps), weight_decay=config.weight_decay, max_grad_norm=config.clip,
+        bf16=config.precision == "bf16", seed=config.seed, dataloader_num_workers=config.workers,
+        logging_steps=config.log_every, save_steps=config.save_every, save_total_limit=2,
+        remove_unused_columns=False, label_names=["labels"], prediction_loss_only=True, report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+
+
+def _tensorboard(output: Path) -> TrainerCallback:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return TensorBoardCallback(SummaryWriter(str(output / "tensorboard")))
+
+
+def _resumable(config: TrainConfig, output: Path) -> Path | None:
+    """The Trainer's folder to go on from; None for a new run. Raises InputError where another recipe ran there."""
+    last, file = output / "last", output / "recipe.json"
+    if not last.exists():
+        return None
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    differing = [key for key in now if before.get(key) != now[key]]
+    if differing:
+        key = differing[0]
+        raise InputError(
+            f"the recipe of '{output}' to go on with", f"{key}: {now[key]} instead of {before.get(key)}",
+            "choose another output, or remove that folder",
+        )  # fmt: skip
+    state = output / "state" / f"checkpoint-{int(last.resolve().name.removeprefix('step-'))}"
+    if not state.is_dir():
+        raise InputError(f"the training state of '{last}'", f"no '{state}'", "choose another output")
+    logger.info("going on from %s", last.resolve().name)
+    return state
