@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vla0.data import video_backend
 from vla0.rollout import Env, rollout
 from vla0.spec import InputError, Observation
 
@@ -91,17 +90,24 @@ def collect(
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+    from vla0.data import video_backend
     from vla0.envs.metaworld import CAMERA, FPS
 
     out = Path(out)
     if out.exists():
         raise InputError("a new folder", f"'{out}', which exists", "name another, or remove it")
     if episodes < 1 or not 0 <= seed < SEEDS - 2 * episodes:
-        raise InputError(f"episodes >= 1, and seeds in 0..{SEEDS - 1}", f"{episodes} from seed {seed}", "later seeds are for evaluation")
+        raise InputError(
+            f"episodes >= 1, and seeds in 0..{SEEDS - 1}", f"{episodes} from seed {seed}", "later seeds are for evaluation"
+        )
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     partial.parent.mkdir(parents=True, exist_ok=True)
     features = {
-        f"observation.images.{CAMERA}": {"dtype": "image", "shape": (image_size, image_size, 3), "names": ["height", "width", "channels"]},
+        f"observation.images.{CAMERA}": {
+            "dtype": "image",
+            "shape": (image_size, image_size, 3),
+            "names": ["height", "width", "channels"],
+        },
         "observation.state": {"dtype": "float32", "shape": (4,), "names": ["x", "y", "z", "gripper"]},
         "action": {"dtype": "float32", "shape": (4,), "names": ["dx", "dy", "dz", "gripper"]},
     }
@@ -147,7 +153,9 @@ def _stream(tasks, episodes, seed, image_size, share, scale, workers, failures) 
                 demonstration = None
                 while demonstration is None:
                     if not ahead[task]:
-                        raise InputError(f"an expert that solves {task}", f"{failures[task]} failures", "less noise, or another task")
+                        raise InputError(
+                            f"an expert that solves {task}", f"{failures[task]} failures", "less noise, or another task"
+                        )
                     demonstration = ahead[task].pop(0).result()
                     failures[task] += demonstration is None
                     submit(task)

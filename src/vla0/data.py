@@ -57,7 +57,9 @@ class Source:
                 raise InputError(f"key '{key}' for {name}", f"keys {sorted(meta.features)}", "correct the recipe's mapping")
         for camera, key in config.cameras.items():
             if key not in meta.camera_keys:
-                raise InputError(f"pictures in '{key}' for camera '{camera}'", meta.features[key]["dtype"], f"choose of {meta.camera_keys}")
+                raise InputError(
+                    f"pictures in '{key}' for camera '{camera}'", meta.features[key]["dtype"], f"choose of {meta.camera_keys}"
+                )
         table = self.dataset.hf_dataset.with_format("numpy")
         self.actions = _matrix(table, config.action)
         self.states = None if config.state is None else _matrix(table, config.state)
@@ -200,10 +202,14 @@ def open_dataset(dataset: str | Path, revision: str | None = None) -> Any:
         return LeRobotDataset(**where, revision=revision, video_backend=video_backend())
     except BackwardCompatibilityError:
         flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in where.items())
-        raise InputError("a LeRobot dataset v3.0", "an older format", f"convert it: {CONVERTER} {flags} --push-to-hub=false") from None
+        raise InputError(
+            "a LeRobot dataset v3.0", "an older format", f"convert it: {CONVERTER} {flags} --push-to-hub=false"
+        ) from None
     except Exception as error:  # the Hub client raises a dozen kinds; each means that the dataset cannot be had
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        raise InputError("a LeRobot dataset: folder or Hub id", f"'{dataset}' ({reason})", "check the path or the connection") from error
+        raise InputError(
+            "a LeRobot dataset: folder or Hub id", f"'{dataset}' ({reason})", "check the path or the connection"
+        ) from error
 
 
 @cache

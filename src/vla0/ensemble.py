@@ -37,9 +37,7 @@ def weights_by_age(name: str | Sequence[float], count: int) -> tuple[float, ...]
     raise InputError("an ensemble: none, mean, v1 or v2:w with 0 < w <= 1", f"'{name}'", "choose one of those")
 
 
-def ensemble_actions(
-    chunks: Sequence[np.ndarray], k: int | None = None, weights: str | Sequence[float] = "v1"
-) -> np.ndarray:
+def ensemble_actions(chunks: Sequence[np.ndarray], k: int | None = None, weights: str | Sequence[float] = "v1") -> np.ndarray:
     """(D,): the action of now, from chunks (H, D) queried at successive steps, newest last.
 
     The chunk of age a predicts now in its row a; the last `k` chunks are averaged (default: all that reach now).

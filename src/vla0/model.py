@@ -24,7 +24,15 @@ from vla0.spec import SPEC_FILE, InputError, Spec
 
 TINY = "tiny"  # the base_model that is built here instead of loaded
 
-_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 _CHAT = (  # the turns of Qwen2.5-VL's template, without video and tools
     "{% set images = namespace(count=0) %}{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
@@ -40,7 +48,7 @@ def locate(path: str | Path) -> Path:
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(str(path), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.pkl"]))
@@ -99,12 +107,14 @@ def put_in_place(partial: Path, folder: Path) -> None:
         partial.rename(folder)
 
 
-def tiny_processor(words: Iterable[str], vocabulary: int = 330) -> Qwen2_5_VLProcessor:
+def tiny_processor(words: Iterable[str], vocabulary: int = 400) -> Qwen2_5_VLProcessor:
     """A Qwen2.5-VL processor whose byte-level BPE is learned from `words`, digits apart: no download."""
     tokenizer = Tokenizer(models.BPE())
     # Every digit and every space is a piece of its own, as in Qwen2's tokenizer where it matters: in answers.
     split = pre_tokenizers.Split(Regex(r"\d| ?\p{L}+|\s|[^\s\p{L}\d]+"), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=max(vocabulary, 256 + len(_SPECIAL)),
@@ -112,7 +122,7 @@ def tiny_processor(words: Iterable[str], vocabulary: int = 330) -> Qwen2_5_VLPro
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(words, trainer)
+    tokenizer.train_from_iterator([*words, "system", "user", "assistant"], trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=_CHAT,
         extra_special_tokens={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"},
@@ -156,3 +166,10 @@ def tiny_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def untrained(model: Any) -> Any:
+    """A model of the same shape with random weights: what training has to beat."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return type(model)(model.config).to(model.device, model.dtype).eval()

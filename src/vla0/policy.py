@@ -53,7 +53,11 @@ class VLA0:
         image: (h, w, 3) uint8 RGB where the checkpoint has one camera, else {camera: image}.
         """
         if chunk_size is not None and not 1 <= chunk_size <= self.spec.horizon:
-            raise InputError(f"chunk_size in 1..{self.spec.horizon} (the horizon)", f"{chunk_size}", "ask for less, or train a longer horizon")
+            raise InputError(
+                f"chunk_size in 1..{self.spec.horizon} (the horizon)",
+                f"{chunk_size}",
+                "ask for less, or train a longer horizon",
+            )
         if not isinstance(image, Mapping):
             if len(self.spec.cameras) > 1:
                 raise InputError(f"images of cameras {list(self.spec.cameras)}", "one image", "pass image={camera: array}")

@@ -30,7 +30,11 @@ class Prompt:
         for character in SYMBOLS + HIDDEN:
             ids = tokenizer.encode(character, add_special_tokens=False)
             if len(ids) != 1:
-                raise InputError("a tokenizer where a digit and a space are one token each", f"'{character}' → {ids}", "use another base model")
+                raise InputError(
+                    "a tokenizer where a digit and a space are one token each",
+                    f"'{character}' → {ids}",
+                    "use another base model",
+                )
             self.ids[character] = ids[0]
         self.symbol_ids = [self.ids[character] for character in SYMBOLS] + [self.end_id]  # by symbol of vla0.codec
 
@@ -102,9 +106,7 @@ class Prompt:
         return [self.ids[character] for character in answer] + [self.end_id]
 
 
-def hide(
-    answer: str, rng: np.random.Generator | None, by: str = "character", most: float = 0.4, none: float = 0.1
-) -> str:
+def hide(answer: str, rng: np.random.Generator | None, by: str = "character", most: float = 0.4, none: float = 0.1) -> str:
     """Masked action augmentation: the answer with a share ~ U(0, most) hidden; with probability `none` nothing is.
 
     by: "character" (published: digits and spaces alike), "number" (whole numbers, spaces stay) or "none".

@@ -25,7 +25,11 @@ class InputError(ValueError):
     """Input that cannot be used: says what was expected, what came, and how to mend it."""
 
     def __init__(self, expected: str, got: str, remedy: str):
-        super().__init__(f"expected {expected}; got {got}; {remedy}")
+        super().__init__(expected, got, remedy)
+
+    def __str__(self) -> str:
+        expected, got, remedy = self.args
+        return f"expected {expected}; got {got}; {remedy}"
 
 
 def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -103,9 +107,7 @@ class Spec:
 
     def system_text(self) -> str:
         """The system turn, with this Spec's numbers filled in."""
-        return self.system.format(
-            horizon=self.horizon, dimensions=self.dimensions, numbers=self.numbers, bins=self.bins
-        )
+        return self.system.format(horizon=self.horizon, dimensions=self.dimensions, numbers=self.numbers, bins=self.bins)
 
     def save(self, folder: str | Path) -> None:
         """Writes `vla0.json` into the folder."""

@@ -39,7 +39,9 @@ def _frames(observation: Observation, camera: str, history: int) -> np.ndarray:
     if history == 1 and frames.ndim == 3:
         frames = frames[None]
     if frames.ndim != 4 or frames.shape[0] != history or frames.shape[3] != 3 or min(frames.shape) == 0:
-        raise InputError(f"'{camera}' of shape {shape}", f"shape {np.shape(observation.images[camera])}", "pass RGB frames, channels last")
+        raise InputError(
+            f"'{camera}' of shape {shape}", f"shape {np.shape(observation.images[camera])}", "pass RGB frames, channels last"
+        )
     if frames.dtype != np.uint8:
         raise InputError(f"'{camera}' of dtype uint8", f"{frames.dtype}", "multiply a 0-1 float image by 255 and convert")
     return frames

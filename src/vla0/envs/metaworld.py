@@ -51,7 +51,9 @@ class MetaWorldEnv:
 
     def __init__(self, task: str, image_size: int = 112, max_steps: int = 200):
         if task not in ALL_V3_ENVIRONMENTS:
-            raise InputError(f"a Meta-World task of {len(ALL_V3_ENVIRONMENTS)}", f"'{task}'", f"for example {', '.join(list(SENTENCES)[:3])}")
+            raise InputError(
+                f"a Meta-World task of {len(ALL_V3_ENVIRONMENTS)}", f"'{task}'", f"for example {', '.join(list(SENTENCES)[:3])}"
+            )
         self.task, self.max_steps = task, max_steps
         self.instruction = SENTENCES.get(task, task.removesuffix("-v3").replace("-", " "))
         self.env = ALL_V3_ENVIRONMENTS[task]()

@@ -1,0 +1,50 @@
+# Everything from a bare machine with Python 3.12: uv, the locked environment, what headless rendering needs.
+UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .tools/bin/uv)
+PYTHON ?= $(shell for p in python3.12 python3.13 python3; do $$p -c 'import sys; assert sys.version_info >= (3, 12)' 2>/dev/null && echo $$p && break; done)
+RUN := .venv/bin
+GL_PACKAGES := libegl1 libegl-mesa0 libgl1-mesa-dri
+
+.PHONY: install rendering browser demo test test-all lint clean
+
+install: .venv/installed rendering
+
+.tools/bin/uv:
+	@test -n "$(PYTHON)" || { echo "vla0: Python 3.12 or later is needed; got none on the PATH; install it first"; exit 2; }
+	$(PYTHON) -m venv .tools
+	.tools/bin/pip install --quiet uv
+
+.venv/installed: pyproject.toml uv.lock $(filter .tools/bin/uv,$(UV))
+	$(UV) sync --frozen --all-extras
+	@touch .venv/installed
+
+# The simulator draws its pictures without a screen through EGL.
+rendering: .venv/installed
+	@$(RUN)/python examples/check_rendering.py || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends $(GL_PACKAGES) && $(RUN)/python examples/check_rendering.py; \
+	  else \
+	    echo "vla0: headless rendering needs Mesa's EGL; install it: sudo apt-get install $(GL_PACKAGES)"; exit 2; \
+	  fi; }
+
+# One test opens the report in a real browser; without one it is skipped and says so.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) >/dev/null 2>&1 || true; \
+	  fi; }
+
+demo:
+	@started=$$(date +%s) && $(MAKE) --no-print-directory install && \
+	  $(RUN)/python examples/demo.py --install-s $$(( $$(date +%s) - started ))
+
+lint: .venv/installed
+	$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/pyright
+
+test: install browser lint
+	$(RUN)/pytest
+
+test-all: install browser lint
+	$(RUN)/pytest -m ''
+
+clean:
+	rm -rf .venv .tools runs
