@@ -85,7 +85,7 @@ def results(lines: list[dict], seconds: dict[str, float]) -> dict:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     return {
         "mean_success": {policy: round(mean_success(own), 4) for policy, own in rows.items()},
-        "tasks": {policy: own for policy, own in rows.items()},
+        "tasks": rows,
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
         "commit": commit or "unknown",
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
@@ -107,6 +107,7 @@ def plot(found: dict, training: Path, file: Path) -> None:
     left.set(xlabel="training step", ylabel="loss per token", yscale="log", title="A tiny Qwen2.5-VL learns to write actions")
     colours = {"policy": "#3b6fd4", "blank": "#9aa5b8", "untrained": "#c4cad6", "random": "#dfe3ea"}
     names = {"policy": "trained", "blank": "trained, image blanked", "untrained": "untrained", "random": "random actions"}
+    first = next(iter(found["tasks"].values()))
     for i, (policy, rows) in enumerate(found["tasks"].items()):
         x = [j + (i - 1.5) * 0.2 for j in range(len(rows))]
         rates = [row["successes"] / max(row["episodes"], 1) for row in rows.values()]
@@ -114,8 +115,10 @@ def plot(found: dict, training: Path, file: Path) -> None:
             [r - row["low"] for r, row in zip(rates, rows.values(), strict=True)],
             [row["high"] - r for r, row in zip(rates, rows.values(), strict=True)],
         ]
-        right.bar(x, rates, 0.19, yerr=error, color=colours[policy], label=names[policy], error_kw={"lw": 0.8, "ecolor": "#5b6472"})
-    right.set_xticks(range(len(rows)), [name.removesuffix("-v3") for name in rows])
+        right.bar(
+            x, rates, 0.19, yerr=error, color=colours[policy], label=names[policy], error_kw={"lw": 0.8, "ecolor": "#5b6472"}
+        )
+    right.set_xticks(range(len(first)), [name.removesuffix("-v3") for name in first])
     right.set(ylim=(0, 1.05), ylabel="success", title="Meta-World, unseen seeds, 95 % intervals")
     right.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     for axes in (left, right):

@@ -12,7 +12,12 @@ from rich.logging import RichHandler
 
 from vla0.spec import InputError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split(".")[0])
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A vision-language model as a robot policy: it writes actions as text",
+)
 console = Console()
 
 CONTROLS = ("blank", "random", "untrained")

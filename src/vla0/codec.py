@@ -95,7 +95,7 @@ class Grammar:
 
     def __init__(self, bins: int, count: int):
         self.bins, self.count = bins, count
-        self.start = (0, "")
+        self.start: tuple[int, str] = (0, "")
         self.longest = count * (len(str(bins)) + 1)  # symbols, END included
 
     def allowed(self, state: tuple[int, str]) -> tuple[int, ...]:

@@ -197,14 +197,12 @@ def open_dataset(dataset: str | Path, revision: str | None = None) -> Any:
     local = folder.is_dir()
     if local and not (folder / "meta" / "info.json").is_file():
         raise InputError(f"a LeRobot dataset in '{dataset}'", "no meta/info.json", "give the folder that holds meta/ and data/")
+    repo_id, root = (f"local/{folder.name}", folder) if local else (str(dataset), None)
     try:
-        where = {"repo_id": f"local/{folder.name}", "root": folder} if local else {"repo_id": str(dataset)}
-        return LeRobotDataset(**where, revision=revision, video_backend=video_backend())
+        return LeRobotDataset(repo_id, root, revision=revision, video_backend=video_backend())
     except BackwardCompatibilityError:
-        flags = " ".join(f"--{name.replace('_', '-')}={value}" for name, value in where.items())
-        raise InputError(
-            "a LeRobot dataset v3.0", "an older format", f"convert it: {CONVERTER} {flags} --push-to-hub=false"
-        ) from None
+        command = f"{CONVERTER} --repo-id={repo_id}{f' --root={root}' if local else ''} --push-to-hub=false"
+        raise InputError("a LeRobot dataset v3.0", "an older format", f"convert it: {command}") from None
     except Exception as error:  # the Hub client raises a dozen kinds; each means that the dataset cannot be had
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         raise InputError(
@@ -225,7 +223,7 @@ def video_backend() -> str:
 
 def _matrix(table: Any, key: str) -> np.ndarray:
     """(N, D) float32: a narrow column, checked."""
-    values = np.stack(np.asarray(table[key])).astype(np.float32)
+    values = np.stack(list(table[key])).astype(np.float32)
     values = values.reshape(len(values), -1)
     if not np.isfinite(values).all():
         row = int(np.argwhere(~np.isfinite(values))[0][0])

@@ -54,7 +54,7 @@ def weighted_mean(rows: Sequence[np.ndarray], weights: Sequence[float]) -> np.nd
     """(D,) float32: mean of rows (D,), each with the weight of its place; places without a weight do not count."""
     pairs = list(zip(rows, weights, strict=False))
     total = sum(weight for _, weight in pairs)
-    return (sum(np.asarray(row, np.float64) * weight for row, weight in pairs) / total).astype(np.float32)
+    return (np.sum([np.asarray(row, np.float64) * weight for row, weight in pairs], axis=0) / total).astype(np.float32)
 
 
 class TemporalEnsemble:

@@ -17,8 +17,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
 )
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from vla0.spec import SPEC_FILE, InputError, Spec
 
@@ -64,7 +64,8 @@ def load(folder: Path, device: str | torch.device | None = None, dtype: str | to
     """
     remedy = "fetch or train the checkpoint again"
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, info = loaded
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
@@ -144,8 +145,8 @@ def tiny_model(
     ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in _SPECIAL}
     head = width // heads
     height = (head // 2 - head // 8) // 2  # of the rotary pairs a quarter is time; the rest height and width
-    config = Qwen2_5_VLConfig(
-        text_config={
+    settings: dict[str, Any] = {
+        "text_config": {
             "vocab_size": len(processor.tokenizer), "hidden_size": width, "intermediate_size": width * 8 // 3 // 8 * 8,
             "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 3),
             "max_position_embeddings": 4096, "tie_word_embeddings": True,
@@ -155,17 +156,17 @@ def tiny_model(
                 "mrope_section": [head // 2 - 2 * height, height, height],
             },
         },
-        vision_config={
+        "vision_config": {
             "depth": vision_layers, "hidden_size": vision_width, "intermediate_size": vision_width * 2,
             "num_heads": vision_heads, "out_hidden_size": width, "fullatt_block_indexes": list(range(vision_layers)),
         },
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-    )  # fmt: skip
+        "image_token_id": ids["<|image_pad|>"], "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"], "vision_end_token_id": ids["<|vision_end|>"],
+        "tie_word_embeddings": True,
+    }  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Qwen2_5_VLForConditionalGeneration(config).eval()
+        return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings)).eval()
 
 
 def untrained(model: Any) -> Any:

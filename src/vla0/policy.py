@@ -61,8 +61,8 @@ class VLA0:
         if not isinstance(image, Mapping):
             if len(self.spec.cameras) > 1:
                 raise InputError(f"images of cameras {list(self.spec.cameras)}", "one image", "pass image={camera: array}")
-            image = {self.spec.cameras[0]: np.asarray(image)}
-        return self.predict_batch([Observation(image, instruction, state)])[0, :chunk_size]
+            image = dict.fromkeys(self.spec.cameras, np.asarray(image))
+        return self.predict_batch([Observation(image, instruction, state)])[0][:chunk_size]
 
     def predict_batch(self, observations: Sequence[Observation]) -> np.ndarray:
         """(B, H, D) float32: a chunk for each observation, in one pass of the model."""

@@ -110,7 +110,7 @@ class Keeper(TrainerCallback):
         """Names the new checkpoint `last`, measures it, and names it `best` where it is."""
         step = f"step-{state.global_step:06d}"
         if state.is_world_process_zero:
-            publish(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.output / step, self.processor, self.spec)
+            publish(self.output / "state" / f"checkpoint-{state.global_step}", self.output / step, self.processor, self.spec)
             point(self.output / "last", step)
         metrics = self._measured(state)
         if state.is_world_process_zero:

@@ -16,12 +16,12 @@ class GrammarLogits(LogitsProcessor):
     def __init__(self, grammar: Grammar, symbol_ids: list[int]):
         self.grammar, self.symbol_ids = grammar, symbol_ids
         self.symbol_of = {token: symbol for symbol, token in enumerate(symbol_ids)}
-        self.states: list[tuple[int, str]] | None = None
+        self.states: list[tuple[int, str]] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores (B, V) with everything forbidden at -inf; rows that have ended may end again."""
-        if self.states is None:
-            self.states = [self.grammar.start] * len(input_ids)
+        if not self.states:
+            self.states = [self.grammar.start for _ in input_ids]
         else:
             last = [self.symbol_of.get(token) for token in input_ids[:, -1].tolist()]
             self.states = [

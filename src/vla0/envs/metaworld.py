@@ -62,9 +62,9 @@ class MetaWorldEnv:
         self.env._partially_observable = False
         self.env.model.vis.quality.offsamples = 0
         self.renderer = mujoco.Renderer(self.env.model, image_size, image_size)
-        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+        for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):  # type: ignore[attr-defined]
             self.renderer.scene.flags[flag] = 0
-        self.camera = mujoco.MjvCamera()
+        self.camera = mujoco.MjvCamera()  # type: ignore[attr-defined]
         self.camera.lookat[:] = (0.0, 0.7, 0.1)
         self.camera.distance, self.camera.azimuth, self.camera.elevation = 1.0, 145.0, -30.0
         self.full_state = np.zeros(39)  # what the expert sees
