@@ -55,7 +55,7 @@ class ActionCodec:
         words = text.split(" ")
         for word in words:
             if not _NUMBER.fullmatch(word) or len(word) > len(str(self.bins)) or int(word) > self.bins:
-                raise ChunkError(f"whole numbers in 0..{self.bins}, single spaces", f"'{word[:20]}' in '{text[:60]}'", remedy)
+                raise ChunkError(f"whole numbers in 0..{self.bins}, single spaces", f"{word[:20]!r} in {text[:60]!r}", remedy)
         if len(words) != shape[0] * shape[1]:
             raise ChunkError(f"{shape[0]} x {shape[1]} = {shape[0] * shape[1]} numbers", f"{len(words)}", remedy)
         return np.array([int(word) for word in words], np.int64).reshape(shape)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -110,7 +109,9 @@ class Keeper(TrainerCallback):
         """Names the new checkpoint `last`, measures it, and names it `best` where it is."""
         step = f"step-{state.global_step:06d}"
         if state.is_world_process_zero:
-            publish(self.output / "state" / f"checkpoint-{state.global_step}", self.output / step, self.processor, self.spec)
+            models.publish(
+                self.output / "state" / f"checkpoint-{state.global_step}", self.output / step, self.processor, self.spec
+            )
             point(self.output / "last", step)
         metrics = self._measured(state)
         if state.is_world_process_zero:
@@ -143,22 +144,6 @@ class Keeper(TrainerCallback):
         for folder in self.output.glob("step-*"):
             if folder.name not in kept:
                 shutil.rmtree(folder)
-
-
-def publish(state: Path, folder: Path, processor: Any, spec: Spec) -> None:
-    """A clean checkpoint folder out of a Trainer's: no pickle, weights as hard links where the disk has them."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for file in state.iterdir():
-        if file.is_file() and file.name != "trainer_state.json" and file.suffix in (".safetensors", ".json"):
-            try:
-                os.link(file, partial / file.name)
-            except OSError:
-                shutil.copy2(file, partial / file.name)
-    processor.save_pretrained(partial)
-    spec.save(partial)
-    models.put_in_place(partial, folder)
 
 
 def point(link: Path, name: str) -> None:

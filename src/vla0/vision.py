@@ -66,4 +66,4 @@ def _square(frame: np.ndarray, spec: Spec, place, adjust) -> np.ndarray:
     image = image.resize((spec.image_size, spec.image_size), Image.Resampling.BILINEAR)
     for function, strength in adjust:
         image = function(image, strength)
-    return np.asarray(image)
+    return np.array(image)

@@ -1,0 +1,126 @@
+"""What the tests share: a tiny model, a small LeRobot dataset, the real processor where it lies beside the checkout."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vla0 import Observation, Spec
+from vla0 import model as models
+from vla0.policy import VLA0
+
+SHARED = Path(__file__).parents[2] / "shared"
+TASKS = ("push the red block", "open the drawer")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _threads():
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def spec() -> Spec:
+    """The Spec of the tiny policy: two cameras, three dimensions, a state."""
+    return make_spec()
+
+
+def make_spec(**changes) -> Spec:
+    fields = {
+        "low": (-1.0, 0.0, -0.5), "high": (1.0, 2.0, 0.5), "fps": 20.0, "cameras": ("front", "wrist"), "base_model": "tiny",
+        "horizon": 3, "bins": 100, "image_size": 56, "crop": 0.9, "state": ((0.0, 0.0), (1.0, 1.0)), "system": "Write {numbers} integers.",
+    }  # fmt: skip
+    return Spec(**{**fields, **changes})
+
+
+@pytest.fixture(scope="session")
+def processor():
+    """The tiny processor."""
+    return models.tiny_processor(["State: ", "Write integers.", *TASKS])
+
+
+@pytest.fixture(scope="session")
+def policy(processor) -> VLA0:
+    """A tiny policy with random weights."""
+    small = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
+    return VLA0(models.tiny_model(processor, **small), processor, make_spec())
+
+
+@pytest.fixture
+def observation() -> Observation:
+    return make_observation(0)
+
+
+def make_observation(seed: int) -> Observation:
+    rng = np.random.default_rng(seed)
+    images = {camera: rng.integers(0, 256, (48, 64, 3), dtype=np.uint8) for camera in ("front", "wrist")}
+    return Observation(images, TASKS[seed % 2], rng.random(2))
+
+
+@pytest.fixture(scope="session")
+def real_processor():
+    """Qwen2.5-VL's own processor."""
+    folder = SHARED / "qwen2.5-vl-processor"
+    if not folder.is_dir():
+        pytest.skip("Qwen2.5-VL's processor files are not beside this checkout")
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder)
+
+
+def frame_of(episode: int, step: int, camera: int) -> np.ndarray:
+    """A picture that tells its episode, step and camera by its colours; smooth, so that video keeps it."""
+    image = np.zeros((48, 64, 3), np.uint8)
+    image[..., 0], image[..., 1], image[..., 2] = 40 * episode + 20, 20 * step + 10, 100 * camera + 50
+    return image
+
+
+def make_dataset(folder: Path, videos: bool = False, lengths=(6, 4, 5), dimensions: int = 3) -> Path:
+    """A LeRobot dataset: action[d] = step + 10 * episode + d / 10, state = action / 2."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    kind = "video" if videos else "image"
+    picture = {"dtype": kind, "shape": (48, 64, 3), "names": ["height", "width", "channels"]}
+    features = {
+        "observation.images.top": picture,
+        "observation.images.hand": picture,
+        "observation.state": {"dtype": "float32", "shape": (dimensions,), "names": None},
+        "action": {"dtype": "float32", "shape": (dimensions,), "names": None},
+    }
+    dataset = LeRobotDataset.create("local/small", 10, features, root=folder, use_videos=videos, video_backend="pyav")
+    for episode, length in enumerate(lengths):
+        for step in range(length):
+            action = np.float32(step + 10 * episode) + np.arange(dimensions, dtype=np.float32) / 10
+            dataset.add_frame(
+                {
+                    "observation.images.top": frame_of(episode, step, 0), "observation.images.hand": frame_of(episode, step, 1),
+                    "observation.state": action / 2, "action": action, "task": TASKS[episode % 2],
+                }
+            )  # fmt: skip
+        dataset.save_episode()
+    dataset.finalize()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """A small LeRobot dataset of images."""
+    return make_dataset(tmp_path_factory.mktemp("data") / "small")
+
+
+RECIPE = {
+    "model": "tiny", "steps": 4, "batch_size": 2, "learning_rate": 1e-3, "precision": "fp32", "save_every": 2, "log_every": 1,
+    "tiny": {"width": 48, "layers": 1, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2},
+    "spec": {"horizon": 2, "bins": 100, "image_size": 56, "system": "Write {numbers} integers."},
+}  # fmt: skip
+
+
+def make_recipe(dataset: Path, output: Path, **changes) -> dict:
+    """A recipe that trains in seconds."""
+    data = {"dataset": str(dataset), "cameras": {"front": "observation.images.top"}, "state": "observation.state"}
+    return {**RECIPE, "data": data, "output": str(output), **changes}

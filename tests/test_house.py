@@ -1,0 +1,56 @@
+"""The laws of the house that can be read off the files."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[1] / "src" / "vla0"
+ROOMS = (
+    "spec codec ensemble rollout recipe vision prompt data model decode policy train "
+    "envs collect parallel evaluate report cli"
+).split()  # fmt: skip
+SPINE = ROOMS[: ROOMS.index("envs")]
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported(file: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vla0":
+            parts = node.module.split(".")
+            rooms |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names if alias.name in ROOMS}
+        elif isinstance(node, ast.Import):
+            rooms |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("vla0.")}
+    return rooms
+
+
+def test_every_file_is_in_a_room():
+    assert {room_of(file) for file in SOURCE.rglob("*.py")} == {*ROOMS, "__init__"}
+
+
+def test_a_file_imports_only_rooms_above_it():
+    for file in SOURCE.rglob("*.py"):
+        if file.name == "__init__.py" and file.parent == SOURCE:
+            continue
+        own = ROOMS.index(room_of(file))
+        below = [room for room in imported(file) if ROOMS.index(room) > own]
+        assert not below, f"{file.name} imports {below}, which stand below it"
+
+
+def test_files_stay_below_250_lines():
+    assert {f.name: n for f in SOURCE.rglob("*.py") if (n := len(f.read_text().splitlines())) > 250} == {}
+
+
+def test_the_spine_imports_without_lerobot_and_mujoco():
+    modules = ", ".join(f"vla0.{room}" for room in SPINE)
+    code = f"import sys, {modules}; print([m for m in ('lerobot', 'mujoco', 'metaworld') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_a_simulator_process_imports_no_torch():
+    code = "import sys, vla0.parallel, vla0.evaluate, vla0.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

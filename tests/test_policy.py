@@ -1,0 +1,95 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import make_observation, make_spec
+
+from vla0 import InputError
+from vla0.ensemble import ensemble_actions
+from vla0.policy import VLA0
+
+
+def test_predict_gives_a_chunk_inside_the_bounds(policy, observation):
+    chunk = policy.predict(observation.images, observation.instruction, observation.state)
+    assert chunk.shape == (3, 3)
+    assert chunk.dtype == np.float32
+    assert (chunk >= np.float32(policy.spec.low)).all()
+    assert (chunk <= np.float32(policy.spec.high)).all()
+
+
+def test_predict_is_pure(policy, observation):
+    first, second = (policy.predict(observation.images, observation.instruction, observation.state) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_predict_batch_is_predict_for_each(policy):
+    observations = [make_observation(seed) for seed in range(4)]
+    alone = [policy.predict(o.images, o.instruction, o.state) for o in observations]
+    np.testing.assert_array_equal(policy.predict_batch(observations), alone)
+
+
+def test_chunk_size_gives_the_first_steps(policy, observation):
+    whole = policy.predict(observation.images, observation.instruction, observation.state)
+    part = policy.predict(image=observation.images, instruction=observation.instruction, state=observation.state, chunk_size=2)
+    np.testing.assert_array_equal(part, whole[:2])
+    for size in (0, 4):
+        with pytest.raises(InputError, match="chunk_size"):
+            policy.predict(observation.images, observation.instruction, observation.state, chunk_size=size)
+
+
+def test_one_image_is_enough_for_one_camera_and_refused_for_two(policy, processor, observation):
+    with pytest.raises(InputError, match="wrist"):
+        policy.predict(observation.images["front"], "go", observation.state)
+    single = VLA0(policy.model, processor, make_spec(cameras=("front",)))
+    chunk = single.predict(observation.images["front"], "go", observation.state)
+    np.testing.assert_array_equal(chunk, single.predict({"front": observation.images["front"]}, "go", observation.state))
+
+
+def test_relative_actions_come_back_absolute(policy, processor, observation):
+    plain = VLA0(policy.model, processor, make_spec())
+    relative = VLA0(policy.model, processor, make_spec(relative=(0,)))
+    difference = relative.predict_batch([observation]) - plain.predict_batch([observation])
+    np.testing.assert_allclose(difference[0, :, 0], observation.state[0], atol=1e-6)
+    np.testing.assert_array_equal(difference[0, :, 1:], 0)
+
+
+def test_act_is_the_ensemble_of_what_predict_gave(policy):
+    policy.acting(replan=1, weights="v1").reset()
+    chunks = []
+    for seed in range(5):
+        observation = make_observation(seed)
+        chunks.append(policy.predict(observation.images, observation.instruction, observation.state))
+        expected = policy.ensemble_actions(chunks, k=3)
+        np.testing.assert_allclose(policy.act(observation), expected, rtol=1e-6)
+        np.testing.assert_array_equal(expected, ensemble_actions(chunks, 3))
+
+
+def test_reset_forgets_all(policy, observation):
+    policy.acting(replan=1, weights="v1").reset()
+    first = policy.act(observation)
+    policy.act(make_observation(1))
+    policy.reset()
+    np.testing.assert_array_equal(policy.act(observation), first)
+
+
+def test_ensembling_that_would_do_nothing_is_refused(policy):
+    with pytest.raises(InputError, match="would do nothing"):
+        policy.acting(replan=policy.spec.horizon, weights="v1")
+
+
+def test_the_published_example_runs(policy, processor, observation, tmp_path):
+    VLA0(policy.model, processor, make_spec(cameras=("front",), state=None)).save_pretrained(tmp_path / "checkpoint")
+    model = VLA0.from_pretrained(str(tmp_path / "checkpoint"))
+    model.eval()
+    buffer = []
+    for _ in range(3):
+        buffer.append(model.predict(image=observation.images["front"], instruction="push the red block", chunk_size=3))
+    assert model.ensemble_actions(buffer, k=5).shape == (3,)
+
+
+@pytest.mark.parametrize("change", [{"state": None}, {"state": np.array([np.nan, 0])}, {"images": {}}, {"instruction": ""}])
+def test_a_broken_observation_is_refused(policy, observation, change):
+    with pytest.raises(InputError):
+        policy.predict_batch([replace(observation, **change)])
+    with pytest.raises(InputError):
+        policy.predict_batch([])
