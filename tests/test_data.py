@@ -97,8 +97,13 @@ def test_a_batch_is_the_prompt_and_the_answer_and_nothing_after_the_end(dataset,
     rows = [0, 5]  # 5: the last step of the first episode
     batch = collator(prompt, None)([samples[row] for row in rows])
     for row, (index, kept) in enumerate(zip(rows, (3, 1), strict=True)):
-        sample = samples[index]
-        answer = " ".join(map(str, np.rint((sample.actions.astype(float) - spec.low) / np.subtract(spec.high, spec.low) * 100).astype(int).ravel()))
+        sample, _ = samples[index]
+        answer = " ".join(
+            map(
+                str,
+                np.rint((sample.actions.astype(float) - spec.low) / np.subtract(spec.high, spec.low) * 100).astype(int).ravel(),
+            )
+        )
         first = " ".join(answer.split(" ")[: kept * 3])
         expected = [prompt.ids[c] for c in first] + ([prompt.end_id] if kept == 3 else [])
         labels = batch["labels"][row]
@@ -107,20 +112,17 @@ def test_a_batch_is_the_prompt_and_the_answer_and_nothing_after_the_end(dataset,
         assert len(digits) == len(first.replace(" ", ""))
 
 
-def test_augmentation_follows_torchs_generator(dataset, processor):
-    import torch
-
+def test_augmentation_is_a_function_of_seed_epoch_and_row(dataset, processor):
     source = source_of(dataset)
     spec = spec_of(source)
     collate = collator(Prompt(spec, processor), Augmentation())
-    samples = [Samples(source, spec)[0]] * 4
-    torch.manual_seed(0)
-    first, second = collate(samples), collate(samples)
-    torch.manual_seed(0)
-    again = collate(samples)
-    assert (first["input_ids"] == again["input_ids"]).all()
-    assert (first["pixel_values"] == again["pixel_values"]).all()
-    assert (first["pixel_values"] != second["pixel_values"]).any()
+    samples = Samples(source, spec)
+    first, in_another_batch = collate([samples[0], samples[7]]), collate([samples[7], samples[0]])
+    assert (first["pixel_values"].chunk(2)[0] == in_another_batch["pixel_values"].chunk(2)[1]).all()
+    other_seed = collate([Samples(source, spec, seed=1)[0], samples[7]])
+    samples.epoch = 1
+    for other in (collate([samples[0], samples[7]]), other_seed):
+        assert (first["pixel_values"] != other["pixel_values"]).any()
 
 
 def test_pictures_of_other_rows_and_cameras_are_not_decoded(dataset, monkeypatch):
@@ -156,7 +158,9 @@ def test_an_incoherent_recipe_is_refused(change):
         DataConfig(**{"dataset": "x", "cameras": CAMERAS, **change})
 
 
-@pytest.mark.parametrize("change", [{"mask": "words"}, {"mask_most": 2.0}, {"mask_none": -0.1}, {"jitter": (0, 0, 0)}, {"jitter": (0, 0, 0, 0.7)}])
+@pytest.mark.parametrize(
+    "change", [{"mask": "words"}, {"mask_most": 2.0}, {"mask_none": -0.1}, {"jitter": (0, 0, 0)}, {"jitter": (0, 0, 0, 0.7)}]
+)
 def test_an_incoherent_augmentation_is_refused(change):
     with pytest.raises(InputError):
         Augmentation(**change)
@@ -172,7 +176,9 @@ def test_actions_that_are_not_numbers_are_refused_with_their_row(tmp_path):
     actions = np.stack(table["action"].to_numpy()).copy()
     actions[1, 0] = np.nan
     column = table.schema.get_field_index("action")
-    pq.write_table(table.set_column(column, table.schema.field(column), pa.array(actions.tolist(), table.schema.field(column).type)), file)
+    pq.write_table(
+        table.set_column(column, table.schema.field(column), pa.array(actions.tolist(), table.schema.field(column).type)), file
+    )
     with pytest.raises(InputError, match="row 1"):
         source_of(folder)
 
@@ -189,5 +195,5 @@ def test_an_older_format_is_sent_to_lerobots_converter(tmp_path):
     folder = make_dataset(tmp_path / "old", lengths=(3,))
     info = json.loads((folder / "meta" / "info.json").read_text())
     (folder / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v2.1"}))
-    with pytest.raises(InputError, match="convert_dataset_v21_to_v30 .*--root="):
+    with pytest.raises(InputError, match=r"convert_dataset_v21_to_v30 .*--root="):
         source_of(folder)

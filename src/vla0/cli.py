@@ -72,8 +72,8 @@ def evaluate(
     replan: Annotated[int, typer.Option(help="steps executed per query")] = 1,
     ensemble: Annotated[str, typer.Option(help="none, mean, v1 or v2:w: weights of overlapping chunks by age")] = "v1",
     control: Annotated[list[str] | None, typer.Option(help=f"also evaluate a control: {', '.join(CONTROLS)}")] = None,
-    workers: Annotated[int | None, typer.Option(help="environments at once; default 6 a core")] = None,
-    max_steps: Annotated[int, typer.Option(help="steps after which an episode has failed")] = 200,
+    workers: Annotated[int | None, typer.Option(help="environments at once; default 8 a core")] = None,
+    max_steps: Annotated[int, typer.Option(help="steps after which an episode has failed")] = 150,
     image_size: Annotated[int, typer.Option(help="side of the camera's picture, pixels")] = 112,
     device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
 ) -> None:

@@ -125,19 +125,29 @@ class Source:
         return frames.reshape(len(rows), *frames.shape[-3:]).permute(0, 2, 3, 1).numpy()
 
 
-class Samples(torch.utils.data.Dataset):
-    """The rows of a Source as Samples: those to train on, or those held out."""
+Drawn = tuple[Sample, Sequence[int]]  # a Sample and the seed of its augmentation
 
-    def __init__(self, source: Source, spec: Spec, held_out: bool = False):
-        self.source, self.spec = source, spec
+
+class Samples(torch.utils.data.Dataset):
+    """The rows of a Source, those to train on or those held out, each with the seed of its augmentation.
+
+    The seed is made of the run's, the epoch's and the row's number, so that a batch is the same whichever process makes
+    it, and a resumed run sees what an uninterrupted one sees.
+    """
+
+    epoch = 0
+
+    def __init__(self, source: Source, spec: Spec, seed: int = 0, held_out: bool = False):
+        self.source, self.spec, self.seed = source, spec, seed
         first = source.first_held_out
         self.rows = range(first, len(source)) if held_out else range(first)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.source.sample(self.rows[index], self.spec.horizon, self.spec.history)
+    def __getitem__(self, index: int) -> Drawn:
+        row = self.rows[index]
+        return self.source.sample(row, self.spec.horizon, self.spec.history), (self.seed, self.epoch, row)
 
     def outside(self) -> np.ndarray:
         """(D,): how many of the actions clip. Relative ones are not counted: their bounds are over chunks."""
@@ -167,23 +177,22 @@ class Augmentation:
             raise InputError("jitter: four strengths in 0..1, hue at most 0.5", f"{self.jitter}", "zeros turn it off")
 
 
-def collator(prompt: Prompt, augmentation: Augmentation | None) -> Callable[[Sequence[Sample]], dict[str, torch.Tensor]]:
-    """Samples → Batch with labels. augmentation None: as when acting, for the loss on held-out episodes."""
+def collator(prompt: Prompt, augmentation: Augmentation | None) -> Callable[[Sequence[Drawn]], dict[str, torch.Tensor]]:
+    """Drawn Samples → Batch with labels. augmentation None: as when acting, for the loss on held-out episodes."""
     return partial(_collate, prompt=prompt, augmentation=augmentation)
 
 
-def _collate(samples: Sequence[Sample], prompt: Prompt, augmentation: Augmentation | None) -> dict[str, torch.Tensor]:
-    # The generator comes from torch's, which the Trainer seeds, gives to workers, saves and restores.
-    seed = int(torch.randint(2**62, (1,)))
-    rng = None if augmentation is None else np.random.default_rng(seed)
+def _collate(drawn: Sequence[Drawn], prompt: Prompt, augmentation: Augmentation | None) -> dict[str, torch.Tensor]:
     settings = augmentation or Augmentation()
     codec = ActionCodec(prompt.spec)
-    answers = []
-    for sample in samples:
+    answers, rngs = [], []
+    for sample, seed in drawn:
+        rng = None if augmentation is None else np.random.default_rng(seed)
         text = codec.write(codec.encode(sample.actions - offset(sample.observation, prompt.spec)))
         text = hide_numbers(text, np.repeat(~sample.valid, prompt.spec.dimensions))  # nothing to learn after the end
         answers.append(hide(text, rng, settings.mask, settings.mask_most, settings.mask_none))
-    return prompt.observe([sample.observation for sample in samples], answers, rng, settings.jitter)
+        rngs.append(rng)
+    return prompt.observe([sample.observation for sample, _ in drawn], answers, rngs, settings.jitter)
 
 
 def open_dataset(dataset: str | Path, revision: str | None = None) -> Any:

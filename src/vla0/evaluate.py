@@ -5,7 +5,7 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,13 +36,11 @@ class EvalConfig:
     first_seed: int = SEEDS  # demonstrations take seeds below
     replan: int = 1  # steps executed per query
     ensemble: str = "v1"  # vla0.ensemble.weights_by_age
-    max_steps: int = 200
+    max_steps: int = 150
     image_size: int = 112  # of the simulator's camera
 
     def __post_init__(self):
         object.__setattr__(self, "tasks", tupled(self.tasks))
-        if self.env not in ENVS:
-            raise InputError(f"env of {ENVS}", f"'{self.env}'", "choose one of those")
         if not self.tasks or isinstance(self.tasks, str):
             raise InputError("a list of tasks", f"{self.tasks!r}", "name one at least")
         if min(self.episodes, self.max_steps) < 1 or self.first_seed < 0:
@@ -51,6 +49,8 @@ class EvalConfig:
 
 def make_env(config: EvalConfig, task: str) -> Env:
     """The Env of a task. Simulators are imported here, where they are used."""
+    if config.env not in ENVS:
+        raise InputError(f"env of {ENVS}", f"'{config.env}'", "choose one of those")
     try:
         from vla0.envs.metaworld import MetaWorldEnv
     except ImportError as error:
@@ -59,12 +59,18 @@ def make_env(config: EvalConfig, task: str) -> Env:
 
 
 def evaluate(
-    policies: Mapping[str, Predict], horizon: int, config: EvalConfig, out: str | Path, workers: int | None = None
+    policies: Mapping[str, Predict],
+    horizon: int,
+    config: EvalConfig,
+    out: str | Path,
+    workers: int | None = None,
+    make_env: Callable[[EvalConfig, str], Env] = make_env,
 ) -> list[dict[str, Any]]:
     """Runs what is missing in `out`/episodes.jsonl, and gives its lines, one for each finished episode and each error.
 
     policies: by name, e.g. {"policy": vla0.predict_batch, "blank": ...}; all see the same seeds. A line is written when
     its episode ends. A crashed simulator is an error line and a new attempt, at most 3; an error of the policy rises.
+    make_env: (config, task) → Env, picklable, runs in the processes; give your own to evaluate in your own world.
     """
     TemporalEnsemble(horizon, config.replan, config.ensemble)  # refuses what it must before anything starts
     out = Path(out)
@@ -76,10 +82,12 @@ def evaluate(
     done = {(e["policy"], e["task"], e["seed"]) for e in lines if e["error"] is None}
     failed = [(e["policy"], e["task"], e["seed"]) for e in lines if e["error"] is not None]
     seeds = range(config.first_seed, config.first_seed + config.episodes)
-    every = [(name, task, seed) for seed in seeds for task in config.tasks for name in policies]
+    every = [
+        (name, task, seed) for name in policies for seed in seeds for task in config.tasks
+    ]  # one policy a time: full batches
     jobs = deque(job for job in every if job not in done and failed.count(job) < ATTEMPTS)
     if jobs:
-        count = min(len(jobs), workers or 6 * (os.cpu_count() or 1))
+        count = min(len(jobs), workers or 8 * (os.cpu_count() or 1))
         with _progress() as progress, log.open("a", encoding="utf-8") as file:
             bar = progress.add_task("", total=len(every), completed=len(every) - len(jobs))
 

@@ -18,10 +18,10 @@ from vla0.spec import InputError, Observation, Spec, offset
 class VLA0:
     """A VLM that writes actions. `predict` is pure; `act` remembers its chunks until `reset`."""
 
-    def __init__(self, vlm: Any, processor: Any, spec: Spec, replan: int = 1, weights: str | Sequence[float] = "v1"):
+    def __init__(self, vlm: Any, processor: Any, spec: Spec, replan: int = 1, weights: str | Sequence[float] | None = None):
         self.model, self.processor, self.spec = vlm.eval(), processor, spec
         self.prompt, self.codec = Prompt(spec, processor), ActionCodec(spec)
-        self.acting(replan, weights)
+        self.acting(replan, weights or ("v1" if spec.horizon > replan else ensemble.NONE))
 
     @classmethod
     def from_pretrained(

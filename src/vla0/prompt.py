@@ -94,11 +94,12 @@ class Prompt:
         self,
         observations: Sequence[Observation],
         answers: Sequence[str] | None = None,
-        rng: np.random.Generator | None = None,
+        rngs: Sequence[np.random.Generator | None] | None = None,
         jitter: tuple[float, float, float, float] = JITTER,
     ) -> dict[str, torch.Tensor]:
-        """The batch of observations: both flows come through here, and differ in answers and rng only."""
-        images = [compose(observation, self.spec, rng, jitter) for observation in observations]
+        """The batch of observations: both flows come through here, and differ in answers and generators only."""
+        pairs = zip(observations, rngs or [None] * len(observations), strict=True)
+        images = [compose(observation, self.spec, rng, jitter) for observation, rng in pairs]
         return self.batch(images, [self.words(observation) for observation in observations], answers)
 
     def answer_ids(self, answer: str) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
@@ -101,9 +101,13 @@ class Keeper(TrainerCallback):
 
     trainer: VLA0Trainer
 
-    def __init__(self, output: Path, spec: Spec, processor: Any, held_out: Dataset | None, measure: Measure | None):
-        self.output, self.spec, self.processor = output, spec, processor
+    def __init__(self, output: Path, processor: Any, samples: Samples, held_out: Samples | None, measure: Measure | None):
+        self.output, self.spec, self.processor, self.samples = output, samples.spec, processor, samples
         self.held_out, self.measure = held_out, measure
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Tells the rows their epoch; resuming starts within one."""
+        self.samples.epoch = int((state.epoch or 0) + 1e-6)
 
     def on_save(self, args, state, control, **kwargs):
         """Names the new checkpoint `last`, measures it, and names it `best` where it is."""
@@ -165,18 +169,21 @@ def main(config: TrainConfig, measure: Measure | None = None) -> Path:
     """Trains, or goes on where the same recipe stopped; the folder `last`. measure: tries a checkpoint at each save."""
     output = Path(config.output)
     resume = _resumable(config, output)
+    if resume and resume.name == f"checkpoint-{config.steps}":
+        logger.info("'%s' has ended already", output)
+        return output / "last"
     set_seed(config.seed)
     source = Source(config.data)
     vlm, processor, spec = _start(config, source, output / "last" if resume else None)
     prompt = Prompt(spec, processor)
-    samples = Samples(source, spec)
+    samples = Samples(source, spec, config.seed)
     clipped = samples.outside()
     if clipped.any():
         logger.warning("%s of %d actions lie outside the bounds, by dimension, and are clipped", clipped.tolist(), len(samples))
     held_out = Samples(source, spec, held_out=True) if config.data.held_out else None
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "recipe.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    keeper = Keeper(output, spec, processor, held_out, measure)
+    keeper = Keeper(output, processor, samples, held_out, measure)
     trainer = VLA0Trainer(
         model=vlm, args=_arguments(config, output), train_dataset=samples,
         data_collator=collator(prompt, config.augmentation),

@@ -49,7 +49,7 @@ class MetaWorldEnv:
 
     fps = FPS
 
-    def __init__(self, task: str, image_size: int = 112, max_steps: int = 200):
+    def __init__(self, task: str, image_size: int = 112, max_steps: int = 150):
         if task not in ALL_V3_ENVIRONMENTS:
             raise InputError(
                 f"a Meta-World task of {len(ALL_V3_ENVIRONMENTS)}", f"'{task}'", f"for example {', '.join(list(SENTENCES)[:3])}"

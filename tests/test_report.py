@@ -1,0 +1,110 @@
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from vla0 import InputError
+from vla0.parallel import write_video
+from vla0.report import plot_actions, write_report
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """A folder as an evaluation leaves it: three episodes, one failed, and an error."""
+    (tmp_path / "videos").mkdir()
+    rng = np.random.default_rng(0)
+    lines = []
+    for seed in range(3):
+        stem = f"videos/policy_reach_{seed}"
+        frames = [{"front": np.full((32, 32, 3), 8 * step, np.uint8)} for step in range(20)]
+        write_video(tmp_path / f"{stem}.mp4", frames, 20.0)
+        chunks = rng.normal(size=(5, 4, 2))
+        np.savez(tmp_path / f"{stem}.npz", actions=chunks.reshape(20, 2), queries=np.arange(0, 20, 4), chunks=chunks)
+        lines.append(
+            {
+                "policy": "policy",
+                "task": "reach",
+                "seed": seed,
+                "success": seed != 1,
+                "steps": 20,
+                "seconds": 1.0,
+                "video": f"{stem}.mp4",
+                "error": None,
+            }
+        )
+    lines.append({**lines[0], "success": None, "steps": None, "video": None, "error": "Boom: <script>alert(1)</script>"})
+    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def test_the_report_stands_alone(evaluated):
+    page = write_report(evaluated, "a <title>").read_text()
+    assert not re.search(r"(src|href)=['\"](?!data:)", page)
+    assert "<script" not in page
+    assert "2 of 3" in page
+    assert "a &lt;title&gt;" in page
+
+
+def test_a_report_of_nothing_is_refused(tmp_path):
+    with pytest.raises(InputError, match="vla0 eval"):
+        write_report(tmp_path)
+
+
+def test_a_plot_holds_every_step_and_every_chunk():
+    chunks = np.arange(24, dtype=float).reshape(3, 4, 2)
+    svg = plot_actions(chunks.reshape(12, 2), np.array([0, 4, 8]), chunks)
+    lines = re.findall(r"points='([^']*)'", svg)
+    assert len(lines) == 2 * (3 + 1)
+    assert max(len(line.split()) for line in lines) == 12
+    numbers = [float(n) for line in lines for n in re.split("[ ,]", line)]
+    assert min(numbers) >= 0
+    assert max(numbers) <= 240
+
+
+def test_a_plot_survives_a_dimension_that_never_moves():
+    svg = plot_actions(np.zeros((1, 2)), np.array([0]), np.zeros((1, 4, 2)))
+    assert "nan" not in svg
+
+
+PROBE = """<script>
+addEventListener('load', async () => {
+  const videos = [...document.querySelectorAll('video')];
+  await Promise.all(videos.map(v => new Promise(done => v.readyState >= 2 ? done() : (v.onloadeddata = done, v.onerror = done, v.load()))));
+  const p = document.createElement('p');
+  p.id = 'probe';
+  p.textContent = JSON.stringify({
+    videos: videos.map(v => [v.videoWidth, Math.round(v.duration * 10) / 10, v.error === null]),
+    curves: document.querySelectorAll('svg polyline').length,
+    rows: [...document.querySelectorAll('tr')].length,
+    wide: document.documentElement.scrollWidth <= innerWidth,
+  });
+  document.body.append(p);
+});
+</script>"""
+
+
+def test_a_real_browser_shows_the_report(evaluated, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine; `make browser` installs it where it may")
+    page = write_report(evaluated).read_text()
+    probed = tmp_path / "probed.html"
+    probed.write_text(page + PROBE)
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    command = [
+        browser,
+        *flags.split(),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=20000",
+        "--timeout=60000",
+        "--dump-dom",
+        probed.as_uri(),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r'<p id="probe">(.*?)</p>', result.stdout)
+    assert found, result.stderr[-2000:]
+    seen = json.loads(found.group(1))
+    assert seen == {"videos": [[32, 1, True]] * 3, "curves": 3 * 2 * (5 + 1), "rows": 3, "wide": True}

@@ -1,0 +1,227 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_dataset, make_recipe
+
+from vla0 import InputError
+from vla0.data import Augmentation, Samples, Source, collator
+from vla0.policy import VLA0
+from vla0.prompt import IGNORE, Prompt
+from vla0.recipe import build, read_config
+from vla0.train import TrainConfig, VLA0Trainer, _arguments, _start, main
+
+
+def config_of(dataset, output, **changes) -> TrainConfig:
+    return build(TrainConfig, make_recipe(dataset, output, **changes), "test")
+
+
+def trained_weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def test_training_leaves_a_checkpoint_that_acts(dataset, tmp_path):
+    last = main(config_of(dataset, tmp_path / "run"))
+    policy = VLA0.from_pretrained(last)
+    source = Source(build(TrainConfig, make_recipe(dataset, tmp_path / "run"), "test").data)
+    sample = source.sample(0, 2, 1)
+    assert policy.predict_batch([sample.observation]).shape == (1, 2, 3)
+    assert policy.spec.high[0] == 24
+    assert {file.suffix for file in last.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt"}
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_training_learns(tmp_path):
+    """Four rows, learned by heart: what is read back through the grammar is what was recorded."""
+    few = make_dataset(tmp_path / "few", lengths=(4,), dimensions=1)
+    spec = {"horizon": 1, "bins": 10, "image_size": 56, "crop": 1.0, "system": "Write."}
+    changes = {"steps": 120, "batch_size": 4, "learning_rate": 3e-3, "save_every": 120, "clip": 1.0, "spec": spec}
+    plain = {"mask": "none", "jitter": [0, 0, 0, 0]}
+    config = config_of(few, tmp_path / "run", **changes, augmentation=plain)
+    policy, source = VLA0.from_pretrained(main(config)), Source(config.data)
+    samples = [source.sample(row, 1, 1) for row in range(4)]
+    chunks = policy.predict_batch([sample.observation for sample in samples])
+    np.testing.assert_allclose(chunks, np.stack([sample.actions for sample in samples]), atol=0.16)
+
+
+def test_resuming_gives_what_an_uninterrupted_run_gives(dataset, tmp_path):
+    whole = main(config_of(dataset, tmp_path / "whole"))
+
+    class KilledError(Exception):
+        pass
+
+    def stop(policy, folder):
+        raise KilledError  # in the middle of step 2's save, after `last` was named
+
+    with pytest.raises(KilledError):
+        main(config_of(dataset, tmp_path / "parts"), stop)
+    assert (tmp_path / "parts" / "last").resolve().name == "step-000002"
+    resumed = main(config_of(dataset, tmp_path / "parts"))
+    assert resumed.resolve().name == "step-000004"
+    for (name, one), other in zip(trained_weights(whole).items(), trained_weights(resumed).values(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, msg=name)
+
+
+def test_a_finished_run_stays_as_it_is(dataset, tmp_path):
+    last = main(config_of(dataset, tmp_path / "run"))
+    before = trained_weights(last)
+    main(config_of(dataset, tmp_path / "run"))
+    assert all((before[name] == weight).all() for name, weight in trained_weights(last).items())
+
+
+def test_another_recipe_in_the_same_folder_is_refused(dataset, tmp_path):
+    main(config_of(dataset, tmp_path / "run"))
+    with pytest.raises(InputError, match="learning_rate"):
+        main(config_of(dataset, tmp_path / "run", learning_rate=1e-4))
+
+
+@pytest.mark.slow
+def test_a_killed_run_never_leaves_half_a_checkpoint_as_last(dataset, tmp_path):
+    """SIGKILL at random moments of a run that saves at every step; `last` always loads, and the run ends."""
+    recipe = tmp_path / "recipe.json"  # JSON is YAML
+    recipe.write_text(json.dumps(make_recipe(dataset, tmp_path / "run", steps=60, save_every=1)))
+    command = [sys.executable, "-m", "vla0.cli", "train", "--config", str(recipe)]
+    rng, reached = np.random.default_rng(0), [0]
+    for _ in range(12):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "2"}
+        )
+        time.sleep(9 + rng.random() * 4)
+        ended = process.poll() is not None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (tmp_path / "run" / "last").exists():
+            VLA0.from_pretrained(tmp_path / "run" / "last")
+            reached.append(int((tmp_path / "run" / "last").resolve().name.removeprefix("step-")))
+        if ended:
+            break
+    assert reached == sorted(reached)
+    assert reached[-1] == 60 or len(set(reached)) > 3
+
+
+def test_best_is_the_checkpoint_that_measured_best(dataset, tmp_path):
+    scores = iter([0.9, 0.2])
+    config = config_of(dataset, tmp_path / "run", data={**make_recipe(dataset, tmp_path)["data"], "held_out": 1})
+    main(config, lambda policy, folder: {"success": next(scores)})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["success"] for line in lines] == [0.9, 0.2]
+    assert all(math.isfinite(line["held_out_loss"]) for line in lines)
+    assert (tmp_path / "run" / "best").resolve().name == "step-000002"
+    assert (tmp_path / "run" / "last").resolve().name == "step-000004"
+    VLA0.from_pretrained(tmp_path / "run" / "best")
+
+
+def batch_and_trainer(dataset, tmp_path, **changes):
+    config = config_of(dataset, tmp_path / "run", **changes)
+    source = Source(config.data)
+    vlm, processor, spec = _start(config, source, None)
+    collate = collator(Prompt(spec, processor), Augmentation())
+    trainer = VLA0Trainer(model=vlm, args=_arguments(config, tmp_path / "run"))
+    return collate([Samples(source, spec)[row] for row in (0, 5, 9)]), trainer
+
+
+def test_the_loss_is_the_models_own(dataset, tmp_path):
+    """Logits at the answers alone give the loss that transformers computes over whole rows."""
+    batch, trainer = batch_and_trainer(dataset, tmp_path)
+    with torch.no_grad():
+        expected = trainer.model(**batch).loss
+        torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
+
+
+def test_logits_are_computed_only_where_there_are_labels(dataset, tmp_path):
+    batch, trainer = batch_and_trainer(dataset, tmp_path)
+    _, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    labelled = batch["labels"].shape[1] - int((batch["labels"] != IGNORE).any(0).int().argmax())
+    assert outputs.logits.shape[1] == labelled + 1
+    assert labelled + 1 < batch["labels"].shape[1]
+
+
+def test_accumulated_batches_give_the_gradient_of_the_whole(dataset, tmp_path):
+    """Of batches with unequal numbers of labels, too: each token counts the same."""
+    weights = []
+    for name, changes in {"whole": {"batch_size": 4}, "parts": {"batch_size": 2, "accumulate": 2}}.items():
+        config = config_of(
+            dataset,
+            tmp_path / name,
+            steps=1,
+            augmentation={"mask": "none", "jitter": [0, 0, 0, 0]},
+            learning_rate=1e-2,
+            **changes,
+        )
+        config = build(
+            TrainConfig,
+            {
+                **make_recipe(dataset, tmp_path / name),
+                **_plain(config),
+                "spec": {**make_recipe(dataset, tmp_path)["spec"], "crop": 1.0},
+            },
+            "test",
+        )
+        weights.append(trained_weights(main(config)))
+    for name, one in weights[0].items():
+        torch.testing.assert_close(one, weights[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def _plain(config):
+    import dataclasses
+
+    return dataclasses.asdict(config)
+
+
+def test_an_unknown_key_is_refused_and_the_nearest_named(dataset, tmp_path):
+    for changes, near in (
+        ({"learning_rat": 1.0}, "learning_rate"),
+        ({"spec": {"bin": 10}}, "bins"),
+        ({"data": {"dataset": "x", "camera": {}}}, "cameras"),
+        ({"augmentation": {"masks": "none"}}, "mask"),
+    ):
+        with pytest.raises(InputError, match=f"did you mean '{near}'"):
+            config_of(dataset, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 0},
+        {"steps": "many"},
+        {"steps": 1.5},
+        {"learning_rate": 0.0},
+        {"precision": "fp16"},
+        {"data": "here"},
+        {"spec": {"low": [0]}},
+    ],
+)
+def test_an_incoherent_recipe_is_refused(dataset, tmp_path, changes):
+    with pytest.raises(InputError):
+        config_of(dataset, tmp_path, **changes)
+
+
+def test_a_recipe_without_a_needed_key_is_refused(dataset, tmp_path):
+    recipe = make_recipe(dataset, tmp_path)
+    del recipe["steps"]
+    with pytest.raises(InputError, match="'steps'"):
+        build(TrainConfig, recipe, "test")
+
+
+def test_overrides_go_over_the_file_and_deeper(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("output: a\nsteps: 5\ndata: {dataset: d, cameras: {front: key}}\nspec: {bins: 100}\n")
+    config = read_config(TrainConfig, file, ["steps=7", "spec.bins=50", "data.dataset=e", "learning_rate=1e-4"])
+    assert (config.steps, config.spec["bins"], config.data.dataset, config.learning_rate) == (7, 50, "e", 1e-4)
+    for bad in (["steps"], ["=3"], ["steps=[1"]):
+        with pytest.raises(InputError):
+            read_config(TrainConfig, file, bad)
+    with pytest.raises(InputError, match="not there"):
+        read_config(TrainConfig, tmp_path / "none.yaml")
+    file.write_text("a: [")
+    with pytest.raises(InputError):
+        read_config(TrainConfig, file)
