@@ -61,7 +61,12 @@ class MetaWorldEnv:
         self.env._set_task_called, self.env._freeze_rand_vec, self.env.seeded_rand_vec = True, False, True
         self.env._partially_observable = False
         self.env.model.vis.quality.offsamples = 0
-        self.renderer = mujoco.Renderer(self.env.model, image_size, image_size)
+        try:
+            self.renderer = mujoco.Renderer(self.env.model, image_size, image_size)
+        except (mujoco.FatalError, RuntimeError, AttributeError) as error:  # type: ignore[attr-defined]
+            backend = os.environ.get("MUJOCO_GL")
+            remedy = "set MUJOCO_GL=egl before mujoco is imported, and see `make rendering`"
+            raise InputError("OpenGL to draw with", f"{error} (MUJOCO_GL={backend})", remedy) from error
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):  # type: ignore[attr-defined]
             self.renderer.scene.flags[flag] = 0
         self.camera = mujoco.MjvCamera()  # type: ignore[attr-defined]

@@ -1,0 +1,74 @@
+import json
+import sys
+
+import pytest
+from conftest import make_recipe
+
+from vla0 import cli
+
+
+@pytest.fixture
+def vla0(monkeypatch, capsys):
+    """Runs the command; (exit code, what it said on either stream)."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["vla0", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def refused(result, *words):
+    code, _, err = result
+    assert code == 2
+    assert "Traceback" not in err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("vla0: expected ")
+    assert all(word in last for word in words), last
+
+
+def test_help_names_the_subcommands(vla0):
+    code, out, _ = vla0("--help")
+    assert code == 0
+    assert all(name in out for name in ("collect", "train", "eval"))
+
+
+def test_train_then_eval_refuses_what_does_not_fit(vla0, dataset, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(make_recipe(dataset, tmp_path / "run")))
+    code, out, _ = vla0("train", "--config", recipe, "steps=2")
+    assert code == 0
+    assert "checkpoint:" in out
+    last = tmp_path / "run" / "last"
+    refused(vla0("train", "--config", recipe, "steps=3"), "steps: 3 instead of 2")
+    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--replan", "9"), "replan")
+    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--replan", "2"), "would do nothing")
+    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--control", "dark"), "control")
+    (last / "vla0.json").unlink()
+    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3"), "vla0.json", "vla0 train")
+
+
+def test_bad_input_is_one_line_and_exit_code_2(vla0, dataset, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(make_recipe(dataset, tmp_path / "run")))
+    refused(vla0("train", "--config", tmp_path / "none.yaml"), "configs/")
+    refused(vla0("train", "--config", recipe, "learning_rat=1"), "did you mean 'learning_rate'?")
+    refused(vla0("train", "--config", recipe, "spec.bins=1"), "bins", "1000")
+    refused(vla0("train", "--config", recipe, "data.action=actoin"), "key 'actoin'")
+    refused(vla0("train", "--config", recipe, "data.dataset=/nowhere"), "LeRobot dataset")
+    refused(vla0("train", "--config", recipe, "simulator.task=[a]"), "did you mean 'tasks'?")
+    refused(vla0("eval", "--checkpoint", "/nowhere", "--task", "reach-v3"), "checkpoint folder or Hub id")
+    refused(vla0("collect", "metaworld", "--task", "make-coffee", "--out", tmp_path / "data"), "Meta-World task")
+    refused(vla0("collect", "gazebo", "--task", "x", "--out", tmp_path / "data"), "metaworld")
+    assert not (tmp_path / "run").exists()
+
+
+def test_usage_errors_have_exit_code_2(vla0):
+    assert vla0("train")[0] == 2
+    assert vla0("fly")[0] == 2

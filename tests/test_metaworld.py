@@ -1,0 +1,108 @@
+"""The real simulator, its expert, and the dataset they make."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("metaworld") is None:
+    pytest.skip("Meta-World is an extra: uv sync --extra metaworld", allow_module_level=True)
+
+from vla0 import InputError
+from vla0.collect import SEEDS, NoisyEnv, collect
+from vla0.data import DataConfig, Source
+from vla0.envs.metaworld import MetaWorldEnv, MetaWorldExpert
+from vla0.rollout import rollout
+
+TASK = "coffee-button-v3"
+
+
+@pytest.fixture(scope="module")
+def world():
+    env = MetaWorldEnv(TASK, image_size=56)
+    yield env
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("collected")
+    return [(collect([TASK], 2, folder / name, image_size=56, workers=2), folder / name)[1] for name in ("one", "same")]
+
+
+def test_a_seed_names_an_episode(world):
+    one, other, same = (world.reset(seed).images["front"].copy() for seed in (0, 1, 0))
+    np.testing.assert_array_equal(one, same)
+    assert (one != other).any()
+
+
+def test_an_observation_is_what_the_spec_calls_one(world):
+    observation = world.reset(0)
+    frame = observation.images["front"]
+    assert (frame.shape, frame.dtype, frame.std() > 10) == ((56, 56, 3), np.uint8, True)
+    assert observation.state.shape == (4,)
+    assert observation.instruction == "push the button of the coffee machine"
+
+
+def test_the_expert_solves_what_random_actions_do_not(world):
+    class Random:
+        def reset(self):
+            self.rng = np.random.default_rng(0)
+
+        def act(self, observation):
+            return self.rng.uniform(-1, 1, 4)
+
+    assert [rollout(world, MetaWorldExpert(world), seed).success for seed in range(3)] == [True] * 3
+    assert not any(rollout(world, Random(), seed).success for seed in range(2))
+
+
+def test_noise_disturbs_the_world_and_not_the_label(world):
+    noisy = NoisyEnv(world, np.random.default_rng(0), share=1.0, scale=0.5)
+    calm, disturbed = (rollout(env, MetaWorldExpert(world), 0) for env in (world, noisy))
+    assert (np.abs(disturbed.actions) <= 1).all()
+    assert calm.steps != disturbed.steps or (calm.actions != disturbed.actions).any()
+
+
+def test_an_unknown_task_is_refused():
+    with pytest.raises(InputError, match="Meta-World task"):
+        MetaWorldEnv("make-coffee")
+
+
+def test_lerobot_itself_opens_what_is_collected(collected):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    dataset = LeRobotDataset("local/one", root=collected[0], video_backend="pyav")
+    assert (dataset.num_episodes, dataset.fps, dataset.meta.info.codebase_version) == (2, 80, "v3.0")
+    item = dataset[0]
+    assert item["observation.images.front"].shape == (3, 56, 56)
+    assert item["action"].shape == (4,)
+    assert item["task"] == "push the button of the coffee machine"
+    assert {"min", "max", "q01", "q99"} <= set(dataset.meta.stats["action"])
+
+
+def test_the_same_arguments_give_the_same_dataset(collected):
+    one, same = (
+        Source(DataConfig(str(folder), {"front": "observation.images.front"}, state="observation.state"))
+        for folder in collected
+    )
+    np.testing.assert_array_equal(one.actions, same.actions)
+    np.testing.assert_array_equal(one.states, same.states)
+    for row in (0, len(one) - 1):
+        frames = [source.sample(row, 1, 1).observation.images["front"] for source in (one, same)]
+        np.testing.assert_array_equal(*frames)
+
+
+def test_what_is_stored_is_what_the_expert_saw(collected, world):
+    """The first frame of the first episode is the simulator's, pixel for pixel."""
+    source = Source(DataConfig(str(collected[0]), {"front": "observation.images.front"}))
+    np.testing.assert_array_equal(source.sample(0, 1, 1).observation.images["front"], world.reset(0).images["front"])
+
+
+def test_nothing_is_overwritten_and_evaluation_seeds_are_kept_free(collected, tmp_path):
+    with pytest.raises(InputError, match="which exists"):
+        collect([TASK], 1, collected[0])
+    with pytest.raises(InputError, match="evaluation"):
+        collect([TASK], 1, tmp_path / "late", seed=SEEDS)
+    assert json.loads((collected[0] / "meta" / "info.json").read_text())["total_episodes"] == 2
+    assert list(tmp_path.iterdir()) == []
