@@ -64,7 +64,17 @@ def test_noise_disturbs_the_world_and_not_the_label(world):
     assert calm.steps != disturbed.steps or (calm.actions != disturbed.actions).any()
 
 
+def test_a_spread_start_places_the_hand_by_the_seed():
+    spread = MetaWorldEnv(TASK, image_size=56, start="spread")
+    hands = [spread.reset(seed).state[:3] for seed in (0, 1, 0)]
+    spread.close()
+    np.testing.assert_array_equal(hands[0], hands[2])
+    assert np.abs(hands[0] - hands[1]).max() > 0.02
+
+
 def test_an_unknown_task_is_refused():
+    with pytest.raises(InputError, match="start of"):
+        MetaWorldEnv(TASK, start="anywhere")
     with pytest.raises(InputError, match="Meta-World task"):
         MetaWorldEnv("make-coffee")
 

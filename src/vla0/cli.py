@@ -31,6 +31,7 @@ def collect(
     episodes: Annotated[int, typer.Option(help="solved episodes for each task")] = 40,
     seed: Annotated[int, typer.Option(help="first seed of each task")] = 0,
     image_size: Annotated[int, typer.Option(help="side of the camera's picture, pixels")] = 112,
+    start: Annotated[str, typer.Option(help="where the hand starts: stock, Meta-World's one place, or spread")] = "stock",
     noise_share: Annotated[float, typer.Option(help="share of the steps whose action is disturbed")] = 0.3,
     noise_scale: Annotated[float, typer.Option(help="standard deviation of the disturbance")] = 0.3,
     workers: Annotated[int | None, typer.Option(help="processes; default one a core")] = None,
@@ -40,7 +41,7 @@ def collect(
         raise InputError("env: metaworld", f"'{env}'", "it is the one simulator with an expert here")
     from vla0.collect import collect as run
 
-    failures = run(task, episodes, out, seed, image_size, noise_share, noise_scale, workers)
+    failures = run(task, episodes, out, seed, image_size, start, noise_share, noise_scale, workers)
     for name, count in failures.items():
         console.print(f"{name}: {episodes} episodes, {count} failures of the expert left out")
     console.print(f"dataset: {out}")
@@ -75,6 +76,7 @@ def evaluate(
     workers: Annotated[int | None, typer.Option(help="environments at once; default 8 a core")] = None,
     max_steps: Annotated[int, typer.Option(help="steps after which an episode has failed")] = 150,
     image_size: Annotated[int, typer.Option(help="side of the camera's picture, pixels")] = 112,
+    start: Annotated[str, typer.Option(help="where the hand starts: stock, Meta-World's one place, or spread")] = "stock",
     device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
 ) -> None:
     """Try a checkpoint in a simulator: a table, videos and a report. The same command again goes on where it stopped."""
@@ -84,7 +86,7 @@ def evaluate(
     from vla0.report import write_report
 
     settings = EvalConfig(
-        tuple(task), env, episodes, replan=replan, ensemble=ensemble, max_steps=max_steps, image_size=image_size
+        tuple(task), env, episodes, replan=replan, ensemble=ensemble, max_steps=max_steps, image_size=image_size, start=start
     )
     policy = VLA0.from_pretrained(checkpoint, device)
     if out is None:

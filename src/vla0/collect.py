@@ -54,16 +54,16 @@ class NoisyEnv:
 
 
 @lru_cache(maxsize=16)
-def _world(task: str, image_size: int):
+def _world(task: str, image_size: int, start: str):
     from vla0.envs.metaworld import MetaWorldEnv, MetaWorldExpert
 
-    env = MetaWorldEnv(task, image_size)
+    env = MetaWorldEnv(task, image_size, start=start)
     return env, MetaWorldExpert(env)
 
 
-def demonstrate(task: str, seed: int, image_size: int, share: float, scale: float) -> Demonstration | None:
+def demonstrate(task: str, seed: int, image_size: int, start: str, share: float, scale: float) -> Demonstration | None:
     """The expert's episode for a seed; None where it failed."""
-    env, expert = _world(task, image_size)
+    env, expert = _world(task, image_size, start)
     seen: list[Observation] = []
     noisy = NoisyEnv(env, np.random.default_rng([seed, SEEDS]), share, scale)
     episode = rollout(noisy, expert, seed, lambda observation, action: seen.append(observation))
@@ -80,6 +80,7 @@ def collect(
     out: str | Path,
     seed: int = 0,
     image_size: int = 112,
+    start: str = "stock",
     noise_share: float = 0.3,
     noise_scale: float = 0.3,
     workers: int | None = None,
@@ -117,7 +118,9 @@ def collect(
             f"local/{out.name}", int(FPS), features, root=partial, robot_type="metaworld", use_videos=False,
             image_writer_threads=2, video_backend=video_backend(),
         )  # fmt: skip
-        for task, demonstration in _stream(tasks, episodes, seed, image_size, noise_share, noise_scale, workers, failures):
+        for task, demonstration in _stream(
+            tasks, episodes, seed, (image_size, start, noise_share, noise_scale), workers, failures
+        ):
             logger.info("%s: %d steps", task, len(demonstration.actions))
             for image, state, action in zip(demonstration.images, demonstration.states, demonstration.actions, strict=True):
                 frame = {f"observation.images.{CAMERA}": image, "observation.state": state, "action": action}
@@ -131,7 +134,7 @@ def collect(
     return failures
 
 
-def _stream(tasks, episodes, seed, image_size, share, scale, workers, failures) -> Iterator[tuple[str, Demonstration]]:
+def _stream(tasks, episodes, seed, settings, workers, failures) -> Iterator[tuple[str, Demonstration]]:
     """Demonstrations in a fixed order, tasks taking turns, made in parallel processes."""
     columns = (TextColumn("collecting"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"), TimeRemainingColumn())
     context = multiprocessing.get_context("spawn")
@@ -143,7 +146,7 @@ def _stream(tasks, episodes, seed, image_size, share, scale, workers, failures) 
         def submit(task):
             following = next(seeds[task], None)
             if following is not None:
-                ahead[task].append(pool.submit(demonstrate, task, following, image_size, share, scale))
+                ahead[task].append(pool.submit(demonstrate, task, following, *settings))
 
         for task in tasks:
             submit(task)

@@ -38,6 +38,7 @@ class EvalConfig:
     ensemble: str = "v1"  # vla0.ensemble.weights_by_age
     max_steps: int = 150
     image_size: int = 112  # of the simulator's camera
+    start: str = "stock"  # of Meta-World's hand; "spread" makes one look
 
     def __post_init__(self):
         object.__setattr__(self, "tasks", tupled(self.tasks))
@@ -55,7 +56,7 @@ def make_env(config: EvalConfig, task: str) -> Env:
         from vla0.envs.metaworld import MetaWorldEnv
     except ImportError as error:
         raise InputError("Meta-World", str(error), "pip install 'vla0[metaworld]'") from None
-    return MetaWorldEnv(task, config.image_size, config.max_steps)
+    return MetaWorldEnv(task, config.image_size, config.max_steps, config.start)
 
 
 def evaluate(

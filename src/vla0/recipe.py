@@ -17,7 +17,7 @@ def read_config(cls: type, file: str | Path, overrides: Sequence[str] = ()) -> A
     """A config of a YAML file with `key=value` overrides (dots go deeper). Raises InputError for an unknown key."""
     try:
         merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
-        content = OmegaConf.to_container(merged, resolve=True)
+        content = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except FileNotFoundError:
         raise InputError("a recipe (YAML)", f"'{file}', which is not there", "see configs/") from None
     except (OmegaConfBaseException, YAMLError, ValueError) as error:

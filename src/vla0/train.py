@@ -247,5 +247,4 @@ def _resumable(config: TrainConfig, output: Path) -> Path | None:
     state = output / "state" / f"checkpoint-{int(last.resolve().name.removeprefix('step-'))}"
     if not state.is_dir():
         raise InputError(f"the training state of '{last}'", f"no '{state}'", "choose another output")
-    logger.info("going on from %s", last.resolve().name)
     return state

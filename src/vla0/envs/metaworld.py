@@ -15,6 +15,11 @@ import mujoco
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
 CAMERA = "front"
+STARTS = {  # where the hand may start, metres from Meta-World's own place: (low, high) of x, y, z
+    "stock": ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
+    # So wide that no constant action solves more than a fifth of the demo's tasks: one has to look (docs/results.md).
+    "spread": ((-0.2, -0.1, 0.0), (0.2, 0.1, 0.2)),
+}
 FPS = 80.0  # Meta-World's control rate: 0.0025 s x 5 substeps a tick
 SENTENCES = {
     "button-press-topdown-v3": "press the button from the top",
@@ -43,23 +48,27 @@ class MetaWorldEnv:
     """One Meta-World task seen from a single camera close by.
 
     Actions (4,): dx, dy, dz of the hand and the gripper, in [-1, 1]; outside they are clipped, as Meta-World does.
-    State (4,): position of the hand (m) and opening of the gripper. The seed places the objects.
+    State (4,): position of the hand (m) and opening of the gripper. The seed places the objects, and with start "spread"
+    the hand.
     Shadows, reflections and multisampling are off: on a CPU they are most of a picture's cost.
     """
 
     fps = FPS
 
-    def __init__(self, task: str, image_size: int = 112, max_steps: int = 150):
+    def __init__(self, task: str, image_size: int = 112, max_steps: int = 150, start: str = "stock"):
         if task not in ALL_V3_ENVIRONMENTS:
             raise InputError(
                 f"a Meta-World task of {len(ALL_V3_ENVIRONMENTS)}", f"'{task}'", f"for example {', '.join(list(SENTENCES)[:3])}"
             )
-        self.task, self.max_steps = task, max_steps
+        if start not in STARTS:
+            raise InputError(f"start of {tuple(STARTS)}", f"'{start}'", "choose one of those")
+        self.task, self.max_steps, self.start = task, max_steps, STARTS[start]
         self.instruction = SENTENCES.get(task, task.removesuffix("-v3").replace("-", " "))
         self.env = ALL_V3_ENVIRONMENTS[task]()
         # Seeded placement of the objects, new at each reset: what Meta-World's benchmark wrappers do task by task.
         self.env._set_task_called, self.env._freeze_rand_vec, self.env.seeded_rand_vec = True, False, True
         self.env._partially_observable = False
+        self.hand = np.array(self.env.hand_init_pos, np.float64)
         self.env.model.vis.quality.offsamples = 0
         try:
             self.renderer = mujoco.Renderer(self.env.model, image_size, image_size)
@@ -75,7 +84,8 @@ class MetaWorldEnv:
         self.full_state = np.zeros(39)  # what the expert sees
 
     def reset(self, seed: int) -> Observation:
-        """Starts the episode whose objects lie where the seed puts them."""
+        """Starts the episode whose objects lie, and whose hand starts, where the seed puts them."""
+        self.env.hand_init_pos = self.hand + np.random.default_rng([seed, 1]).uniform(*self.start)
         self.env.seed(seed)
         self.full_state, _ = self.env.reset()
         return self._observe()

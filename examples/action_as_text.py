@@ -1,0 +1,50 @@
+"""The picture of the README: what the policy sees, what it writes, and what the arm then does."""
+
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import typer
+
+from vla0.data import DataConfig, Source
+from vla0.policy import VLA0
+
+
+def draw(
+    checkpoint: Annotated[Path, typer.Option()] = Path("runs/demo/train/last"),
+    dataset: Annotated[Path, typer.Option()] = Path("runs/demo/dataset"),
+    row: Annotated[int, typer.Option(help="of the dataset")] = 20,
+    out: Annotated[Path, typer.Option()] = Path("docs/action_as_text.png"),
+) -> None:
+    """Draw one row of a dataset with what the policy writes for it."""
+    policy = VLA0.from_pretrained(checkpoint)
+    keys = {camera: f"observation.images.{camera}" for camera in policy.spec.cameras}
+    source = Source(DataConfig(str(dataset), keys, state="observation.state"))
+    observation = source.sample(row, policy.spec.horizon, policy.spec.history).observation
+    chunk = policy.predict_batch([observation])[0]
+    levels = policy.codec.encode(chunk)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.1), width_ratios=(1, 1.45, 1.3), layout="constrained")
+    left.imshow(observation.images[policy.spec.cameras[0]])
+    left.set_title(f"“{observation.instruction}”", fontsize=10)
+    left.axis("off")
+    middle.axis("off")
+    middle.set_title("what the model writes", fontsize=10)
+    colours = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+    for step, line in enumerate(levels):
+        for d, level in enumerate(line):
+            place = (0.08 + 0.22 * d, 0.86 - 0.8 * step / len(levels))
+            middle.text(*place, str(level), fontsize=19, family="monospace", color=colours[d], transform=middle.transAxes)
+    for d in range(policy.spec.dimensions):
+        right.step(range(policy.spec.horizon + 1), [*chunk[:, d], chunk[-1, d]], where="post", color=colours[d], lw=2)
+    right.set(xlabel="control step", ylim=(-1.1, 1.1), xticks=range(policy.spec.horizon + 1))
+    right.set_title("what the arm does", fontsize=10)
+    right.spines[["top", "right"]].set_visible(False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+
+
+if __name__ == "__main__":
+    typer.run(draw)
