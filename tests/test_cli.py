@@ -61,12 +61,13 @@ def test_bad_input_is_one_line_and_exit_code_2(vla0, dataset, tmp_path):
     refused(vla0("train", "--config", recipe, "learning_rat=1"), "did you mean 'learning_rate'?")
     refused(vla0("train", "--config", recipe, "spec.bins=1"), "bins", "1000")
     refused(vla0("train", "--config", recipe, "data.action=actoin"), "key 'actoin'")
+    refused(vla0("train", "--config", recipe, "schedule=cosinus"), "cosinus")
     refused(vla0("train", "--config", recipe, "data.dataset=/nowhere"), "LeRobot dataset")
     refused(vla0("train", "--config", recipe, "simulator.task=[a]"), "did you mean 'tasks'?")
     refused(vla0("eval", "--checkpoint", "/nowhere", "--task", "reach-v3"), "checkpoint folder or Hub id")
     refused(vla0("collect", "metaworld", "--task", "make-coffee", "--out", tmp_path / "data"), "Meta-World task")
     refused(vla0("collect", "gazebo", "--task", "x", "--out", tmp_path / "data"), "metaworld")
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "last").exists()
 
 
 def test_usage_errors_have_exit_code_2(vla0):

@@ -1,3 +1,6 @@
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -197,3 +200,61 @@ def test_an_older_format_is_sent_to_lerobots_converter(tmp_path):
     (folder / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v2.1"}))
     with pytest.raises(InputError, match=r"convert_dataset_v21_to_v30 .*--root="):
         source_of(folder)
+
+
+def downgraded(folder: Path) -> Path:
+    """The dataset in the layout of v2.1: a file an episode, metadata in JSON lines."""
+    import json
+
+    import pandas as pd
+    import pyarrow.parquet as pq
+
+    meta = folder / "meta"
+    info = json.loads((meta / "info.json").read_text())
+    episodes = pd.concat([pd.read_parquet(file) for file in sorted((meta / "episodes").rglob("*.parquet"))])
+    tasks = pd.read_parquet(meta / "tasks.parquet")
+    data = next((folder / "data").rglob("*.parquet"))
+    table = pq.read_table(data)
+    data.unlink()
+    for _, episode in episodes.iterrows():
+        index, first, last = int(episode["episode_index"]), int(episode["dataset_from_index"]), int(episode["dataset_to_index"])
+        pq.write_table(table.slice(first, last - first), folder / "data" / "chunk-000" / f"episode_{index:06d}.parquet")
+    listed = [
+        {"episode_index": int(e.episode_index), "tasks": list(e.tasks), "length": int(e.length)} for e in episodes.itertuples()
+    ]
+    named = [{"task_index": int(row.task_index), "task": str(task)} for task, row in tasks.iterrows()]
+    plain = lambda value: value.tolist() if hasattr(value, "tolist") else value  # noqa: E731
+    stats = []
+    for _, episode in episodes.iterrows():
+        own = {}
+        for key in episode.index[[name.startswith("stats/") for name in episode.index]]:
+            _, feature, name = key.split("/")
+            value = plain(episode[key])
+            own.setdefault(feature, {})[name] = json.loads(json.dumps(value, default=plain))
+        stats.append({"episode_index": int(episode["episode_index"]), "stats": own})
+    for name, rows in {"episodes": listed, "tasks": named, "episodes_stats": stats}.items():
+        (meta / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for gone in ("data_files_size_in_mb", "video_files_size_in_mb"):
+        info.pop(gone, None)
+    info |= {"codebase_version": "v2.1", "total_chunks": 1, "total_videos": 0, "chunks_size": 1000}
+    info |= {"data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet", "video_path": None}
+    (meta / "info.json").write_text(json.dumps(info))
+    (meta / "tasks.parquet").unlink()
+    shutil.rmtree(meta / "episodes")
+    return folder
+
+
+def test_v21_reads_the_same_after_the_command_that_the_error_names(tmp_path):
+    whole = source_of(make_dataset(tmp_path / "whole", lengths=(3, 4)))
+    folder = downgraded(make_dataset(tmp_path / "old", lengths=(3, 4)))
+    with pytest.raises(InputError) as refusal:
+        source_of(folder)
+    command = str(refusal.value).split("convert it: ")[1].split()
+    result = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    converted = source_of(folder)
+    np.testing.assert_array_equal(converted.actions, whole.actions)
+    for row in range(7):
+        one, other = (source.sample(row, 2, 1) for source in (converted, whole))
+        assert one.observation.instruction == other.observation.instruction
+        np.testing.assert_array_equal(one.observation.images["front"], other.observation.images["front"])

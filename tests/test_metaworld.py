@@ -5,15 +5,19 @@ import json
 
 import numpy as np
 import pytest
+from conftest import make_recipe
 
 if importlib.util.find_spec("metaworld") is None:
     pytest.skip("Meta-World is an extra: uv sync --extra metaworld", allow_module_level=True)
 
 from vla0 import InputError
+from vla0.cli import measured
 from vla0.collect import SEEDS, NoisyEnv, collect
 from vla0.data import DataConfig, Source
 from vla0.envs.metaworld import MetaWorldEnv, MetaWorldExpert
+from vla0.recipe import build
 from vla0.rollout import rollout
+from vla0.train import TrainConfig, main
 
 TASK = "coffee-button-v3"
 
@@ -107,6 +111,18 @@ def test_what_is_stored_is_what_the_expert_saw(collected, world):
     """The first frame of the first episode is the simulator's, pixel for pixel."""
     source = Source(DataConfig(str(collected[0]), {"front": "observation.images.front"}))
     np.testing.assert_array_equal(source.sample(0, 1, 1).observation.images["front"], world.reset(0).images["front"])
+
+
+def test_a_recipe_may_ask_for_the_simulator_at_each_save(collected, tmp_path):
+    recipe = make_recipe(
+        collected[0], tmp_path / "run", steps=2, simulator={"tasks": [TASK], "episodes": 1, "max_steps": 3, "image_size": 56}
+    )
+    recipe["data"] = {"dataset": str(collected[0]), "cameras": {"front": "observation.images.front"}}
+    config = build(TrainConfig, recipe, "test")
+    main(config, measured(config.simulator))
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert line == {"step": "step-000002", "success": 0.0}
+    assert (tmp_path / "run" / "simulator" / "step-000002" / "episodes.jsonl").exists()
 
 
 def test_nothing_is_overwritten_and_evaluation_seeds_are_kept_free(collected, tmp_path):

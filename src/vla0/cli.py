@@ -1,5 +1,6 @@
 """One command, `vla0`, and its subcommands. What they need is imported when they run, so that `--help` is quick."""
 
+import importlib.util
 import logging
 import os
 import sys
@@ -41,6 +42,7 @@ def collect(
         raise InputError("env: metaworld", f"'{env}'", "it is the one simulator with an expert here")
     from vla0.collect import collect as run
 
+    quiet()
     failures = run(task, episodes, out, seed, image_size, start, noise_share, noise_scale, workers)
     for name, count in failures.items():
         console.print(f"{name}: {episodes} episodes, {count} failures of the expert left out")
@@ -58,6 +60,7 @@ def train(
     from vla0.recipe import read_config
     from vla0.train import TrainConfig, main
 
+    quiet()
     recipe = read_config(TrainConfig, config, overrides or [])
     last = main(recipe, measured(recipe.simulator))
     console.print(f"checkpoint: {last}")
@@ -88,6 +91,7 @@ def evaluate(
     settings = EvalConfig(
         tuple(task), env, episodes, replan=replan, ensemble=ensemble, max_steps=max_steps, image_size=image_size, start=start
     )
+    quiet()
     policy = VLA0.from_pretrained(checkpoint, device)
     if out is None:
         beside = Path(checkpoint).resolve() if Path(checkpoint).is_dir() else Path("runs") / checkpoint.replace("/", "_")
@@ -98,6 +102,17 @@ def evaluate(
     unfinished = len(task) * episodes * (1 + len(control or [])) - sum(line["error"] is None for line in lines)
     if unfinished > 0:
         raise InputError("every episode to end", f"{unfinished} given up after crashes", f"see the error lines in '{out}'")
+
+
+def quiet() -> None:
+    """No progress bars of other libraries for what takes a moment; the Trainer's own stays."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if importlib.util.find_spec("datasets"):
+        from datasets.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def controls(policy, names: list[str]) -> dict:

@@ -1,5 +1,6 @@
 """An expert in an Env → a LeRobot dataset of what it saw and did."""
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -58,6 +59,7 @@ def _world(task: str, image_size: int, start: str):
     from vla0.envs.metaworld import MetaWorldEnv, MetaWorldExpert
 
     env = MetaWorldEnv(task, image_size, start=start)
+    atexit.register(env.close)  # before the interpreter takes OpenGL apart
     return env, MetaWorldExpert(env)
 
 
@@ -121,7 +123,7 @@ def collect(
         for task, demonstration in _stream(
             tasks, episodes, seed, (image_size, start, noise_share, noise_scale), workers, failures
         ):
-            logger.info("%s: %d steps", task, len(demonstration.actions))
+            logger.debug("%s: %d steps", task, len(demonstration.actions))
             for image, state, action in zip(demonstration.images, demonstration.states, demonstration.actions, strict=True):
                 frame = {f"observation.images.{CAMERA}": image, "observation.state": state, "action": action}
                 dataset.add_frame({**frame, "task": demonstration.instruction})

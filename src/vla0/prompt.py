@@ -59,15 +59,16 @@ class Prompt:
 
     def batch(
         self,
-        images: Sequence[Sequence[np.ndarray]],
+        images: Sequence[Sequence[np.ndarray] | np.ndarray],
         instructions: Sequence[str],
         answers: Sequence[str] | None = None,
     ) -> dict[str, torch.Tensor]:
         """What the model takes, one row per sample, padded on the left; `labels` (B, L) iff answers.
 
-        images: for each sample the output of `compose`; instructions: of `words`; answers: text of a chunk, in which
+        images: for each sample the output of `compose`, or a single image; instructions: of `words`; answers: text of a chunk, in which
         "?" is a character to hide. An answer is followed by the end token; both are labelled, hidden characters not.
         """
+        images = [[own] if isinstance(own, np.ndarray) else own for own in images]
         text = [self.chat(len(own), words) for own, words in zip(images, instructions, strict=True)]
         inputs = self.processor(text=text, images=[image for own in images for image in own], do_resize=False)
         prompts = [list(ids) for ids in inputs["input_ids"]]

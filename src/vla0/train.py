@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
@@ -182,12 +184,13 @@ def main(config: TrainConfig, measure: Measure | None = None) -> Path:
         logger.warning("%s of %d actions lie outside the bounds, by dimension, and are clipped", clipped.tolist(), len(samples))
     held_out = Samples(source, spec, held_out=True) if config.data.held_out else None
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / "recipe.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    if int(os.environ.get("RANK", 0)) == 0:
+        write_whole(output / "recipe.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     keeper = Keeper(output, processor, samples, held_out, measure)
     trainer = VLA0Trainer(
         model=vlm, args=_arguments(config, output), train_dataset=samples,
         data_collator=collator(prompt, config.augmentation),
-        callbacks=[keeper, _tensorboard(output)],
+        callbacks=[keeper, TensorBoardCallback(SummaryWriter(str(output / "tensorboard")))],
     )  # fmt: skip
     trainer.held_out_collator = collator(prompt, None)
     keeper.trainer = trainer
@@ -211,7 +214,7 @@ def _start(config: TrainConfig, source: Source, last: Path | None) -> tuple[Any,
 
 
 def _arguments(config: TrainConfig, output: Path) -> TrainingArguments:
-    return TrainingArguments(
+    settings = dict(
         output_dir=str(output / "state"), max_steps=config.steps,
         per_device_train_batch_size=config.batch_size, per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulate,
@@ -221,13 +224,14 @@ def _arguments(config: TrainConfig, output: Path) -> TrainingArguments:
         logging_steps=config.log_every, save_steps=config.save_every, save_total_limit=2,
         remove_unused_columns=False, label_names=["labels"], prediction_loss_only=True, report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
-
-
-def _tensorboard(output: Path) -> TrainerCallback:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return TensorBoardCallback(SummaryWriter(str(output / "tensorboard")))
+    )  # fmt: skip # noqa: C408
+    try:
+        return TrainingArguments(**settings)  # type: ignore[arg-type]
+    except ValueError as error:  # an unknown schedule; bf16 on a machine that has none
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            "settings that this machine and transformers take", reason, "correct the recipe, or precision=fp32"
+        ) from None
 
 
 def _resumable(config: TrainConfig, output: Path) -> Path | None:

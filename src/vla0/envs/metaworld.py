@@ -1,6 +1,8 @@
 """Meta-World 3.0.0 on MuJoCo as an Env, its scripted experts, and a sentence for each task."""
 
 import os
+import sys
+import warnings
 from functools import cache
 from importlib import metadata
 
@@ -8,7 +10,7 @@ import numpy as np
 
 from vla0.spec import InputError, Observation
 
-os.environ.setdefault("MUJOCO_GL", "egl" if os.uname().sysname == "Linux" else "glfw")  # read when mujoco is imported
+os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # read when mujoco is imported
 
 import metaworld.policies
 import mujoco
@@ -116,4 +118,6 @@ class MetaWorldExpert:
 
     def act(self, observation: Observation) -> np.ndarray:
         """(4,) float32 in [-1, 1]: what the expert does now."""
-        return np.clip(self.expert.get_action(self.env.full_state), -1, 1).astype(np.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says of its own actions that they will be clipped
+            return np.clip(self.expert.get_action(self.env.full_state), -1, 1).astype(np.float32)
