@@ -7,7 +7,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "vla0"
 ROOMS = (
-    "spec codec ensemble rollout recipe vision prompt data model decode policy train "
+    "spec codec ensemble rollout recipe vision prompt data model decode policy keep train "
     "envs collect parallel evaluate report cli"
 ).split()  # fmt: skip
 SPINE = ROOMS[: ROOMS.index("envs")]

@@ -65,8 +65,8 @@ class Prompt:
     ) -> dict[str, torch.Tensor]:
         """What the model takes, one row per sample, padded on the left; `labels` (B, L) iff answers.
 
-        images: for each sample the output of `compose`, or a single image; instructions: of `words`; answers: text of a chunk, in which
-        "?" is a character to hide. An answer is followed by the end token; both are labelled, hidden characters not.
+        images: for each sample the output of `compose`, or one image; instructions: of `words`; answers: text of a chunk, in
+        which "?" is a character to hide. An answer is followed by the end token; both are labelled, hidden characters not.
         """
         images = [[own] if isinstance(own, np.ndarray) else own for own in images]
         text = [self.chat(len(own), words) for own, words in zip(images, instructions, strict=True)]

@@ -1,0 +1,88 @@
+"""`last` and `best`: clean checkpoint folders that are complete whenever they are named so."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+
+from vla0 import model as models
+from vla0.data import Samples
+from vla0.policy import VLA0
+
+Measure = Callable[[VLA0, Path], Mapping[str, float]]  # a policy tried in a simulator: must return "success"
+
+
+class Keeper(TrainerCallback):
+    """Keeps `last` and `best`: clean checkpoint folders, complete whenever they are named so.
+
+    The Trainer's own folders (state/checkpoint-N) hold optimiser pickles and may be half-written after a kill; `last`
+    moves on only after one is whole, and resuming starts from the one that `last` names.
+    """
+
+    trainer: Trainer
+
+    def __init__(self, output: Path, processor: Any, samples: Samples, held_out: Samples | None, measure: Measure | None):
+        self.output, self.spec, self.processor, self.samples = output, samples.spec, processor, samples
+        self.held_out, self.measure = held_out, measure
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Tells the rows their epoch; resuming starts within one."""
+        self.samples.epoch = int((state.epoch or 0) + 1e-6)
+
+    def on_save(self, args, state, control, **kwargs):
+        """Names the new checkpoint `last`, measures it, and names it `best` where it is."""
+        step = f"step-{state.global_step:06d}"
+        if state.is_world_process_zero:
+            models.publish(
+                self.output / "state" / f"checkpoint-{state.global_step}", self.output / step, self.processor, self.spec
+            )
+            point(self.output / "last", step)
+        metrics = self._measured(state)
+        if state.is_world_process_zero:
+            self._rank(step, metrics)
+            self._prune()
+
+    def _measured(self, state) -> dict[str, float]:
+        metrics = {}
+        if self.held_out is not None:
+            metrics["held_out_loss"] = self.trainer.evaluate(self.held_out)["eval_loss"]  # type: ignore[arg-type]
+        if self.measure is not None and state.is_world_process_zero:
+            policy = VLA0(self.trainer.accelerator.unwrap_model(self.trainer.model), self.processor, self.spec)
+            metrics |= self.measure(policy, self.output / "simulator" / f"step-{state.global_step:06d}")
+            policy.model.train()
+            self.trainer.log({f"simulator/{name}": value for name, value in metrics.items() if name != "held_out_loss"})
+        return metrics
+
+    def _rank(self, step: str, metrics: dict[str, float]) -> None:
+        file = self.output / "metrics.jsonl"
+        earlier = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        earlier = [m for m in earlier if m["step"] < step] + [{"step": step, **metrics}]
+        write_whole(file, "".join(json.dumps(m) + "\n" for m in earlier))
+        score = (lambda m: m["success"]) if "success" in metrics else (lambda m: -m.get("held_out_loss", 0.0))
+        best = max(reversed(earlier), key=score) if metrics else earlier[-1]  # of equals the later
+        if best["step"] == step or not (self.output / "best").exists():
+            point(self.output / "best", step)
+
+    def _prune(self) -> None:
+        kept = {(self.output / name).resolve().name for name in ("last", "best")}
+        for folder in self.output.glob("step-*"):
+            if folder.name not in kept:
+                shutil.rmtree(folder)
+
+
+def point(link: Path, name: str) -> None:
+    """Makes `link` name a sibling folder, in one instant."""
+    fresh = link.with_name(f".{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(name)
+    fresh.replace(link)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file that is never half there."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
