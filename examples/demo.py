@@ -20,7 +20,7 @@ from rich.console import Console
 from vla0.evaluate import mean_success, read_episodes, summary, table
 
 TASKS = ("button-press-topdown-v3", "drawer-close-v3", "window-close-v3")
-START = ("--start", "spread")  # of the hand: no constant action gets far
+START = ("--start", "above")  # of the hand: from there no task is solved without looking
 CONTROLS = ("blank", "untrained", "random")
 PACKAGES = ("torch", "transformers", "lerobot", "metaworld", "mujoco", "numpy")
 console = Console()

@@ -32,7 +32,7 @@ def collect(
     episodes: Annotated[int, typer.Option(help="solved episodes for each task")] = 40,
     seed: Annotated[int, typer.Option(help="first seed of each task")] = 0,
     image_size: Annotated[int, typer.Option(help="side of the camera's picture, pixels")] = 112,
-    start: Annotated[str, typer.Option(help="where the hand starts: stock, Meta-World's one place, or spread")] = "stock",
+    start: Annotated[str, typer.Option(help="where the hand starts: stock, Meta-World's one place, or above")] = "stock",
     noise_share: Annotated[float, typer.Option(help="share of the steps whose action is disturbed")] = 0.3,
     noise_scale: Annotated[float, typer.Option(help="standard deviation of the disturbance")] = 0.3,
     workers: Annotated[int | None, typer.Option(help="processes; default one a core")] = None,
@@ -79,7 +79,7 @@ def evaluate(
     workers: Annotated[int | None, typer.Option(help="environments at once; default 8 a core")] = None,
     max_steps: Annotated[int, typer.Option(help="steps after which an episode has failed")] = 150,
     image_size: Annotated[int, typer.Option(help="side of the camera's picture, pixels")] = 112,
-    start: Annotated[str, typer.Option(help="where the hand starts: stock, Meta-World's one place, or spread")] = "stock",
+    start: Annotated[str, typer.Option(help="where the hand starts: stock, Meta-World's one place, or above")] = "stock",
     device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
 ) -> None:
     """Try a checkpoint in a simulator: a table, videos and a report. The same command again goes on where it stopped."""

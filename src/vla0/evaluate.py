@@ -38,7 +38,7 @@ class EvalConfig:
     ensemble: str = "v1"  # vla0.ensemble.weights_by_age
     max_steps: int = 150
     image_size: int = 112  # of the simulator's camera
-    start: str = "stock"  # of Meta-World's hand; "spread" makes one look
+    start: str = "stock"  # of Meta-World's hand; from "above" one has to look
 
     def __post_init__(self):
         object.__setattr__(self, "tasks", tupled(self.tasks))
