@@ -40,7 +40,8 @@ demo:
 lint: .venv/installed
 	$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/pyright
 
-test: install browser lint
+test: install browser
+	$(RUN)/ruff format --check . && $(RUN)/ruff check .
 	$(RUN)/pytest
 
 test-all: install browser lint

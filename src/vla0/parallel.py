@@ -108,6 +108,7 @@ class Crew:
                 for pipe, chunk in zip(pipes, predict([asking[pipe] for pipe in pipes]), strict=True):
                     try:
                         pipe.send(chunk)
+                        self.busy[pipe] = (self.busy[pipe][0], time.monotonic())  # decoding may have taken its time
                     except OSError:
                         logger.debug("a process died while its chunk was decoded; `wait` reports it")
 
