@@ -36,7 +36,7 @@ def test_the_demo_goes_from_nothing_to_results_and_keeps_what_is_done(tmp_path):
     result = demo(tmp_path / "demo")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert list(results["tasks"]) == ["policy", "blank", "untrained", "random"]
+    assert list(results["tasks"]) == ["policy", "blank", "random", "untrained"]
     assert all(own["coffee-button-v3"]["episodes"] == 1 for own in results["tasks"].values())
     assert list(results["seconds"]) == ["install", "collect", "train", "evaluate", "total"]
     assert results["versions"]["mujoco"] == "3.3.2"

@@ -180,10 +180,14 @@ def test_wilson_gives_the_known_intervals(successes, episodes, low, high):
 
 
 def test_the_table_is_a_function_of_the_lines(tmp_path):
-    lines = run(tmp_path, config_of(tmp_path / "world"))
-    again = [json.loads(json.dumps(line)) for line in lines]
-    assert summary(again) == summary(lines)
-    assert table(again).row_count == 2
+    lines = run(tmp_path, config_of(tmp_path / "world", ("fine", "also")), {"policy": walk, "another": walk})
+    assert [(name, list(rows)) for name, rows in summary(lines).items()] == [
+        ("policy", ["also", "fine"]),
+        ("another", ["also", "fine"]),
+    ]
+    again = [json.loads(json.dumps(line)) for line in reversed(lines)]  # whoever ended first
+    assert list(summary(again).items()) == list(summary(lines).items())
+    assert table(again).row_count == 6
 
 
 def test_a_whole_file_is_left_as_it_is(tmp_path):

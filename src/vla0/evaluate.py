@@ -158,8 +158,8 @@ def wilson(successes: int, episodes: int) -> tuple[float, float]:
 def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
     """{policy: {task: {episodes, successes, errors, low, high, steps}}} of episodes.jsonl; steps: median of the solved."""
     table: dict[str, dict[str, dict[str, Any]]] = {}
-    for policy in dict.fromkeys(line["policy"] for line in lines):
-        for task in dict.fromkeys(line["task"] for line in lines if line["policy"] == policy):
+    for policy in sorted({line["policy"] for line in lines}, key=lambda name: (name != "policy", name)):
+        for task in sorted({line["task"] for line in lines if line["policy"] == policy}):
             own = [line for line in lines if line["policy"] == policy and line["task"] == task]
             ended = [line for line in own if line["error"] is None]
             solved = [line["steps"] for line in ended if line["success"]]
