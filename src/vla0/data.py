@@ -3,7 +3,7 @@
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from vla0.codec import ActionCodec
 from vla0.prompt import Prompt, hide, hide_numbers
 from vla0.spec import InputError, Observation, Sample, Spec, offset, tupled
+from vla0.vision import JITTER
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +166,7 @@ class Augmentation:
     mask: str = "character"  # masked action augmentation by "character" (published), "number", or "none"
     mask_most: float = 0.4  # the share hidden is uniform in 0..mask_most
     mask_none: float = 0.1  # probability that nothing is hidden
-    jitter: tuple[float, float, float, float] = field(default=(0.2, 0.2, 0.2, 0.05))  # brightness, contrast, saturation, hue
+    jitter: tuple[float, float, float, float] = JITTER
 
     def __post_init__(self):
         object.__setattr__(self, "jitter", tupled(self.jitter))

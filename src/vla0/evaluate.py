@@ -83,9 +83,8 @@ def evaluate(
     done = {(e["policy"], e["task"], e["seed"]) for e in lines if e["error"] is None}
     failed = [(e["policy"], e["task"], e["seed"]) for e in lines if e["error"] is not None]
     seeds = range(config.first_seed, config.first_seed + config.episodes)
-    every = [
-        (name, task, seed) for name in policies for seed in seeds for task in config.tasks
-    ]  # one policy a time: full batches
+    # One policy at a time: full batches.
+    every = [(name, task, seed) for name in policies for seed in seeds for task in config.tasks]
     jobs = deque(job for job in every if job not in done and failed.count(job) < ATTEMPTS)
     if jobs:
         count = min(len(jobs), workers or 8 * (os.cpu_count() or 1))

@@ -99,6 +99,7 @@ def main(config: TrainConfig, measure: Measure | None = None) -> Path:
     if resume and resume.name == f"checkpoint-{config.steps}":
         logger.info("'%s' has ended already", output)
         return output / "last"
+    arguments = _arguments(config, output)  # refuses before a large model is loaded
     set_seed(config.seed)
     source = Source(config.data)
     vlm, processor, spec = _start(config, source, output / "last" if resume else None)
@@ -113,7 +114,7 @@ def main(config: TrainConfig, measure: Measure | None = None) -> Path:
         write_whole(output / "recipe.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     keeper = Keeper(output, processor, samples, held_out, measure)
     trainer = VLA0Trainer(
-        model=vlm, args=_arguments(config, output), train_dataset=samples,
+        model=vlm, args=arguments, train_dataset=samples,
         data_collator=collator(prompt, config.augmentation),
         callbacks=[keeper, TensorBoardCallback(SummaryWriter(str(output / "tensorboard")))],
     )  # fmt: skip
