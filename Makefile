@@ -2,6 +2,8 @@
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .tools/bin/uv)
 PYTHON ?= $(shell for p in python3.12 python3.13 python3; do $$p -c 'import sys; assert sys.version_info >= (3, 12)' 2>/dev/null && echo $$p && break; done)
 RUN := .venv/bin
+# Bytecode is kept: a dozen processes would each compile torch anew where this is set.
+unexport PYTHONDONTWRITEBYTECODE
 GL_PACKAGES := libegl1 libegl-mesa0 libgl1-mesa-dri
 
 .PHONY: install rendering browser demo test test-all lint clean

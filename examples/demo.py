@@ -21,6 +21,8 @@ from vla0.evaluate import mean_success, read_episodes, summary, table
 
 TASKS = ("button-press-topdown-v3", "drawer-close-v3", "window-close-v3")
 START = ("--start", "above")  # of the hand: from there no task is solved without looking
+FPS = 40  # decisions a second, half of Meta-World's own: half the pictures to draw
+STEPS = 60  # 1.5 s, twice what the expert needs
 CONTROLS = ("blank", "untrained", "random")
 PACKAGES = ("torch", "transformers", "lerobot", "metaworld", "mujoco", "numpy")
 console = Console()
@@ -30,7 +32,7 @@ def run(
     out: Annotated[Path, typer.Option(help="folder of the demo")] = Path("runs/demo"),
     config: Annotated[Path, typer.Option(help="recipe")] = Path("configs/demo.yaml"),
     task: Annotated[list[str], typer.Option(help="Meta-World task")] = list(TASKS),  # noqa: B006
-    demonstrations: Annotated[int, typer.Option(help="for each task")] = 60,
+    demonstrations: Annotated[int, typer.Option(help="for each task")] = 80,
     episodes: Annotated[int, typer.Option(help="for each task and control, on unseen seeds")] = 20,
     steps: Annotated[int | None, typer.Option(help="of training; default the recipe's")] = None,
     install_s: Annotated[float, typer.Option(help="seconds the installation took, for the record")] = 0.0,
@@ -41,12 +43,12 @@ def run(
     seconds.add("install", install_s)
     tasks = [word for name in task for word in ("--task", name)]
     if not (out / "dataset").exists():
-        command = ["collect", "metaworld", *tasks, "--episodes", demonstrations, *START, "--out", out / "dataset"]
+        command = ["collect", "metaworld", *tasks, "--episodes", demonstrations, *START, "--fps", FPS, "--out", out / "dataset"]
         seconds.time("collect", command)
     overrides = [f"output={out / 'train'}", f"data.dataset={out / 'dataset'}", *([f"steps={steps}"] if steps else [])]
     seconds.time("train", ["train", "--config", config, *overrides])
     controls = [word for name in CONTROLS for word in ("--control", name)]
-    acting = [*START, "--replan", 4, "--ensemble", "none"]
+    acting = [*START, "--replan", 4, "--ensemble", "none", "--max-steps", STEPS]
     command = ["eval", "--checkpoint", out / "train" / "last", *tasks, "--episodes", episodes, *acting, *controls]
     seconds.time("evaluate", [*command, "--out", out / "eval"])
     lines = read_episodes(out / "eval" / "episodes.jsonl")

@@ -1,5 +1,6 @@
 """One command, `vla0`, and its subcommands. What they need is imported when they run, so that `--help` is quick."""
 
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -33,6 +34,7 @@ def collect(
     seed: Annotated[int, typer.Option(help="first seed of each task")] = 0,
     image_size: Annotated[int, typer.Option(help="side of the camera's picture, pixels")] = 112,
     start: Annotated[str, typer.Option(help="where the hand starts: stock, Meta-World's one place, or above")] = "stock",
+    fps: Annotated[int, typer.Option(help="decisions a second; an action is repeated in between")] = 80,
     noise_share: Annotated[float, typer.Option(help="share of the steps whose action is disturbed")] = 0.3,
     noise_scale: Annotated[float, typer.Option(help="standard deviation of the disturbance")] = 0.3,
     workers: Annotated[int | None, typer.Option(help="processes; default one a core")] = None,
@@ -43,7 +45,7 @@ def collect(
     from vla0.collect import collect as run
 
     quiet()
-    failures = run(task, episodes, out, seed, image_size, start, noise_share, noise_scale, workers)
+    failures = run(task, episodes, out, seed, image_size, start, fps, noise_share, noise_scale, workers)
     for name, count in failures.items():
         console.print(f"{name}: {episodes} episodes, {count} failures of the expert left out")
     console.print(f"dataset: {out}")
@@ -93,6 +95,7 @@ def evaluate(
     )
     quiet()
     policy = VLA0.from_pretrained(checkpoint, device)
+    settings = dataclasses.replace(settings, fps=policy.spec.fps)
     if out is None:
         beside = Path(checkpoint).resolve() if Path(checkpoint).is_dir() else Path("runs") / checkpoint.replace("/", "_")
         out = beside.with_name(f"{beside.name}-eval")
@@ -145,7 +148,8 @@ def measured(simulator):
     settings = build(EvalConfig, simulator, "simulator")
 
     def measure(policy, out):
-        lines = run({"policy": policy.predict_batch}, policy.spec.horizon, settings, out)
+        own = dataclasses.replace(settings, fps=policy.spec.fps)
+        lines = run({"policy": policy.predict_batch}, policy.spec.horizon, own, out)
         return {"success": mean_success(summary(lines)["policy"])}
 
     return measure

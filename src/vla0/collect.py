@@ -55,17 +55,19 @@ class NoisyEnv:
 
 
 @lru_cache(maxsize=16)
-def _world(task: str, image_size: int, start: str):
+def _world(task: str, image_size: int, start: str, fps: float):
     from vla0.envs.metaworld import MetaWorldEnv, MetaWorldExpert
 
-    env = MetaWorldEnv(task, image_size, start=start)
+    env = MetaWorldEnv(task, image_size, start=start, fps=fps)
     atexit.register(env.close)  # before the interpreter takes OpenGL apart
     return env, MetaWorldExpert(env)
 
 
-def demonstrate(task: str, seed: int, image_size: int, start: str, share: float, scale: float) -> Demonstration | None:
+def demonstrate(
+    task: str, seed: int, image_size: int, start: str, fps: float, share: float, scale: float
+) -> Demonstration | None:
     """The expert's episode for a seed; None where it failed."""
-    env, expert = _world(task, image_size, start)
+    env, expert = _world(task, image_size, start, fps)
     seen: list[Observation] = []
     noisy = NoisyEnv(env, np.random.default_rng([seed, SEEDS]), share, scale)
     episode = rollout(noisy, expert, seed, lambda observation, action: seen.append(observation))
@@ -83,6 +85,7 @@ def collect(
     seed: int = 0,
     image_size: int = 112,
     start: str = "stock",
+    fps: int = 80,
     noise_share: float = 0.3,
     noise_scale: float = 0.3,
     workers: int | None = None,
@@ -94,7 +97,7 @@ def collect(
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     from vla0.data import video_backend
-    from vla0.envs.metaworld import CAMERA, FPS
+    from vla0.envs.metaworld import CAMERA
 
     out = Path(out)
     if out.exists():
@@ -117,11 +120,11 @@ def collect(
     failures = dict.fromkeys(tasks, 0)
     try:
         dataset = LeRobotDataset.create(
-            f"local/{out.name}", int(FPS), features, root=partial, robot_type="metaworld", use_videos=False,
+            f"local/{out.name}", fps, features, root=partial, robot_type="metaworld", use_videos=False,
             image_writer_threads=2, video_backend=video_backend(),
         )  # fmt: skip
         for task, demonstration in _stream(
-            tasks, episodes, seed, (image_size, start, noise_share, noise_scale), workers, failures
+            tasks, episodes, seed, (image_size, start, fps, noise_share, noise_scale), workers, failures
         ):
             logger.debug("%s: %d steps", task, len(demonstration.actions))
             for image, state, action in zip(demonstration.images, demonstration.states, demonstration.actions, strict=True):

@@ -39,6 +39,7 @@ class EvalConfig:
     max_steps: int = 150
     image_size: int = 112  # of the simulator's camera
     start: str = "stock"  # of Meta-World's hand; from "above" one has to look
+    fps: float = 80.0  # decisions a second: those of the policy's Spec
 
     def __post_init__(self):
         object.__setattr__(self, "tasks", tupled(self.tasks))
@@ -56,7 +57,7 @@ def make_env(config: EvalConfig, task: str) -> Env:
         from vla0.envs.metaworld import MetaWorldEnv
     except ImportError as error:
         raise InputError("Meta-World", str(error), "pip install 'vla0[metaworld]'") from None
-    return MetaWorldEnv(task, config.image_size, config.max_steps, config.start)
+    return MetaWorldEnv(task, config.image_size, config.max_steps, config.start, config.fps)
 
 
 def evaluate(

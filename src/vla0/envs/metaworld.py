@@ -11,6 +11,7 @@ import numpy as np
 from vla0.spec import InputError, Observation
 
 os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # read when mujoco is imported
+os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa in software: a thread beside each simulator only slows it down
 
 import metaworld.policies
 import mujoco
@@ -22,7 +23,7 @@ STARTS = {  # where the hand may start, metres from Meta-World's own place: (low
     # From the stock place some tasks are solved by pushing one way without looking; from above they are not (docs/results.md).
     "above": ((-0.02, -0.02, 0.18), (0.02, 0.02, 0.22)),
 }
-FPS = 80.0  # Meta-World's control rate: 0.0025 s x 5 substeps a tick
+FPS = 80  # Meta-World's own control rate: 0.0025 s x 5 substeps a tick
 SENTENCES = {
     "button-press-topdown-v3": "press the button from the top",
     "button-press-v3": "press the button on the wall",
@@ -51,20 +52,21 @@ class MetaWorldEnv:
 
     Actions (4,): dx, dy, dz of the hand and the gripper, in [-1, 1]; outside they are clipped, as Meta-World does.
     State (4,): position of the hand (m) and opening of the gripper. The seed places the objects, and with start "above"
-    the hand.
+    the hand. fps: the rate of decisions; an action is repeated in between.
     Shadows, reflections and multisampling are off: on a CPU they are most of a picture's cost.
     """
 
-    fps = FPS
-
-    def __init__(self, task: str, image_size: int = 112, max_steps: int = 150, start: str = "stock"):
+    def __init__(self, task: str, image_size: int = 112, max_steps: int = 150, start: str = "stock", fps: float = FPS):
         if task not in ALL_V3_ENVIRONMENTS:
             raise InputError(
                 f"a Meta-World task of {len(ALL_V3_ENVIRONMENTS)}", f"'{task}'", f"for example {', '.join(list(SENTENCES)[:3])}"
             )
         if start not in STARTS:
             raise InputError(f"start of {tuple(STARTS)}", f"'{start}'", "choose one of those")
+        if not 0 < fps <= FPS or FPS % fps:
+            raise InputError(f"fps, a whole part of {FPS}", f"{fps}", "80, 40, 20, 16 and 10 are some")
         self.task, self.max_steps, self.start = task, max_steps, STARTS[start]
+        self.fps, self.ticks = float(fps), round(FPS / fps)
         self.instruction = SENTENCES.get(task, task.removesuffix("-v3").replace("-", " "))
         self.env = ALL_V3_ENVIRONMENTS[task]()
         # Seeded placement of the objects, new at each reset: what Meta-World's benchmark wrappers do task by task.
@@ -93,9 +95,12 @@ class MetaWorldEnv:
         return self._observe()
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
-        """One tick: what is seen then, and whether Meta-World calls the task solved."""
-        self.full_state, _, _, _, info = self.env.step(np.clip(action, -1, 1))
-        return self._observe(), bool(info["success"])
+        """What is seen 1/fps s later, and whether Meta-World has called the task solved by then."""
+        success = False
+        for _ in range(self.ticks):
+            self.full_state, _, _, _, info = self.env.step(np.clip(action, -1, 1))
+            success = success or bool(info["success"])
+        return self._observe(), success
 
     def close(self) -> None:
         """Frees the renderer."""
