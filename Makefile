@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3; do $$p -c 'import sys;
 RUN := .venv/bin
 # Bytecode is kept: a dozen processes would each compile torch anew where this is set.
 unexport PYTHONDONTWRITEBYTECODE
+CHECK := $(RUN)/python -c "from vla0.doctor import draw; draw()"
 GL_PACKAGES := libegl1 libegl-mesa0 libgl1-mesa-dri
 
 .PHONY: install rendering browser demo test test-all lint clean
@@ -21,9 +22,9 @@ install: .venv/installed rendering
 
 # The simulator draws its pictures without a screen through EGL.
 rendering: .venv/installed
-	@$(RUN)/python examples/check_rendering.py || { \
+	@$(CHECK) || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && apt-get install -y -qq --no-install-recommends $(GL_PACKAGES) && $(RUN)/python examples/check_rendering.py; \
+	    apt-get update -qq && apt-get install -y -qq --no-install-recommends $(GL_PACKAGES) && $(CHECK); \
 	  else \
 	    echo "vla0: headless rendering needs Mesa's EGL; install it: sudo apt-get install $(GL_PACKAGES)"; exit 2; \
 	  fi; }

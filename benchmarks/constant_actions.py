@@ -9,8 +9,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from vla0.collect import SEEDS
-from vla0.envs.metaworld import STARTS, MetaWorldEnv, MetaWorldExpert
+from vla0.envs.metaworld import FIRST_SEED, STARTS, MetaWorldEnv, MetaWorldExpert
 from vla0.rollout import rollout
 
 TASKS = ["button-press-topdown-v3", "drawer-close-v3", "window-close-v3", "coffee-button-v3"]
@@ -29,7 +28,7 @@ def measure(
             episode = rollout(env, MetaWorldExpert(env), 0)
             grip = float(np.median(episode.actions[:, 3]))
             candidates = [*directions, episode.actions[:, :3].mean(0), np.median(episode.actions[:, :3], 0)]
-            rates = [np.mean([solves(env, np.r_[c, grip], SEEDS + s, steps) for s in range(episodes)]) for c in candidates]
+            rates = [np.mean([solves(env, np.r_[c, grip], FIRST_SEED + s, steps) for s in range(episodes)]) for c in candidates]
             best = int(np.argmax(rates))
             print(
                 f"{name} {start}: best {rates[best]:.0%} of {episodes}, with {np.round(candidates[best], 1).tolist()}",

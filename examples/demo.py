@@ -17,12 +17,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vla0.evaluate import mean_success, read_episodes, summary, table
+from vla0.table import mean_success, read_episodes, summary, table
 
 TASKS = ("button-press-topdown-v3", "drawer-close-v3", "window-close-v3")
 START = ("--start", "above")  # of the hand: from there no task is solved without looking
 FPS = 40  # decisions a second, half of Meta-World's own: half the pictures to draw
-STEPS = 60  # 1.5 s, twice what the expert needs
+STEPS = 50  # 1.25 s; the expert needs up to 46
 CONTROLS = ("blank", "untrained", "random")
 PACKAGES = ("torch", "transformers", "lerobot", "metaworld", "mujoco", "numpy")
 console = Console()
@@ -48,7 +48,7 @@ def run(
     overrides = [f"output={out / 'train'}", f"data.dataset={out / 'dataset'}", *([f"steps={steps}"] if steps else [])]
     seconds.time("train", ["train", "--config", config, *overrides])
     controls = [word for name in CONTROLS for word in ("--control", name)]
-    acting = [*START, "--replan", 4, "--ensemble", "none", "--max-steps", STEPS]
+    acting = [*START, "--replan", 1, "--ensemble", "none", "--max-steps", STEPS]
     command = ["eval", "--checkpoint", out / "train" / "last", *tasks, "--episodes", episodes, *acting, *controls]
     seconds.time("evaluate", [*command, "--out", out / "eval"])
     lines = read_episodes(out / "eval" / "episodes.jsonl")

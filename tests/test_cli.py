@@ -47,6 +47,11 @@ def test_train_then_eval_refuses_what_does_not_fit(vla0, dataset, tmp_path):
     assert "checkpoint:" in out
     last = tmp_path / "run" / "last"
     refused(vla0("train", "--config", recipe, "steps=3"), "steps: 3 instead of 2")
+    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3"), "actions of 4 numbers", "3 in the checkpoint")
+    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--suite", "object"), "suite", "--env libero")
+    refused(vla0("eval", "--checkpoint", last), "--task or --suite")
+    spec = json.loads((last / "vla0.json").read_text())
+    (last / "vla0.json").write_text(json.dumps(spec | {"low": [-1.0] * 4, "high": [1.0] * 4}))
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--replan", "9"), "replan")
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--replan", "2"), "would do nothing")
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--control", "dark"), "control")

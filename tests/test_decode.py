@@ -33,6 +33,24 @@ def test_decoding_is_constrained_greedy(policy, seed):
     np.testing.assert_array_equal(levels[0], by_hand(policy, observation))
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_stopping_early_changes_no_number(policy, steps):
+    batch = policy.prompt.observe([make_observation(seed) for seed in range(4)])
+    whole, short = decode(policy.model, batch, policy.prompt), decode(policy.model, batch, policy.prompt, steps)
+    np.testing.assert_array_equal(short, whole[:, :steps])
+
+
+def test_stopping_early_saves_the_passes(policy):
+    batch = policy.prompt.observe([make_observation(0)])
+    passes = []
+    hook = policy.model.register_forward_pre_hook(lambda module, inputs: passes.append(1))
+    decode(policy.model, batch, policy.prompt)
+    whole = len(passes)
+    decode(policy.model, batch, policy.prompt, 1)
+    hook.remove()
+    assert len(passes) - whole <= whole / policy.spec.horizon + 1
+
+
 def test_decoding_gives_exactly_a_chunk_whatever_the_weights(policy):
     levels = decode(policy.model, policy.prompt.observe([make_observation(s) for s in range(4)]), policy.prompt)
     assert levels.shape == (4, policy.spec.horizon, policy.spec.dimensions)

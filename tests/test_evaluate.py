@@ -4,20 +4,9 @@ import numpy as np
 import pytest
 from worlds import make_line
 
-from vla0 import InputError
-from vla0.evaluate import (
-    EvalConfig,
-    blanked,
-    evaluate,
-    make_env,
-    mean_success,
-    mend,
-    random_actions,
-    read_episodes,
-    summary,
-    table,
-    wilson,
-)  # fmt: skip
+from vla0 import InputError, Spec
+from vla0.evaluate import EvalConfig, blanked, evaluate, exchanged, fit, make_env, random_actions
+from vla0.table import mean_success, mend, read_episodes, suites, summary, table, wilson
 
 
 def config_of(folder, tasks=("fine",), **changes) -> EvalConfig:
@@ -143,6 +132,16 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     assert len(run(tmp_path, config_of(tmp_path / "world", episodes=4))) == 4  # more of the same is no other setting
 
 
+def test_another_checkpoint_in_the_same_folder_is_refused(tmp_path):
+    config = config_of(tmp_path / "world")
+    lines = run(tmp_path, config, identity={"checkpoint": "one", "versions": {"mujoco": "3.3.2"}})
+    with pytest.raises(InputError, match="checkpoint one"):
+        run(tmp_path, config, identity={"checkpoint": "two", "versions": {"mujoco": "3.3.2"}})
+    with pytest.raises(InputError, match="versions"):
+        run(tmp_path, config, identity={"checkpoint": "one", "versions": {"mujoco": "3.4.0"}})
+    assert read_episodes(tmp_path / "out" / "episodes.jsonl") == lines
+
+
 def test_ensembling_that_would_do_nothing_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(InputError, match="would do nothing"):
         run(tmp_path, config_of(tmp_path / "world", replan=4, ensemble="v1"))
@@ -156,8 +155,19 @@ def test_incoherent_settings_are_refused(change):
 
 
 def test_an_unknown_simulator_is_refused():
-    with pytest.raises(InputError, match="env of"):
-        make_env(EvalConfig(("a",), "nowhere"), "a")
+    with pytest.raises(InputError, match="did you mean 'metaworld'"):
+        make_env(EvalConfig(("a",), "meta"), "a")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"cameras": ("top",)}, "'top'"), ({"low": (0.0,), "high": (1.0,)}, "1 in the check")]
+)
+def test_a_checkpoint_that_does_not_fit_the_simulator_is_refused(change, words):
+    pytest.importorskip("metaworld")
+    fits = {"low": (0.0,) * 4, "high": (1.0,) * 4, "fps": 80.0, "cameras": ("front",), "base_model": "tiny"}
+    fit(Spec(**fits), "metaworld")
+    with pytest.raises(InputError, match=words):
+        fit(Spec(**{**fits, **change}), "metaworld")
 
 
 def test_the_blank_control_sees_black(tmp_path):
@@ -170,6 +180,30 @@ def test_the_blank_control_sees_black(tmp_path):
     assert seen[0].images["front"].max() == 0
     assert seen[0].instruction == "go"
     assert original.images["front"].min() == 9
+
+
+def test_exchanged_sentences_are_those_of_the_suite():
+    from vla0 import Observation
+
+    tasks = [("a/1", "open it"), ("b/1", "lift it"), ("a/2", "close it"), ("b/2", "drop it"), ("a/3", "turn it")]
+    heard = []
+    deaf = exchanged(lambda observations: heard.extend(o.instruction for o in observations), tasks)
+    deaf([Observation({}, sentence) for _, sentence in tasks])
+    assert heard == ["close it", "drop it", "turn it", "lift it", "open it"]
+    with pytest.raises(InputError, match="two tasks"):
+        exchanged(walk, [("a/1", "open it"), ("b/1", "lift it")])
+
+
+def test_a_suite_is_its_tasks_together():
+    lines = [
+        {"policy": "policy", "task": f"libero_goal/{task}", "seed": seed, "success": seed < task, "steps": 9, "error": None}
+        for task in (1, 3) for seed in range(4)
+    ]  # fmt: skip
+    found = suites(summary(lines)["policy"])
+    assert found == {"libero_goal": {"episodes": 8, "successes": 4, "low": wilson(4, 8)[0], "high": wilson(4, 8)[1]}}
+    shown = table(lines)
+    assert [str(cell) for cell in list(shown.columns)[-1].cells] == ["", "", "96.2 %", ""]
+    assert suites({"drawer-close-v3": {}}) == {}
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ if importlib.util.find_spec("metaworld") is None:
 
 from vla0 import InputError
 from vla0.cli import measured
-from vla0.collect import SEEDS, NoisyEnv, collect
+from vla0.collect import CollectConfig, NoisyEnv, collect
 from vla0.data import DataConfig, Source
-from vla0.envs.metaworld import MetaWorldEnv, MetaWorldExpert
+from vla0.envs.metaworld import FIRST_SEED, MetaWorldEnv, MetaWorldExpert
 from vla0.recipe import build
 from vla0.rollout import rollout
 from vla0.train import TrainConfig, main
@@ -32,7 +32,10 @@ def world():
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory):
     folder = tmp_path_factory.mktemp("collected")
-    return [(collect([TASK], 2, folder / name, image_size=56, workers=2), folder / name)[1] for name in ("one", "same")]
+    return [
+        (collect(CollectConfig((TASK,), episodes=2, image_size=56), folder / name, workers=2), folder / name)[1]
+        for name in ("one", "same")
+    ]
 
 
 def test_a_seed_names_an_episode(world):
@@ -74,6 +77,22 @@ def test_a_start_above_places_the_hand_by_the_seed():
     above.close()
     np.testing.assert_array_equal(hands[0], hands[2])
     assert 0.001 < np.abs(hands[0] - hands[1]).max() < 0.05
+
+
+def test_a_slower_rate_repeats_the_action(world):
+    slow = MetaWorldEnv(TASK, image_size=56, fps=40)
+    pushing = np.array([0.3, -0.2, -0.5, 1.0])
+    for env in (world, slow):
+        env.reset(3)
+    world.step(pushing)
+    observation, _ = world.step(pushing)
+    same, _ = slow.step(pushing)
+    slow.close()
+    np.testing.assert_array_equal(observation.state, same.state)
+    np.testing.assert_array_equal(observation.images["front"], same.images["front"])
+    assert (world.fps, slow.fps) == (80, 40)
+    with pytest.raises(InputError, match="whole part of 80"):
+        MetaWorldEnv(TASK, fps=30)
 
 
 def test_an_unknown_task_is_refused():
@@ -127,8 +146,8 @@ def test_a_recipe_may_ask_for_the_simulator_at_each_save(collected, tmp_path):
 
 def test_nothing_is_overwritten_and_evaluation_seeds_are_kept_free(collected, tmp_path):
     with pytest.raises(InputError, match="which exists"):
-        collect([TASK], 1, collected[0])
+        collect(CollectConfig((TASK,), episodes=1), collected[0])
     with pytest.raises(InputError, match="evaluation"):
-        collect([TASK], 1, tmp_path / "late", seed=SEEDS)
+        CollectConfig((TASK,), episodes=1, seed=FIRST_SEED)
     assert json.loads((collected[0] / "meta" / "info.json").read_text())["total_episodes"] == 2
     assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,30 +23,39 @@ app = typer.Typer(
 )
 console = Console()
 
-CONTROLS = ("blank", "random", "untrained")
+CONTROLS = ("blank", "exchanged", "random", "untrained")
 
 
 @app.command()
 def collect(
-    env: Annotated[str, typer.Argument(help="metaworld")],
-    task: Annotated[list[str], typer.Option(help="task to demonstrate; give it several times for several tasks")],
+    env: Annotated[str, typer.Argument(help="metaworld or libero")],
     out: Annotated[Path, typer.Option(help="new folder for the LeRobot dataset")],
+    task: Annotated[list[str] | None, typer.Option(help="task to demonstrate; give it several times for several tasks")] = None,
+    suite: Annotated[str | None, typer.Option(help="LIBERO: all tasks of spatial, object, goal, long or all four")] = None,
     episodes: Annotated[int, typer.Option(help="solved episodes for each task")] = 40,
-    seed: Annotated[int, typer.Option(help="first seed of each task")] = 0,
-    image_size: Annotated[int, typer.Option(help="side of the camera's picture, pixels")] = 112,
-    start: Annotated[str, typer.Option(help="where the hand starts: stock, Meta-World's one place, or above")] = "stock",
-    fps: Annotated[int, typer.Option(help="decisions a second; an action is repeated in between")] = 80,
-    noise_share: Annotated[float, typer.Option(help="share of the steps whose action is disturbed")] = 0.3,
-    noise_scale: Annotated[float, typer.Option(help="standard deviation of the disturbance")] = 0.3,
+    seed: Annotated[int | None, typer.Option(help="first seed of each task")] = None,
+    image_size: Annotated[int | None, typer.Option(help="side of a picture, pixels; default 112, LIBERO 256")] = None,
+    start: Annotated[str, typer.Option(help="Meta-World: where the hand starts: stock, its one place, or above")] = "stock",
+    fps: Annotated[int, typer.Option(help="Meta-World: decisions a second; an action is repeated in between")] = 80,
+    noise_share: Annotated[float | None, typer.Option(help="share of the steps whose action is disturbed")] = None,
+    noise_scale: Annotated[float | None, typer.Option(help="standard deviation of the disturbance")] = None,
+    quick: Annotated[bool, typer.Option(help="LIBERO: no shadows and reflections; faster on a CPU, other pictures")] = False,
+    videos: Annotated[bool, typer.Option(help="store pictures as videos: smaller, slower to write")] = False,
+    assets: Annotated[Path | None, typer.Option(help="LIBERO: folder of its meshes")] = None,
     workers: Annotated[int | None, typer.Option(help="processes; default one a core")] = None,
 ) -> None:
     """Let a scripted expert show a task, and store what it saw and did as a LeRobot dataset."""
-    if env != "metaworld":
-        raise InputError("env: metaworld", f"'{env}'", "it is the one simulator with an expert here")
+    from vla0.collect import CollectConfig
     from vla0.collect import collect as run
+    from vla0.envs import named
 
     quiet()
-    failures = run(task, episodes, out, seed, image_size, start, fps, noise_share, noise_scale, workers)
+    tasks = named(env, task, suite, assets)
+    failures = run(
+        CollectConfig(
+            tasks, env, episodes, seed, image_size, start, fps, quick, noise_share, noise_scale, videos
+        ), out, workers
+    )  # fmt: skip
     for name, count in failures.items():
         console.print(f"{name}: {episodes} episodes, {count} failures of the expert left out")
     console.print(f"dataset: {out}")
@@ -71,40 +81,82 @@ def train(
 @app.command("eval")
 def evaluate(
     checkpoint: Annotated[str, typer.Option(help="checkpoint folder or Hub id")],
-    task: Annotated[list[str], typer.Option(help="task to try; give it several times for several tasks")],
-    env: Annotated[str, typer.Option(help="metaworld")] = "metaworld",
+    task: Annotated[list[str] | None, typer.Option(help="task to try; give it several times for several tasks")] = None,
+    suite: Annotated[str | None, typer.Option(help="LIBERO: all tasks of spatial, object, goal, long or all four")] = None,
+    env: Annotated[str, typer.Option(help="metaworld or libero")] = "metaworld",
     episodes: Annotated[int, typer.Option(help="episodes for each task, on unseen seeds")] = 20,
     out: Annotated[Path | None, typer.Option(help="folder of the results; default beside the checkpoint")] = None,
     replan: Annotated[int, typer.Option(help="steps executed per query")] = 1,
     ensemble: Annotated[str, typer.Option(help="none, mean, v1 or v2:w: weights of overlapping chunks by age")] = "v1",
     control: Annotated[list[str] | None, typer.Option(help=f"also evaluate a control: {', '.join(CONTROLS)}")] = None,
     workers: Annotated[int | None, typer.Option(help="environments at once; default 8 a core")] = None,
-    max_steps: Annotated[int, typer.Option(help="steps after which an episode has failed")] = 150,
-    image_size: Annotated[int, typer.Option(help="side of the camera's picture, pixels")] = 112,
-    start: Annotated[str, typer.Option(help="where the hand starts: stock, Meta-World's one place, or above")] = "stock",
+    max_steps: Annotated[
+        int | None, typer.Option(help="steps after which an episode has failed; default 150, LIBERO's caps")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="side of a picture, pixels; default 112, LIBERO 256")] = None,
+    start: Annotated[str, typer.Option(help="Meta-World: where the hand starts: stock, its one place, or above")] = "stock",
+    quick: Annotated[bool, typer.Option(help="LIBERO: no shadows and reflections; faster on a CPU, other pictures")] = False,
+    assets: Annotated[Path | None, typer.Option(help="LIBERO: folder of its meshes")] = None,
     device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
 ) -> None:
     """Try a checkpoint in a simulator: a table, videos and a report. The same command again goes on where it stopped."""
-    from vla0.evaluate import EvalConfig, table
+    from vla0.ensemble import steps_used
+    from vla0.envs import named, simulator
+    from vla0.evaluate import EvalConfig, fit
     from vla0.evaluate import evaluate as run
+    from vla0.model import fingerprint
     from vla0.policy import VLA0
     from vla0.report import write_report
+    from vla0.table import table
 
     settings = EvalConfig(
-        tuple(task), env, episodes, replan=replan, ensemble=ensemble, max_steps=max_steps, image_size=image_size, start=start
+        named(env, task, suite, assets), env, episodes, None, replan, ensemble, max_steps, image_size, start, quick=quick
     )
     quiet()
     policy = VLA0.from_pretrained(checkpoint, device)
+    fit(policy.spec, env)
     settings = dataclasses.replace(settings, fps=policy.spec.fps)
     if out is None:
         beside = Path(checkpoint).resolve() if Path(checkpoint).is_dir() else Path("runs") / checkpoint.replace("/", "_")
         out = beside.with_name(f"{beside.name}-eval")
-    lines = run(controls(policy, control or []), policy.spec.horizon, settings, out, workers)
+    identity = {"checkpoint": fingerprint(policy.model, policy.spec), "versions": simulator(env).provenance()}
+    sentences = [(name, simulator(env).sentence(name)) for name in settings.tasks]
+    steps = steps_used(policy.spec.horizon, replan, ensemble)
+    policies = controls(policy, control or [], sentences, steps)
+    lines = run(policies, policy.spec.horizon, settings, out, workers, identity=identity)
     console.print(table(lines))
     console.print(f"report: {write_report(out, f'{checkpoint} on {env}')}")
-    unfinished = len(task) * episodes * (1 + len(control or [])) - sum(line["error"] is None for line in lines)
+    unfinished = len(settings.tasks) * episodes * len(policies) - sum(line["error"] is None for line in lines)
     if unfinished > 0:
         raise InputError("every episode to end", f"{unfinished} given up after crashes", f"see the error lines in '{out}'")
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="libero-assets, libero, libero-images, or a LeRobot dataset owner/name")],
+    out: Annotated[Path | None, typer.Option(help="folder; default data/NAME, for the meshes where LIBERO looks")] = None,
+) -> None:
+    """Fetch LIBERO's meshes or a public LeRobot dataset from the Hub."""
+    from vla0.download import download as run
+
+    console.print(f"in {run(name, out)}")
+
+
+@app.command()
+def doctor(
+    job: Annotated[str | None, typer.Option("--for", help="what is to run here: train, eval or serve")] = None,
+) -> None:
+    """Say what works on this machine, and the remedy for what does not. Exit code 1 where the job cannot run."""
+    from vla0.doctor import JOBS, examine, screen
+
+    if job is not None and job not in JOBS:
+        raise InputError(f"--for with one of {JOBS}", f"'{job}'", "choose one of those")
+    found = examine()
+    console.print(screen(found))
+    hindered = [line.name for line in found if not line.fine and job in line.jobs]
+    if hindered:
+        console.print(f"[red]{job} cannot run here: {', '.join(hindered)}[/red]")
+        raise typer.Exit(1)
 
 
 def quiet() -> None:
@@ -118,20 +170,24 @@ def quiet() -> None:
         disable_progress_bar()
 
 
-def controls(policy, names: list[str]) -> dict:
-    """{name: predict} of the policy and the controls asked for."""
-    from vla0.evaluate import blanked, random_actions
+def controls(policy, names: list[str], sentences: list[tuple[str, str]], steps: int) -> dict:
+    """{name: predict} of the policy and the controls asked for. sentences: (task, sentence) of all tasks. steps: of a chunk."""
+    from vla0.evaluate import blanked, exchanged, random_actions
     from vla0.model import untrained
+    from vla0.parallel import Predict
     from vla0.policy import VLA0
 
-    result = {"policy": policy.predict_batch}
+    predict = partial(policy.predict_batch, chunk_size=steps)
+    result: dict[str, Predict] = {"policy": predict}
     for name in names:
         if name == "blank":
-            result[name] = blanked(policy.predict_batch)
+            result[name] = blanked(predict)
+        elif name == "exchanged":
+            result[name] = exchanged(predict, sentences)
         elif name == "random":
-            result[name] = random_actions(policy.spec.low, policy.spec.high, policy.spec.horizon)
+            result[name] = random_actions(policy.spec.low, policy.spec.high, steps)
         elif name == "untrained":
-            result[name] = VLA0(untrained(policy.model), policy.processor, policy.spec).predict_batch
+            result[name] = partial(VLA0(untrained(policy.model), policy.processor, policy.spec).predict_batch, chunk_size=steps)
         else:
             raise InputError(f"a control of {CONTROLS}", f"'{name}'", "choose one of those")
     return result
@@ -141,9 +197,10 @@ def measured(simulator):
     """What a recipe's `simulator` asks to be measured at each save; None where it asks nothing."""
     if simulator is None:
         return None
-    from vla0.evaluate import EvalConfig, mean_success, summary
+    from vla0.evaluate import EvalConfig
     from vla0.evaluate import evaluate as run
     from vla0.recipe import build
+    from vla0.table import mean_success, summary
 
     settings = build(EvalConfig, simulator, "simulator")
 

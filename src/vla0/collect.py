@@ -5,21 +5,23 @@ import logging
 import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vla0.envs import make, simulator
 from vla0.rollout import Env, rollout
-from vla0.spec import InputError, Observation
+from vla0.spec import InputError, Observation, tupled
 
 logger = logging.getLogger(__name__)
-
-SEEDS = 10_000  # demonstrations take seeds below it, evaluations from it on: what is tested was never seen
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,40 @@ class Demonstration:
     """A solved episode of the expert."""
 
     instruction: str
-    images: np.ndarray  # (T, h, w, 3) uint8
+    images: dict[str, np.ndarray]  # camera → (T, h, w, 3) uint8
     states: np.ndarray  # (T, S) float32
     actions: np.ndarray  # (T, D) float32: what the expert wanted, without the noise
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """What is demonstrated, and how. None: as the simulator has it."""
+
+    tasks: tuple[str, ...]
+    env: str = "metaworld"
+    episodes: int = 40  # solved ones, for each task
+    seed: int | None = None  # the first
+    image_size: int | None = None
+    start: str = "stock"  # of Meta-World's hand
+    fps: int = 80  # decisions a second in Meta-World
+    quick: bool = False  # LIBERO without shadows, reflections and multisampling
+    noise_share: float | None = None  # of the steps, whose action is disturbed
+    noise_scale: float | None = None  # standard deviation of the disturbance
+    videos: bool = False  # pictures stored as videos: a twentieth of the space, slower to read and to write
+
+    def __post_init__(self):
+        module = simulator(self.env)
+        object.__setattr__(self, "tasks", tupled(self.tasks))
+        for name, value in {"seed": module.SEEDS.start, "noise_share": module.NOISE[0], "noise_scale": module.NOISE[1]}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        seeds = range(self.seed or 0, (self.seed or 0) + 2 * self.episodes)
+        if self.episodes < 1 or seeds.start not in module.SEEDS or seeds[-1] not in module.SEEDS:
+            raise InputError(
+                f"episodes >= 1, and seeds in {module.SEEDS.start}..{module.SEEDS.stop - 1}",
+                f"{self.episodes} from seed {self.seed}",
+                "the others are for evaluation",
+            )
 
 
 class NoisyEnv:
@@ -54,121 +87,93 @@ class NoisyEnv:
         self.env.close()
 
 
-@lru_cache(maxsize=16)
-def _world(task: str, image_size: int, start: str, fps: float):
-    from vla0.envs.metaworld import MetaWorldEnv, MetaWorldExpert
-
-    env = MetaWorldEnv(task, image_size, start=start, fps=fps)
+@lru_cache(maxsize=4)  # a LIBERO world takes a gigabyte
+def _world(config: CollectConfig, task: str):
+    env = make(
+        config.env, task, config.image_size, start=config.start, fps=config.fps, quick=config.quick
+    )  # fmt: skip
     atexit.register(env.close)  # before the interpreter takes OpenGL apart
-    return env, MetaWorldExpert(env)
+    return env, simulator(config.env).make_expert(env)
 
 
-def demonstrate(
-    task: str, seed: int, image_size: int, start: str, fps: float, share: float, scale: float
-) -> Demonstration | None:
+def demonstrate(config: CollectConfig, task: str, seed: int) -> Demonstration | None:
     """The expert's episode for a seed; None where it failed."""
-    env, expert = _world(task, image_size, start, fps)
+    env, expert = _world(config, task)
     seen: list[Observation] = []
-    noisy = NoisyEnv(env, np.random.default_rng([seed, SEEDS]), share, scale)
+    noisy = NoisyEnv(env, np.random.default_rng([seed, 10_000]), config.noise_share or 0.0, config.noise_scale or 0.0)
     episode = rollout(noisy, expert, seed, lambda observation, action: seen.append(observation))
     if not episode.success:
         return None
-    images = np.stack([next(iter(observation.images.values())) for observation in seen])
+    images = {camera: np.stack([observation.images[camera] for observation in seen]) for camera in seen[0].images}
     states = np.stack([observation.state for observation in seen if observation.state is not None])
-    return Demonstration(env.instruction, images, states, episode.actions)
+    return Demonstration(seen[0].instruction, images, states, episode.actions)
 
 
-def collect(
-    tasks: Sequence[str],
-    episodes: int,
-    out: str | Path,
-    seed: int = 0,
-    image_size: int = 112,
-    start: str = "stock",
-    fps: int = 80,
-    noise_share: float = 0.3,
-    noise_scale: float = 0.3,
-    workers: int | None = None,
-) -> dict[str, int]:
-    """Writes a LeRobotDataset v3.0 of `episodes` solved episodes for each Meta-World task; {task: failures left out}.
+def collect(config: CollectConfig, out: str | Path, workers: int | None = None) -> dict[str, int]:
+    """Writes a LeRobotDataset v3.0 of the expert's solved episodes; {task: failures left out}.
 
     At `out` there is never a half-written dataset: it is built beside and renamed. Same arguments, same dataset.
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     from vla0.data import video_backend
-    from vla0.envs.metaworld import CAMERA
 
-    out = Path(out)
+    out, module = Path(out), simulator(config.env)
     if out.exists():
         raise InputError("a new folder", f"'{out}', which exists", "name another, or remove it")
-    if episodes < 1 or not 0 <= seed < SEEDS - 2 * episodes:
-        raise InputError(
-            f"episodes >= 1, and seeds in 0..{SEEDS - 1}", f"{episodes} from seed {seed}", "later seeds are for evaluation"
-        )
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    features = {
-        f"observation.images.{CAMERA}": {
-            "dtype": "image",
-            "shape": (image_size, image_size, 3),
-            "names": ["height", "width", "channels"],
-        },
-        "observation.state": {"dtype": "float32", "shape": (4,), "names": ["x", "y", "z", "gripper"]},
-        "action": {"dtype": "float32", "shape": (4,), "names": ["dx", "dy", "dz", "gripper"]},
+    shape = (config.image_size or module.IMAGE_SIZE,) * 2 + (3,)
+    pictures = {"dtype": "video" if config.videos else "image", "shape": shape, "names": ["height", "width", "channels"]}
+    features = dict.fromkeys(module.CAMERAS.values(), pictures) | {
+        key: {"dtype": "float32", "shape": (len(names),), "names": list(names)}
+        for key, names in {"observation.state": module.STATES, "action": module.ACTIONS}.items()
     }
-    failures = dict.fromkeys(tasks, 0)
+    failures = dict.fromkeys(config.tasks, 0)
+    dataset: Any = None
     try:
-        dataset = LeRobotDataset.create(
-            f"local/{out.name}", fps, features, root=partial, robot_type="metaworld", use_videos=False,
-            image_writer_threads=2, video_backend=video_backend(),
-        )  # fmt: skip
-        for task, demonstration in _stream(
-            tasks, episodes, seed, (image_size, start, fps, noise_share, noise_scale), workers, failures
-        ):
+        for task, demonstration in _stream(config, workers, failures):
+            if dataset is None:  # the first episode has shown that all is well
+                dataset = LeRobotDataset.create(
+                    f"local/{out.name}", int(config.fps if config.env == "metaworld" else module.FPS), features, root=partial,
+                    robot_type=config.env, use_videos=config.videos, image_writer_threads=2, video_backend=video_backend(),
+                )  # fmt: skip
             logger.debug("%s: %d steps", task, len(demonstration.actions))
-            for image, state, action in zip(demonstration.images, demonstration.states, demonstration.actions, strict=True):
-                frame = {f"observation.images.{CAMERA}": image, "observation.state": state, "action": action}
-                dataset.add_frame({**frame, "task": demonstration.instruction})
+            for step, (state, action) in enumerate(zip(demonstration.states, demonstration.actions, strict=True)):
+                frames = {module.CAMERAS[camera]: images[step] for camera, images in demonstration.images.items()}
+                dataset.add_frame({**frames, "observation.state": state, "action": action, "task": demonstration.instruction})
             dataset.save_episode()
         dataset.finalize()
-        shutil.rmtree(partial / "images", ignore_errors=True)  # LeRobot's scratch copies; the parquet holds them
+        shutil.rmtree(partial / "images", ignore_errors=True)  # LeRobot's scratch copies
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return failures
 
 
-def _stream(tasks, episodes, seed, settings, workers, failures) -> Iterator[tuple[str, Demonstration]]:
-    """Demonstrations in a fixed order, tasks taking turns, made in parallel processes."""
+def _stream(config: CollectConfig, workers: int | None, failures: dict[str, int]) -> Iterator[tuple[str, Demonstration]]:
+    """Demonstrations in a fixed order, made in parallel processes; a heavy simulator's tasks one after another."""
+    workers = workers or os.cpu_count() or 1
+    turns = [task for _ in range(config.episodes) for task in config.tasks]
+    order = sorted(turns, key=config.tasks.index) if simulator(config.env).HEAVY else turns
+    seeds = {task: iter(range(config.seed or 0, (config.seed or 0) + 2 * config.episodes)) for task in config.tasks}
+    ahead: dict[str, list[Future]] = {task: [] for task in config.tasks}
     columns = (TextColumn("collecting"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"), TimeRemainingColumn())
     context = multiprocessing.get_context("spawn")
-    with Progress(*columns) as progress, ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
-        bar = progress.add_task("", total=episodes * len(tasks))
-        seeds = {task: iter(range(seed, seed + 2 * episodes)) for task in tasks}
-        ahead = {task: [] for task in tasks}
-
-        def submit(task):
-            following = next(seeds[task], None)
-            if following is not None:
-                ahead[task].append(pool.submit(demonstrate, task, following, *settings))
-
-        for task in tasks:
-            submit(task)
-            submit(task)
-        for _ in range(episodes):
-            for task in tasks:
-                demonstration = None
-                while demonstration is None:
-                    if not ahead[task]:
-                        raise InputError(
-                            f"an expert that solves {task}", f"{failures[task]} failures", "less noise, or another task"
-                        )
-                    demonstration = ahead[task].pop(0).result()
-                    failures[task] += demonstration is None
-                    submit(task)
-                yield task, demonstration
-                progress.advance(bar)
-        for task in tasks:
-            for future in ahead[task]:
-                future.cancel()
+    with Progress(*columns) as progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        bar = progress.add_task("", total=len(order))
+        for place, task in enumerate(order):
+            demonstration = None
+            while demonstration is None:
+                for coming, count in Counter(order[place : place + 2 * workers]).items():
+                    for seed in islice(seeds[coming], max(0, count - len(ahead[coming]))):
+                        ahead[coming].append(pool.submit(demonstrate, config, coming, seed))
+                if not ahead[task]:
+                    raise InputError(
+                        f"an expert that solves {task}", f"{failures[task]} failures", "less noise, or another task"
+                    )
+                demonstration = ahead[task].pop(0).result()
+                failures[task] += demonstration is None
+            yield task, demonstration
+            progress.advance(bar)
+        pool.shutdown(cancel_futures=True)

@@ -37,6 +37,11 @@ def weights_by_age(name: str | Sequence[float], count: int) -> tuple[float, ...]
     raise InputError("an ensemble: none, mean, v1 or v2:w with 0 < w <= 1", f"'{name}'", "choose one of those")
 
 
+def steps_used(horizon: int, replan: int, name: str | Sequence[float]) -> int:
+    """How many steps of a chunk are ever executed or averaged: those up to the next query where nothing is averaged."""
+    return replan if name == NONE else horizon
+
+
 def ensemble_actions(chunks: Sequence[np.ndarray], k: int | None = None, weights: str | Sequence[float] = "v1") -> np.ndarray:
     """(D,): the action of now, from chunks (H, D) queried at successive steps, newest last.
 

@@ -1,5 +1,6 @@
 """Load and save a VLM, its processor and vla0.json; the tiny model for a machine without weights."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable
@@ -190,3 +191,13 @@ def untrained(model: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return type(model)(model.config).to(model.device, model.dtype).eval()
+
+
+def fingerprint(model: Any, spec: Spec) -> str:
+    """Hexadecimal digits that differ between checkpoints: of the Spec and of a sample of every weight."""
+    found = hashlib.sha256(repr(spec).encode())
+    for name, weight in model.state_dict().items():
+        flat = weight.flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64]
+        found.update(name.encode() + sample.float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]

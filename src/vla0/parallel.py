@@ -32,11 +32,14 @@ class Crew:
     """The processes, and the loop that feeds them.
 
     policies: by name. make_env: a picklable function, task → Env, that runs in the processes. acting: horizon, replan and
-    ensemble, as ChunkPolicy takes them. out: folder for the episodes' videos and actions.
+    ensemble, as ChunkPolicy takes them. out: folder for the episodes' videos and actions. keep: worlds that a process holds.
     """
 
-    def __init__(self, policies: Mapping[str, Predict], make_env: Callable[[str], Env], acting: tuple, out: Path, count: int):
-        self.policies, self.make_env, self.acting, self.out, self.count = policies, make_env, acting, out, count
+    def __init__(
+        self, policies: Mapping[str, Predict], make_env: Callable[[str], Env], acting: tuple, out: Path, count: int, keep: int
+    ):
+        self.policies, self.count = policies, count
+        self.work = (make_env, acting, out, keep)
         self.members: dict[Connection, Any] = {}  # pipe → process
         self.busy: dict[Connection, tuple] = {}  # pipe → (job, time of its last word)
         self.asking: dict[Connection, Observation] = {}
@@ -69,7 +72,7 @@ class Crew:
     def _hire(self) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, self.make_env, self.acting, self.out), daemon=True)
+        process = context.Process(target=work, args=(theirs, *self.work), daemon=True)
         process.start()
         theirs.close()
         self.members[ours] = process
@@ -136,7 +139,7 @@ class Crew:
             logger.error("%s: given up after %d attempts; see the error lines", job, ATTEMPTS)
 
 
-def work(pipe: Connection, make_env: Callable[[str], Env], acting: tuple, out: Path) -> None:
+def work(pipe: Connection, make_env: Callable[[str], Env], acting: tuple, out: Path, keep: int) -> None:
     """A process's life: episodes in environments of its own, chunks from the parent."""
     envs: dict[str, Env] = {}
 
@@ -153,6 +156,8 @@ def work(pipe: Connection, make_env: Callable[[str], Env], acting: tuple, out: P
         task = job[1]
         try:
             if task not in envs:
+                if len(envs) >= keep:
+                    envs.pop(next(iter(envs))).close()
                 envs[task] = make_env(task)
             pipe.send(("ends", play(job, envs[task], policy, out)))
         except InputError as error:
@@ -170,7 +175,7 @@ def play(job: Job, env: Env, policy: ChunkPolicy, out: Path) -> dict[str, Any]:
     name, task, seed = job
     started, frames = time.monotonic(), []
     episode = rollout(env, policy, seed, lambda observation, action: frames.append(observation.images))
-    video = f"videos/{name}_{task}_{seed}.mp4"
+    video = f"videos/{name}_{task.replace('/', '-')}_{seed}.mp4"
     write_video(out / video, frames, env.fps)
     _write_actions((out / video).with_suffix(".npz"), episode)
     seconds = round(time.monotonic() - started, 2)

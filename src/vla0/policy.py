@@ -52,23 +52,23 @@ class VLA0:
 
         image: (h, w, 3) uint8 RGB where the checkpoint has one camera, else {camera: image}.
         """
+        if not isinstance(image, Mapping):
+            if len(self.spec.cameras) > 1:
+                raise InputError(f"images of cameras {list(self.spec.cameras)}", "one image", "pass image={camera: array}")
+            image = dict.fromkeys(self.spec.cameras, np.asarray(image))
+        return self.predict_batch([Observation(image, instruction, state)], chunk_size)[0]
+
+    def predict_batch(self, observations: Sequence[Observation], chunk_size: int | None = None) -> np.ndarray:
+        """(B, H, D) float32: a chunk for each observation, decoded together; its first `chunk_size` steps where given."""
+        if not observations:
+            raise InputError("one observation at least", "none", "pass a list of them")
         if chunk_size is not None and not 1 <= chunk_size <= self.spec.horizon:
             raise InputError(
                 f"chunk_size in 1..{self.spec.horizon} (the horizon)",
                 f"{chunk_size}",
                 "ask for less, or train a longer horizon",
             )
-        if not isinstance(image, Mapping):
-            if len(self.spec.cameras) > 1:
-                raise InputError(f"images of cameras {list(self.spec.cameras)}", "one image", "pass image={camera: array}")
-            image = dict.fromkeys(self.spec.cameras, np.asarray(image))
-        return self.predict_batch([Observation(image, instruction, state)])[0][:chunk_size]
-
-    def predict_batch(self, observations: Sequence[Observation]) -> np.ndarray:
-        """(B, H, D) float32: a chunk for each observation, in one pass of the model."""
-        if not observations:
-            raise InputError("one observation at least", "none", "pass a list of them")
-        levels = decode(self.model, self.prompt.observe(observations), self.prompt)
+        levels = decode(self.model, self.prompt.observe(observations), self.prompt, chunk_size)
         base = np.stack([offset(observation, self.spec) for observation in observations])
         return (self.codec.decode(levels) + base[:, None]).astype(np.float32)
 
@@ -80,7 +80,9 @@ class VLA0:
 
     def acting(self, replan: int = 1, weights: str | Sequence[float] = "v1") -> Self:
         """Itself, set to execute `replan` steps per query and to ensemble by `weights` (vla0.ensemble)."""
-        self._acting = ChunkPolicy(lambda observation: self.predict_batch([observation])[0], self.spec.horizon, replan, weights)
+        steps = ensemble.steps_used(self.spec.horizon, replan, weights)
+        predict = lambda observation: self.predict_batch([observation], steps)[0]  # noqa: E731
+        self._acting = ChunkPolicy(predict, self.spec.horizon, replan, weights)
         return self
 
     def act(self, observation: Observation) -> np.ndarray:

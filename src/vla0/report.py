@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vla0.evaluate import mean_success, read_episodes, summary
 from vla0.spec import InputError
+from vla0.table import mean_success, read_episodes, suites, summary
 
 SHOWN = 6  # episodes of each policy and task that the page holds; the others stay in videos/
 
@@ -60,6 +60,11 @@ def _table(lines: Sequence[Mapping[str, Any]]) -> str:
             rows.append(
                 f"<tr><td>{escape(policy)}<td>{escape(task)}<td>{row['successes']} of {row['episodes']}<td>{bar}"
                 f"<td>{row['low']:.0%} to {row['high']:.0%}<td>{steps}<td>{row['errors'] or ''}"
+            )
+        for suite, row in suites(tasks).items():
+            rows.append(
+                f"<tr><td>{escape(policy)}<td><strong>{escape(suite)}</strong><td>{row['successes']} of {row['episodes']}<td>"
+                f"<td>{row['low']:.0%} to {row['high']:.0%}"
             )
         rows.append(
             f"<tr><td><strong>{escape(policy)}</strong><td><strong>mean</strong><td><strong>{mean_success(tasks):.1%}</strong>"

@@ -37,9 +37,13 @@ def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> Non
     known = list(known)
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-            remedy = f"did you mean '{near[0]}'?" if near else "remove it"
-            raise InputError(f"a known key in {where}", f"unknown key '{key}'", remedy)
+            raise InputError(f"a known key in {where}", f"unknown key '{key}'", nearest(key, known))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The remedy for a word that is not known: the nearest of those that are."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
+    return f"did you mean '{near[0]}'?" if near else "remove it"
 
 
 def tupled(value: Any) -> Any:

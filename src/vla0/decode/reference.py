@@ -1,20 +1,21 @@
 """Plain constrained greedy decoding, one token a pass: what everything faster must equal."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from vla0.codec import ActionCodec, Grammar
+from vla0.codec import END, ActionCodec, Grammar
 from vla0.prompt import Prompt
 
 
 class GrammarLogits(LogitsProcessor):
-    """Leaves of each row's logits only the symbols that the grammar allows next."""
+    """Leaves of each row's logits only the symbols that the grammar allows next; the end alone after `numbers` of them."""
 
-    def __init__(self, grammar: Grammar, symbol_ids: list[int]):
-        self.grammar, self.symbol_ids = grammar, symbol_ids
+    def __init__(self, grammar: Grammar, symbol_ids: list[int], numbers: int):
+        self.grammar, self.symbol_ids, self.numbers = grammar, symbol_ids, numbers
         self.symbol_of = {token: symbol for symbol, token in enumerate(symbol_ids)}
         self.states: list[tuple[int, str]] = []
 
@@ -25,26 +26,28 @@ class GrammarLogits(LogitsProcessor):
         else:
             last = [self.symbol_of.get(token) for token in input_ids[:, -1].tolist()]
             self.states = [
-                state if not self.grammar.allowed(state) else self.grammar.advance(state, symbol)  # type: ignore[arg-type]
+                state if state[0] >= self.numbers else self.grammar.advance(state, symbol)  # type: ignore[arg-type]
                 for state, symbol in zip(self.states, last, strict=True)
             ]
         allowed = torch.zeros(scores.shape, dtype=torch.bool)
         for row, state in enumerate(self.states):
-            symbols = self.grammar.allowed(state)
-            allowed[row, [self.symbol_ids[s] for s in symbols] or [self.symbol_ids[-1]]] = True
+            symbols = self.grammar.allowed(state) if state[0] < self.numbers else (END,)
+            allowed[row, [self.symbol_ids[s] for s in symbols]] = True
         return scores.float().masked_fill(~allowed.to(scores.device), float("-inf"))  # type: ignore[return-value]
 
 
 @torch.inference_mode()
-def decode(model: Any, batch: dict[str, torch.Tensor], prompt: Prompt) -> np.ndarray:
-    """Levels (B, H, D) int64 of a batch without labels."""
-    codec = ActionCodec(prompt.spec)
-    grammar = Grammar(codec.bins, prompt.spec.numbers)
+def decode(model: Any, batch: dict[str, torch.Tensor], prompt: Prompt, chunk_size: int | None = None) -> np.ndarray:
+    """Levels (B, H, D) int64 of a batch without labels; the first `chunk_size` steps of them, and no more work than that."""
+    steps = prompt.spec.horizon if chunk_size is None else chunk_size
+    codec = ActionCodec(replace(prompt.spec, horizon=steps))
+    grammar = Grammar(codec.bins, prompt.spec.numbers)  # of the whole chunk: where to stop changes no token before it
+    numbers = steps * prompt.spec.dimensions
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     output = model.generate(
         **batch,
-        logits_processor=LogitsProcessorList([GrammarLogits(grammar, prompt.symbol_ids)]),
+        logits_processor=LogitsProcessorList([GrammarLogits(grammar, prompt.symbol_ids, numbers)]),
         max_new_tokens=grammar.longest, do_sample=False, num_beams=1, use_cache=True,
         temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,  # whatever the base model's own file says
         eos_token_id=prompt.end_id, pad_token_id=prompt.pad_id,
@@ -52,4 +55,4 @@ def decode(model: Any, batch: dict[str, torch.Tensor], prompt: Prompt) -> np.nda
     answers = output[:, batch["input_ids"].shape[1] :].tolist()
     characters = {token: character for character, token in prompt.ids.items()}
     text = ["".join(characters[t] for t in answer[: answer.index(prompt.end_id)]) for answer in answers]
-    return np.stack([codec.read(line) for line in text])
+    return np.stack([codec.read(line.removesuffix(" ")) for line in text])

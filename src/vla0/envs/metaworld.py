@@ -17,6 +17,15 @@ import metaworld.policies
 import mujoco
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
+CAMERAS = {"front": "observation.images.front"}  # ours → key in a dataset
+ACTIONS = ("dx", "dy", "dz", "gripper")
+STATES = ("x", "y", "z", "gripper")
+IMAGE_SIZE = 112
+HEAVY = False
+STEPS = 150  # after which an episode has failed
+SEEDS = range(10_000)  # of demonstrations
+FIRST_SEED = 10_000  # of an evaluation: what is tested was never seen
+NOISE = (0.3, 0.3)  # share of a demonstration's steps that are disturbed, and how much
 CAMERA = "front"
 STARTS = {  # where the hand may start, metres from Meta-World's own place: (low, high) of x, y, z
     "stock": ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
@@ -42,9 +51,14 @@ SENTENCES = {
 
 
 @cache
-def versions() -> dict[str, str]:
+def provenance() -> dict[str, str]:
     """The versions that a result depends on."""
     return {package: metadata.version(package) for package in ("metaworld", "mujoco")}
+
+
+def sentence(task: str) -> str:
+    """The instruction of a task."""
+    return SENTENCES.get(task, task.removesuffix("-v3").replace("-", " "))
 
 
 class MetaWorldEnv:
@@ -56,7 +70,7 @@ class MetaWorldEnv:
     Shadows, reflections and multisampling are off: on a CPU they are most of a picture's cost.
     """
 
-    def __init__(self, task: str, image_size: int = 112, max_steps: int = 150, start: str = "stock", fps: float = FPS):
+    def __init__(self, task: str, image_size: int = IMAGE_SIZE, max_steps: int = STEPS, start: str = "stock", fps: float = FPS):
         if task not in ALL_V3_ENVIRONMENTS:
             raise InputError(
                 f"a Meta-World task of {len(ALL_V3_ENVIRONMENTS)}", f"'{task}'", f"for example {', '.join(list(SENTENCES)[:3])}"
@@ -67,7 +81,7 @@ class MetaWorldEnv:
             raise InputError(f"fps, a whole part of {FPS}", f"{fps}", "80, 40, 20, 16 and 10 are some")
         self.task, self.max_steps, self.start = task, max_steps, STARTS[start]
         self.fps, self.ticks = float(fps), round(FPS / fps)
-        self.instruction = SENTENCES.get(task, task.removesuffix("-v3").replace("-", " "))
+        self.instruction = sentence(task)
         self.env = ALL_V3_ENVIRONMENTS[task]()
         # Seeded placement of the objects, new at each reset: what Meta-World's benchmark wrappers do task by task.
         self.env._set_task_called, self.env._freeze_rand_vec, self.env.seeded_rand_vec = True, False, True
@@ -126,3 +140,8 @@ class MetaWorldExpert:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it says of its own actions that they will be clipped
             return np.clip(self.expert.get_action(self.env.full_state), -1, 1).astype(np.float32)
+
+
+def make_expert(env: MetaWorldEnv) -> MetaWorldExpert:
+    """The scripted expert of its task."""
+    return MetaWorldExpert(env)

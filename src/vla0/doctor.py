@@ -1,0 +1,146 @@
+"""What works on this machine, and the remedy for what does not."""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from rich.table import Table
+
+from vla0.envs import simulator
+from vla0.spec import InputError
+
+JOBS = ("train", "eval", "serve")
+GIB = 2**30
+MODELS = {"Qwen2.5-VL-3B": 3.75e9, "Qwen2.5-VL-7B": 8.29e9, "Qwen2.5-VL-72B": 73.4e9}  # parameters
+ACTING, TRAINING = 2.4, 17.0  # bytes a parameter: bf16 and what a decode keeps; fp32 with gradient and two moments
+FRAME = (  # drawn in a process of its own: a broken driver kills it
+    "import os, sys; os.environ.setdefault('MUJOCO_GL', 'egl' if sys.platform == 'linux' else 'glfw'); import mujoco; "
+    'model = mujoco.MjModel.from_xml_string(\'<mujoco><worldbody><light pos="0 0 3"/><geom size=".3" rgba="1 0 0 1"/>'
+    "</worldbody></mujoco>'); data = mujoco.MjData(model); mujoco.mj_forward(model, data); "
+    "renderer = mujoco.Renderer(model, 64, 64); renderer.update_scene(data); picture = renderer.render(); renderer.close(); "
+    "assert picture.std() > 5, 'an empty picture'; print(os.environ['MUJOCO_GL'])"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the screen. `jobs` are those that cannot run where it is not fine."""
+
+    name: str
+    fine: bool
+    detail: str
+    remedy: str = ""
+    jobs: tuple[str, ...] = ()
+
+
+def examine() -> list[Finding]:
+    """All findings, in the order of the screen."""
+    checks: list[tuple[str, Callable[[], str], str, tuple[str, ...]]] = [
+        ("Python", _python, "install Python 3.12 or later", JOBS),
+        ("torch", _torch, "pip install vla0", JOBS),
+        ("transformers", lambda: metadata.version("transformers"), "pip install vla0", JOBS),
+        ("LeRobot", _lerobot, "pip install 'vla0[lerobot]'", ("train",)),
+        ("rendering", draw, "Debian: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri; or set MUJOCO_GL", ("eval",)),
+        ("MuJoCo", _mujoco, "pip install mujoco==3.3.2: results depend on it", ()),
+        ("Meta-World", lambda: metadata.version("metaworld"), "pip install 'vla0[metaworld]'", ()),
+        ("LIBERO", lambda: metadata.version("hf-libero"), "pip install 'vla0[libero]'", ()),
+        ("LIBERO's meshes", _meshes, "vla0 download libero-assets, or set VLA0_LIBERO_ASSETS", ()),
+        ("disk", _disk, "free some: a checkpoint of a 3B model takes 15 GB, its training state 45", ("train",)),
+        ("a model to act", lambda: _fits(ACTING), "a smaller model, or another machine", ("eval", "serve")),
+        ("a model to train", lambda: _fits(TRAINING), "the tiny model of configs/demo.yaml, or another machine", ()),
+    ]
+    found = [_try(*check) for check in checks]
+    if not any(line.fine for line in found if line.name in ("Meta-World", "LIBERO")):
+        remedy = "pip install 'vla0[metaworld]' or 'vla0[libero]'"
+        found.append(Finding("a simulator", False, "none", remedy, ("eval",)))
+    return found
+
+
+def screen(found: list[Finding]) -> Table:
+    """The findings as a rich table, remedies below what is not fine."""
+    table = Table("", "", "found", box=None, pad_edge=False)
+    for line in found:
+        table.add_row("[green]ok[/green]" if line.fine else "[red]no[/red]", line.name, line.detail)
+        if not line.fine:
+            table.add_row("", "", f"→ {line.remedy}")
+    return table
+
+
+def draw() -> str:
+    """Renders a frame without a screen; the back-end's name. Raises RuntimeError where that fails."""
+    done = subprocess.run([sys.executable, "-c", FRAME], capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+    return f"MUJOCO_GL={done.stdout.strip()}"
+
+
+def _try(name: str, check: Callable[[], str], remedy: str, jobs: tuple[str, ...]) -> Finding:
+    try:
+        return Finding(name, True, check())
+    except metadata.PackageNotFoundError:
+        return Finding(name, False, "not installed", remedy, jobs)
+    except InputError as error:
+        _, got, better = error.args
+        return Finding(name, False, f"{got}", better or remedy, jobs)
+    except Exception as error:  # whatever is broken here is a line on the screen
+        return Finding(name, False, f"{type(error).__name__}: {error}".splitlines()[0], remedy, jobs)
+
+
+def _python() -> str:
+    return ".".join(map(str, sys.version_info[:3]))
+
+
+def _torch() -> str:
+    import torch
+
+    place = f"{os.cpu_count()} CPU cores"
+    if torch.cuda.is_available():
+        place = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{torch.__version__} on {place}"
+
+
+def _lerobot() -> str:
+    from vla0.data import video_backend
+
+    version = metadata.version("lerobot")
+    importlib.import_module("lerobot.datasets.lerobot_dataset")
+    return f"{version}, videos through {video_backend()}"
+
+
+def _mujoco() -> str:
+    version = metadata.version("mujoco")
+    if version != "3.3.2":
+        raise RuntimeError(f"{version}; LIBERO's pictures are darker from 3.3.3 on")
+    return version
+
+
+def _meshes() -> str:
+    folder = simulator("libero").assets()
+    standins = folder / "STANDINS.txt"
+    return f"{folder}" + (", some are stand-ins: no published number compares" if standins.is_file() else "")
+
+
+def _disk() -> str:
+    free = shutil.disk_usage(Path.cwd()).free
+    if free < 5 * GIB:
+        raise RuntimeError(f"{free / GIB:.0f} GiB free here")
+    return f"{free / GIB:.0f} GiB free here"
+
+
+def _fits(bytes_each: float) -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        memory, place = torch.cuda.get_device_properties(0).total_memory, "GPU"
+    else:
+        memory, place = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "memory, on a CPU"
+    fitting = [name for name, parameters in MODELS.items() if parameters * bytes_each < memory]
+    if not fitting:
+        raise RuntimeError(f"no published size in {memory / GIB:.0f} GiB of {place}")
+    return f"{fitting[-1]} in {memory / GIB:.0f} GiB of {place}"

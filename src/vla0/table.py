@@ -1,0 +1,90 @@
+"""episodes.jsonl → the table: success by task, by suite and by policy, with 95 % intervals."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+# Success in percent, VLA-0, arXiv 2510.13054, table 1; the mean over the four is 94.7.
+PUBLISHED = {"libero_spatial": 97.0, "libero_object": 97.8, "libero_goal": 96.2, "libero_10": 87.6}
+
+
+def read_episodes(file: Path) -> list[dict[str, Any]]:
+    """The lines of episodes.jsonl; none where there is no file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def mend(file: Path) -> None:
+    """Cuts a last line that a kill left half-written."""
+    if file.exists():
+        content = file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            file.write_bytes(whole)
+
+
+def wilson(successes: int, episodes: int) -> tuple[float, float]:
+    """The 95 % interval of a success rate (Wilson 1927); (0, 1) of no episodes."""
+    if episodes == 0:
+        return 0.0, 1.0
+    z, rate = 1.959964, successes / episodes
+    centre = rate + z * z / (2 * episodes)
+    half = z * math.sqrt(rate * (1 - rate) / episodes + z * z / (4 * episodes * episodes))
+    return max(0.0, (centre - half) / (1 + z * z / episodes)), min(1.0, (centre + half) / (1 + z * z / episodes))
+
+
+def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{policy: {task: {episodes, successes, errors, low, high, steps}}} of episodes.jsonl; steps: median of the solved."""
+    table: dict[str, dict[str, dict[str, Any]]] = {}
+    for policy in sorted({line["policy"] for line in lines}, key=lambda name: (name != "policy", name)):
+        for task in sorted({line["task"] for line in lines if line["policy"] == policy}):
+            own = [line for line in lines if line["policy"] == policy and line["task"] == task]
+            ended = [line for line in own if line["error"] is None]
+            solved = [line["steps"] for line in ended if line["success"]]
+            low, high = wilson(len(solved), len(ended))
+            table.setdefault(policy, {})[task] = {
+                "episodes": len(ended), "successes": len(solved), "errors": len(own) - len(ended),
+                "low": low, "high": high, "steps": float(np.median(solved)) if solved else None,
+            }  # fmt: skip
+    return table
+
+
+def mean_success(rows: Mapping[str, Mapping[str, Any]]) -> float:
+    """The mean over tasks of a policy's success rates; nan where a task has no finished episode."""
+    return float(np.mean([row["successes"] / row["episodes"] if row["episodes"] else math.nan for row in rows.values()]))
+
+
+def suites(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{suite: {episodes, successes, low, high}} over the tasks "suite/name" of a policy; empty where none is so named."""
+    found: dict[str, dict[str, Any]] = {}
+    for suite in sorted({task.partition("/")[0] for task in rows if "/" in task}):
+        own = [row for task, row in rows.items() if task.startswith(f"{suite}/")]
+        episodes, successes = (sum(row[key] for row in own) for key in ("episodes", "successes"))
+        low, high = wilson(successes, episodes)
+        found[suite] = {"episodes": episodes, "successes": successes, "low": low, "high": high}
+    return found
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """A rich table of episodes.jsonl: success per policy, task and suite with Wilson 95 % intervals, and what was published."""
+    found = summary(lines)
+    published = any(suites(rows) for rows in found.values())
+    result = Table("policy", "task", "success", "95 % interval", "median steps", "errors", *(["VLA-0"] if published else []))
+    for policy, rows in found.items():
+        for task, row in rows.items():
+            result.add_row(
+                policy, task, *_cells(row), "" if row["steps"] is None else f"{row['steps']:.0f}", str(row["errors"] or "")
+            )
+        for suite, row in suites(rows).items():
+            stated = f"{PUBLISHED[suite]} %" if suite in PUBLISHED else ""
+            result.add_row(policy, suite, *_cells(row), "", "", stated, style="bold")
+        result.add_row(policy, "mean", f"{mean_success(rows):.1%}", "", "", "", end_section=True, style="bold")
+    return result
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, str]:
+    return f"{row['successes']} of {row['episodes']}", f"{row['low']:.0%} to {row['high']:.0%}"

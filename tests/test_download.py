@@ -1,0 +1,65 @@
+"""Fetching by name; the Hub itself is not reached here, its answer is a folder."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_dataset
+from test_data import downgraded, source_of
+
+from vla0 import InputError
+from vla0.download import KNOWN, download
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What the Hub holds: {id: folder}."""
+    import huggingface_hub
+
+    holds: dict[str, Path] = {}
+
+    def fetch(repo_id, repo_type, local_dir):
+        assert repo_type == "dataset"
+        shutil.copytree(holds[repo_id], local_dir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    return holds
+
+
+@pytest.mark.parametrize("name", ["libero", "libero-assets", "nobody/nothing"])
+def test_offline_is_one_line_that_says_what_to_do(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "vla0.cli", "download", name, "--out", str(tmp_path / "x")],
+        capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert KNOWN.get(name, name) in done.stderr
+    assert "the same command goes on" in done.stderr
+
+
+def test_an_unknown_name_is_refused_with_the_nearest():
+    with pytest.raises(InputError, match="did you mean 'libero-assets'"):
+        download("libero-asset")
+
+
+def test_a_dataset_of_v21_is_converted_where_it_lies(hub, tmp_path):
+    hub["somebody/old"] = downgraded(make_dataset(tmp_path / "old", lengths=(3, 4)))
+    whole = source_of(make_dataset(tmp_path / "whole", lengths=(3, 4)))
+    folder = download("somebody/old", tmp_path / "here")
+    np.testing.assert_array_equal(source_of(folder).actions, whole.actions)
+
+
+def test_what_is_no_dataset_or_too_old_is_refused(hub, tmp_path):
+    hub["somebody/thing"] = tmp_path / "thing"
+    (tmp_path / "thing" / "meta").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"no meta/info\.json"):
+        download("somebody/thing", tmp_path / "one")
+    (tmp_path / "thing" / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v2.0"}))
+    with pytest.raises(InputError, match=r"got v2\.0"):
+        download("somebody/thing", tmp_path / "two")

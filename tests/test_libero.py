@@ -1,0 +1,202 @@
+"""LIBERO by the official protocol, with the real simulator where its meshes are at hand."""
+
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+if importlib.util.find_spec("libero") is None:
+    pytest.skip("LIBERO is an extra: uv sync --extra libero", allow_module_level=True)
+
+from vla0 import InputError
+from vla0.envs import libero, libero_files
+from vla0.envs.libero import LiberoEnv
+from vla0.evaluate import EvalConfig
+
+MESHES = Path(os.environ.get(libero.ASSETS, Path(__file__).parents[2] / "shared" / "libero-assets"))
+TASK = "libero_object/3"
+needs_meshes = pytest.mark.skipif(not MESHES.is_dir(), reason=f"LIBERO's meshes are not here; {libero.ASSETS} may name them")
+
+
+@pytest.fixture(scope="module")
+def world():
+    """One world for this file: half a minute to build on a busy machine."""
+    os.environ[libero.ASSETS] = str(MESHES)
+    env = LiberoEnv(TASK)
+    yield env
+    env.close()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The same task drawn quickly, for what does not depend on the pictures."""
+    os.environ[libero.ASSETS] = str(MESHES)
+    env = LiberoEnv(TASK, image_size=64, quick=True)
+    yield env
+    env.close()
+
+
+def random_steps(env, count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [env.step(rng.uniform(-1, 1, 7)) for _ in range(count)]
+
+
+def same(one, other):
+    return all((one.images[camera] == other.images[camera]).all() for camera in one.images) and (one.state == other.state).all()
+
+
+def test_a_suite_has_ten_tasks_and_all_has_forty():
+    for suite in ("spatial", "object", "goal", "10", "long", "libero_goal"):
+        assert len(libero.tasks(suite)) == 10
+    assert len(set(libero.tasks("all"))) == 40
+    assert len(libero.tasks("90")) == 90
+    with pytest.raises(InputError, match="did you mean 'spatial'"):
+        libero.tasks("special")
+
+
+def test_a_task_has_a_name_a_number_and_a_sentence():
+    milk = "libero_object/pick_up_the_milk_and_place_it_in_the_basket"
+    assert milk in libero.tasks("object")
+    assert libero.task_named(milk) == libero.task_named(f"object/{libero.tasks('object').index(milk)}") == milk
+    assert libero.sentence(milk) == "pick up the milk and place it in the basket"
+    assert libero.sentence(libero.task_named("long/0")) == ("put both the alphabet soup and the tomato sauce in the basket")
+    with pytest.raises(InputError, match="the_milk_and"):
+        libero.task_named("object/pick_up_the_silk")
+    with pytest.raises(InputError, match="below 10"):
+        libero.task_named("object/10")
+
+
+def test_evaluation_starts_at_the_first_initial_state_and_has_fifty():
+    config = EvalConfig(("object/0",), "libero", episodes=50)
+    assert (config.first_seed, config.tasks) == (0, (libero.tasks("object")[0],))
+    with pytest.raises(InputError, match="50 initial states"):
+        EvalConfig(("object/0",), "libero", episodes=51)
+
+
+def test_missing_meshes_are_one_clear_message(tmp_path, monkeypatch):
+    monkeypatch.setenv(libero.ASSETS, str(tmp_path))
+    with pytest.raises(InputError, match="LIBERO's meshes"):
+        libero.assets()
+
+
+def test_a_file_of_arrays_can_hold_nothing_else(tmp_path):
+    with zipfile.ZipFile(tmp_path / "good", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(np.arange(3.0)))
+    np.testing.assert_array_equal(libero_files.initial_states(tmp_path / "good"), [0, 1, 2])
+    with zipfile.ZipFile(tmp_path / "bad", "w") as archive:
+        archive.writestr("archive/data.pkl", b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(pickle.UnpicklingError, match=r"os\.system"):
+        libero_files.initial_states(tmp_path / "bad")
+
+
+@needs_meshes
+def test_nothing_is_asked_at_a_prompt(tmp_path):
+    """A new machine: no configuration, nobody at the keyboard."""
+    code = "from vla0.envs.libero_files import environment; environment(); print('ready')"
+    clean = {key: value for key, value in os.environ.items() if key not in ("LIBERO_CONFIG_PATH", "XDG_CACHE_HOME")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        env={**clean, "HOME": str(tmp_path), libero.ASSETS: str(MESHES)},
+    )  # fmt: skip
+    assert done.stdout.strip() == "ready", done.stderr
+    assert "torch" not in done.stderr
+
+
+@needs_meshes
+def test_stand_in_meshes_are_recorded_and_warned_about(world, caplog):
+    found = libero.provenance()
+    standins = MESHES / "STANDINS.txt"
+    assert found["mujoco"] == libero_files.MUJOCO
+    assert (found["stand-in assets"] > 0) == standins.is_file() == ("stand-ins" in caplog.text)
+
+
+@needs_meshes
+def test_an_observation_is_what_the_public_datasets_hold(world):
+    observation = world.reset(0)
+    assert {camera: frame.shape for camera, frame in observation.images.items()} == {
+        "agentview": (256, 256, 3), "wrist": (256, 256, 3),
+    }  # fmt: skip
+    assert all(frame.dtype == np.uint8 and frame.std() > 10 for frame in observation.images.values())
+    assert observation.state.shape == (8,)
+    assert (world.fps, world.max_steps) == (20.0, 280)
+
+
+@needs_meshes
+def test_an_episode_is_the_official_one(world):
+    """Against hf-libero driven by hand as the benchmark's own scripts do."""
+    suite, name = world.task.split("/")
+    official = libero_files.environment()(
+        bddl_file_name=str(libero_files.package() / "bddl_files" / suite / f"{name}.bddl"),
+        camera_heights=256,
+        camera_widths=256,
+    )
+    official.seed(7)
+    official.reset()
+    raw = official.set_init_state(world.states[4])
+    for _ in range(10):
+        raw, *_ = official.step([0.0] * 6 + [-1.0])
+    random_steps(world, 3)
+    ours = world.reset(4)
+    rng = np.random.default_rng(1)
+    for _ in range(4):
+        np.testing.assert_array_equal(ours.images["agentview"], raw["agentview_image"][::-1, ::-1])
+        np.testing.assert_array_equal(ours.images["wrist"], raw["robot0_eye_in_hand_image"][::-1, ::-1])
+        np.testing.assert_array_equal(ours.state[:3], raw["robot0_eef_pos"].astype(np.float32))
+        action = rng.uniform(-1, 1, 7)
+        raw, *_ = official.step([*action[:6], 1.0 if action[6] > 0 else -1.0])
+        ours, done = world.step(action)
+        assert not done
+    official.sim._render_context_offscreen.gl_ctx.make_current()
+    official.close()
+
+
+@needs_meshes
+def test_an_episode_does_not_depend_on_those_before(small):
+    first = small.reset(2)
+    after = random_steps(small, 5)[-1][0]
+    other = small.reset(60)
+    random_steps(small, 5, seed=1)
+    assert same(small.reset(2), first)
+    assert same(random_steps(small, 5)[-1][0], after)
+    assert not same(other, first)
+    assert same(small.reset(60), other)
+
+
+@needs_meshes
+def test_two_worlds_in_one_process_do_not_draw_into_each_other(world, small):
+    alone = [env.reset(1) for env in (world, small)]
+    together = world.reset(1)
+    random_steps(small, 1)
+    assert same(together, alone[0])
+    assert same(small.reset(1), alone[1])
+
+
+@needs_meshes
+def test_the_gripper_is_open_or_closed(small):
+    small.reset(0)
+    for value, fingers in ((0.01, "close"), (-0.01, "open")):
+        for _ in range(20):
+            observation, _ = small.step(np.r_[np.zeros(6), value])
+        gap = np.abs(observation.state[6:]).sum()
+        assert (gap < 0.01) == (fingers == "close")
+
+
+@needs_meshes
+def test_an_action_of_another_length_is_refused(small):
+    with pytest.raises(InputError, match="7 numbers"):
+        small.step(np.zeros(4))
+
+
+@needs_meshes
+def test_the_expert_solves_a_random_placement(small):
+    from vla0.rollout import rollout
+
+    episode = rollout(small, libero.make_expert(small), 50)
+    assert episode.success
+    assert episode.steps < 200
