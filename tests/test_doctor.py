@@ -22,9 +22,6 @@ def test_this_machine_passes_where_the_tests_pass():
     found = {line.name: line for line in examine()}
     for name in ("Python", "torch", "transformers"):
         assert found[name].fine, found[name]
-    assert found["torch"].jobs == ("train", "eval", "serve")
-    assert "eval" in found["rendering"].jobs
-    assert "train" not in found["rendering"].jobs
 
 
 def test_a_job_that_cannot_run_is_exit_code_1_with_the_remedy():
