@@ -79,6 +79,12 @@ def test_evaluation_starts_at_the_first_initial_state_and_has_fifty():
         EvalConfig(("object/0",), "libero", episodes=51)
 
 
+def test_which_tasks_have_an_expert():
+    counts = {suite: sum(map(libero.has_expert, libero.tasks(suite))) for suite in ("spatial", "object", "goal", "long")}
+    assert counts == {"spatial": 10, "object": 10, "goal": 8, "long": 6}
+    assert libero_files.goals(libero.task_named("goal/turn_on_the_stove")) == {"turnon"}
+
+
 def test_missing_meshes_are_one_clear_message(tmp_path, monkeypatch):
     monkeypatch.setenv(libero.ASSETS, str(tmp_path))
     with pytest.raises(InputError, match="LIBERO's meshes"):
@@ -91,7 +97,7 @@ def test_a_file_of_arrays_can_hold_nothing_else(tmp_path):
     np.testing.assert_array_equal(libero_files.initial_states(tmp_path / "good"), [0, 1, 2])
     with zipfile.ZipFile(tmp_path / "bad", "w") as archive:
         archive.writestr("archive/data.pkl", b"cos\nsystem\n(S'true'\ntR.")
-    with pytest.raises(pickle.UnpicklingError, match=r"os\.system"):
+    with pytest.raises(InputError, match=r"os\.system"):
         libero_files.initial_states(tmp_path / "bad")
 
 
@@ -106,6 +112,21 @@ def test_nothing_is_asked_at_a_prompt(tmp_path):
     )  # fmt: skip
     assert done.stdout.strip() == "ready", done.stderr
     assert "torch" not in done.stderr
+
+
+@needs_meshes
+def test_the_command_names_the_nearest_suite_and_task(monkeypatch, capsys):
+    from vla0 import cli
+
+    monkeypatch.setenv(libero.ASSETS, str(MESHES))
+    for words, near in (
+        (["--suite", "objekt"], "'object'"),
+        (["--task", "goal/turn_on_the_oven"], "'libero_goal/turn_on_the_stove'"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["vla0", "eval", "--checkpoint", "none", "--env", "libero", *words])
+        with pytest.raises(SystemExit, match="2"):
+            cli.main()
+        assert f"did you mean {near}" in capsys.readouterr().err
 
 
 @needs_meshes

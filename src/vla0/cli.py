@@ -51,13 +51,13 @@ def collect(
 
     quiet()
     tasks = named(env, task, suite, assets)
-    failures = run(
+    found = run(
         CollectConfig(
             tasks, env, episodes, seed, image_size, start, fps, quick, noise_share, noise_scale, videos
         ), out, workers
     )  # fmt: skip
-    for name, count in failures.items():
-        console.print(f"{name}: {episodes} episodes, {count} failures of the expert left out")
+    for name, (solved, failed) in found.items():
+        console.print(f"{name}: {solved} episodes, {failed} failures of the expert left out")
     console.print(f"dataset: {out}")
 
 
@@ -140,6 +140,21 @@ def download(
     from vla0.download import download as run
 
     console.print(f"in {run(name, out)}")
+
+
+@app.command()
+def convert(
+    run: Annotated[Path, typer.Argument(help="run folder of the official VLA-0 code")],
+    out: Annotated[Path, typer.Argument(help="new checkpoint folder")],
+    vision_id: Annotated[bool, typer.Option(help='"Picture 1: " before an image; the released weights know none')] = False,
+    crop: Annotated[float | None, typer.Option(help="where the run's config.yaml does not say, e.g. 0.875")] = None,
+) -> None:
+    """Turn a run folder of the official VLA-0 code into a checkpoint; the weights are not touched."""
+    from vla0.convert import convert as run_convert
+
+    quiet()
+    spec = run_convert(run, out, vision_id, crop)
+    console.print(f"checkpoint: {out}, {spec.horizon} steps of {spec.dimensions} numbers in 0..{spec.bins}")
 
 
 @app.command()

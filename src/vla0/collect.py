@@ -8,7 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -109,10 +109,11 @@ def demonstrate(config: CollectConfig, task: str, seed: int) -> Demonstration | 
     return Demonstration(seen[0].instruction, images, states, episode.actions)
 
 
-def collect(config: CollectConfig, out: str | Path, workers: int | None = None) -> dict[str, int]:
-    """Writes a LeRobotDataset v3.0 of the expert's solved episodes; {task: failures left out}.
+def collect(config: CollectConfig, out: str | Path, workers: int | None = None) -> dict[str, tuple[int, int]]:
+    """Writes a LeRobotDataset v3.0 of the expert's solved episodes; {task: (solved, failed and left out)}.
 
-    At `out` there is never a half-written dataset: it is built beside and renamed. Same arguments, same dataset.
+    A task that has no expert, or that it fails too often, is left out with a warning. At `out` there is never a half-written
+    dataset: it is built beside and renamed. Same arguments, same dataset.
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -129,10 +130,15 @@ def collect(config: CollectConfig, out: str | Path, workers: int | None = None) 
         key: {"dtype": "float32", "shape": (len(names),), "names": list(names)}
         for key, names in {"observation.state": module.STATES, "action": module.ACTIONS}.items()
     }
-    failures = dict.fromkeys(config.tasks, 0)
+    for task in config.tasks:
+        if not module.has_expert(task):
+            logger.warning("%s has no expert and is left out", task)
+    config = replace(config, tasks=tuple(filter(module.has_expert, config.tasks)))
+    failures, solved = dict.fromkeys(config.tasks, 0), dict.fromkeys(config.tasks, 0)
     dataset: Any = None
     try:
         for task, demonstration in _stream(config, workers, failures):
+            solved[task] += 1
             if dataset is None:  # the first episode has shown that all is well
                 dataset = LeRobotDataset.create(
                     f"local/{out.name}", int(config.fps if config.env == "metaworld" else module.FPS), features, root=partial,
@@ -143,12 +149,14 @@ def collect(config: CollectConfig, out: str | Path, workers: int | None = None) 
                 frames = {module.CAMERAS[camera]: images[step] for camera, images in demonstration.images.items()}
                 dataset.add_frame({**frames, "observation.state": state, "action": action, "task": demonstration.instruction})
             dataset.save_episode()
+        if dataset is None:
+            raise InputError("a task that its expert solves", f"{failures or 'no expert'}", "less noise, or another task")
         dataset.finalize()
         shutil.rmtree(partial / "images", ignore_errors=True)  # LeRobot's scratch copies
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return failures
+    return {task: (solved[task], failures[task]) for task in config.tasks}
 
 
 def _stream(config: CollectConfig, workers: int | None, failures: dict[str, int]) -> Iterator[tuple[str, Demonstration]]:
@@ -157,6 +165,7 @@ def _stream(config: CollectConfig, workers: int | None, failures: dict[str, int]
     turns = [task for _ in range(config.episodes) for task in config.tasks]
     order = sorted(turns, key=config.tasks.index) if simulator(config.env).HEAVY else turns
     seeds = {task: iter(range(config.seed or 0, (config.seed or 0) + 2 * config.episodes)) for task in config.tasks}
+    spent: set[str] = set()
     ahead: dict[str, list[Future]] = {task: [] for task in config.tasks}
     columns = (TextColumn("collecting"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"), TimeRemainingColumn())
     context = multiprocessing.get_context("spawn")
@@ -169,11 +178,13 @@ def _stream(config: CollectConfig, workers: int | None, failures: dict[str, int]
                     for seed in islice(seeds[coming], max(0, count - len(ahead[coming]))):
                         ahead[coming].append(pool.submit(demonstrate, config, coming, seed))
                 if not ahead[task]:
-                    raise InputError(
-                        f"an expert that solves {task}", f"{failures[task]} failures", "less noise, or another task"
-                    )
+                    break  # all its seeds are used up
                 demonstration = ahead[task].pop(0).result()
                 failures[task] += demonstration is None
-            yield task, demonstration
+            if demonstration is not None:
+                yield task, demonstration
+            elif task not in spent:
+                logger.warning("%s is given up: its expert failed at %d seeds", task, failures[task])
+                spent.add(task)
             progress.advance(bar)
         pool.shutdown(cancel_futures=True)

@@ -1,7 +1,7 @@
 """The simulators, by name.
 
 Each module here names its CAMERAS (ours → key in a dataset), ACTIONS, STATES, IMAGE_SIZE, HEAVY, FIRST_SEED of an evaluation,
-SEEDS and NOISE of demonstrations, and has `sentence` of a task, `provenance` of a result, and `make_expert`.
+SEEDS and NOISE of demonstrations, and has `sentence` of a task, `provenance` of a result, `has_expert` and `make_expert`.
 """
 
 import importlib

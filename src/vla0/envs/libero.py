@@ -14,6 +14,7 @@ from vla0.envs.libero_files import (
     STEPS,
     assets,
     environment,
+    has_expert,
     initial_states,
     package,
     provenance,
@@ -23,7 +24,7 @@ from vla0.envs.libero_files import (
 )
 from vla0.spec import InputError, Observation
 
-__all__ = ["ASSETS", "LiberoEnv", "assets", "make_expert", "provenance", "sentence", "task_named", "tasks"]
+__all__ = ["ASSETS", "LiberoEnv", "assets", "has_expert", "make_expert", "provenance", "sentence", "task_named", "tasks"]
 
 os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # read when mujoco is imported
 os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa in software: a thread beside each simulator only slows it down

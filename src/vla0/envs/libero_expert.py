@@ -19,7 +19,7 @@ GAIN, TURN = 10.0, 2.0  # of the proportional control, per m and per rad
 class LiberoExpert:
     """Picks each object of the goal and puts it where it belongs, goal by goal.
 
-    Solves goals "in" and "on"; raises InputError for a task with another (open, close, turn on).
+    Solves goals "in" and "on"; raises InputError for a task with another (open, close, turn on). See `has_expert`.
     """
 
     def __init__(self, env: LiberoEnv):

@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 import os
-import pickle
+import re
 import runpy
 import zipfile
 from functools import cache
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vla0.arrays import load_arrays
 from vla0.spec import InputError, nearest
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,18 @@ def sentence(task: str) -> str:
     if name[0].isupper():  # "LIVING_ROOM_SCENE2_put_..."
         name = name.partition("SCENE")[2].partition("_")[2]
     return name.replace("_", " ")
+
+
+def goals(task: str) -> set[str]:
+    """The kinds of goal of a task: "in", "on", "open", "close", "turnon", "turnoff"."""
+    suite, name = task.split("/")
+    text = (package() / "bddl_files" / suite / f"{name}.bddl").read_text(encoding="utf-8")
+    return {kind.lower() for kind in re.findall(r"\((\w+)", text[text.index("(:goal") + 6 :])} - {"and"}
+
+
+def has_expert(task: str) -> bool:
+    """Whether the scripted expert knows what to do: pick and place, nothing else."""
+    return goals(task) <= {"in", "on"}
 
 
 def provenance() -> dict[str, Any]:
@@ -120,19 +133,7 @@ def environment() -> Any:
     return OffScreenRenderEnv
 
 
-class _Arrays(pickle.Unpickler):
-    """Reads numpy arrays and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype")) or (module, name) == (
-            "_codecs",
-            "encode",
-        ):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise pickle.UnpicklingError(f"{module}.{name} in a file of arrays")
-
-
 def initial_states(file: Path) -> np.ndarray:
     """(50, S) simulator states of a task; torch's file format, read without torch."""
     with zipfile.ZipFile(file) as archive, archive.open("archive/data.pkl") as content:
-        return np.asarray(_Arrays(content).load())
+        return np.asarray(load_arrays(content, str(file)))

@@ -142,6 +142,11 @@ class MetaWorldExpert:
             return np.clip(self.expert.get_action(self.env.full_state), -1, 1).astype(np.float32)
 
 
+def has_expert(task: str) -> bool:
+    """Whether Meta-World has a scripted policy for the task."""
+    return task in metaworld.policies.ENV_POLICY_MAP
+
+
 def make_expert(env: MetaWorldEnv) -> MetaWorldExpert:
     """The scripted expert of its task."""
     return MetaWorldExpert(env)

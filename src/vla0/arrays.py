@@ -1,0 +1,27 @@
+"""numpy arrays out of a pickle, and nothing else: a file of somebody else's cannot run code here."""
+
+import pickle
+from typing import IO, Any
+
+from vla0.spec import InputError
+
+_KNOWN = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+_BUILDERS = ("_reconstruct", "scalar", "_frombuffer")  # of numpy's own modules, whose names changed with numpy 2
+
+
+class _Arrays(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        own = module in ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+        if (module, name) in _KNOWN or (own and name in _BUILDERS):
+            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def load_arrays(file: IO[bytes], where: str) -> Any:
+    """What a pickle of arrays, numbers, strings, lists and dicts holds. Raises InputError for any other, having run nothing."""
+    try:
+        return _Arrays(file).load()
+    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
+        reason = f"{type(error).__name__}: {error}"
+        remedy = "fetch the file again from who made it"
+        raise InputError(f"a pickle of numpy arrays alone in '{where}'", reason, remedy) from None
