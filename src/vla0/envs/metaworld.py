@@ -8,7 +8,7 @@ from importlib import metadata
 
 import numpy as np
 
-from vla0.spec import InputError, Observation
+from vla0.spec import InputError, Observation, nearest
 
 os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # read when mujoco is imported
 os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa in software: a thread beside each simulator only slows it down
@@ -56,6 +56,12 @@ def provenance() -> dict[str, str]:
     return {package: metadata.version(package) for package in ("metaworld", "mujoco")}
 
 
+def check_task(task: str) -> None:
+    """Raises InputError for an unknown task."""
+    if task not in ALL_V3_ENVIRONMENTS:
+        raise InputError(f"a Meta-World task of {len(ALL_V3_ENVIRONMENTS)}", f"'{task}'", nearest(task, ALL_V3_ENVIRONMENTS))
+
+
 def sentence(task: str) -> str:
     """The instruction of a task."""
     return SENTENCES.get(task, task.removesuffix("-v3").replace("-", " "))
@@ -71,10 +77,7 @@ class MetaWorldEnv:
     """
 
     def __init__(self, task: str, image_size: int = IMAGE_SIZE, max_steps: int = STEPS, start: str = "stock", fps: float = FPS):
-        if task not in ALL_V3_ENVIRONMENTS:
-            raise InputError(
-                f"a Meta-World task of {len(ALL_V3_ENVIRONMENTS)}", f"'{task}'", f"for example {', '.join(list(SENTENCES)[:3])}"
-            )
+        check_task(task)
         if start not in STARTS:
             raise InputError(f"start of {tuple(STARTS)}", f"'{start}'", "choose one of those")
         if not 0 < fps <= FPS or FPS % fps:
@@ -143,7 +146,8 @@ class MetaWorldExpert:
 
 
 def has_expert(task: str) -> bool:
-    """Whether Meta-World has a scripted policy for the task."""
+    """Whether Meta-World has a scripted policy for the task. Raises InputError for an unknown one."""
+    check_task(task)
     return task in metaworld.policies.ENV_POLICY_MAP
 
 
