@@ -89,7 +89,8 @@ def _try(name: str, check: Callable[[], str], remedy: str, jobs: tuple[str, ...]
         _, got, better = error.args
         return Finding(name, False, f"{got}", better or remedy, jobs)
     except Exception as error:  # whatever is broken here is a line on the screen
-        return Finding(name, False, f"{type(error).__name__}: {error}".splitlines()[0], remedy, jobs)
+        kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "  # RuntimeErrors are our own words
+        return Finding(name, False, f"{kind}{error}".splitlines()[0], remedy, jobs)
 
 
 def _python() -> str:
