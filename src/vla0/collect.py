@@ -89,9 +89,7 @@ class NoisyEnv:
 
 @lru_cache(maxsize=4)  # a LIBERO world takes a gigabyte
 def _world(config: CollectConfig, task: str):
-    env = make(
-        config.env, task, config.image_size, start=config.start, fps=config.fps, quick=config.quick
-    )  # fmt: skip
+    env = make(config.env, task, config.image_size, start=config.start, fps=config.fps, quick=config.quick)
     atexit.register(env.close)  # before the interpreter takes OpenGL apart
     return env, simulator(config.env).make_expert(env)
 

@@ -6,12 +6,17 @@ SEEDS and NOISE of demonstrations, and has `sentence` of a task, `provenance` of
 
 import importlib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 from vla0.rollout import Env
 from vla0.spec import InputError, nearest
+
+# Read when mujoco is imported, which the modules below do.
+os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
+os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa in software: a thread beside each simulator only slows it down
 
 ENVS = ("metaworld", "libero")
 

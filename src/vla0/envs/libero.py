@@ -2,8 +2,6 @@
 
 import contextlib
 import io
-import os
-import sys
 from functools import cached_property
 from typing import Any
 
@@ -26,8 +24,6 @@ from vla0.spec import InputError, Observation
 
 __all__ = ["ASSETS", "LiberoEnv", "assets", "has_expert", "make_expert", "provenance", "sentence", "task_named", "tasks"]
 
-os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # read when mujoco is imported
-os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa in software: a thread beside each simulator only slows it down
 
 CAMERAS = {"agentview": "observation.images.image", "wrist": "observation.images.image2"}  # ours → the public datasets' keys
 RAW = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}  # ours → robosuite's

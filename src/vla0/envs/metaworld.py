@@ -1,21 +1,16 @@
 """Meta-World 3.0.0 on MuJoCo as an Env, its scripted experts, and a sentence for each task."""
 
 import os
-import sys
 import warnings
 from functools import cache
 from importlib import metadata
 
-import numpy as np
-
-from vla0.spec import InputError, Observation, nearest
-
-os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")  # read when mujoco is imported
-os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa in software: a thread beside each simulator only slows it down
-
 import metaworld.policies
 import mujoco
+import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+
+from vla0.spec import InputError, Observation, nearest
 
 CAMERAS = {"front": "observation.images.front"}  # ours → key in a dataset
 ACTIONS = ("dx", "dy", "dz", "gripper")
