@@ -1,4 +1,5 @@
 import json
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -230,3 +231,15 @@ def test_a_whole_file_is_left_as_it_is(tmp_path):
     file.write_text('{"a": 1}\n')
     mend(file)
     assert file.read_text() == '{"a": 1}\n'
+
+
+def test_a_video_holds_what_the_policy_looked_at_or_every_step(tmp_path):
+    import av
+
+    config = EvalConfig(("line",), str(tmp_path), episodes=1, first_seed=0, replan=3, ensemble="none")
+    still = {"policy": lambda observations: np.zeros((len(observations), 4, 1), np.float32)}
+    for render, frames, rate in ((False, 3, Fraction(20, 3)), (True, 8, 20)):
+        evaluate(still, 4, config, tmp_path / f"{render}", 1, make_line, render=render)
+        with av.open(str(tmp_path / f"{render}" / "videos" / "policy_line_0.mp4")) as video:
+            assert sum(1 for _ in video.decode(video=0)) == frames
+            assert video.streams.video[0].average_rate == rate

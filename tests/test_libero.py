@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,10 @@ def small():
 def random_steps(env, count, seed=0):
     rng = np.random.default_rng(seed)
     return [env.step(rng.uniform(-1, 1, 7)) for _ in range(count)]
+
+
+def looked_at(observation):
+    return replace(observation, images=dict(observation.images))
 
 
 def same(one, other):
@@ -179,9 +184,9 @@ def test_an_episode_is_the_official_one(world):
 
 @needs_meshes
 def test_an_episode_does_not_depend_on_those_before(small):
-    first = small.reset(2)
-    after = random_steps(small, 5)[-1][0]
-    other = small.reset(60)
+    first = looked_at(small.reset(2))
+    after = looked_at(random_steps(small, 5)[-1][0])
+    other = looked_at(small.reset(60))
     random_steps(small, 5, seed=1)
     assert same(small.reset(2), first)
     assert same(random_steps(small, 5)[-1][0], after)
@@ -190,8 +195,21 @@ def test_an_episode_does_not_depend_on_those_before(small):
 
 
 @needs_meshes
+def test_pictures_are_drawn_when_looked_at_and_of_the_present_only(small):
+    before = small.reset(2)
+    drawn = dict(small.reset(2).images)
+    after, _ = small.step(np.ones(7))
+    assert not np.array_equal(after.images["wrist"], drawn["wrist"])
+    with pytest.raises(InputError, match="look before you act"):
+        before.images["wrist"]
+    sent = pickle.loads(pickle.dumps(after))
+    assert same(sent, after)
+    assert type(sent.images) is dict
+
+
+@needs_meshes
 def test_two_worlds_in_one_process_do_not_draw_into_each_other(world, small):
-    alone = [env.reset(1) for env in (world, small)]
+    alone = [looked_at(env.reset(1)) for env in (world, small)]
     together = world.reset(1)
     random_steps(small, 1)
     assert same(together, alone[0])

@@ -99,7 +99,9 @@ def demonstrate(config: CollectConfig, task: str, seed: int) -> Demonstration | 
     env, expert = _world(config, task)
     seen: list[Observation] = []
     noisy = NoisyEnv(env, np.random.default_rng([seed, 10_000]), config.noise_share or 0.0, config.noise_scale or 0.0)
-    episode = rollout(noisy, expert, seed, lambda observation, action: seen.append(observation))
+    episode = rollout(
+        noisy, expert, seed, lambda observation, _: seen.append(replace(observation, images=dict(observation.images)))
+    )
     if not episode.success:
         return None
     images = {camera: np.stack([observation.images[camera] for observation in seen]) for camera in seen[0].images}

@@ -81,6 +81,7 @@ def evaluate(
     workers: int | None = None,
     make_env: Callable[[EvalConfig, str], Env] = make_env,
     identity: Mapping[str, Any] | None = None,
+    render: bool = False,
 ) -> list[dict[str, Any]]:
     """Runs what is missing in `out`/episodes.jsonl, and gives its lines, one for each finished episode and each error.
 
@@ -88,6 +89,7 @@ def evaluate(
     its episode ends. A crashed simulator is an error line and a new attempt, at most 3; an error of the policy rises.
     make_env: (config, task) → Env, picklable, runs in the processes; give your own to evaluate in your own world.
     identity: what else a result depends on (the checkpoint, versions): recorded, and refused where it differs.
+    render: film every step; without it the videos hold what the policy looked at.
     """
     TemporalEnsemble(horizon, config.replan, config.ensemble)  # refuses what it must before anything starts
     out = Path(out)
@@ -119,7 +121,8 @@ def evaluate(
                     progress.advance(bar)
 
             acting = (horizon, config.replan, config.ensemble)
-            Crew(policies, partial(make_env, config), acting, out, count, 1 if heavy else len(config.tasks)).run(jobs, record)
+            keep = 1 if heavy else len(config.tasks)
+            Crew(policies, partial(make_env, config), acting, out, count, keep, render).run(jobs, record)
     return lines
 
 

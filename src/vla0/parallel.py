@@ -10,6 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,21 @@ class Crew:
 
     policies: by name. make_env: a picklable function, task → Env, that runs in the processes. acting: horizon, replan and
     ensemble, as ChunkPolicy takes them. out: folder for the episodes' videos and actions. keep: worlds that a process holds.
+    render: film every step, not only those that the policy looks at.
     """
 
     def __init__(
-        self, policies: Mapping[str, Predict], make_env: Callable[[str], Env], acting: tuple, out: Path, count: int, keep: int
+        self,
+        policies: Mapping[str, Predict],
+        make_env: Callable[[str], Env],
+        acting: tuple,
+        out: Path,
+        count: int,
+        keep: int,
+        render: bool,
     ):
         self.policies, self.count = policies, count
-        self.work = (make_env, acting, out, keep)
+        self.work = (make_env, acting, out, keep, render)
         self.members: dict[Connection, Any] = {}  # pipe → process
         self.busy: dict[Connection, tuple] = {}  # pipe → (job, time of its last word)
         self.asking: dict[Connection, Observation] = {}
@@ -139,7 +148,7 @@ class Crew:
             logger.error("%s: given up after %d attempts; see the error lines", job, ATTEMPTS)
 
 
-def work(pipe: Connection, make_env: Callable[[str], Env], acting: tuple, out: Path, keep: int) -> None:
+def work(pipe: Connection, make_env: Callable[[str], Env], acting: tuple, out: Path, keep: int, render: bool) -> None:
     """A process's life: episodes in environments of its own, chunks from the parent."""
     envs: dict[str, Env] = {}
 
@@ -159,7 +168,7 @@ def work(pipe: Connection, make_env: Callable[[str], Env], acting: tuple, out: P
                 if len(envs) >= keep:
                     envs.pop(next(iter(envs))).close()
                 envs[task] = make_env(task)
-            pipe.send(("ends", play(job, envs[task], policy, out)))
+            pipe.send(("ends", play(job, envs[task], policy, out, render)))
         except InputError as error:
             pipe.send(("refused", error))
         except (EOFError, BrokenPipeError, KeyboardInterrupt):
@@ -170,13 +179,21 @@ def work(pipe: Connection, make_env: Callable[[str], Env], acting: tuple, out: P
             pipe.send(("ends", _line(job, error=f"{type(error).__name__}: {error}")))
 
 
-def play(job: Job, env: Env, policy: ChunkPolicy, out: Path) -> dict[str, Any]:
-    """The line of one episode, whose video and actions are then in `out`/videos."""
+def play(job: Job, env: Env, policy: ChunkPolicy, out: Path, render: bool) -> dict[str, Any]:
+    """The line of one episode, whose video and actions are then in `out`/videos.
+
+    The video holds what the policy looked at, or every step where `render` is set.
+    """
     name, task, seed = job
     started, frames = time.monotonic(), []
-    episode = rollout(env, policy, seed, lambda observation, action: frames.append(observation.images))
+
+    def film(observation: Observation, _: np.ndarray) -> None:
+        if render or policy.looked:
+            frames.append(dict(observation.images))
+
+    episode = rollout(env, policy, seed, film)
     video = f"videos/{name}_{task.replace('/', '-')}_{seed}.mp4"
-    write_video(out / video, frames, env.fps)
+    write_video(out / video, frames, env.fps if render else env.fps / policy.replan)
     _write_actions((out / video).with_suffix(".npz"), episode)
     seconds = round(time.monotonic() - started, 2)
     return _line(job, success=episode.success, steps=episode.steps, seconds=seconds, video=video)
@@ -201,13 +218,14 @@ def write_video(file: Path, frames: Sequence[Mapping[str, np.ndarray]], fps: flo
     import av
 
     every = max(1, math.ceil(fps / 40))
+    rate = Fraction(fps / every).limit_denominator(100)
     with av.open(str(file), "w") as container:
         stream: Any = None
         for images in frames[::every]:
             picture = np.concatenate(list(images.values()), axis=1)
             picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
             if stream is None:
-                stream = container.add_stream("libx264", rate=max(1, round(fps / every)), options={"crf": "20"})
+                stream = container.add_stream("libx264", rate=rate, options={"crf": "20"})
                 stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
                 stream.codec_context.thread_count = 1
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))

@@ -60,6 +60,11 @@ class ChunkPolicy:
         self.step = 0
         self.chunks: list[tuple[int, np.ndarray]] = []
 
+    @property
+    def looked(self) -> bool:
+        """Whether the last action came with a query: whether its observation's pictures were looked at."""
+        return self.step % self.replan == 1 % self.replan
+
     def act(self, observation: Observation) -> np.ndarray:
         """The action (D,) for this instant."""
         if self.step % self.replan == 0:

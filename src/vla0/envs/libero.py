@@ -2,7 +2,10 @@
 
 import contextlib
 import io
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from copy import copy
+from functools import cached_property, partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,14 +49,36 @@ def make_expert(env: "LiberoEnv") -> Any:
     return LiberoExpert(env)
 
 
+class Pictures(Mapping[str, np.ndarray]):
+    """{camera: (h, w, 3) uint8} of one instant, each drawn when it is first looked at, before the next step."""
+
+    def __init__(self, draw: Callable[[str], np.ndarray]):
+        self.draw, self.drawn = draw, {}
+
+    def __getitem__(self, camera: str) -> np.ndarray:
+        if camera not in self.drawn:
+            self.drawn[camera] = self.draw(camera)
+        return self.drawn[camera]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(RAW)
+
+    def __len__(self) -> int:
+        return len(RAW)
+
+    def __reduce__(self):
+        return dict, (dict(self),)  # another process cannot draw
+
+
 class LiberoEnv:
     """One LIBERO task.
 
     Actions (7,): change of the hand's position and rotation, +-1 about 5 cm, and the gripper; above 0 it closes (1), else
     it opens (-1), decided here, after any ensembling. State (8,): position (m), axis-angle, and the two fingers (m).
     reset(seed): seeds 0..49 are the benchmark's initial states; from 50 on the objects lie at random places.
-    An episode does not depend on those before it. `quick` draws without shadows, reflections and multisampling: several
-    times faster on a CPU, with other pictures.
+    An episode does not depend on those before it. Pictures are drawn when they are looked at: on a CPU they are most of a
+    step's time, and a policy that executes several steps a query looks at few. `quick` draws without shadows, reflections and
+    multisampling: faster on a CPU, with other pictures.
     """
 
     fps = FPS
@@ -64,7 +89,7 @@ class LiberoEnv:
         self.max_steps = max_steps or STEPS[suite]
         self.instruction = sentence(self.task)
         self.states = initial_states(package() / "init_files" / suite / f"{name}.pruned_init")
-        self.quick = quick
+        self.quick, self.image_size = quick, image_size
         with contextlib.redirect_stdout(io.StringIO()):  # robosuite and LIBERO talk
             kind = environment()
             np.random.seed(SEED)
@@ -85,6 +110,7 @@ class LiberoEnv:
         self.whole = int(mujoco.mjtState.mjSTATE_INTEGRATION)  # type: ignore[attr-defined]
         self.start = np.empty(mujoco.mj_stateSize(model._model, self.whole))  # type: ignore[attr-defined]
         mujoco.mj_getState(model._model, self.env.sim.data._data, self.start, self.whole)  # type: ignore[attr-defined]
+        self._draw_late()
         if quick:
             self._draw_quickly()
 
@@ -96,7 +122,7 @@ class LiberoEnv:
         official = seed < len(self.states)
         model.body_pos[:], model.body_quat[:] = self.fixed if official else self._unplaced
         self.world.timestep, self.world.done = 0, False
-        self._draw_here()
+        self.instant += 1
         gripper = self.world.robots[0].gripper
         gripper.current_action = np.zeros_like(gripper.current_action)  # it closes by degrees, and a soft reset leaves it
         self.world.deterministic_reset = official
@@ -116,7 +142,7 @@ class LiberoEnv:
         if action.shape != (len(ACTIONS),):
             raise InputError(f"an action of {len(ACTIONS)} numbers", f"shape {action.shape}", "use a LIBERO checkpoint")
         action[-1] = 1.0 if action[-1] > 0 else -1.0
-        self._draw_here()
+        self.instant += 1
         self.raw, _, done, _ = self.env.step(action)
         return self._observe(), bool(done)
 
@@ -126,12 +152,10 @@ class LiberoEnv:
         self.env.close()
 
     def _observe(self) -> Observation:
-        # OpenGL's first row is the lowest, and the benchmark's cameras are mounted the other way round.
-        images = {ours: np.ascontiguousarray(self.raw[theirs][::-1, ::-1]) for ours, theirs in RAW.items()}
         state = np.concatenate(
             [self.raw["robot0_eef_pos"], _axis_angle(self.raw["robot0_eef_quat"]), self.raw["robot0_gripper_qpos"]]
         )
-        return Observation(images, self.instruction, state.astype(np.float32))
+        return Observation(Pictures(partial(self._draw, self.instant)), self.instruction, state.astype(np.float32))
 
     @cached_property
     def _unplaced(self) -> tuple[np.ndarray, np.ndarray]:
@@ -140,6 +164,32 @@ class LiberoEnv:
 
         fresh = mujoco.MjModel.from_xml_string(self.world.model.get_xml())  # type: ignore[attr-defined]
         return fresh.body_pos.copy(), fresh.body_quat.copy()
+
+    def _draw(self, instant: int, camera: str) -> np.ndarray:
+        if instant != self.instant:
+            raise InputError("pictures of the present", f"{camera} of a step that has passed", "look before you act")
+        self._draw_here()
+        size = self.image_size
+        picture = self.env.sim.render(width=size, height=size, camera_name=RAW[camera].removesuffix("_image"))
+        # OpenGL's first row is the lowest, and the benchmark's cameras are mounted the other way round.
+        return np.ascontiguousarray(picture[::-1, ::-1])
+
+    def _draw_late(self) -> None:
+        """Where robosuite draws, at the first of a step's 25 ticks, it now only remembers what there was to be seen."""
+        from robosuite.utils.observables import sensor
+
+        sim, self.instant = self.env.sim, 0
+        shown = sim._render_context_offscreen.data = SimpleNamespace(_data=None)
+
+        @sensor(modality="image")
+        def remember(_: Any) -> np.ndarray:
+            shown._data = copy(sim.data._data)
+            return np.zeros(1)
+
+        first, *others = RAW.values()
+        self.world._observables[first].set_sensor(remember)
+        for camera in others:  # both see the same instant
+            self.world._observables[camera].set_enabled(False)
 
     def _draw_here(self) -> None:
         """Of several worlds in a process each has its own OpenGL context; robosuite draws in whichever came last."""
