@@ -64,8 +64,8 @@ def goals(task: str) -> set[str]:
 
 
 def has_expert(task: str) -> bool:
-    """Whether the scripted expert knows what to do: pick and place, nothing else."""
-    return goals(task) <= {"in", "on"}
+    """Whether the scripted expert knows what to do: pick and place, nothing to open or turn on."""
+    return goals(task) <= {"in", "on"} and not sentence(task).startswith("open")
 
 
 def provenance() -> dict[str, Any]:
