@@ -1,9 +1,10 @@
 """What the evaluator costs beside the simulators it drives, and where the time of a LIBERO evaluation goes.
 
-python benchmarks/libero_eval.py --workers 2
+python benchmarks/libero_eval.py --workers 2 [--checkpoint DIR]
 
-Two runs of the same episodes in the same number of processes: `evaluate` with a policy that costs nothing, and processes that
-only reset, step and render. Each builds its worlds first; the clock runs from the first reset on.
+Runs of the same episodes in the same number of processes: processes that only reset, step and draw; `evaluate` with a policy
+that costs nothing, asked at every step and at every eighth; and with a checkpoint, where one is given. Each builds its worlds
+first; the clock runs from the first reset on.
 """
 
 import json
@@ -23,12 +24,13 @@ DIMENSIONS = 7
 
 
 class Timed:
-    """An Env that writes down when each of its parts began and how long it took."""
+    """A LiberoEnv that writes down when each of its parts began and how long it took."""
 
     def __init__(self, config: EvalConfig, folder: Path, task: str):
         self.env = make_env(config, task)
         self.fps, self.max_steps = self.env.fps, self.env.max_steps
         self.file = (folder / f"{time.monotonic_ns()}.jsonl").open("w", buffering=1)
+        self.env._draw = partial(self._time, "draw", self.env._draw)  # type: ignore[attr-defined]
 
     def _time(self, part, call, *arguments):
         started = time.monotonic()
@@ -55,12 +57,26 @@ def timed(config: EvalConfig, task: str, *, folder: Path) -> Timed:
 
 
 def alone(config: EvalConfig, folder: Path, seeds: list[int]) -> None:
-    """A process that does nothing but simulate."""
+    """A process that does nothing but simulate and draw."""
     env = Timed(config, folder, config.tasks[0])
     for seed in seeds:
-        env.reset(seed)
+        dict(env.reset(seed).images)
         for _ in range(env.max_steps):
-            env.step(np.zeros(DIMENSIONS))
+            observation, _ = env.step(np.zeros(DIMENSIONS))
+            dict(observation.images)
+
+
+class Counted:
+    """A policy that counts its own seconds."""
+
+    def __init__(self, predict):
+        self.predict, self.seconds = predict, 0.0
+
+    def __call__(self, observations):
+        started = time.monotonic()
+        chunks = self.predict(observations)
+        self.seconds += time.monotonic() - started
+        return chunks
 
 
 def read(folder: Path) -> tuple[float, dict[str, float]]:
@@ -78,30 +94,49 @@ def measure(
     episodes: Annotated[int, typer.Option(help="for each simulator")] = 2,
     steps: Annotated[int, typer.Option(help="of an episode")] = 60,
     quick: Annotated[bool, typer.Option(help="no shadows, reflections and multisampling")] = False,
+    checkpoint: Annotated[str | None, typer.Option(help="also with this policy")] = None,
 ) -> None:
-    """Print both rates, their ratio, and the parts."""
-    config = EvalConfig((task,), "libero", workers * episodes, max_steps=steps, quick=quick)
-    count = workers * episodes * steps
+    """Print each way's rate and where its time goes."""
+    shape = {"episodes": workers * episodes, "max_steps": steps, "quick": quick}
+    config = EvalConfig((task,), "libero", replan=1, ensemble="none", **shape)
+    rates = {}
+
+    def show(way, folder, model=0.0):
+        wall, parts = read(folder)
+        parts = {part: seconds / workers for part, seconds in parts.items()} | {"model": model}
+        parts["idle"] = wall - sum(parts.values())
+        shares = ", ".join(f"{part} {seconds / wall:.0%}" for part, seconds in parts.items())
+        rates[way] = workers * episodes / wall * 3600
+        line = f"{rates[way]:.0f} episodes/h of {steps} steps, {rates[way] / rates['alone']:.2f} of alone"
+        print(f"{way}: {line}; {shares}", flush=True)
+
     with tempfile.TemporaryDirectory() as name:
-        folders = [Path(name) / way for way in ("alone", "evaluator", "out")]
-        for folder in folders:
-            folder.mkdir()
+        folder = Path(name) / "alone"
+        folder.mkdir()
         context = multiprocessing.get_context("spawn")
         shares = [list(range(i, workers * episodes, workers)) for i in range(workers)]
-        processes = [context.Process(target=alone, args=(config, folders[0], share)) for share in shares]
+        processes = [context.Process(target=alone, args=(config, folder, share)) for share in shares]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
-        zero = lambda observations: np.zeros((len(observations), 8, DIMENSIONS), np.float32)  # noqa: E731
-        evaluate({"policy": zero}, 8, config, folders[2], workers, partial(timed, folder=folders[1]))
-        for way, folder in (("alone", folders[0]), ("evaluator", folders[1])):
-            wall, parts = read(folder)
-            idle = wall * workers - sum(parts.values())
-            shares = ", ".join(f"{part} {seconds / wall / workers:.0%}" for part, seconds in [*parts.items(), ("other", idle)])
-            hourly = workers * episodes / wall * 3600
-            print(f"{way}: {count / wall:.1f} steps/s, {hourly:.0f} episodes/h of {steps} steps; {shares}")
-        print(f"evaluator / alone: {read(folders[0])[0] / read(folders[1])[0]:.2f}")
+        show("alone", folder)
+        ways = {f"evaluator, {replan} steps a query": (replan, Counted(zero)) for replan in (1, 8)}
+        if checkpoint is not None:
+            from vla0.policy import VLA0
+
+            policy = VLA0.from_pretrained(checkpoint)
+            ways["evaluator, 1 step a query, model"] = (1, Counted(partial(policy.predict_batch, chunk_size=1)))
+        for number, (way, (replan, predict)) in enumerate(ways.items()):
+            own, folder = EvalConfig((task,), "libero", replan=replan, ensemble="none", **shape), Path(name) / str(number)
+            folder.mkdir()
+            evaluate({"policy": predict}, 8, own, Path(name) / f"out{number}", workers, partial(timed, folder=folder))
+            show(way, folder, predict.seconds)
+
+
+def zero(observations):
+    """Chunks of nothing."""
+    return np.zeros((len(observations), 8, DIMENSIONS), np.float32)
 
 
 if __name__ == "__main__":

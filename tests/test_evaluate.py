@@ -3,21 +3,17 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from worlds import make_line
+from worlds import make_line, walk
 
 from vla0 import InputError, Spec
-from vla0.evaluate import EvalConfig, blanked, evaluate, exchanged, fit, make_env, random_actions
+from vla0.evaluate import EvalConfig, evaluate, make_env
 from vla0.table import mean_success, mend, read_episodes, suites, summary, table, wilson
+from vla0.trial import blanked, exchanged, fit, random_actions
 
 
 def config_of(folder, tasks=("fine",), **changes) -> EvalConfig:
     folder.mkdir(exist_ok=True)
     return EvalConfig(tuple(tasks), str(folder), **{"episodes": 3, "first_seed": 0, "ensemble": "mean", **changes})
-
-
-def walk(observations):
-    """Half a step a tick: solves in seven."""
-    return np.full((len(observations), 4, 1), 0.5, np.float32)
 
 
 def run(tmp_path, config, policies=None, **changes):

@@ -5,7 +5,6 @@ import importlib.util
 import logging
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,8 +21,6 @@ app = typer.Typer(
     help="A vision-language model as a robot policy: it writes actions as text",
 )
 console = Console()
-
-CONTROLS = ("blank", "exchanged", "random", "untrained")
 
 
 @app.command()
@@ -88,7 +85,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="folder of the results; default beside the checkpoint")] = None,
     replan: Annotated[int, typer.Option(help="steps executed per query")] = 1,
     ensemble: Annotated[str, typer.Option(help="none, mean, v1 or v2:w: weights of overlapping chunks by age")] = "v1",
-    control: Annotated[list[str] | None, typer.Option(help=f"also evaluate a control: {', '.join(CONTROLS)}")] = None,
+    control: Annotated[list[str] | None, typer.Option(help="also: blank, exchanged, random or untrained")] = None,
     workers: Annotated[int | None, typer.Option(help="environments at once; default 8 a core")] = None,
     max_steps: Annotated[
         int | None, typer.Option(help="steps after which an episode has failed; default 150, LIBERO's caps")
@@ -98,37 +95,32 @@ def evaluate(
     quick: Annotated[bool, typer.Option(help="LIBERO: no shadows and reflections; faster on a CPU, other pictures")] = False,
     assets: Annotated[Path | None, typer.Option(help="LIBERO: folder of its meshes")] = None,
     device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
+    render: Annotated[bool, typer.Option(help="film every step, not only those that the policy looks at")] = False,
+    ray: Annotated[str | None, typer.Option(help="spread over a Ray cluster: its address, or local to start one here")] = None,
+    ablation: Annotated[bool, typer.Option(help="the published rows: ensembling on and off, steps executed per query")] = False,
+    separate: Annotated[str | None, typer.Option(help="a checkpoint trained with tile: false, for the ablation")] = None,
 ) -> None:
     """Try a checkpoint in a simulator: a table, videos and a report. The same command again goes on where it stopped."""
-    from vla0.ensemble import steps_used
-    from vla0.envs import named, simulator
-    from vla0.evaluate import EvalConfig, fit
-    from vla0.evaluate import evaluate as run
-    from vla0.model import fingerprint
-    from vla0.policy import VLA0
-    from vla0.report import write_report
-    from vla0.table import table
+    from vla0.envs import named
+    from vla0.evaluate import EvalConfig
+    from vla0.table import ablation_table, table
+    from vla0.trial import ablation as run_ablation
+    from vla0.trial import trial
 
     settings = EvalConfig(
         named(env, task, suite, assets), env, episodes, None, replan, ensemble, max_steps, image_size, start, quick=quick
     )
     quiet()
-    policy = VLA0.from_pretrained(checkpoint, device)
-    fit(policy.spec, env)
-    settings = dataclasses.replace(settings, fps=policy.spec.fps)
     if out is None:
         beside = Path(checkpoint).resolve() if Path(checkpoint).is_dir() else Path("runs") / checkpoint.replace("/", "_")
-        out = beside.with_name(f"{beside.name}-eval")
-    identity = {"checkpoint": fingerprint(policy.model, policy.spec), "versions": simulator(env).provenance()}
-    sentences = [(name, simulator(env).sentence(name)) for name in settings.tasks]
-    steps = steps_used(policy.spec.horizon, replan, ensemble)
-    policies = controls(policy, control or [], sentences, steps)
-    lines = run(policies, policy.spec.horizon, settings, out, workers, identity=identity)
-    console.print(table(lines))
-    console.print(f"report: {write_report(out, f'{checkpoint} on {env}')}")
-    unfinished = len(settings.tasks) * episodes * len(policies) - sum(line["error"] is None for line in lines)
-    if unfinished > 0:
-        raise InputError("every episode to end", f"{unfinished} given up after crashes", f"see the error lines in '{out}'")
+        out = beside.with_name(f"{beside.name}-{'ablation' if ablation else 'eval'}")
+    others = {"control": control or [], "workers": workers, "device": device, "render": render, "ray": ray}
+    if ablation:
+        console.print(ablation_table(run_ablation(checkpoint, separate, settings, out, **others)))
+        console.print(f"reports: {out}/*/report.html")
+    else:
+        console.print(table(trial(checkpoint, settings, out, **others)))
+        console.print(f"report: {out / 'report.html'}")
 
 
 @app.command()
@@ -183,29 +175,6 @@ def quiet() -> None:
         from datasets.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-
-
-def controls(policy, names: list[str], sentences: list[tuple[str, str]], steps: int) -> dict:
-    """{name: predict} of the policy and the controls asked for. sentences: (task, sentence) of all tasks. steps: of a chunk."""
-    from vla0.evaluate import blanked, exchanged, random_actions
-    from vla0.model import untrained
-    from vla0.parallel import Predict
-    from vla0.policy import VLA0
-
-    predict = partial(policy.predict_batch, chunk_size=steps)
-    result: dict[str, Predict] = {"policy": predict}
-    for name in names:
-        if name == "blank":
-            result[name] = blanked(predict)
-        elif name == "exchanged":
-            result[name] = exchanged(predict, sentences)
-        elif name == "random":
-            result[name] = random_actions(policy.spec.low, policy.spec.high, steps)
-        elif name == "untrained":
-            result[name] = partial(VLA0(untrained(policy.model), policy.processor, policy.spec).predict_batch, chunk_size=steps)
-        else:
-            raise InputError(f"a control of {CONTROLS}", f"'{name}'", "choose one of those")
-    return result
 
 
 def measured(simulator):

@@ -4,20 +4,19 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vla0.ensemble import TemporalEnsemble
 from vla0.envs import ENVS, make, simulator
-from vla0.parallel import ATTEMPTS, Crew, Predict
+from vla0.parallel import ATTEMPTS, Crew, Play, Predict
 from vla0.rollout import Env
-from vla0.spec import InputError, Spec, refuse_unknown, tupled
+from vla0.spec import InputError, refuse_unknown, tupled
 from vla0.table import mend, read_episodes
 
 logger = logging.getLogger(__name__)
@@ -60,19 +59,6 @@ def make_env(config: EvalConfig, task: str) -> Env:
     return make(config.env, task, config.image_size, config.max_steps, config.start, config.fps, config.quick)
 
 
-def fit(spec: Spec, env: str) -> None:
-    """Raises InputError where a checkpoint cannot act in a simulator: other cameras, or another number of action dimensions."""
-    module = simulator(env)
-    missing = [camera for camera in spec.cameras if camera not in module.CAMERAS]
-    if missing:
-        remedy = "map the recipe's cameras to these names and train"
-        raise InputError(f"cameras of {tuple(module.CAMERAS)}, as {env} has", f"'{missing[0]}' in the checkpoint", remedy)
-    if spec.dimensions != len(module.ACTIONS):
-        raise InputError(
-            f"actions of {len(module.ACTIONS)} numbers, as {env} takes", f"{spec.dimensions} in the checkpoint", "use another"
-        )
-
-
 def evaluate(
     policies: Mapping[str, Predict],
     horizon: int,
@@ -82,6 +68,7 @@ def evaluate(
     make_env: Callable[[EvalConfig, str], Env] = make_env,
     identity: Mapping[str, Any] | None = None,
     render: bool = False,
+    crew: Callable[..., Any] = Crew,
 ) -> list[dict[str, Any]]:
     """Runs what is missing in `out`/episodes.jsonl, and gives its lines, one for each finished episode and each error.
 
@@ -90,6 +77,7 @@ def evaluate(
     make_env: (config, task) → Env, picklable, runs in the processes; give your own to evaluate in your own world.
     identity: what else a result depends on (the checkpoint, versions): recorded, and refused where it differs.
     render: film every step; without it the videos hold what the policy looked at.
+    crew: who plays: processes here, or vla0.cluster.
     """
     TemporalEnsemble(horizon, config.replan, config.ensemble)  # refuses what it must before anything starts
     out = Path(out)
@@ -121,8 +109,8 @@ def evaluate(
                     progress.advance(bar)
 
             acting = (horizon, config.replan, config.ensemble)
-            keep = 1 if heavy else len(config.tasks)
-            Crew(policies, partial(make_env, config), acting, out, count, keep, render).run(jobs, record)
+            play = Play(partial(make_env, config), acting, 1 if heavy else len(config.tasks), render)
+            crew(policies, play, out, count).run(jobs, record)
     return lines
 
 
@@ -135,40 +123,6 @@ def _same_settings(file: Path, now: dict[str, Any]) -> None:
             if key != "episodes" and before.get(key) != now[key]:
                 raise InputError(f"{key} {before.get(key)}, as in '{file}'", f"{now[key]}", "evaluate into another folder")
     file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-
-
-def blanked(predict: Predict) -> Predict:
-    """The policy with every picture black: what it does without looking."""
-
-    def blind(observations):
-        dark = [{camera: np.zeros_like(frame) for camera, frame in o.images.items()} for o in observations]
-        return predict([replace(o, images=images) for images, o in zip(dark, observations, strict=True)])
-
-    return blind
-
-
-def exchanged(predict: Predict, tasks: Sequence[tuple[str, str]]) -> Predict:
-    """The policy given the next task's sentence, of those of its suite: what it does without listening.
-
-    tasks: (task, sentence) of all that are evaluated.
-    """
-    swap: dict[str, str] = {}
-    for suite in {task.rpartition("/")[0] for task, _ in tasks}:
-        own = [sentence for task, sentence in tasks if task.rpartition("/")[0] == suite]
-        if len(own) < 2:
-            raise InputError("two tasks of a suite or more, to exchange sentences", f"{own}", "evaluate more tasks")
-        swap |= dict(zip(own, own[1:] + own[:1], strict=True))
-
-    def deaf(observations):
-        return predict([replace(o, instruction=swap[o.instruction]) for o in observations])
-
-    return deaf
-
-
-def random_actions(low: Sequence[float], high: Sequence[float], horizon: int, seed: int = 0) -> Predict:
-    """A policy of uniform actions between the bounds."""
-    rng = np.random.default_rng(seed)
-    return lambda observations: rng.uniform(low, high, (len(observations), horizon, len(low))).astype(np.float32)
 
 
 def _progress() -> Progress:

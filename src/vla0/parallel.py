@@ -10,6 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -29,26 +30,24 @@ IDLE_S = 0.05  # a batch goes when all ask, or when nothing came for so long
 SILENT_S = 300.0  # a process that says nothing for so long is taken for dead
 
 
+@dataclass(frozen=True)
+class Play:
+    """How the processes play, whoever employs them."""
+
+    make_env: Callable[[str], Env]  # picklable: it runs in the processes
+    acting: tuple[int, int, str]  # horizon, replan and ensemble, as ChunkPolicy takes them
+    keep: int  # worlds that a process holds
+    render: bool = False  # film every step, not only those that the policy looks at
+
+
 class Crew:
     """The processes, and the loop that feeds them.
 
-    policies: by name. make_env: a picklable function, task → Env, that runs in the processes. acting: horizon, replan and
-    ensemble, as ChunkPolicy takes them. out: folder for the episodes' videos and actions. keep: worlds that a process holds.
-    render: film every step, not only those that the policy looks at.
+    policies: by name. out: folder for the episodes' videos and actions. count: processes.
     """
 
-    def __init__(
-        self,
-        policies: Mapping[str, Predict],
-        make_env: Callable[[str], Env],
-        acting: tuple,
-        out: Path,
-        count: int,
-        keep: int,
-        render: bool,
-    ):
-        self.policies, self.count = policies, count
-        self.work = (make_env, acting, out, keep, render)
+    def __init__(self, policies: Mapping[str, Predict], play: Play, out: Path, count: int):
+        self.policies, self.play, self.out, self.count = policies, play, out, count
         self.members: dict[Connection, Any] = {}  # pipe → process
         self.busy: dict[Connection, tuple] = {}  # pipe → (job, time of its last word)
         self.asking: dict[Connection, Observation] = {}
@@ -81,7 +80,7 @@ class Crew:
     def _hire(self) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, *self.work), daemon=True)
+        process = context.Process(target=work, args=(theirs, self.play, self.out), daemon=True)
         process.start()
         theirs.close()
         self.members[ours] = process
@@ -148,7 +147,7 @@ class Crew:
             logger.error("%s: given up after %d attempts; see the error lines", job, ATTEMPTS)
 
 
-def work(pipe: Connection, make_env: Callable[[str], Env], acting: tuple, out: Path, keep: int, render: bool) -> None:
+def work(pipe: Connection, play: Play, out: Path) -> None:
     """A process's life: episodes in environments of its own, chunks from the parent."""
     envs: dict[str, Env] = {}
 
@@ -156,7 +155,7 @@ def work(pipe: Connection, make_env: Callable[[str], Env], acting: tuple, out: P
         pipe.send(("asks", observation))
         return pipe.recv()
 
-    policy = ChunkPolicy(ask, *acting)
+    policy = ChunkPolicy(ask, *play.acting)
     while True:
         try:
             job = pipe.recv()
@@ -165,10 +164,10 @@ def work(pipe: Connection, make_env: Callable[[str], Env], acting: tuple, out: P
         task = job[1]
         try:
             if task not in envs:
-                if len(envs) >= keep:
+                if len(envs) >= play.keep:
                     envs.pop(next(iter(envs))).close()
-                envs[task] = make_env(task)
-            pipe.send(("ends", play(job, envs[task], policy, out, render)))
+                envs[task] = play.make_env(task)
+            pipe.send(("ends", episode(job, envs[task], policy, out, play.render)))
         except InputError as error:
             pipe.send(("refused", error))
         except (EOFError, BrokenPipeError, KeyboardInterrupt):
@@ -179,7 +178,7 @@ def work(pipe: Connection, make_env: Callable[[str], Env], acting: tuple, out: P
             pipe.send(("ends", _line(job, error=f"{type(error).__name__}: {error}")))
 
 
-def play(job: Job, env: Env, policy: ChunkPolicy, out: Path, render: bool) -> dict[str, Any]:
+def episode(job: Job, env: Env, policy: ChunkPolicy, out: Path, render: bool) -> dict[str, Any]:
     """The line of one episode, whose video and actions are then in `out`/videos.
 
     The video holds what the policy looked at, or every step where `render` is set.
@@ -191,12 +190,12 @@ def play(job: Job, env: Env, policy: ChunkPolicy, out: Path, render: bool) -> di
         if render or policy.looked:
             frames.append(dict(observation.images))
 
-    episode = rollout(env, policy, seed, film)
+    played = rollout(env, policy, seed, film)
     video = f"videos/{name}_{task.replace('/', '-')}_{seed}.mp4"
     write_video(out / video, frames, env.fps if render else env.fps / policy.replan)
-    _write_actions((out / video).with_suffix(".npz"), episode)
+    _write_actions((out / video).with_suffix(".npz"), played)
     seconds = round(time.monotonic() - started, 2)
-    return _line(job, success=episode.success, steps=episode.steps, seconds=seconds, video=video)
+    return _line(job, success=played.success, steps=played.steps, seconds=seconds, video=video)
 
 
 def _line(job: tuple, success=None, steps=None, seconds=None, video=None, error=None) -> dict[str, Any]:
