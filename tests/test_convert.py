@@ -4,10 +4,13 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import make_observation
+from PIL import Image
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
-from vla0 import VLA0, InputError
+from vla0 import VLA0, InputError, Observation
 from vla0.convert import convert, read_spec
 
 QWEN = {
@@ -46,6 +49,50 @@ def test_a_run_becomes_a_checkpoint_that_acts(run, policy, tmp_path):
     frame = make_observation(0).images[policy.spec.cameras[0]]
     assert loaded.predict({"agentview": frame, "wrist": frame}, "open the drawer", chunk_size=1).shape == (1, 7)
     assert not [file for file in (tmp_path / "out").rglob("*") if file.suffix in (".pkl", ".pth", ".bin")]
+
+
+def official(processor, frames, sentence, actions):
+    """The published pipeline, written down from its description alone: what the model is given, and what it must answer."""
+    tiled = Image.fromarray(np.concatenate([frame[16:240, 16:240] for frame in frames], axis=1))  # crop 0.875 of 256 is 224
+    levels = np.round((actions - LOW) / (HIGH - LOW) * 1000).astype(int)
+    numbers = " ".join(str(level) for level in levels.reshape(-1))
+    system = (
+        "Analyze the input image and predict robot actions for the next 8 timesteps. Each action has 7 dimensions. Output a single "
+        "sequence of 56 integers (0-1000 each), representing the 8 timesteps sequentially. Provide only space separated numbers. "
+        "Nothing else."
+    )
+    turns = [
+        {"role": "system", "content": [{"type": "text", "text": system}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sentence}]},
+        {"role": "assistant", "content": [{"type": "text", "text": numbers}]},
+    ]
+    asked, whole = (processor.apply_chat_template(turns[:n], add_generation_prompt=n == 2, tokenize=False) for n in (2, 3))
+    pixels = {"min_pixels": 224 * 448, "max_pixels": 224 * 448}
+    inputs, prompt = (processor(text=[t], images=[tiled], return_tensors="pt", **pixels) for t in (whole, asked))
+    labels = inputs["input_ids"].clone()
+    labels[:, : prompt["input_ids"].shape[1]] = -100
+    return inputs, labels
+
+
+def test_the_same_picture_sentence_and_weights_give_the_official_tokens_pixels_and_loss(run, tmp_path):
+    convert(run, tmp_path / "out")
+    ours = VLA0.from_pretrained(tmp_path / "out")
+    rng = np.random.default_rng(0)
+    frames = [rng.integers(0, 256, (256, 256, 3), dtype=np.uint8) for _ in range(2)]
+    actions = rng.uniform(LOW, HIGH, (8, 7)).astype(np.float32)
+    inputs, labels = official(AutoProcessor.from_pretrained(run / "model_last"), frames, "open the drawer", actions)
+    # The official answer ends with a newline that decoding never reaches: a row of docs/differences.md.
+    inputs, labels = {key: v[:, :-1] if v.shape == labels.shape else v for key, v in inputs.items()}, labels[:, :-1]
+    observation = Observation(dict(zip(("agentview", "wrist"), frames, strict=True)), "open the drawer")
+    answer = ours.codec.write(ours.codec.encode(actions))
+    batch = ours.prompt.observe([observation], [answer])
+    torch.testing.assert_close(batch["input_ids"], inputs["input_ids"])
+    torch.testing.assert_close(batch["labels"], labels)
+    torch.testing.assert_close(batch["pixel_values"], inputs["pixel_values"])
+    torch.testing.assert_close(batch["image_grid_thw"], inputs["image_grid_thw"])
+    with torch.no_grad():
+        theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "model_last")
+        torch.testing.assert_close(ours.model(**batch).loss, theirs(**inputs, labels=labels).loss)
 
 
 def test_what_the_config_does_not_say_is_asked_for(run, tmp_path):

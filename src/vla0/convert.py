@@ -12,7 +12,7 @@ import yaml
 from transformers import AutoProcessor
 
 from vla0.arrays import load_arrays
-from vla0.model import put_in_place
+from vla0.model import link_files, put_in_place
 from vla0.prompt import Prompt
 from vla0.spec import InputError, Spec
 
@@ -36,12 +36,7 @@ def convert(run: str | Path, out: str | Path, vision_id: bool = False, crop: flo
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        for file in weights.iterdir():
-            if file.is_file() and file.suffix in KEPT:
-                try:
-                    os.link(file, partial / file.name)
-                except OSError:  # another disk
-                    shutil.copy2(file, partial / file.name)
+        link_files(weights, partial, lambda file: file.suffix in KEPT)
         spec.save(partial)
         Prompt(spec, AutoProcessor.from_pretrained(partial))  # refuses a tokenizer that does not fit
         put_in_place(partial, out)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from vla0.envs import simulator
+from vla0.envs import libero_files
 from vla0.spec import InputError
 
 JOBS = ("train", "eval", "serve")
@@ -20,7 +20,7 @@ GIB = 2**30
 MODELS = {"Qwen2.5-VL-3B": 3.75e9, "Qwen2.5-VL-7B": 8.29e9, "Qwen2.5-VL-72B": 73.4e9}  # parameters
 ACTING, TRAINING = 2.4, 17.0  # bytes a parameter: bf16 and what a decode keeps; fp32 with gradient and two moments
 FRAME = (  # drawn in a process of its own: a broken driver kills it
-    "import os, sys; os.environ.setdefault('MUJOCO_GL', 'egl' if sys.platform == 'linux' else 'glfw'); import mujoco; "
+    "import os, mujoco; "  # MUJOCO_GL is that of vla0.envs
     'model = mujoco.MjModel.from_xml_string(\'<mujoco><worldbody><light pos="0 0 3"/><geom size=".3" rgba="1 0 0 1"/>'
     "</worldbody></mujoco>'); data = mujoco.MjData(model); mujoco.mj_forward(model, data); "
     "renderer = mujoco.Renderer(model, 64, 64); renderer.update_scene(data); picture = renderer.render(); renderer.close(); "
@@ -47,7 +47,7 @@ def examine() -> list[Finding]:
         ("transformers", lambda: metadata.version("transformers"), "pip install vla0", JOBS),
         ("LeRobot", _lerobot, "pip install 'vla0[lerobot]'", ("train",)),
         ("rendering", draw, "Debian: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri; or set MUJOCO_GL", ("eval",)),
-        ("MuJoCo", _mujoco, "pip install mujoco==3.3.2: results depend on it", ()),
+        ("MuJoCo", _mujoco, f"pip install mujoco=={libero_files.MUJOCO}: results depend on it", ()),
         ("Meta-World", lambda: metadata.version("metaworld"), "pip install 'vla0[metaworld]'", ()),
         ("LIBERO", lambda: metadata.version("hf-libero"), "pip install 'vla0[libero]'", ()),
         ("LIBERO's meshes", _meshes, "vla0 download libero-assets, or set VLA0_LIBERO_ASSETS", ()),
@@ -116,15 +116,14 @@ def _lerobot() -> str:
 
 def _mujoco() -> str:
     version = metadata.version("mujoco")
-    if version != "3.3.2":
+    if version != libero_files.MUJOCO:
         raise RuntimeError(f"{version}; LIBERO's pictures are darker from 3.3.3 on")
     return version
 
 
 def _meshes() -> str:
-    folder = simulator("libero").assets()
-    standins = folder / "STANDINS.txt"
-    return f"{folder}" + (", some are stand-ins: no published number compares" if standins.is_file() else "")
+    count = libero_files.standins()
+    return f"{libero_files.assets()}" + (f", {count} are stand-ins: no published number compares" if count else "")
 
 
 def _disk() -> str:

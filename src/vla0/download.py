@@ -4,6 +4,7 @@ import json
 import logging
 from pathlib import Path
 
+from vla0.envs.libero_files import CACHE
 from vla0.spec import InputError, nearest
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ def download(name: str, out: str | Path | None = None) -> Path:
 
     if name not in KNOWN and name.count("/") != 1:
         raise InputError(f"one of {', '.join(KNOWN)}, or owner/name on the Hub", f"'{name}'", nearest(name, KNOWN))
-    place = Path.home() / ".cache" / "libero" / "assets" if name == ASSETS else Path("data") / name.rpartition("/")[2]
+    place = CACHE if name == ASSETS else Path("data") / name.rpartition("/")[2]
     folder, repo = Path(out or place).expanduser(), KNOWN.get(name, name)
     try:
         snapshot_download(repo, repo_type="dataset", local_dir=folder)
@@ -37,11 +38,11 @@ def download(name: str, out: str | Path | None = None) -> Path:
             f"'{repo}' on the Hub", reason, "check the name and the connection; the same command goes on where it stopped"
         ) from None
     if name != ASSETS:
-        convert(folder, repo)
+        upgrade(folder, repo)
     return folder
 
 
-def convert(folder: Path, repo: str) -> None:
+def upgrade(folder: Path, repo: str) -> None:
     """Brings a LeRobot dataset of v2.1 to v3.0, in its place. Raises InputError for what is no dataset, or is older."""
     info = folder / "meta" / "info.json"
     if not info.is_file():

@@ -49,9 +49,13 @@ class EvalConfig:
         if min(self.episodes, 1 if self.max_steps is None else self.max_steps) < 1 or (self.first_seed or 0) < 0:
             raise InputError("episodes and max_steps >= 1, first_seed >= 0", f"{asdict(self)}", "correct them")
         if self.env == "libero":
-            object.__setattr__(self, "tasks", tuple(simulator("libero").task_named(task) for task in self.tasks))
-            if (self.first_seed or 0) + self.episodes > 50:
-                raise InputError("at most LIBERO's 50 initial states", f"{self.episodes} episodes", "evaluate 50 or fewer")
+            module = simulator("libero")
+            object.__setattr__(self, "tasks", tuple(map(module.task_named, self.tasks)))
+            most = module.SEEDS.start
+            if (self.first_seed or 0) + self.episodes > most:
+                raise InputError(
+                    f"at most LIBERO's {most} initial states", f"{self.episodes} episodes", f"evaluate {most} or fewer"
+                )
 
 
 def make_env(config: EvalConfig, task: str) -> Env:

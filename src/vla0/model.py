@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +100,20 @@ def publish(state: Path, folder: Path, processor: Any, spec: Spec) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file in state.iterdir():
-        if file.is_file() and file.name != "trainer_state.json" and file.suffix in (".safetensors", ".json"):
-            try:
-                os.link(file, partial / file.name)
-            except OSError:
-                shutil.copy2(file, partial / file.name)
+    link_files(state, partial, lambda file: file.name != "trainer_state.json" and file.suffix in (".safetensors", ".json"))
     processor.save_pretrained(partial)
     spec.save(partial)
     put_in_place(partial, folder)
+
+
+def link_files(source: Path, folder: Path, kept: Callable[[Path], bool]) -> None:
+    """The files of `source` that are kept, in `folder`: hard links, or copies where that is another disk."""
+    for file in source.iterdir():
+        if file.is_file() and kept(file):
+            try:
+                os.link(file, folder / file.name)
+            except OSError:
+                shutil.copy2(file, folder / file.name)
 
 
 def put_in_place(partial: Path, folder: Path) -> None:

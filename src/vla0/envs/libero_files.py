@@ -25,6 +25,7 @@ SUITES = {name.removeprefix("libero_"): (name,) for name in STEPS} | {
 }
 MUJOCO = "3.3.2"  # later ones render darker (LIBERO issue 88, lerobot issue 4390)
 ASSETS = "VLA0_LIBERO_ASSETS"  # environment variable: folder of the meshes
+CACHE = Path.home() / ".cache" / "libero" / "assets"  # where hf-libero downloads them to
 FOLDERS = ("articulated_objects", "stable_scanned_objects", "turbosquid_objects", "stable_hope_objects", "scenes")
 
 
@@ -73,8 +74,7 @@ def provenance() -> dict[str, Any]:
     found: dict[str, Any] = {package: metadata.version(package) for package in ("hf-libero", "robosuite", "mujoco")}
     if found["mujoco"] != MUJOCO:
         logger.warning("MuJoCo %s: LIBERO's pictures differ from %s on; results fall by points", found["mujoco"], MUJOCO)
-    standins = assets() / "STANDINS.txt"
-    found["stand-in assets"] = len(standins.read_text().splitlines()) if standins.is_file() else 0
+    found["stand-in assets"] = standins()
     if found["stand-in assets"]:
         logger.warning(
             "%d of LIBERO's meshes are stand-ins: no result is comparable to a published one", found["stand-in assets"]
@@ -82,10 +82,16 @@ def provenance() -> dict[str, Any]:
     return found
 
 
+def standins() -> int:
+    """How many of the meshes are not the real ones."""
+    file = assets() / "STANDINS.txt"
+    return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
+
+
 def assets() -> Path:
     """The folder of LIBERO's meshes: $VLA0_LIBERO_ASSETS, those inside the package, or those that hf-libero downloaded."""
     given = os.environ.get(ASSETS)
-    places = [Path(given).expanduser()] if given else [package() / "assets", Path.home() / ".cache" / "libero" / "assets"]
+    places = [Path(given).expanduser()] if given else [package() / "assets", CACHE]
     for place in places:
         if all((place / folder).is_dir() for folder in FOLDERS):
             return place.resolve()
