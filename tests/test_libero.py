@@ -1,8 +1,10 @@
 """LIBERO by the official protocol, with the real simulator where its meshes are at hand."""
 
 import importlib.util
+import multiprocessing
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import zipfile
@@ -18,7 +20,7 @@ if importlib.util.find_spec("libero") is None:
 from vla0 import InputError
 from vla0.envs import libero, libero_files
 from vla0.envs.libero import LiberoEnv
-from vla0.evaluate import EvalConfig
+from vla0.evaluate import EvalConfig, evaluate
 
 MESHES = Path(os.environ.get(libero.ASSETS, Path(__file__).parents[2] / "shared" / "libero-assets"))
 TASK = "libero_object/3"
@@ -224,6 +226,26 @@ def test_the_gripper_is_open_or_closed(small):
             observation, _ = small.step(np.r_[np.zeros(6), value])
         gap = np.abs(observation.state[6:]).sum()
         assert (gap < 0.01) == (fingers == "close")
+
+
+@pytest.mark.slow
+@needs_meshes
+def test_the_episode_of_a_killed_worker_is_run_again_and_counted_once(tmp_path, monkeypatch):
+    """Killed while it acts, as the system does where memory runs out."""
+    monkeypatch.setenv(libero.ASSETS, str(MESHES))
+    config = EvalConfig((TASK,), "libero", episodes=3, replan=8, ensemble="none", max_steps=24, image_size=64)
+    killed = []
+
+    def still(observations):
+        if len(list(tmp_path.glob("videos/*.mp4"))) == 1 and not killed:
+            killed.extend(child.pid for child in multiprocessing.active_children()[:1])
+            os.kill(killed[0], signal.SIGKILL)
+        return np.zeros((len(observations), 8, 7), np.float32)
+
+    lines = evaluate({"policy": still}, 8, config, tmp_path, 1)
+    assert killed
+    assert [(line["seed"], line["error"] is None) for line in lines if line["error"]] == [(1, False)]
+    assert sorted((line["seed"], line["steps"]) for line in lines if line["error"] is None) == [(0, 24), (1, 24), (2, 24)]
 
 
 @needs_meshes

@@ -1,6 +1,7 @@
 """episodes.jsonl → a report.html to look at: success per task, videos, predicted against executed actions."""
 
 import base64
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vla0.spec import InputError
-from vla0.table import mean_success, read_episodes, suites, summary
+from vla0.table import PUBLISHED, mean_success, read_episodes, suites, summary
 
 SHOWN = 6  # episodes of each policy and task that the page holds; the others stay in videos/
 
@@ -34,7 +35,7 @@ def write_report(out: str | Path, title: str = "vla0 evaluation") -> Path:
     lines = read_episodes(out / "episodes.jsonl")
     if not lines:
         raise InputError(f"episodes in '{out}'", "none", "run `vla0 eval` first")
-    parts = [f"<h1>{escape(title)}</h1>", _table(lines)]
+    parts = [f"<h1>{escape(title)}</h1>", _table(lines), _settings(out / "evaluation.json")]
     for policy, rows in summary(lines).items():
         for task in rows:
             parts.append(_section(out, policy, task, [e for e in lines if e["policy"] == policy and e["task"] == task]))
@@ -64,13 +65,26 @@ def _table(lines: Sequence[Mapping[str, Any]]) -> str:
         for suite, row in suites(tasks).items():
             rows.append(
                 f"<tr><td>{escape(policy)}<td><strong>{escape(suite)}</strong><td>{row['successes']} of {row['episodes']}<td>"
-                f"<td>{row['low']:.0%} to {row['high']:.0%}"
+                f"<td>{row['low']:.0%} to {row['high']:.0%}<td><td>"
+                + (f"<td>VLA-0: {PUBLISHED[suite]} %" if suite in PUBLISHED else "")
             )
         rows.append(
             f"<tr><td><strong>{escape(policy)}</strong><td><strong>mean</strong><td><strong>{mean_success(tasks):.1%}</strong>"
         )
     head = "<tr><th>policy<th>task<th>success<th><th>95 % interval<th>median steps<th>errors"
     return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _settings(file: Path) -> str:
+    """What the results depend on, and what spoils a comparison."""
+    if not file.is_file():
+        return ""
+    text = file.read_text(encoding="utf-8")
+    count = json.loads(text).get("versions", {}).get("stand-in assets", 0)
+    warning = (
+        f"<p class=no>{count} of the meshes are stand-ins: no rate here compares with a published one.</p>" if count else ""
+    )
+    return f"{warning}<details><summary>settings and versions</summary><pre>{escape(text)}</pre></details>"
 
 
 def _section(out: Path, policy: str, task: str, lines: Sequence[Mapping[str, Any]]) -> str:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from rich.table import Column, Table
 
-# Success in percent, VLA-0, arXiv 2510.13054, table 1; the mean over the four is 94.7.
+# Success in percent, VLA-0, arXiv 2510.13054; the mean over the four is 94.7.
 PUBLISHED = {"libero_spatial": 97.0, "libero_object": 97.8, "libero_goal": 96.2, "libero_10": 87.6}
-# Its table 2, means over the four suites.
+# Its ablation, means over the four suites.
 PUBLISHED_ROWS = {"ensembling mean": 94.7, "no ensembling": 92.0, "separate images": 94.5}
 
 
