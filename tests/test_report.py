@@ -48,6 +48,20 @@ def test_the_report_stands_alone(evaluated):
     assert "a &lt;title&gt;" in page
 
 
+def test_the_report_says_what_was_published_and_what_spoils_a_comparison(evaluated):
+    log = evaluated / "episodes.jsonl"
+    log.write_text(log.read_text().replace('"task": "reach"', '"task": "libero_object/reach"'))
+    (evaluated / "evaluation.json").write_text(
+        json.dumps({"replan": 1, "versions": {"mujoco": "3.3.2", "stand-in assets": 28}})
+    )
+    page = write_report(evaluated).read_text()
+    assert "VLA-0: 97.8 %" in page
+    assert "28 of the meshes are stand-ins" in page
+    assert "&quot;replan&quot;: 1" in page
+    (evaluated / "evaluation.json").write_text(json.dumps({"versions": {"stand-in assets": 0}}))
+    assert "are stand-ins" not in write_report(evaluated).read_text()
+
+
 def test_a_report_of_nothing_is_refused(tmp_path):
     with pytest.raises(InputError, match="vla0 eval"):
         write_report(tmp_path)
