@@ -248,6 +248,40 @@ def test_the_episode_of_a_killed_worker_is_run_again_and_counted_once(tmp_path, 
     assert sorted((line["seed"], line["steps"]) for line in lines if line["error"] is None) == [(0, 24), (1, 24), (2, 24)]
 
 
+@pytest.mark.slow
+@needs_meshes
+def test_demonstrations_have_the_public_schema_and_an_interrupted_collection_goes_on(tmp_path, monkeypatch):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from vla0 import collect as module
+
+    monkeypatch.setenv(libero.ASSETS, str(MESHES))
+    config = module.CollectConfig((TASK,), "libero", episodes=2, image_size=64, quick=True)
+    stream = module._stream
+
+    def interrupted(*arguments):
+        episodes = stream(*arguments)
+        yield next(episodes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_stream", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        module.collect(config, tmp_path / "set", 1)
+    left = {file: file.stat().st_mtime_ns for file in tmp_path.glob(".set.episodes-*/*.npz")}
+    assert left
+    monkeypatch.setattr(module, "_stream", stream)
+    assert module.collect(config, tmp_path / "set", 1) == {libero.task_named(TASK): (2, 0)}
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    dataset = LeRobotDataset("local/set", root=tmp_path / "set", video_backend="pyav")
+    shapes = {key: tuple(feature["shape"]) for key, feature in dataset.meta.features.items() if "." in key or key == "action"}
+    assert shapes == {
+        "observation.images.image": (64, 64, 3), "observation.images.image2": (64, 64, 3),
+        "observation.state": (8,), "action": (7,),
+    }  # fmt: skip
+    assert (dataset.num_episodes, dataset.fps, dataset.meta.info.codebase_version) == (2, 20, "v3.0")
+    assert dataset[0]["task"] == libero.sentence(libero.task_named(TASK))
+
+
 @needs_meshes
 def test_an_action_of_another_length_is_refused(small):
     with pytest.raises(InputError, match="7 numbers"):

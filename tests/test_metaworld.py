@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,6 +143,22 @@ def test_a_recipe_may_ask_for_the_simulator_at_each_save(collected, tmp_path):
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert line == {"step": "step-000002", "success": 0.0}
     assert (tmp_path / "run" / "simulator" / "step-000002" / "episodes.jsonl").exists()
+
+
+def test_an_episode_that_an_interrupted_run_left_is_not_played_again(tmp_path, monkeypatch):
+    from vla0 import collect as module
+
+    config = CollectConfig((TASK,), episodes=1, image_size=56)
+    played = module.demonstrate(config, TASK, 0, tmp_path)
+    failed = module.demonstrate(replace(config, noise_share=1.0, noise_scale=50.0), TASK, 1, tmp_path)
+    monkeypatch.setattr(module, "_world", None)
+    again = module.demonstrate(config, TASK, 0, tmp_path)
+    assert again.instruction == played.instruction
+    for one, other in ((again.actions, played.actions), (again.states, played.states)):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(again.images["front"], played.images["front"])
+    assert failed is None
+    assert module.demonstrate(config, TASK, 1, tmp_path) is None
 
 
 def test_nothing_is_overwritten_and_evaluation_seeds_are_kept_free(collected, tmp_path):

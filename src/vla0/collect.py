@@ -1,6 +1,7 @@
 """An expert in an Env → a LeRobot dataset of what it saw and did."""
 
 import atexit
+import hashlib
 import logging
 import multiprocessing
 import os
@@ -94,26 +95,53 @@ def _world(config: CollectConfig, task: str):
     return env, simulator(config.env).make_expert(env)
 
 
-def demonstrate(config: CollectConfig, task: str, seed: int) -> Demonstration | None:
-    """The expert's episode for a seed; None where it failed."""
+def demonstrate(config: CollectConfig, task: str, seed: int, store: Path | None = None) -> Demonstration | None:
+    """The expert's episode for a seed; None where it failed. store: a folder where an earlier run left it, or this one does."""
+    file = None if store is None else store / f"{task.replace('/', '-')}_{seed}.npz"
+    if file is not None and file.exists():
+        return _read(file)
     env, expert = _world(config, task)
     seen: list[Observation] = []
     noisy = NoisyEnv(env, np.random.default_rng([seed, 10_000]), config.noise_share or 0.0, config.noise_scale or 0.0)
     episode = rollout(
         noisy, expert, seed, lambda observation, _: seen.append(replace(observation, images=dict(observation.images)))
     )
-    if not episode.success:
-        return None
-    images = {camera: np.stack([observation.images[camera] for observation in seen]) for camera in seen[0].images}
-    states = np.stack([observation.state for observation in seen if observation.state is not None])
-    return Demonstration(seen[0].instruction, images, states, episode.actions)
+    found = None
+    if episode.success:
+        images = {camera: np.stack([observation.images[camera] for observation in seen]) for camera in seen[0].images}
+        states = np.stack([observation.state for observation in seen if observation.state is not None])
+        found = Demonstration(seen[0].instruction, images, states, episode.actions)
+    if file is not None:
+        _write(file, found)
+    return found
+
+
+def _write(file: Path, found: Demonstration | None) -> None:
+    partial = file.with_suffix(".partial")
+    with partial.open("wb") as stream:
+        if found is None:
+            np.savez(stream)
+        else:
+            pictures = {f"images.{camera}": frames for camera, frames in found.images.items()}
+            others = {"instruction": found.instruction, "states": found.states, "actions": found.actions}
+            np.savez_compressed(stream, allow_pickle=False, **pictures, **others)
+    partial.replace(file)
+
+
+def _read(file: Path) -> Demonstration | None:
+    with np.load(file, allow_pickle=False) as arrays:
+        if not arrays.files:
+            return None
+        images = {key.removeprefix("images."): arrays[key] for key in arrays.files if key.startswith("images.")}
+        return Demonstration(str(arrays["instruction"]), images, arrays["states"], arrays["actions"])
 
 
 def collect(config: CollectConfig, out: str | Path, workers: int | None = None) -> dict[str, tuple[int, int]]:
     """Writes a LeRobotDataset v3.0 of the expert's solved episodes; {task: (solved, failed and left out)}.
 
     A task that has no expert, or that it fails too often, is left out with a warning. At `out` there is never a half-written
-    dataset: it is built beside and renamed. Same arguments, same dataset.
+    dataset: it is built beside and renamed. Same arguments, same dataset. Of a slow simulator the finished episodes outlive an
+    interruption, in a hidden folder beside `out`, and the same call goes on from there.
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -134,10 +162,15 @@ def collect(config: CollectConfig, out: str | Path, workers: int | None = None) 
         if not module.has_expert(task):
             logger.warning("%s has no expert and is left out", task)
     config = replace(config, tasks=tuple(filter(module.has_expert, config.tasks)))
+    store = None
+    if module.HEAVY:
+        same = replace(config, tasks=(), episodes=1, videos=False)  # what an episode depends on, beside task and seed
+        store = out.with_name(f".{out.name}.episodes-{hashlib.sha256(repr(same).encode()).hexdigest()[:8]}")
+        store.mkdir(exist_ok=True)
     failures, solved = dict.fromkeys(config.tasks, 0), dict.fromkeys(config.tasks, 0)
     dataset: Any = None
     try:
-        for task, demonstration in _stream(config, workers, failures):
+        for task, demonstration in _stream(config, workers, failures, store):
             solved[task] += 1
             if dataset is None:  # the first episode has shown that all is well
                 dataset = LeRobotDataset.create(
@@ -154,12 +187,16 @@ def collect(config: CollectConfig, out: str | Path, workers: int | None = None) 
         dataset.finalize()
         shutil.rmtree(partial / "images", ignore_errors=True)  # LeRobot's scratch copies
         partial.rename(out)
+        if store is not None:
+            shutil.rmtree(store)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {task: (solved[task], failures[task]) for task in config.tasks}
 
 
-def _stream(config: CollectConfig, workers: int | None, failures: dict[str, int]) -> Iterator[tuple[str, Demonstration]]:
+def _stream(
+    config: CollectConfig, workers: int | None, failures: dict[str, int], store: Path | None
+) -> Iterator[tuple[str, Demonstration]]:
     """Demonstrations in a fixed order, made in parallel processes; a heavy simulator's tasks one after another."""
     workers = workers or os.cpu_count() or 1
     turns = [task for _ in range(config.episodes) for task in config.tasks]
@@ -176,7 +213,7 @@ def _stream(config: CollectConfig, workers: int | None, failures: dict[str, int]
             while demonstration is None:
                 for coming, count in Counter(order[place : place + 2 * workers]).items():
                     for seed in islice(seeds[coming], max(0, count - len(ahead[coming]))):
-                        ahead[coming].append(pool.submit(demonstrate, config, coming, seed))
+                        ahead[coming].append(pool.submit(demonstrate, config, coming, seed, store))
                 if not ahead[task]:
                     break  # all its seeds are used up
                 demonstration = ahead[task].pop(0).result()

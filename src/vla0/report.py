@@ -66,7 +66,7 @@ def _table(lines: Sequence[Mapping[str, Any]]) -> str:
             rows.append(
                 f"<tr><td>{escape(policy)}<td><strong>{escape(suite)}</strong><td>{row['successes']} of {row['episodes']}<td>"
                 f"<td>{row['low']:.0%} to {row['high']:.0%}<td><td>"
-                + (f"<td>VLA-0: {PUBLISHED[suite]} %" if suite in PUBLISHED else "")
+                + (f"<td>VLA-0: {PUBLISHED[suite]} %" if suite in PUBLISHED and policy == "policy" else "")
             )
         rows.append(
             f"<tr><td><strong>{escape(policy)}</strong><td><strong>mean</strong><td><strong>{mean_success(tasks):.1%}</strong>"
