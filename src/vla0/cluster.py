@@ -142,7 +142,7 @@ class Cluster:
             self.ray.get(promise)
             self.idle.append(member)
         except RayTaskError as error:  # the policy's or the caller's: the same everywhere
-            raise error.cause from None
+            raise error.cause or error from None
         except RayActorError as error:
             if error.actor_init_failed:
                 why = str(error).strip().splitlines()[-1]

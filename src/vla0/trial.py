@@ -1,6 +1,7 @@
 """A checkpoint, tried in a simulator: what it must fit, what it has to beat, and the rows of the published ablation."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -61,8 +62,9 @@ def trial(
         crew, given = partial(Cluster, ray, partial(_load, checkpoint, device, build)), dict.fromkeys(names, _elsewhere)
     lines = evaluate(given, spec.horizon, settings, out, workers, identity=identity, render=render, crew=crew)
     write_report(out, f"{checkpoint} on {settings.env}")
-    unfinished = len(settings.tasks) * settings.episodes * len(names) - sum(line["error"] is None for line in lines)
-    if unfinished > 0:
+    done = Counter((line["policy"], line["task"]) for line in lines if line["error"] is None)
+    unfinished = sum(max(0, settings.episodes - done[name, task]) for name in names for task in settings.tasks)
+    if unfinished:
         raise InputError("every episode to end", f"{unfinished} given up after crashes", f"see the error lines in '{out}'")
     return lines
 
