@@ -48,6 +48,8 @@ class LiberoExpert:
                 yield from self._place(goal[1], goal[2])
                 if self.env.world._eval_predicate(goal):
                     break
+                for _ in range(10):  # what was dropped comes to rest
+                    yield self._towards(self._hand() + _up(0.02), self.down, OPEN)
         while True:
             yield self._towards(self._hand() + _up(0.05), self.down, OPEN)
 
@@ -100,7 +102,7 @@ class LiberoExpert:
         over = np.append(spot[:2] - held, max(top + hanging + 0.08, self._hand()[2]))
         over_here = np.append(self._hand()[:2], over[2])
         for action in chain(self._move(over_here, self.turned, CLOSED, 0.03), self._move(over, self.turned, CLOSED, 0.015)):
-            if self._hand()[2] - self._corners(thing)[:, 2].min() > hanging + 0.03:
+            if self._hand()[2] - self._corners(thing)[:, 2].min() > hanging + 0.08:
                 return  # it has slipped out
             yield action
         yield from self._move(np.append(over[:2], top + hanging + 0.015), self.turned, CLOSED, 0.01, limit=25)
@@ -128,7 +130,8 @@ class LiberoExpert:
     def _towards(self, target: np.ndarray, rotation: np.ndarray, gripper: float) -> np.ndarray:
         shift = GAIN * (target - self._hand())
         turn = TURN * _rotation_vector(rotation @ self._rotation().T)
-        return np.clip(np.concatenate([shift, turn, [gripper]]), -1, 1).astype(np.float32)
+        # In tenths: what is finer no picture tells, and a policy that has to write it learns little else.
+        return np.clip(np.concatenate([shift, turn, [gripper]]), -1, 1).round(1).astype(np.float32)
 
     @property
     def _data(self) -> Any:
