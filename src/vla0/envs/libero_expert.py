@@ -88,11 +88,19 @@ class LiberoExpert:
             height = max((low + high) / 2, high - 0.04)  # fingers are 4 cm long below the palm
         else:  # at the rim, on the side of the hand's own axis: no need to turn
             axis = _flat(self.down[:, 0])
-            nearer = 1 if axis @ (self._hand()[:2] - centre[:2]) > 0 else -1
-            side = axis * nearer * (1, -1, 1, -1)[attempt]
+            nearer = axis if axis @ (self._hand()[:2] - centre[:2]) > 0 else -axis
+            first = max((nearer, -nearer), key=lambda side: min(self._room(thing, centre[:2] + 0.07 * side), 0.08))
+            side = first * (1, -1, 1, -1)[attempt]
             across = side * (((corners[:, :2] - centre[:2]) @ side).max() - 0.01)
             height = high - 0.025
         return np.append(centre[:2] + across, max(height, low + 0.012)), high, _turned(self.down, axis)
+
+    def _room(self, thing: str, point: np.ndarray) -> float:
+        """Metres from a point (2,) to the middle of the nearest other object."""
+        others = [
+            body for name, body in self.env.world.obj_body_id.items() if name != thing and name in self.env.world.objects_dict
+        ]
+        return min(np.linalg.norm(self._data.body_xpos[others][:, :2] - point, axis=1), default=np.inf)
 
     def _place(self, thing: str, place: str) -> Iterator[np.ndarray]:
         corners = self._corners(thing)

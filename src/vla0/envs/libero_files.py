@@ -65,8 +65,8 @@ def goals(task: str) -> set[str]:
 
 
 def has_expert(task: str) -> bool:
-    """Whether the scripted expert knows what to do: pick and place, nothing to open or turn on."""
-    return goals(task) <= {"in", "on"} and not sentence(task).startswith("open")
+    """Whether the scripted expert knows what to do: pick and place, nothing to open or turn on, no drawer to reach into."""
+    return goals(task) <= {"in", "on"} and "drawer" not in sentence(task)
 
 
 def provenance() -> dict[str, Any]:
