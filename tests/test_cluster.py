@@ -55,22 +55,26 @@ def test_machines_share_the_episodes_and_their_lines_come_together(tmp_path, add
     assert len(more) == 27
 
 
+@pytest.mark.slow
 def test_a_crash_of_a_simulator_is_an_error_line_and_a_new_attempt(tmp_path, address):
     lines = run(tmp_path, address, tasks=("dies",), episodes=3)
     assert sum(line["error"] is not None for line in lines) == 1
     assert sorted(key(line) for line in lines if line["error"] is None) == [("dies", seed) for seed in range(3)]
 
 
+@pytest.mark.slow
 def test_a_mistake_of_the_policy_rises(tmp_path, address):
     with pytest.raises(InputError, match="a broken one"):
         run(tmp_path, address, load_broken)
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_not_on_each_machine_is_one_clear_message(tmp_path, address):
     with pytest.raises(InputError, match="checkpoint must be on each machine"):
         run(tmp_path, address, load_absent)
 
 
+@pytest.mark.slow
 def test_what_a_killed_member_was_doing_is_done_by_others(tmp_path, address, monkeypatch):
     killed = []
 

@@ -44,6 +44,7 @@ def test_the_ablation_has_the_published_rows_in_folders_of_their_own(checkpoints
         ablation(checkpoints["tiled"], checkpoints["tiled"], CONFIG, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_trial_on_ray_is_the_trial_here(checkpoints, tmp_path):
     pytest.importorskip("ray", reason="Ray is an extra: uv sync --extra cluster")
     found = {}
