@@ -64,6 +64,7 @@ def alone(config: EvalConfig, folder: Path, seeds: list[int]) -> None:
         for _ in range(env.max_steps):
             observation, _ = env.step(np.zeros(DIMENSIONS))
             dict(observation.images)
+    env.close()
 
 
 class Counted:
