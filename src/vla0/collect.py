@@ -1,6 +1,7 @@
 """An expert in an Env → a LeRobot dataset of what it saw and did."""
 
 import atexit
+import contextlib
 import hashlib
 import logging
 import multiprocessing
@@ -53,7 +54,8 @@ class CollectConfig:
 
     def __post_init__(self):
         module = simulator(self.env)
-        object.__setattr__(self, "tasks", tupled(self.tasks))
+        tasks = tupled(self.tasks)
+        object.__setattr__(self, "tasks", tuple(map(module.task_named, tasks)) if self.env == "libero" else tasks)
         for name, value in {"seed": module.SEEDS.start, "noise_share": module.NOISE[0], "noise_scale": module.NOISE[1]}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -189,6 +191,11 @@ def collect(config: CollectConfig, out: str | Path, workers: int | None = None) 
         partial.rename(out)
         if store is not None:
             shutil.rmtree(store)
+    except BaseException:
+        if dataset is not None:  # else it writes its rest later, where nothing shall be left
+            with contextlib.suppress(Exception):
+                dataset.finalize()
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return {task: (solved[task], failures[task]) for task in config.tasks}
