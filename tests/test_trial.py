@@ -14,7 +14,7 @@ from vla0 import InputError
 from vla0.evaluate import EvalConfig
 from vla0.policy import VLA0
 from vla0.table import ablation_table, read_episodes
-from vla0.trial import ROWS, SEPARATE, ablation, trial
+from vla0.trial import ROWS, SEPARATE, _load, ablation, trial
 
 CONFIG = EvalConfig(("reach-v3",), episodes=2, max_steps=3, image_size=56)
 
@@ -42,6 +42,11 @@ def test_the_ablation_has_the_published_rows_in_folders_of_their_own(checkpoints
     assert "trained with tile: false" in caplog.text
     with pytest.raises(InputError, match="whose images are tiled"):
         ablation(checkpoints["tiled"], checkpoints["tiled"], CONFIG, tmp_path)
+
+
+def test_a_machine_with_another_checkpoint_in_that_folder_is_refused(checkpoints):
+    with pytest.raises(InputError, match="copy the same to every machine"):
+        _load(checkpoints["tiled"], "cpu", "another", None)
 
 
 @pytest.mark.slow

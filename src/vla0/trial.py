@@ -53,13 +53,14 @@ def trial(
     spec = policy.spec
     fit(spec, settings.env)
     settings = replace(settings, fps=spec.fps)
-    identity = {"checkpoint": fingerprint(policy.model, spec), "versions": simulator(settings.env).provenance()}
+    mark = fingerprint(policy.model, spec)
+    identity = {"checkpoint": mark, "versions": simulator(settings.env).provenance()}
     names = ("policy", *control)
     build = partial(policies, names=names, settings=settings)
     if ray is None:
         crew, given = Crew, build(policy)
     else:
-        crew, given = partial(Cluster, ray, partial(_load, checkpoint, device, build)), dict.fromkeys(names, _elsewhere)
+        crew, given = partial(Cluster, ray, partial(_load, checkpoint, device, mark, build)), dict.fromkeys(names, _elsewhere)
     lines = evaluate(given, spec.horizon, settings, out, workers, identity=identity, render=render, crew=crew)
     write_report(out, f"{checkpoint} on {settings.env}")
     done = Counter((line["policy"], line["task"]) for line in lines if line["error"] is None)
@@ -159,8 +160,12 @@ def _spec(checkpoint: str) -> Spec:
     return Spec.load(locate(checkpoint))
 
 
-def _load(checkpoint: str, device: str | None, build: Any) -> dict[str, Predict]:
-    return build(VLA0.from_pretrained(checkpoint, device))
+def _load(checkpoint: str, device: str | None, mark: str, build: Any) -> dict[str, Predict]:
+    """The policies on a cluster's machine, whose folder of that name may hold something else."""
+    policy = VLA0.from_pretrained(checkpoint, device)
+    if (found := fingerprint(policy.model, policy.spec)) != mark:
+        raise InputError(f"the checkpoint {mark} in '{checkpoint}'", f"{found}", "copy the same to every machine")
+    return build(policy)
 
 
 def _elsewhere(observations: Sequence[Any]) -> np.ndarray:
