@@ -1,6 +1,5 @@
 """One command, `vla0`, and its subcommands. What they need is imported when they run, so that `--help` is quick."""
 
-import dataclasses
 import importlib.util
 import logging
 import os
@@ -68,6 +67,7 @@ def train(
     """Fine-tune a VLM on a LeRobot dataset. The same command again goes on where it stopped."""
     from vla0.recipe import read_config
     from vla0.train import TrainConfig, main
+    from vla0.trial import measured
 
     quiet()
     recipe = read_config(TrainConfig, config, overrides or [])
@@ -149,6 +149,42 @@ def convert(
     console.print(f"checkpoint: {out}, {spec.horizon} steps of {spec.dimensions} numbers in 0..{spec.bins}")
 
 
+bench_app = typer.Typer(no_args_is_help=True, help="Measure on this machine")
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure on this machine."""
+
+
+@bench_app.command("decode")
+def bench_decode(
+    model: Annotated[str, typer.Option(help="tiny or 3b (random weights), or a checkpoint folder or Hub id")] = "tiny",
+    batch: Annotated[list[int] | None, typer.Option(help="observations decoded together; several times for several")] = None,
+    replan: Annotated[list[int] | None, typer.Option(help="steps executed between queries; several times for several")] = None,
+    chunks: Annotated[int, typer.Option(help="decodes of each kind")] = 20,
+    device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
+    calibrate: Annotated[bool, typer.Option(help="measure anew how many guesses a pass should check, and no more")] = False,
+    json: Annotated[Path | None, typer.Option(help="file for the rows")] = None,
+) -> None:
+    """Time the ways of decoding on the same inputs, and compare their tokens."""
+    from vla0 import bench as benchmark
+    from vla0.decode.width import width
+
+    quiet()
+    policy = benchmark.chosen(model, device)
+    if calibrate:
+        console.print(f"{width(policy.model, fresh=True)} nodes a pass")
+        return
+    batches, replans = batch or [1, 8, 32], replan or sorted({1, policy.spec.horizon})
+    benchmark.refuse(batches, replans, chunks, policy.spec.horizon)
+    rows = benchmark.bench(policy, batches, replans, chunks)
+    console.print(benchmark.table(rows))
+    if json is not None:
+        benchmark.write(rows, json)
+
+
 @app.command()
 def doctor(
     job: Annotated[str | None, typer.Option("--for", help="what is to run here: train, eval or serve")] = None,
@@ -175,25 +211,6 @@ def quiet() -> None:
         from datasets.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-
-
-def measured(simulator):
-    """What a recipe's `simulator` asks to be measured at each save; None where it asks nothing."""
-    if simulator is None:
-        return None
-    from vla0.evaluate import EvalConfig
-    from vla0.evaluate import evaluate as run
-    from vla0.recipe import build
-    from vla0.table import mean_success, summary
-
-    settings = build(EvalConfig, simulator, "simulator")
-
-    def measure(policy, out):
-        own = dataclasses.replace(settings, fps=policy.spec.fps)
-        lines = run({"policy": policy.predict_batch}, policy.spec.horizon, own, out)
-        return {"success": mean_success(summary(lines)["policy"])}
-
-    return measure
 
 
 def main() -> None:

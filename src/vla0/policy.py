@@ -1,6 +1,6 @@
 """VLA0: an image and a sentence in, a chunk of actions out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,7 +9,7 @@ import torch
 
 from vla0 import ensemble, model
 from vla0.codec import ActionCodec
-from vla0.decode import decode
+from vla0.decode import decoder
 from vla0.prompt import Prompt
 from vla0.rollout import ChunkPolicy
 from vla0.spec import InputError, Observation, Spec, offset
@@ -21,6 +21,7 @@ class VLA0:
     def __init__(self, vlm: Any, processor: Any, spec: Spec, replan: int = 1, weights: str | Sequence[float] | None = None):
         self.model, self.processor, self.spec = vlm.eval(), processor, spec
         self.prompt, self.codec = Prompt(spec, processor), ActionCodec(spec)
+        self.decoder = decoder(self.model, self.prompt)
         self.acting(replan, weights or ("v1" if spec.horizon > replan else ensemble.NONE))
 
     @classmethod
@@ -62,15 +63,18 @@ class VLA0:
         """(B, H, D) float32: a chunk for each observation, decoded together; its first `chunk_size` steps where given."""
         if not observations:
             raise InputError("one observation at least", "none", "pass a list of them")
-        if chunk_size is not None and not 1 <= chunk_size <= self.spec.horizon:
-            raise InputError(
-                f"chunk_size in 1..{self.spec.horizon} (the horizon)",
-                f"{chunk_size}",
-                "ask for less, or train a longer horizon",
-            )
-        levels = decode(self.model, self.prompt.observe(observations), self.prompt, chunk_size)
-        base = np.stack([offset(observation, self.spec) for observation in observations])
-        return (self.codec.decode(levels) + base[:, None]).astype(np.float32)
+        self._check(chunk_size)
+        guesses = [self._guess(observation) for observation in observations]
+        levels = self.decoder.decode(self.prompt.observe(observations), chunk_size, guesses)
+        return np.stack([self._actions(*pair) for pair in zip(levels, observations, strict=True)])
+
+    def predict_stream(self, observation: Observation, chunk_size: int | None = None) -> Iterator[np.ndarray]:
+        """The actions (D,) of `predict`, one after another, each as soon as it is certain."""
+        self._check(chunk_size)
+        given = 0
+        for (levels,) in self.decoder.stream(self.prompt.observe([observation]), chunk_size, [self._guess(observation)]):
+            yield from self._actions(levels[given:], observation)
+            given = len(levels)
 
     def ensemble_actions(
         self, chunks: Sequence[np.ndarray], k: int | None = None, weights: str | Sequence[float] = "v1"
@@ -97,3 +101,28 @@ class VLA0:
     def chunks(self) -> list[tuple[int, np.ndarray]]:
         """(step, chunk (H, D)) of each query since `reset`."""
         return self._acting.chunks
+
+    def _check(self, chunk_size: int | None) -> None:
+        if chunk_size is not None and not 1 <= chunk_size <= self.spec.horizon:
+            raise InputError(
+                f"chunk_size in 1..{self.spec.horizon} (the horizon)",
+                f"{chunk_size}",
+                "ask for less, or train a longer horizon",
+            )
+
+    def _actions(self, levels: np.ndarray, observation: Observation) -> np.ndarray:
+        """(n, D) float32 of levels (n, D)."""
+        return (self.codec.decode(levels) + offset(observation, self.spec)).astype(np.float32)
+
+    def _guess(self, observation: Observation) -> np.ndarray | None:
+        """(H, D) levels near which the observation says that its chunk lies."""
+        if observation.expected is None:
+            return None
+        expected = np.asarray(observation.expected, np.float64)
+        most, dimensions = self.spec.horizon, self.spec.dimensions
+        if expected.ndim != 2 or expected.shape[1] != dimensions or not 1 <= len(expected) <= most:
+            raise InputError(
+                f"expected: 1 to {most} actions of {dimensions}", f"shape {expected.shape}", "give the rest of the last chunk"
+            )
+        levels = self.codec.encode(expected - offset(observation, self.spec))
+        return np.concatenate([levels, np.repeat(levels[-1:], most - len(levels), axis=0)])

@@ -1,6 +1,7 @@
 """The one loop that simulator and robot share, and what it asks of a world and of a policy."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -68,6 +69,9 @@ class ChunkPolicy:
     def act(self, observation: Observation) -> np.ndarray:
         """The action (D,) for this instant."""
         if self.step % self.replan == 0:
+            if self.chunks:  # what the last chunk says of the steps to come; where it says nothing, its end
+                last = self.chunks[-1][1]
+                observation = replace(observation, expected=last[min(self.replan, len(last) - 1) :])
             chunk = self.predict(observation)
             self.ensemble.add(chunk, self.step)
             self.chunks.append((self.step, chunk))

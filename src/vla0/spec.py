@@ -148,6 +148,7 @@ class Observation:
     instruction: str
     state: np.ndarray | None = None  # (S,) in the dataset's units
     captured_at: float | None = None  # monotonic seconds of the oldest frame
+    expected: np.ndarray | None = None  # (n, D) actions thought to come, of the last chunk: decodes faster, changes nothing
 
 
 @dataclass(frozen=True)

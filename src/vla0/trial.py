@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,10 @@ from vla0.evaluate import EvalConfig, evaluate
 from vla0.model import fingerprint, locate, untrained
 from vla0.parallel import Crew, Predict
 from vla0.policy import VLA0
+from vla0.recipe import build
 from vla0.report import write_report
 from vla0.spec import InputError, Spec
+from vla0.table import mean_success, summary
 
 logger = logging.getLogger(__name__)
 
@@ -56,11 +58,11 @@ def trial(
     mark = fingerprint(policy.model, spec)
     identity = {"checkpoint": mark, "versions": simulator(settings.env).provenance()}
     names = ("policy", *control)
-    build = partial(policies, names=names, settings=settings)
+    bring = partial(policies, names=names, settings=settings)
     if ray is None:
-        crew, given = Crew, build(policy)
+        crew, given = Crew, bring(policy)
     else:
-        crew, given = partial(Cluster, ray, partial(_load, checkpoint, device, mark, build)), dict.fromkeys(names, _elsewhere)
+        crew, given = partial(Cluster, ray, partial(_load, checkpoint, device, mark, bring)), dict.fromkeys(names, _elsewhere)
     lines = evaluate(given, spec.horizon, settings, out, workers, identity=identity, render=render, crew=crew)
     write_report(out, f"{checkpoint} on {settings.env}")
     done = Counter((line["policy"], line["task"]) for line in lines if line["error"] is None)
@@ -156,16 +158,30 @@ def policies(policy: VLA0, names: Sequence[str], settings: EvalConfig) -> dict[s
     return {name: result[name] for name in names}
 
 
+def measured(simulator: Mapping[str, Any] | None) -> Callable[[VLA0, Path], dict[str, float]] | None:
+    """What a recipe's `simulator` asks to be measured at each save; None where it asks nothing."""
+    if simulator is None:
+        return None
+    settings = build(EvalConfig, simulator, "simulator")
+
+    def measure(policy: VLA0, out: Path) -> dict[str, float]:
+        own = replace(settings, fps=policy.spec.fps)
+        lines = evaluate({"policy": policy.predict_batch}, policy.spec.horizon, own, out)
+        return {"success": mean_success(summary(lines)["policy"])}
+
+    return measure
+
+
 def _spec(checkpoint: str) -> Spec:
     return Spec.load(locate(checkpoint))
 
 
-def _load(checkpoint: str, device: str | None, mark: str, build: Any) -> dict[str, Predict]:
+def _load(checkpoint: str, device: str | None, mark: str, bring: Callable[[VLA0], dict[str, Predict]]) -> dict[str, Predict]:
     """The policies on a cluster's machine, whose folder of that name may hold something else."""
     policy = VLA0.from_pretrained(checkpoint, device)
     if (found := fingerprint(policy.model, policy.spec)) != mark:
         raise InputError(f"the checkpoint {mark} in '{checkpoint}'", f"{found}", "copy the same to every machine")
-    return build(policy)
+    return bring(policy)
 
 
 def _elsewhere(observations: Sequence[Any]) -> np.ndarray:

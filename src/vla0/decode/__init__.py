@@ -1,5 +1,22 @@
 """Batch → levels. Every decoder returns exactly (H, D) levels, the ones that `reference.decode` returns."""
 
-from vla0.decode.reference import decode
+import logging
+from typing import Any
 
-__all__ = ["decode"]
+from vla0.decode.engine import supported
+from vla0.decode.fast import Fast
+from vla0.decode.reference import Reference, decode
+from vla0.prompt import Prompt
+
+__all__ = ["Fast", "Reference", "decode", "decoder"]
+
+logger = logging.getLogger(__name__)
+
+
+def decoder(model: Any, prompt: Prompt) -> Fast | Reference:
+    """The fastest decoder for a model; the plain one, and a line in the log, where the engine cannot drive it."""
+    reason = supported(model)
+    if reason is None:
+        return Fast(model, prompt)
+    logger.warning("decoding one token a pass: %s", reason)
+    return Reference(model, prompt)

@@ -1,5 +1,6 @@
 """Plain constrained greedy decoding, one token a pass: what everything faster must equal."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,6 +35,25 @@ class GrammarLogits(LogitsProcessor):
             symbols = self.grammar.allowed(state) if state[0] < self.numbers else (END,)
             allowed[row, [self.symbol_ids[s] for s in symbols]] = True
         return scores.float().masked_fill(~allowed.to(scores.device), float("-inf"))  # type: ignore[return-value]
+
+
+class Reference:
+    """The decoder for every model, with the interface of the fast one: guesses help it nothing."""
+
+    def __init__(self, model: Any, prompt: Prompt):
+        self.model, self.prompt = model, prompt
+
+    def decode(
+        self, batch: dict[str, torch.Tensor], chunk_size: int | None = None, guesses: Sequence[np.ndarray | None] | None = None
+    ) -> np.ndarray:
+        """Levels (B, H, D) int64; the first `chunk_size` steps of them where given."""
+        return decode(self.model, batch, self.prompt, chunk_size)
+
+    def stream(
+        self, batch: dict[str, torch.Tensor], chunk_size: int | None = None, guesses: Sequence[np.ndarray | None] | None = None
+    ) -> Iterator[list[np.ndarray]]:
+        """The steps of each row, all at once."""
+        yield list(self.decode(batch, chunk_size))
 
 
 @torch.inference_mode()

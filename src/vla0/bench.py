@@ -1,0 +1,243 @@
+"""How fast chunks are decoded here, each way, on the same weights and inputs, and whether the tokens are the same."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from rich.table import Table
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from vla0 import model as models
+from vla0.codec import ActionCodec, Grammar
+from vla0.decode import Fast, Reference
+from vla0.policy import VLA0
+from vla0.prompt import Prompt
+from vla0.spec import InputError, Observation, Spec
+
+BASELINE = "generate"
+WAYS: dict[str, dict[str, Any] | None] = {  # arguments of Fast; None: transformers' generate with a logits processor
+    BASELINE: None,
+    "one token a pass": {"width": 1, "tail": 0.0},
+    "forced symbols ride along": {"width": 4, "tail": 0.0, "least": 0.999, "learning": False},
+    "all digits, one level": {"width": 21, "tail": 0.0, "learning": False},
+    "all digits, two levels": {"width": 232, "tail": 0.0, "learning": False},
+    "tree of the last chunk": {"tail": 0.0, "learning": False},
+    "tree that learns": {"tail": 0.0},
+    "tree that learns, and a tail": {},
+}
+BLIND = ("forced symbols ride along", "all digits, one level", "all digits, two levels")  # they guess without a last chunk
+SHAPE_3B = {  # of Qwen2.5-VL-3B
+    "text_config": {
+        "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 128_000, "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    },
+    "vision_config": {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
+        "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112,
+    },
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A row of the result."""
+
+    way: str
+    batch: int
+    replan: int
+    chunks: int  # decoded, each row of a batch counted
+    passes: float  # mean of a decode
+    ms_median: float  # of a decode
+    ms_p95: float
+    identical: float  # share of the chunks with the tokens of `generate`
+    margin: float | None = None  # where the first other one parts: how far the two likeliest tokens' logits are apart
+
+
+def bench(
+    policy: VLA0,
+    batches: Sequence[int],
+    replans: Sequence[int],
+    chunks: int,
+    ways: Sequence[str] = tuple(WAYS),
+    episodes: Callable[[int], Iterator[Observation]] | None = None,
+) -> list[Timing]:
+    """Timings of each way, batch size and replan. chunks: decodes of each. episodes: of a number its observations."""
+    episodes = episodes or moving_pictures(policy.spec)
+    rows = []
+    with Progress(transient=True) as progress:
+        bar = progress.add_task("decoding", total=len(ways) * len(batches) * len(replans) * chunks)
+        for batch in batches:
+            for replan in replans:
+                inputs = _inputs(policy.prompt, episodes, batch, replan, chunks)
+                expected: list[np.ndarray] = []
+                for way in ways if ways[0] == BASELINE else (BASELINE, *ways):
+                    row, levels = _measure(policy, way, inputs, replan, expected, lambda: progress.advance(bar))
+                    expected = expected or levels
+                    rows.append(row)
+    return rows
+
+
+def _inputs(prompt: Prompt, episodes, batch: int, replan: int, chunks: int) -> list[dict[str, torch.Tensor]]:
+    """The model's inputs of `chunks` successive queries in `batch` episodes at once."""
+    streams = [episodes(number) for number in range(batch)]
+    found = []
+    for _ in range(chunks):
+        found.append(prompt.observe([next(stream) for stream in streams]))
+        for stream in streams:
+            for _ in range(replan - 1):
+                next(stream)
+    return found
+
+
+def _measure(policy: VLA0, way: str, inputs, replan: int, expected: list[np.ndarray], tick) -> tuple[Timing, list[np.ndarray]]:
+    settings, prompt = WAYS[way], policy.prompt
+    decoder = Reference(policy.model, prompt) if settings is None else Fast(policy.model, prompt, **settings)
+    batch = len(inputs[0]["input_ids"])
+    passes: list[int] = []
+    seconds, found, last = [], [], None
+    hook = policy.model.model.language_model.register_forward_pre_hook(lambda *_: passes.append(1))
+    decoder.decode(inputs[0])  # what happens once happens here
+    passes.clear()
+    for own in inputs:
+        guesses = None
+        if last is not None and way not in BLIND:
+            guesses = [
+                np.concatenate([c[min(replan, len(c) - 1) :], np.repeat(c[-1:], min(replan, len(c) - 1), 0)]) for c in last
+            ]
+        started = time.perf_counter()
+        last = decoder.decode(own, guesses=guesses)
+        seconds.append(time.perf_counter() - started)
+        found.append(last)
+        tick()
+    hook.remove()
+    same = [
+        np.array_equal(a, b)
+        for one, other in zip(found, expected or found, strict=True)
+        for a, b in zip(one, other, strict=True)
+    ]
+    margin = None
+    if not all(same):
+        at, row = divmod(same.index(False), batch)
+        margin = parting(policy, inputs[at], row, expected[at][row], found[at][row])
+    ms = np.array(seconds) * 1e3
+    timing = Timing(
+        way, batch, replan, len(same), len(passes) / len(inputs), float(np.median(ms)), float(np.percentile(ms, 95)),
+        float(np.mean(same)), margin,
+    )  # fmt: skip
+    return timing, found
+
+
+@torch.inference_mode()
+def parting(policy: VLA0, batch: dict[str, torch.Tensor], row: int, one: np.ndarray, other: np.ndarray) -> float:
+    """Where two chunks of levels part: the difference of the two largest logits that the grammar allows."""
+    prompt, codec = policy.prompt, ActionCodec(policy.spec)
+    texts = [prompt.answer_ids(codec.write(levels)) for levels in (one, other)]
+    agreed = next(place for place, (a, b) in enumerate(zip(*texts, strict=False)) if a != b)
+    grammar = Grammar(policy.spec.bins, policy.spec.numbers)
+    state = grammar.start
+    for token in texts[0][:agreed]:
+        state = grammar.advance(state, prompt.symbol_ids.index(token))
+    more = torch.tensor([texts[0][:agreed]] * len(batch["input_ids"]), dtype=torch.long).reshape(len(batch["input_ids"]), -1)
+    inputs = dict(batch)
+    inputs["input_ids"] = torch.cat([batch["input_ids"], more], 1)
+    inputs["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(more)], 1)
+    inputs["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], torch.zeros_like(more)], 1)
+    inputs = {name: tensor.to(policy.model.device) for name, tensor in inputs.items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(policy.model.dtype)
+    logits = policy.model(**inputs, logits_to_keep=1).logits[row, -1].float()
+    first, second = torch.topk(logits[[prompt.symbol_ids[s] for s in grammar.allowed(state)]], 2).values.tolist()
+    return first - second
+
+
+def moving_pictures(spec: Spec) -> Callable[[int], Iterator[Observation]]:
+    """Episodes without a dataset: in each a soft picture drifts before the cameras, and the state with it."""
+
+    def episode(number: int) -> Iterator[Observation]:
+        rng = np.random.default_rng(number)
+        waves = rng.normal(0, 1, (len(spec.cameras), 3, 4))
+        side = np.linspace(0, 1, max(64, spec.image_size))
+        across, down = np.meshgrid(side, side)
+        step = 0
+        while True:
+            images = {}
+            for camera, parts in zip(spec.cameras, waves, strict=True):
+                phases = [a * 9 * across + b * 9 * down + c + d * step / 40 for a, b, c, d in parts]
+                frame = np.stack([127 + 120 * np.sin(phase) for phase in phases], -1).astype(np.uint8)
+                images[camera] = frame if spec.history == 1 else np.stack([frame] * spec.history)
+            state = None
+            if spec.state is not None:
+                low, high = map(np.array, spec.state)
+                state = low + (high - low) * (0.5 + 0.4 * np.sin(step / 40 + np.arange(len(low)) + number))
+            yield Observation(images, f"move the {('red', 'blue', 'green')[number % 3]} block", state)
+            step += 1
+
+    return episode
+
+
+def chosen(name: str, device: str | None = None) -> VLA0:
+    """The policy that is measured: "tiny" and "3b" have random weights, the latter the shape of Qwen2.5-VL-3B in bf16."""
+    if name not in ("tiny", "3b"):
+        return VLA0.from_pretrained(name, device)
+    spec = Spec((-1.0,) * 7, (1.0,) * 7, 20.0, ("agentview", "wrist"), name)
+    processor = models.tiny_processor([spec.system_text(), "move the red blue green block"])
+    where = torch.device(device or models.default_device())
+    if name == "tiny":
+        return VLA0(models.tiny_model(processor).to(where), processor, spec)
+    config = Qwen2_5_VLConfig(**SHAPE_3B)
+    for key, token in {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }.items():
+        setattr(config, key, processor.tokenizer.convert_tokens_to_ids(token))
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with where:
+            vlm = Qwen2_5_VLForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    return VLA0(vlm, processor, spec)
+
+
+def table(rows: Sequence[Timing]) -> Table:
+    """The rows, and how many times faster than `generate` of the same batch and replan."""
+    base = {(row.batch, row.replan): row.ms_median for row in rows if row.way == BASELINE}
+    result = Table("way", "batch", "replan", "passes", "ms", "p95", "times faster", "identical")
+    for row in rows:
+        same = f"{row.identical:.1%}" + ("" if row.margin is None else f" (margin {row.margin:.2g})")
+        ratio = base[row.batch, row.replan] / row.ms_median
+        cells = (
+            row.way,
+            row.batch,
+            row.replan,
+            f"{row.passes:.1f}",
+            f"{row.ms_median:.1f}",
+            f"{row.ms_p95:.1f}",
+            f"{ratio:.1f}",
+        )
+        result.add_row(*map(str, cells), same)
+    return result
+
+
+def write(rows: Sequence[Timing], file: Path) -> None:
+    """The rows as JSON."""
+    file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
+
+
+def refuse(batches: Sequence[int], replans: Sequence[int], chunks: int, horizon: int) -> None:
+    """Raises InputError for numbers that mean nothing."""
+    if min(batches) < 1 or chunks < 1:
+        raise InputError("batch and chunks >= 1", f"{min(batches)} and {chunks}", "give whole numbers from 1")
+    if not 1 <= min(replans) <= max(replans) <= horizon:
+        raise InputError(f"replan in 1..{horizon}, the horizon", f"{sorted(replans)}", "give fewer steps a query")

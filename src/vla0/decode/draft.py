@@ -1,0 +1,181 @@
+"""What an answer will probably say: a tree of guesses that the model checks in one pass. No guess changes a token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+import numpy as np
+
+from vla0.codec import END, SPACE, SYMBOLS, Grammar
+
+State = tuple[int, str]  # of the Grammar: numbers finished, digits of the current one
+Ranked = tuple[list[int], list[float]]  # symbols that may follow and their probabilities, likeliest first
+CERTAIN = 0.02  # of a prior: mass spread over all levels, so that nothing is impossible
+
+
+@dataclass
+class Tree:
+    """Guessed symbols; node 0 is the last symbol that is certain. A parent comes before its children."""
+
+    symbols: list[int]
+    parents: list[int]  # of node 0: -1
+    states: list[State]  # of the Grammar, after the node
+    children: list[dict[int, int]]  # of each node: symbol → node
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    @classmethod
+    def of(cls, symbol: int, state: State) -> "Tree":
+        """Node 0 alone."""
+        return cls([symbol], [-1], [state], [{}])
+
+    def add(self, parent: int, symbol: int) -> int:
+        """A new node's number; or that of the node that is there."""
+        if symbol in self.children[parent]:
+            return self.children[parent][symbol]
+        node = len(self.symbols)
+        self.children[parent][symbol] = node
+        self.symbols.append(symbol)
+        self.parents.append(parent)
+        self.states.append(after(self.states[parent], symbol))
+        self.children.append({})
+        return node
+
+    def walk(self, picks: Sequence[int]) -> tuple[list[int], int]:
+        """(nodes from 0 on that the model's picks confirm, the pick after the last of them). picks: of each node."""
+        path = [0]
+        while (child := self.children[path[-1]].get(picks[path[-1]])) is not None:
+            path.append(child)
+        return path, picks[path[-1]]
+
+
+class Draft:
+    """What is guessed of one answer, and learned from what the model says at each guess.
+
+    prior: (numbers, bins + 1), how likely each level is at first. numbers: how many of the grammar's are wanted.
+    """
+
+    def __init__(self, grammar: Grammar, prior: np.ndarray, numbers: int):
+        self.grammar, self.numbers = grammar, numbers
+        self.whole, self.mass = prior, _below(prior)
+        self.known: dict[State, Ranked] = {}
+
+    def grow(self, symbol: int, state: State, width: int, tail: int, least: float = 0.0) -> Tree:
+        """A tree of at most `width` nodes, on a symbol and the state after it: the likeliest, if at least so likely.
+
+        The last `tail` of them prolong its one likeliest path, however unlikely that is.
+        """
+        tree, count = Tree.of(symbol, state), 0
+        heap: list[tuple[float, int, int, int, float]] = []  # -probability, order, parent, rank, the parent's probability
+
+        def offer(parent: int, rank: int, probability: float) -> None:
+            nonlocal count
+            symbols, shares = self.next(tree.states[parent])
+            if rank < len(symbols):
+                count += 1
+                heappush(heap, (-probability * shares[rank], count, parent, rank, probability))
+
+        offer(0, 0, 1.0)
+        while heap and len(tree) < width - tail and -heap[0][0] >= least:
+            negative, _, parent, rank, above = heappop(heap)
+            offer(parent, rank + 1, above)
+            symbol = self.next(tree.states[parent])[0][rank]
+            if self.ends(tree.states[parent], symbol):
+                continue
+            offer(tree.add(parent, symbol), 0, -negative)
+        node = 0
+        while len(tree) < width and tail:
+            symbol = self.next(tree.states[node])[0][0]
+            if self.ends(tree.states[node], symbol):
+                break
+            node = tree.add(node, symbol)
+        return tree
+
+    def ends(self, state: State, symbol: int) -> bool:
+        """Whether a symbol closes the last number that is wanted: nothing is read after it."""
+        return symbol >= SPACE and state[0] == self.numbers - 1
+
+    def next(self, state: State) -> Ranked:
+        """The symbols that may follow a state, likeliest first: by what the model said there last, else by the prior."""
+        if state not in self.known:
+            self.known[state] = self._prior(state)
+        return self.known[state]
+
+    def learn(self, tree: Tree, probabilities: np.ndarray) -> None:
+        """probabilities: (nodes, 12) of the model at each node, 0 where the grammar forbids."""
+        order = np.argsort(-probabilities, axis=1)
+        shares = np.take_along_axis(probabilities, order, axis=1)
+        possible = (shares > 0).sum(axis=1).tolist()
+        ranked = zip(tree.states, order.tolist(), shares.tolist(), possible, strict=True)
+        # Backwards: of nodes in the same state that one counts which was likelier.
+        for state, symbols, own, count in reversed(list(ranked)):
+            self.known[state] = symbols[:count], own[:count]
+
+    def _prior(self, state: State) -> Ranked:
+        number, digits = state
+        allowed = self.grammar.allowed(state)
+        value = int(digits) if digits else 0
+        first = value * 10
+        shares = [
+            float(self.whole[number, value] if symbol >= SPACE else self.mass[number, first + symbol]) for symbol in allowed
+        ]
+        total = sum(shares)
+        ranked = sorted(zip(shares, allowed, strict=True), reverse=True)
+        return [symbol for _, symbol in ranked], [share / total for share, _ in ranked]
+
+
+def after(state: State, symbol: int) -> State:
+    """`Grammar.advance` of a symbol that is known to be allowed."""
+    finished, digits = state
+    return (finished + 1, "") if symbol in (SPACE, END) else (finished, digits + SYMBOLS[symbol])
+
+
+def _below(prior: np.ndarray) -> np.ndarray:
+    """(numbers, bins + 1): how likely it is that a number begins with the digits of each level."""
+    mass, bins = prior.copy(), prior.shape[1] - 1
+    low = 10 ** (len(str(bins)) - 1)  # from the longest levels to the shortest
+    while low > 1:
+        below = slice(low, min(10 * low, bins + 1))
+        longer = np.zeros((len(mass), 10 * low - low))
+        longer[:, : mass[:, below].shape[1]] = mass[:, below]
+        mass[:, low // 10 : low] += longer.reshape(len(mass), -1, 10).sum(axis=2)[:, : low - low // 10]
+        low //= 10
+    return mass
+
+
+class Expectation:
+    """How levels change from one chunk to the next, learned while chunks are decoded: the prior of each answer.
+
+    It makes decoding faster, and changes no token.
+    """
+
+    KEEP = 0.98  # of what was learned, at each chunk
+
+    def __init__(self, horizon: int, dimensions: int, bins: int):
+        self.shape, self.levels = (horizon, dimensions), np.arange(bins + 1)
+        self.spread = np.full(dimensions, bins / 20.0)  # levels: mean distance from the guess
+        self.seen = np.full((dimensions, bins + 1), 1 / (bins + 1))  # share of each level
+
+    def prior(self, guess: np.ndarray | None) -> np.ndarray:
+        """(H * D, bins + 1), each row's sum 1, for a guess (H, D) of levels; None: as levels were so far."""
+        horizon, _ = self.shape
+        usual = np.tile(self.seen, (horizon, 1))
+        if guess is None:
+            prior = usual
+        else:
+            distance = np.abs(self.levels - guess.reshape(-1, 1)) / np.tile(self.spread, horizon)[:, None]
+            near = np.exp(-distance) * (usual + 0.01 / len(self.levels))
+            prior = near / near.sum(axis=1, keepdims=True) * 0.9 + usual * 0.1
+        return prior * (1 - CERTAIN) + CERTAIN / len(self.levels)
+
+    def learn(self, levels: np.ndarray, guess: np.ndarray | None) -> None:
+        """levels: (H', D) that were decoded, their number may be smaller than the guess's."""
+        fresh = 1 - self.KEEP
+        if guess is not None:
+            off = np.abs(levels - guess[: len(levels)]).mean(axis=0)
+            self.spread += 0.1 * (np.maximum(off, 0.3) - self.spread)
+        counts = np.zeros_like(self.seen)
+        for dimension, column in enumerate(levels.T):
+            np.add.at(counts[dimension], column, 1 / len(levels))
+        self.seen += fresh * (counts - self.seen)

@@ -1,0 +1,131 @@
+"""Decoding in few passes: guess, check many guesses at once, keep what the model itself would have written."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla0.codec import SYMBOLS, Grammar
+from vla0.decode.draft import Draft, Expectation, State, Tree, after
+from vla0.decode.engine import Engine
+from vla0.decode.width import width as best_width
+from vla0.prompt import Prompt
+from vla0.spec import InputError
+
+TAIL = 0.75
+
+
+@dataclass
+class Row:
+    """One answer in the making."""
+
+    draft: Draft
+    state: State
+    last: int = 0  # symbol
+    symbols: list[int] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        """Whether all that is wanted is written."""
+        return self.state[0] >= self.draft.numbers
+
+
+class Fast:
+    """A decoder for one model and prompt, which learns how chunks differ from their predecessors.
+
+    width: nodes of a pass, for all rows together; None: what was measured on this device. tail: the share of them that run
+    ahead on the one likeliest path. least: how likely a node has to be. Off, for comparison: `learning` from the model's words
+    at each guess.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompt: Prompt,
+        width: int | None = None,
+        tail: float = TAIL,
+        least: float = 0.0,
+        learning: bool = True,
+    ):
+        self.model, self.prompt, self.tail, self.least, self.learning = model, prompt, tail, least, learning
+        self.given = width
+        spec = prompt.spec
+        self.expectation = Expectation(spec.horizon, spec.dimensions, spec.bins)
+        self.passes = 0  # of the last chunk
+
+    @cached_property
+    def width(self) -> int:
+        """Nodes of a pass."""
+        return best_width(self.model) if self.given is None else self.given
+
+    def decode(
+        self, batch: dict[str, torch.Tensor], chunk_size: int | None = None, guesses: Sequence[np.ndarray | None] | None = None
+    ) -> np.ndarray:
+        """Levels (B, H, D) int64, the ones that `reference.decode` gives; the first `chunk_size` steps of them where given.
+
+        guesses: for each row levels (H, D) that its chunk is thought to be near, or None. They cost or save time, nothing else.
+        """
+        *_, levels = self.stream(batch, chunk_size, guesses)
+        return np.stack(levels)
+
+    @torch.inference_mode()
+    def stream(
+        self, batch: dict[str, torch.Tensor], chunk_size: int | None = None, guesses: Sequence[np.ndarray | None] | None = None
+    ) -> Iterator[list[np.ndarray]]:
+        """After each pass the steps (H', D) that are finished, for each row; the last time all of them."""
+        spec = self.prompt.spec
+        count = len(batch["input_ids"])
+        steps = spec.horizon if chunk_size is None else chunk_size
+        guesses = list(guesses or [None] * count)
+        for guess in guesses:
+            if guess is not None and guess.shape != (spec.horizon, spec.dimensions):
+                expected = f"a guess of shape {(spec.horizon, spec.dimensions)}"
+                raise InputError(expected, f"{guess.shape}", "give the previous chunk, or None")
+        grammar = Grammar(spec.bins, spec.numbers)
+        numbers = steps * spec.dimensions
+        rows = [Row(Draft(grammar, self.expectation.prior(guess), numbers), grammar.start) for guess in guesses]
+        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        engine = Engine(self.model, self.prompt.symbol_ids, grammar)
+        while not all(row.done for row in rows):
+            trees = self._trees(rows)
+            if engine.passes:
+                picks, probabilities = engine.step(trees)
+            else:
+                picks, probabilities = engine.prefill(batch, trees, grammar.longest + self.width + 1)
+            engine.accept([_advance(*each) for each in zip(rows, trees, picks, strict=True)])
+            if self.learning:
+                for row, tree, shares in zip(rows, trees, probabilities, strict=True):
+                    row.draft.learn(tree, shares[: len(tree)])
+            yield [self._levels(row, steps) for row in rows]
+        self.passes = engine.passes
+        for row, guess in zip(rows, guesses, strict=True):
+            self.expectation.learn(self._levels(row, steps), guess)
+
+    def _trees(self, rows: Sequence[Row]) -> list[Tree]:
+        """What is left of the width by rows that have ended, the others share."""
+        share = max(1, self.width // sum(not row.done for row in rows))
+        tail = round(share * self.tail)
+        return [
+            Tree.of(row.last, row.state) if row.done else row.draft.grow(row.last, row.state, share, tail, self.least)
+            for row in rows
+        ]
+
+    def _levels(self, row: Row, steps: int) -> np.ndarray:
+        """(H', D): the finished steps."""
+        dimensions = self.prompt.spec.dimensions
+        finished = min(row.state[0] // dimensions, steps) * dimensions
+        words = "".join(SYMBOLS[s] if s < len(SYMBOLS) else " " for s in row.symbols).split(" ")[:finished]
+        return np.array([int(word) for word in words], np.int64).reshape(-1, dimensions)
+
+
+def _advance(row: Row, tree: Tree, picks: Sequence[int]) -> list[int]:
+    """The path of the tree that the row takes; none where it has ended."""
+    if row.done:
+        return []
+    path, pick = tree.walk(picks)
+    row.symbols += [tree.symbols[node] for node in path[1:]] + [pick]
+    row.last, row.state = pick, after(tree.states[path[-1]], pick)
+    return path

@@ -1,0 +1,86 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from vla0 import InputError
+from vla0.bench import SHAPE_3B, WAYS, bench, chosen, moving_pictures, refuse, table, write
+
+COLUMNS = {"way", "batch", "replan", "chunks", "passes", "ms_median", "ms_p95", "identical"}
+
+
+def test_every_way_is_timed_on_the_same_inputs_and_writes_the_same_tokens(policy, tmp_path):
+    rows = bench(policy, [1, 2], [1, 3], 3)
+    assert [row.way for row in rows[: len(WAYS)]] == list(WAYS)
+    assert rows[0].way == "generate"
+    assert len(rows) == 4 * len(WAYS)
+    assert all(row.identical == 1 and row.margin is None for row in rows)
+    assert all(row.chunks == 3 * row.batch for row in rows)
+    passes = {row.way: row.passes for row in rows if (row.batch, row.replan) == (1, 1)}
+    assert passes["generate"] == passes["one token a pass"] > passes["forced symbols ride along"]
+    assert passes["one token a pass"] > passes["all digits, two levels"] > 1
+    assert table(rows).row_count == len(rows)
+    write(rows, tmp_path / "rows.json")
+    assert set(json.loads((tmp_path / "rows.json").read_text())[0]) >= COLUMNS
+
+
+def test_a_decoder_that_errs_is_found_with_the_margin_at_which_it_parts(policy, monkeypatch):
+    from vla0.decode.fast import Fast
+
+    right = Fast.decode
+
+    def wrong(self, *args, **more):
+        levels = right(self, *args, **more)
+        levels[0, -1, -1] = (levels[0, -1, -1] + 1) % policy.spec.bins
+        return levels
+
+    monkeypatch.setattr(Fast, "decode", wrong)
+    _, row = bench(policy, [1], [1], 2, ["generate", "tree that learns"])
+    assert row.identical == 0
+    assert row.margin is not None
+    assert row.margin >= 0
+
+
+def test_the_pictures_move_a_little_at_each_step(spec):
+    episode = moving_pictures(spec)(0)
+    first, second = (next(episode) for _ in range(2))
+    change = abs(first.images["front"].astype(int) - second.images["front"]).mean()
+    assert 0 < change < 30
+    assert set(first.images) == set(spec.cameras)
+    assert len(first.state) == len(spec.state[0])
+
+
+@pytest.mark.parametrize(("batches", "replans", "chunks"), [([0], [1], 1), ([1], [0], 1), ([1], [9], 1), ([1], [1], 0)])
+def test_numbers_that_mean_nothing_are_refused(batches, replans, chunks):
+    with pytest.raises(InputError):
+        refuse(batches, replans, chunks, 8)
+
+
+def test_a_model_of_random_weights_in_bf16_is_measured_too(monkeypatch):
+    small = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    from vla0 import bench as module
+
+    text = {**module.SHAPE_3B["text_config"], **small}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    vision = {**module.SHAPE_3B["vision_config"], "depth": 1, "out_hidden_size": 64, "hidden_size": 64, "num_heads": 4}
+    monkeypatch.setattr(module, "SHAPE_3B", {**module.SHAPE_3B, "text_config": text, "vision_config": vision})
+    policy = chosen("3b", "cpu")
+    assert str(policy.model.dtype) == "torch.bfloat16"
+    rows = bench(policy, [1], [1], 1, ["generate", "tree that learns, and a tail"])
+    assert rows[1].passes < rows[0].passes
+
+
+def test_the_3b_shape_has_the_published_models_parameters():
+    with torch.device("meta"):
+        vlm = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**SHAPE_3B))
+    assert sum(p.numel() for p in vlm.model.visual.parameters()) / 1e9 == pytest.approx(0.669, abs=5e-4)
+    assert sum(p.numel() for p in vlm.model.language_model.parameters()) / 1e9 == pytest.approx(3.086, abs=5e-4)
+    assert vlm.lm_head.weight.shape == (151_936, 2048)
+
+
+def test_the_benchmark_needs_neither_lerobot_nor_mujoco():
+    code = "import sys, vla0.bench; print([m for m in ('lerobot', 'mujoco', 'robosuite') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
