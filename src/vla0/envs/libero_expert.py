@@ -58,7 +58,7 @@ class LiberoExpert:
         for attempt in range(4):
             grip, top, self.turned = self._grasp(thing, attempt)
             yield from self._move(np.append(grip[:2], top + ABOVE), self.turned, OPEN, 0.01)
-            yield from self._move(grip, self.turned, OPEN, 0.004, limit=30)
+            yield from self._move(grip, self.turned, OPEN, 0.006, limit=30)
             if self._hand()[2] > grip[2] + 0.02 and self._hand()[2] > top - 0.01:  # the palm stands on a neighbour
                 yield from self._move(self._hand() + _up(ABOVE / 2), self.turned, OPEN, 0.03)
                 continue
@@ -69,13 +69,15 @@ class LiberoExpert:
                 return
 
     def _close(self, held: np.ndarray) -> Iterator[np.ndarray]:
-        """Until the fingers rest, and no longer: a pause that nothing in the picture ends is one that a policy never leaves."""
-        width, resting = self._width(), 0
+        """Until the fingers, once under way, rest.
+
+        No longer: a policy never leaves a pause in which nothing that it sees changes.
+        """
+        wide = width = self._width()
         for _ in range(14):
             yield self._towards(held, self.turned, CLOSED)
             before, width = width, self._width()
-            resting = resting + 1 if before - width < 0.0005 else 0
-            if resting == 3:
+            if before - width < 0.0005 and wide - width > 0.003:
                 return
 
     def _grasp(self, thing: str, attempt: int) -> tuple[np.ndarray, float, np.ndarray]:
@@ -85,7 +87,7 @@ class LiberoExpert:
         axis, width = _narrowest(corners[:, :2] - centre[:2])
         if width <= WIDEST:
             across = np.array([-axis[1], axis[0]]) * (0.0, 0.02, 0.02, -0.02)[attempt]
-            height = max((low + high) / 2, high - 0.04)  # fingers are 4 cm long below the palm
+            height = max((low + high) / 2, high - 0.03)  # deeper, and the palm stands on what is tall
         else:  # at the rim, on the side of the hand's own axis: no need to turn
             axis = _flat(self.down[:, 0])
             nearer = axis if axis @ (self._hand()[:2] - centre[:2]) > 0 else -axis
