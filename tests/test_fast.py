@@ -46,6 +46,27 @@ def test_every_way_writes_the_plain_decoders_tokens(random_policy, way, rows):
             np.testing.assert_array_equal(fast.decode(batch, guesses=guesses), expected)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_passes_of_a_fixed_size_write_the_same_tokens(random_policy, rows):
+    policy = random_policy
+    fast = Fast(policy.model, policy.prompt, 12)
+    fast.engine.fixed = True  # as on a GPU, where they are captured
+    for seed in range(3):
+        batch = policy.prompt.observe([make_observation(10 * seed + row) for row in range(rows)])
+        np.testing.assert_array_equal(fast.decode(batch), decode(policy.model, batch, policy.prompt))
+    assert len(fast.engine.caches) == 1
+
+
+def test_weights_that_change_are_seen(policy):
+    other = VLA0(type(policy.model)(policy.model.config), policy.processor, policy.spec)
+    batch = policy.prompt.observe([make_observation(0)])
+    other.predict_batch([make_observation(0)])
+    with torch.no_grad():
+        for weight in other.model.parameters():
+            weight.normal_(0, 0.05)
+    np.testing.assert_array_equal(other.decoder.decode(batch), decode(other.model, batch, other.prompt))
+
+
 def test_a_true_guess_saves_passes(random_policy):
     policy = random_policy
     batch = policy.prompt.observe([make_observation(0)])
@@ -103,6 +124,16 @@ def test_a_stream_gives_each_step_once_and_the_first_before_the_last_pass(policy
     np.testing.assert_array_equal(stream, policy.predict_batch([observation])[0])
     assert at[0] < at[-1]
     assert len(list(policy.predict_stream(observation, 2))) == 2
+
+
+def test_a_stream_that_another_decode_has_overtaken_says_so(policy):
+    decoder, batch = Fast(policy.model, policy.prompt, 4), policy.prompt.observe([make_observation(0)])
+    stream = decoder.stream(batch)
+    next(stream)
+    whole = decoder.decode(batch)
+    with pytest.raises(InputError, match="one stream at a time"):
+        list(stream)
+    np.testing.assert_array_equal(decoder.decode(batch), whole)
 
 
 def test_what_was_expected_changes_no_action(policy):

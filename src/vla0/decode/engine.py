@@ -1,5 +1,6 @@
 """The passes of the unmodified model: prefill, then trees of guesses over a cache of its keys and values."""
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -10,7 +11,11 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vla0.codec import SYMBOLS, Grammar
 from vla0.decode.draft import State, Tree
+from vla0.decode.slots import Replay, Slots
 
+logger = logging.getLogger(__name__)
+
+BUCKET = 128  # slots
 Verdict = tuple[list[list[int]], np.ndarray]  # picks (B, N), and (B, N, 12) their and the others' probabilities
 
 
@@ -26,54 +31,29 @@ def supported(model: Any) -> str | None:
     return None
 
 
-class Slots:
-    """Keys and values of all layers in one tensor (layers, 2, B, heads, slots, width), written where it is told.
+class Engine:
+    """The passes of a model over trees of guesses: `prefill`, then many times `step`, `accept` after each.
 
-    What the language model needs of a transformers Cache. A tree's nodes lie side by side; the path that turns out true is
-    moved together, all layers at once.
+    fixed: trees are filled up and each pass looks at all slots, so that it can be captured as a CUDA graph. Otherwise a pass is
+    as small as it can be, which is faster where nothing is captured.
     """
 
-    is_compileable = False
-
-    def __init__(self, config: Any, rows: int, slots: int, like: torch.Tensor):
-        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        self.content = like.new_zeros((config.num_hidden_layers, 2, rows, heads, slots, width))
-        self.first = self.end = 0  # the slots that the next pass writes
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any):
-        """Writes a layer's keys and values (B, heads, L, width), and gives all up to the last written."""
-        own = self.content[layer, :, :, :, : self.end]
-        own[0, :, :, self.first :] = keys
-        own[1, :, :, self.first :] = values
-        return own[0], own[1]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        """How many slots come before the next pass."""
-        return self.first
-
-    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies slots source (B, n) to target (B, n) of the same row."""
-        rows = torch.arange(len(source), device=source.device)[:, None]
-        # Indices apart by slices: the result has them in front, (B, n, layers, 2, heads, width), and so has what is assigned.
-        self.content[:, :, rows, :, target] = self.content[:, :, rows, :, source]
-
-
-class Engine:
-    """The passes of one decode, for rows that go on together: `prefill`, then many times `step`, `accept` after each."""
-
-    def __init__(self, model: Any, symbol_ids: Sequence[int], grammar: Grammar):
-        self.model, self.language, self.grammar = model, model.model.language_model, grammar
+    def __init__(self, model: Any, symbol_ids: Sequence[int], grammar: Grammar, fixed: bool):
+        self.model, self.language, self.grammar, self.fixed = model, model.model.language_model, grammar, fixed
         # Ties go to the lower token, as argmax over the whole vocabulary has it.
         self.symbols = np.argsort(symbol_ids)
         self.ids = torch.tensor(symbol_ids, device=model.device)
-        self.head = model.lm_head.weight[self.ids[torch.from_numpy(self.symbols).to(model.device)]]
+        self.capturing = fixed and model.device.type == "cuda"
+        self.caches: dict[tuple[int, int], Slots] = {}  # rows, slots
+        self.replays: dict[tuple[int, int, int], Replay] = {}  # rows, nodes, slots
         self.passes = 0
 
-    def prefill(self, batch: dict[str, torch.Tensor], trees: Sequence[Tree], room: int) -> Verdict:
+    def prefill(self, batch: dict[str, torch.Tensor], trees: Sequence[Tree], most: int) -> Verdict:
         """Reads the prompts (B, L), padded on the left, and first trees whose node 0 is the prompt's last token.
 
-        room: slots for the answer and a tree. Gives what `step` gives.
+        most: nodes of a tree, now and later. Gives what `step` gives.
         """
+        self.most, room = most, self.grammar.longest + most + 1
         body, ids, seen = self.model.model, batch["input_ids"], batch["attention_mask"].bool()
         rows, length = ids.shape
         positions, _ = body.get_rope_index(
@@ -83,8 +63,11 @@ class Engine:
         embedded = body.get_input_embeddings()(ids)
         pictures = (ids == self.model.config.image_token_id)[..., None].expand_as(embedded)
         embedded = embedded.masked_scatter(pictures, torch.cat(list(images)).to(embedded.dtype))
-        self.cache = Slots(self.model.config.text_config, rows, length - 1 + room, embedded)
-        self.seen = torch.cat([seen[:, :-1], seen.new_zeros((rows, room))], 1)  # slots that count, but for the tree's own
+        # By the way things were: weights may have been trained since.
+        self.head = self.model.lm_head.weight[self.ids[torch.from_numpy(self.symbols).to(ids.device)]]
+        self.cache = self._cache(rows, length - 1 + room, embedded)
+        fresh = seen.new_zeros((rows, len(self.cache) - length + 1))
+        self.seen = torch.cat([seen[:, :-1], fresh], 1)  # slots that count, but for the tree's own
         self.accepted = torch.full((rows, 1), length - 1, device=ids.device)  # slots before node 0
         self.base = length - 1  # where the trees are written
         self.place = positions[:, :, -1:]  # (3, B, 1) of node 0
@@ -96,17 +79,27 @@ class Engine:
         mask = torch.cat([above, torch.cat([seen[:, None, :-1].expand(-1, tokens.shape[1], -1), below], 2)], 1)
         guesses = body.get_input_embeddings()(tokens[:, 1:])
         places = torch.cat([positions[:, :, :-1], self.place + deep], 2)
+        self.passes, self.cache.at, self.cache.span = 1, None, slice(0, length - 1 + tokens.shape[1])
         hidden = self._pass(torch.cat([embedded, guesses], 1), places, mask)
-        return self._judge(hidden[:, length - 1 :], trees)
+        return self._told(self._judge(hidden[:, length - 1 :], self.head, self._allowed(trees, tokens.shape[1])))
 
     def step(self, trees: Sequence[Tree]) -> Verdict:
         """What the model says at the nodes of each row's tree."""
+        self.passes += 1
         tokens, deep, below = self._tensors(trees)
-        seen = self.seen[:, None, : self.base].expand(-1, tokens.shape[1], -1)
-        self.cache.first = self.base
-        embedded = self.model.model.get_input_embeddings()(tokens)
-        hidden = self._pass(embedded, self.place + deep, torch.cat([seen, below], 2))
-        return self._judge(hidden, trees)
+        nodes = tokens.shape[1]
+        seen = self.seen[:, None].expand(-1, nodes, -1)
+        span = slice(self.base, self.base + nodes)
+        if not self.fixed:
+            self.cache.span = span
+            mask = torch.cat([seen[..., : self.base], below], 2)
+            at = self.ids  # not asked for
+        else:
+            at = torch.arange(span.start, span.stop, device=tokens.device)
+            mask = seen.clone()
+            mask[:, :, span] = below
+        inputs = (tokens, self.place + deep, mask, at, self.head, self._allowed(trees, nodes))
+        return self._told(self._captured(*inputs) if self.capturing else self._step(*inputs))
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps of the last trees the nodes of each row's path, from node 0 on; none of a row that has ended."""
@@ -119,9 +112,36 @@ class Engine:
         self.accepted, self.place = self.accepted + counts, self.place + counts
         self.base = int(self.accepted.max())
 
+    def _cache(self, rows: int, slots: int, like: torch.Tensor) -> Slots:
+        if not self.fixed:
+            return Slots(self.model.config.text_config, rows, slots, like)
+        slots = -(-slots // BUCKET) * BUCKET  # prompts of about one length share a graph
+        if (rows, slots) not in self.caches:
+            self.caches[rows, slots] = Slots(self.model.config.text_config, rows, slots, like)
+        return self.caches[rows, slots]
+
+    def _captured(self, *inputs: torch.Tensor) -> torch.Tensor:
+        key = (*inputs[0].shape, len(self.cache))
+        try:
+            if key not in self.replays:
+                self.replays[key] = Replay(self._step, *inputs)
+            return self.replays[key](*inputs)
+        except torch.OutOfMemoryError:
+            logger.warning("no memory to capture a CUDA graph of %d rows: decoding goes on without, and slower", key[0])
+            self.capturing = False
+            self.replays.clear()
+            torch.cuda.empty_cache()
+            return self._step(*inputs)
+
+    def _step(
+        self, tokens: torch.Tensor, places: torch.Tensor, mask: torch.Tensor, at: torch.Tensor, head: torch.Tensor,
+        allowed: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """A pass and its judgement as a function of tensors alone, each of fixed size where `fixed` is."""
+        self.cache.at = at if self.fixed else None
+        return self._judge(self._pass(self.model.model.get_input_embeddings()(tokens), places, mask), head, allowed)
+
     def _pass(self, embedded: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        self.passes += 1
-        self.cache.end = self.cache.first + embedded.shape[1]
         mask = mask[:, None]
         if self.model.config.text_config._attn_implementation == "eager":  # it adds
             mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
@@ -131,8 +151,8 @@ class Engine:
         ).last_hidden_state  # fmt: skip
 
     def _tensors(self, trees: Sequence[Tree]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(tokens (B, N), depths (B, N), mask (B, N, N): which nodes a node sees) of trees, filled up to the largest."""
-        rows, most = len(trees), max(map(len, trees))
+        """(tokens (B, N), depths (B, N), mask (B, N, N): which nodes a node sees) of trees, filled up."""
+        rows, most = len(trees), self.most if self.fixed else max(map(len, trees))
         symbols, deep = np.zeros((rows, most), np.int64), np.zeros((rows, most), np.int64)
         below = np.tile(np.eye(most, dtype=np.bool_), (rows, 1, 1))
         for row, tree in enumerate(trees):
@@ -145,23 +165,35 @@ class Engine:
         tokens = self.ids[torch.from_numpy(symbols).to(device)]
         return tokens, torch.from_numpy(deep).to(device), torch.from_numpy(below).to(device)
 
-    def _judge(self, hidden: torch.Tensor, trees: Sequence[Tree]) -> Verdict:
-        """What the model says after each node: (picks, (B, N, 12) probabilities), the grammar's symbols only."""
-        logits = torch.nn.functional.linear(hidden, self.head).float()
-        allowed = np.zeros(logits.shape, np.bool_)
+    def _allowed(self, trees: Sequence[Tree], nodes: int) -> torch.Tensor:
+        """(B, N, 12): which symbols, in the order of `symbols`, may follow each node."""
+        allowed = np.zeros((len(trees), nodes, len(self.symbols)), np.bool_)
         for row, tree in enumerate(trees):
-            allowed[row, : len(tree)] = [_allowed(self.grammar, state) for state in tree.states]
+            allowed[row, : len(tree)] = [_may_follow(self.grammar, state) for state in tree.states]
         allowed[..., 0] |= ~allowed.any(2)  # of what only fills up
-        logits = logits.masked_fill(~torch.from_numpy(allowed[..., self.symbols]).to(logits.device), float("-inf"))
-        picks, shares = logits.argmax(2), torch.softmax(logits, 2)
-        both = torch.cat([picks[..., None].to(shares.dtype), shares], 2).cpu().numpy()  # one transfer
+        return torch.from_numpy(allowed[..., self.symbols]).to(self.ids.device)
+
+    def _judge(self, hidden: torch.Tensor, head: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        """(B, N, 1 + 12): the pick after each node, and the symbols' probabilities."""
+        logits = torch.nn.functional.linear(hidden, head).float().masked_fill(~allowed, float("-inf"))
+        return torch.cat([logits.argmax(2, keepdim=True).to(logits.dtype), torch.softmax(logits, 2)], 2)
+
+    def _told(self, judgement: torch.Tensor) -> Verdict:
+        both = judgement.cpu().numpy()
         probabilities = np.empty_like(both[..., 1:])
         probabilities[..., self.symbols] = both[..., 1:]
         return self.symbols[both[..., 0].astype(np.int64)].tolist(), probabilities
 
 
-@lru_cache(maxsize=100_000)
-def _allowed(grammar: Grammar, state: State) -> np.ndarray:
+def _may_follow(grammar: Grammar, state: State) -> np.ndarray:
+    number, digits = state
+    if number == grammar.count:
+        return np.zeros(len(SYMBOLS) + 1, np.bool_)
+    return _row(grammar.bins, number == grammar.count - 1, digits)
+
+
+@lru_cache(maxsize=10_000)
+def _row(bins: int, last: bool, digits: str) -> np.ndarray:
     row = np.zeros(len(SYMBOLS) + 1, np.bool_)
-    row[list(grammar.allowed(state))] = True
+    row[list(Grammar(bins, 1 if last else 2).allowed((0, digits)))] = True
     return row

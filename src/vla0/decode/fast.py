@@ -54,7 +54,9 @@ class Fast:
         self.given = width
         spec = prompt.spec
         self.expectation = Expectation(spec.horizon, spec.dimensions, spec.bins)
-        self.passes = 0  # of the last chunk
+        self.grammar = Grammar(spec.bins, spec.numbers)
+        self.turn: object | None = None
+        self.engine = Engine(model, prompt.symbol_ids, self.grammar, fixed=model.device.type == "cuda")
 
     @cached_property
     def width(self) -> int:
@@ -84,29 +86,34 @@ class Fast:
             if guess is not None and guess.shape != (spec.horizon, spec.dimensions):
                 expected = f"a guess of shape {(spec.horizon, spec.dimensions)}"
                 raise InputError(expected, f"{guess.shape}", "give the previous chunk, or None")
-        grammar = Grammar(spec.bins, spec.numbers)
         numbers = steps * spec.dimensions
-        rows = [Row(Draft(grammar, self.expectation.prior(guess), numbers), grammar.start) for guess in guesses]
+        rows = [Row(Draft(self.grammar, self.expectation.prior(guess), numbers), self.grammar.start) for guess in guesses]
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        engine = Engine(self.model, self.prompt.symbol_ids, grammar)
+        most = max(1, self.width // count) if self.engine.fixed else self.width
+        turn = self.turn = object()
+        first = True
         while not all(row.done for row in rows):
-            trees = self._trees(rows)
-            if engine.passes:
-                picks, probabilities = engine.step(trees)
-            else:
-                picks, probabilities = engine.prefill(batch, trees, grammar.longest + self.width + 1)
-            engine.accept([_advance(*each) for each in zip(rows, trees, picks, strict=True)])
+            if self.turn is not turn:  # its cache holds another answer by now
+                raise InputError("one stream at a time", "a decode that began before this stream had ended", "finish it first")
+            trees = self._trees(rows, most)
+            picks, probabilities = self.engine.prefill(batch, trees, most) if first else self.engine.step(trees)
+            first = False
+            self.engine.accept([_advance(*each) for each in zip(rows, trees, picks, strict=True)])
             if self.learning:
                 for row, tree, shares in zip(rows, trees, probabilities, strict=True):
                     row.draft.learn(tree, shares[: len(tree)])
             yield [self._levels(row, steps) for row in rows]
-        self.passes = engine.passes
         for row, guess in zip(rows, guesses, strict=True):
             self.expectation.learn(self._levels(row, steps), guess)
 
-    def _trees(self, rows: Sequence[Row]) -> list[Tree]:
-        """What is left of the width by rows that have ended, the others share."""
-        share = max(1, self.width // sum(not row.done for row in rows))
+    @property
+    def passes(self) -> int:
+        """Of the last decode."""
+        return self.engine.passes
+
+    def _trees(self, rows: Sequence[Row], most: int) -> list[Tree]:
+        """A tree for each row. The width that rows have left which ended, the others share."""
+        share = min(most, max(1, self.width // sum(not row.done for row in rows)))
         tail = round(share * self.tail)
         return [
             Tree.of(row.last, row.state) if row.done else row.draft.grow(row.last, row.state, share, tail, self.least)

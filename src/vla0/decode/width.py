@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vla0.decode.engine import Slots
+from vla0.decode.slots import Slots
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def measure(model: Any, repetitions: int = 3) -> dict[int, float]:
     weight = model.lm_head.weight
     for nodes in SIZES:
         cache = Slots(model.config.text_config, 1, CONTEXT + nodes, weight)
-        cache.first, cache.end = CONTEXT, CONTEXT + nodes
+        cache.span = slice(CONTEXT, CONTEXT + nodes)
         embedded = weight.new_zeros((1, nodes, weight.shape[1]))
         places = torch.arange(CONTEXT, CONTEXT + nodes, device=weight.device).expand(3, 1, -1)
         mask = torch.ones((1, 1, nodes, CONTEXT + nodes), dtype=torch.bool, device=weight.device)
