@@ -55,11 +55,27 @@ def test_a_dataset_of_v21_is_converted_where_it_lies(hub, tmp_path):
     np.testing.assert_array_equal(source_of(folder).actions, whole.actions)
 
 
+def test_a_dataset_of_v20_is_converted_too(hub, tmp_path):
+    old = hub["somebody/older"] = downgraded(make_dataset(tmp_path / "old", lengths=(3, 4)))
+    (old / "meta" / "episodes_stats.jsonl").unlink()
+    info, stats = (json.loads((old / "meta" / name).read_text()) for name in ("info.json", "stats.json"))
+    (old / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v2.0"}))
+    known = ("min", "max", "mean", "std")
+    plain = {key: {name: own[name] for name in known} for key, own in stats.items()}
+    (old / "meta" / "stats.json").write_text(json.dumps(plain))
+    whole = source_of(make_dataset(tmp_path / "whole", lengths=(3, 4)))
+    source = source_of(download("somebody/older", tmp_path / "here"))
+    np.testing.assert_array_equal(source.actions, whole.actions)
+    for name in known:
+        for key in ("action", "observation.state"):
+            np.testing.assert_allclose(source.dataset.meta.stats[key][name], stats[key][name], rtol=1e-5)
+
+
 def test_what_is_no_dataset_or_too_old_is_refused(hub, tmp_path):
     hub["somebody/thing"] = tmp_path / "thing"
     (tmp_path / "thing" / "meta").mkdir(parents=True)
     with pytest.raises(InputError, match=r"no meta/info\.json"):
         download("somebody/thing", tmp_path / "one")
-    (tmp_path / "thing" / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v2.0"}))
-    with pytest.raises(InputError, match=r"got v2\.0"):
+    (tmp_path / "thing" / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v1.6"}))
+    with pytest.raises(InputError, match=r"got v1\.6"):
         download("somebody/thing", tmp_path / "two")

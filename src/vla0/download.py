@@ -3,6 +3,9 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from vla0.envs.libero_files import CACHE
 from vla0.spec import InputError, nearest
@@ -21,7 +24,7 @@ def download(name: str, out: str | Path | None = None) -> Path:
     """The folder of what `name` names: one of KNOWN, or a LeRobot dataset on the Hub, "owner/name".
 
     out: by default data/<name>; LIBERO's meshes go where hf-libero looks for them. What is there already is not fetched again.
-    A dataset of format v2.1 is converted to v3.0 in its place. Raises InputError offline, or for an unknown name.
+    A dataset of format v2.0 or v2.1 is converted to v3.0 in its place. Raises InputError offline, or for an unknown name.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -43,17 +46,46 @@ def download(name: str, out: str | Path | None = None) -> Path:
 
 
 def upgrade(folder: Path, repo: str) -> None:
-    """Brings a LeRobot dataset of v2.1 to v3.0, in its place. Raises InputError for what is no dataset, or is older."""
-    info = folder / "meta" / "info.json"
-    if not info.is_file():
+    """Brings a LeRobot dataset of v2.0 or v2.1 to v3.0, in its place. Raises InputError for what is no dataset, or is older."""
+    from vla0.keep import write_whole
+
+    file = folder / "meta" / "info.json"
+    if not file.is_file():
         raise InputError(f"a LeRobot dataset in '{repo}'", "no meta/info.json", "name another")
-    version = json.loads(info.read_text(encoding="utf-8")).get("codebase_version")
+    info = json.loads(file.read_text(encoding="utf-8"))
+    version = info.get("codebase_version")
+    if version == "v2.0":
+        logger.info("'%s' is of v2.0: measuring its episodes one by one", folder)
+        write_whole(folder / "meta" / "episodes_stats.jsonl", _episode_statistics(folder, info))
+        info["codebase_version"] = version = "v2.1"
+        write_whole(file, json.dumps(info, indent=4))
     if version == "v2.1":
         from lerobot.scripts.convert_dataset_v21_to_v30 import convert_dataset
 
         logger.info("converting '%s' from v2.1 to v3.0", folder)
         convert_dataset(repo, root=folder, push_to_hub=False)
     elif version != "v3.0":
-        raise InputError(
-            "a LeRobot dataset v3.0 or v2.1", f"{version}", f"bring it to v2.1 with an older lerobot, or take {KNOWN['libero']}"
-        )
+        raise InputError("a LeRobot dataset v2.0, v2.1 or v3.0", f"{version}", f"take another, e.g. {KNOWN['libero']}")
+
+
+def _episode_statistics(folder: Path, info: dict[str, Any]) -> str:
+    """What v2.1 has beyond v2.0: a line of statistics for each episode. Those of pictures are the whole dataset's."""
+    import pyarrow.parquet as parquet
+
+    meta = folder / "meta"
+    whole = json.loads((meta / "stats.json").read_text(encoding="utf-8"))
+    kinds = {key: feature["dtype"] for key, feature in info["features"].items() if feature["dtype"] != "string"}
+    narrow = [key for key, kind in kinds.items() if kind not in ("image", "video")]
+    lines = []
+    for line in (meta / "episodes.jsonl").read_text(encoding="utf-8").splitlines():
+        number = json.loads(line)["episode_index"]
+        data = info["data_path"].format(episode_chunk=number // info["chunks_size"], episode_index=number)
+        table = parquet.read_table(folder / data, columns=narrow)
+        count = [table.num_rows]
+        stats = {key: {**whole[key], "count": count} for key in kinds if key not in narrow}
+        for key in narrow:
+            values = np.stack([np.atleast_1d(value) for value in table[key].to_pylist()]).astype(np.float64)
+            measured = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
+            stats[key] = {name: value.tolist() for name, value in measured.items()} | {"count": count}
+        lines.append(json.dumps({"episode_index": number, "stats": stats}))
+    return "\n".join(lines) + "\n"
