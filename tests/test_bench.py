@@ -2,12 +2,16 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vla0 import InputError
-from vla0.bench import SHAPE_3B, WAYS, bench, chosen, moving_pictures, refuse, table, write
+from vla0.bench import inputs
+from vla0.bench.decode import WAYS, bench, refuse, table, write
+from vla0.bench.inputs import SHAPE_3B, chosen, moving_pictures, recorded
+from vla0.data import DataConfig
 
 COLUMNS = {"way", "batch", "replan", "chunks", "passes", "ms_median", "ms_p95", "identical"}
 
@@ -53,6 +57,14 @@ def test_the_pictures_move_a_little_at_each_step(spec):
     assert len(first.state) == len(spec.state[0])
 
 
+def test_recorded_episodes_are_those_of_the_dataset_again_and_again(dataset, spec):
+    config = DataConfig(str(dataset), {"front": "observation.images.top", "wrist": "observation.images.hand"})
+    episode = recorded(config, spec)(1)
+    seen = [next(episode).images["front"] for _ in range(9)]
+    assert not np.array_equal(seen[0], seen[1])
+    np.testing.assert_array_equal(seen[0], seen[4])  # the second episode has four steps
+
+
 @pytest.mark.parametrize(("batches", "replans", "chunks"), [([0], [1], 1), ([1], [0], 1), ([1], [9], 1), ([1], [1], 0)])
 def test_numbers_that_mean_nothing_are_refused(batches, replans, chunks):
     with pytest.raises(InputError):
@@ -61,12 +73,10 @@ def test_numbers_that_mean_nothing_are_refused(batches, replans, chunks):
 
 def test_a_model_of_random_weights_in_bf16_is_measured_too(monkeypatch):
     small = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
-    from vla0 import bench as module
-
-    text = {**module.SHAPE_3B["text_config"], **small}
+    text = {**SHAPE_3B["text_config"], **small}
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-    vision = {**module.SHAPE_3B["vision_config"], "depth": 1, "out_hidden_size": 64, "hidden_size": 64, "num_heads": 4}
-    monkeypatch.setattr(module, "SHAPE_3B", {**module.SHAPE_3B, "text_config": text, "vision_config": vision})
+    vision = {**SHAPE_3B["vision_config"], "depth": 1, "out_hidden_size": 64, "hidden_size": 64, "num_heads": 4}
+    monkeypatch.setattr(inputs, "SHAPE_3B", {**SHAPE_3B, "text_config": text, "vision_config": vision})
     policy = chosen("3b", "cpu")
     assert str(policy.model.dtype) == "torch.bfloat16"
     rows = bench(policy, [1], [1], 1, ["generate", "tree that learns, and a tail"])
@@ -82,5 +92,5 @@ def test_the_3b_shape_has_the_published_models_parameters():
 
 
 def test_the_benchmark_needs_neither_lerobot_nor_mujoco():
-    code = "import sys, vla0.bench; print([m for m in ('lerobot', 'mujoco', 'robosuite') if m in sys.modules])"
+    code = "import sys, vla0.bench.decode; print([m for m in ('lerobot', 'mujoco', 'robosuite') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -165,21 +165,29 @@ def bench_decode(
     replan: Annotated[list[int] | None, typer.Option(help="steps executed between queries; several times for several")] = None,
     chunks: Annotated[int, typer.Option(help="decodes of each kind")] = 20,
     device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="see its dataset's pictures, not made-up ones")] = None,
     calibrate: Annotated[bool, typer.Option(help="measure anew how many guesses a pass should check, and no more")] = False,
     json: Annotated[Path | None, typer.Option(help="file for the rows")] = None,
 ) -> None:
     """Time the ways of decoding on the same inputs, and compare their tokens."""
-    from vla0 import bench as benchmark
+    from vla0.bench import decode as benchmark
+    from vla0.bench.inputs import chosen, recorded
     from vla0.decode.width import width
 
     quiet()
-    policy = benchmark.chosen(model, device)
+    policy = chosen(model, device)
     if calibrate:
         console.print(f"{width(policy.model, fresh=True)} nodes a pass")
         return
     batches, replans = batch or [1, 8, 32], replan or sorted({1, policy.spec.horizon})
     benchmark.refuse(batches, replans, chunks, policy.spec.horizon)
-    rows = benchmark.bench(policy, batches, replans, chunks)
+    episodes = None
+    if recipe is not None:
+        from vla0.recipe import read_config
+        from vla0.train import TrainConfig
+
+        episodes = recorded(read_config(TrainConfig, recipe, []).data, policy.spec)
+    rows = benchmark.bench(policy, batches, replans, chunks, episodes=episodes)
     console.print(benchmark.table(rows))
     if json is not None:
         benchmark.write(rows, json)

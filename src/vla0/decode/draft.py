@@ -10,7 +10,7 @@ from vla0.codec import END, SPACE, SYMBOLS, Grammar
 
 State = tuple[int, str]  # of the Grammar: numbers finished, digits of the current one
 Ranked = tuple[list[int], list[float]]  # symbols that may follow and their probabilities, likeliest first
-CERTAIN = 0.02  # of a prior: mass spread over all levels, so that nothing is impossible
+FLOOR = 0.02  # of a prior: mass spread over all levels, so that nothing is impossible
 
 
 @dataclass
@@ -167,7 +167,7 @@ class Expectation:
             distance = np.abs(self.levels - guess.reshape(-1, 1)) / np.tile(self.spread, horizon)[:, None]
             near = np.exp(-distance) * (usual + 0.01 / len(self.levels))
             prior = near / near.sum(axis=1, keepdims=True) * 0.9 + usual * 0.1
-        return prior * (1 - CERTAIN) + CERTAIN / len(self.levels)
+        return prior * (1 - FLOOR) + FLOOR / len(self.levels)
 
     def learn(self, levels: np.ndarray, guess: np.ndarray | None) -> None:
         """levels: (H', D) that were decoded, their number may be smaller than the guess's."""

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from rich.progress import Progress
 from rich.table import Table
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from vla0 import model as models
+from vla0.bench.inputs import Episodes, moving_pictures
 from vla0.codec import ActionCodec, Grammar
 from vla0.decode import Fast, Reference
 from vla0.policy import VLA0
 from vla0.prompt import Prompt
-from vla0.spec import InputError, Observation, Spec
+from vla0.spec import InputError
 
 BASELINE = "generate"
 WAYS: dict[str, dict[str, Any] | None] = {  # arguments of Fast; None: transformers' generate with a logits processor
@@ -32,18 +31,6 @@ WAYS: dict[str, dict[str, Any] | None] = {  # arguments of Fast; None: transform
     "tree that learns, and a tail": {},
 }
 BLIND = ("forced symbols ride along", "all digits, one level", "all digits, two levels")  # they guess without a last chunk
-SHAPE_3B = {  # of Qwen2.5-VL-3B
-    "text_config": {
-        "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
-        "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 128_000, "tie_word_embeddings": True,
-        "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    },
-    "vision_config": {
-        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
-        "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112,
-    },
-    "tie_word_embeddings": True,
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,7 +54,7 @@ def bench(
     replans: Sequence[int],
     chunks: int,
     ways: Sequence[str] = tuple(WAYS),
-    episodes: Callable[[int], Iterator[Observation]] | None = None,
+    episodes: Episodes | None = None,
 ) -> list[Timing]:
     """Timings of each way, batch size and replan. chunks: decodes of each. episodes: of a number its observations."""
     episodes = episodes or moving_pictures(policy.spec)
@@ -155,59 +142,6 @@ def parting(policy: VLA0, batch: dict[str, torch.Tensor], row: int, one: np.ndar
     logits = policy.model(**inputs, logits_to_keep=1).logits[row, -1].float()
     first, second = torch.topk(logits[[prompt.symbol_ids[s] for s in grammar.allowed(state)]], 2).values.tolist()
     return first - second
-
-
-def moving_pictures(spec: Spec) -> Callable[[int], Iterator[Observation]]:
-    """Episodes without a dataset: in each a soft picture drifts before the cameras, and the state with it."""
-
-    def episode(number: int) -> Iterator[Observation]:
-        rng = np.random.default_rng(number)
-        waves = rng.normal(0, 1, (len(spec.cameras), 3, 4))
-        side = np.linspace(0, 1, max(64, spec.image_size))
-        across, down = np.meshgrid(side, side)
-        step = 0
-        while True:
-            images = {}
-            for camera, parts in zip(spec.cameras, waves, strict=True):
-                phases = [a * 9 * across + b * 9 * down + c + d * step / 40 for a, b, c, d in parts]
-                frame = np.stack([127 + 120 * np.sin(phase) for phase in phases], -1).astype(np.uint8)
-                images[camera] = frame if spec.history == 1 else np.stack([frame] * spec.history)
-            state = None
-            if spec.state is not None:
-                low, high = map(np.array, spec.state)
-                state = low + (high - low) * (0.5 + 0.4 * np.sin(step / 40 + np.arange(len(low)) + number))
-            yield Observation(images, f"move the {('red', 'blue', 'green')[number % 3]} block", state)
-            step += 1
-
-    return episode
-
-
-def chosen(name: str, device: str | None = None) -> VLA0:
-    """The policy that is measured: "tiny" and "3b" have random weights, the latter the shape of Qwen2.5-VL-3B in bf16."""
-    if name not in ("tiny", "3b"):
-        return VLA0.from_pretrained(name, device)
-    spec = Spec((-1.0,) * 7, (1.0,) * 7, 20.0, ("agentview", "wrist"), name)
-    processor = models.tiny_processor([spec.system_text(), "move the red blue green block"])
-    where = torch.device(device or models.default_device())
-    if name == "tiny":
-        return VLA0(models.tiny_model(processor).to(where), processor, spec)
-    config = Qwen2_5_VLConfig(**SHAPE_3B)
-    for key, token in {
-        "image_token_id": "<|image_pad|>",
-        "video_token_id": "<|video_pad|>",
-        "vision_start_token_id": "<|vision_start|>",
-        "vision_end_token_id": "<|vision_end|>",
-    }.items():
-        setattr(config, key, processor.tokenizer.convert_tokens_to_ids(token))
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with where:
-            vlm = Qwen2_5_VLForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(before)
-    return VLA0(vlm, processor, spec)
 
 
 def table(rows: Sequence[Timing]) -> Table:

@@ -1,0 +1,95 @@
+"""What decoding is measured on: policies, and episodes that they see."""
+
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from vla0 import model as models
+from vla0.data import DataConfig, Source
+from vla0.policy import VLA0
+from vla0.spec import Observation, Spec
+
+Episodes = Callable[[int], Iterator[Observation]]  # an episode's number → its observations, step by step, without an end
+
+SHAPE_3B: dict[str, Any] = {  # of Qwen2.5-VL-3B
+    "text_config": {
+        "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
+        "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 128_000, "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    },
+    "vision_config": {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
+        "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112,
+    },
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def moving_pictures(spec: Spec) -> Callable[[int], Iterator[Observation]]:
+    """Episodes without a dataset: in each a soft picture drifts before the cameras, and the state with it."""
+
+    def episode(number: int) -> Iterator[Observation]:
+        rng = np.random.default_rng(number)
+        waves = rng.normal(0, 1, (len(spec.cameras), 3, 4))
+        side = np.linspace(0, 1, max(64, spec.image_size))
+        across, down = np.meshgrid(side, side)
+        step = 0
+        while True:
+            images = {}
+            for camera, parts in zip(spec.cameras, waves, strict=True):
+                phases = [a * 9 * across + b * 9 * down + c + d * step / 40 for a, b, c, d in parts]
+                frame = np.stack([127 + 120 * np.sin(phase) for phase in phases], -1).astype(np.uint8)
+                images[camera] = frame if spec.history == 1 else np.stack([frame] * spec.history)
+            state = None
+            if spec.state is not None:
+                low, high = map(np.array, spec.state)
+                state = low + (high - low) * (0.5 + 0.4 * np.sin(step / 40 + np.arange(len(low)) + number))
+            yield Observation(images, f"move the {('red', 'blue', 'green')[number % 3]} block", state)
+            step += 1
+
+    return episode
+
+
+def recorded(config: DataConfig, spec: Spec) -> Episodes:
+    """The episodes of a dataset, each again and again."""
+    source = Source(config)
+    starts = np.flatnonzero(np.r_[True, source.episode_of[1:] != source.episode_of[:-1]])
+
+    def episode(number: int) -> Iterator[Observation]:
+        first = int(starts[number % len(starts)])
+        for row in cycle(range(first, int(source.end[first]))):
+            yield source.sample(row, spec.horizon, spec.history).observation
+
+    return episode
+
+
+def chosen(name: str, device: str | None = None) -> VLA0:
+    """The policy that is measured: "tiny" and "3b" have random weights, the latter the shape of Qwen2.5-VL-3B in bf16."""
+    if name not in ("tiny", "3b"):
+        return VLA0.from_pretrained(name, device)
+    spec = Spec((-1.0,) * 7, (1.0,) * 7, 20.0, ("agentview", "wrist"), name)
+    processor = models.tiny_processor([spec.system_text(), "move the red blue green block"])
+    where = torch.device(device or models.default_device())
+    if name == "tiny":
+        return VLA0(models.tiny_model(processor).to(where), processor, spec)
+    config = Qwen2_5_VLConfig(**SHAPE_3B)
+    for key, token in {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }.items():
+        setattr(config, key, processor.tokenizer.convert_tokens_to_ids(token))
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with where:
+            vlm = Qwen2_5_VLForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    return VLA0(vlm, processor, spec)
