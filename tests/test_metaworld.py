@@ -12,7 +12,7 @@ if importlib.util.find_spec("metaworld") is None:
     pytest.skip("Meta-World is an extra: uv sync --extra metaworld", allow_module_level=True)
 
 from vla0 import InputError
-from vla0.cli import measured
+from vla0.trial import measured
 from vla0.collect import CollectConfig, NoisyEnv, collect
 from vla0.data import DataConfig, Source
 from vla0.envs.metaworld import FIRST_SEED, MetaWorldEnv, MetaWorldExpert
