@@ -12,13 +12,13 @@ if importlib.util.find_spec("metaworld") is None:
     pytest.skip("Meta-World is an extra: uv sync --extra metaworld", allow_module_level=True)
 
 from vla0 import InputError
-from vla0.trial import measured
 from vla0.collect import CollectConfig, NoisyEnv, collect
 from vla0.data import DataConfig, Source
 from vla0.envs.metaworld import FIRST_SEED, MetaWorldEnv, MetaWorldExpert
 from vla0.recipe import build
 from vla0.rollout import rollout
 from vla0.train import TrainConfig, main
+from vla0.trial import measured
 
 TASK = "coffee-button-v3"
 
