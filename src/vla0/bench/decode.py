@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import Progress
-from rich.table import Table
+from rich.table import Column, Table
 
 from vla0.bench.inputs import Episodes, moving_pictures
 from vla0.codec import ActionCodec, Grammar
@@ -147,7 +147,7 @@ def parting(policy: VLA0, batch: dict[str, torch.Tensor], row: int, one: np.ndar
 def table(rows: Sequence[Timing]) -> Table:
     """The rows, and how many times faster than `generate` of the same batch and replan."""
     base = {(row.batch, row.replan): row.ms_median for row in rows if row.way == BASELINE}
-    result = Table("way", "batch", "replan", "passes", "ms", "p95", "times faster", "identical")
+    result = Table(Column("way", no_wrap=True), "batch", "replan", "passes", "ms", "p95", "faster", "identical")
     for row in rows:
         same = f"{row.identical:.1%}" + ("" if row.margin is None else f" (margin {row.margin:.2g})")
         ratio = base[row.batch, row.replan] / row.ms_median

@@ -91,7 +91,7 @@ class LiberoExpert:
         else:  # at the rim, on the side of the hand's own axis: no need to turn
             axis = _flat(self.down[:, 0])
             nearer = axis if axis @ (self._hand()[:2] - centre[:2]) > 0 else -axis
-            first = max((nearer, -nearer), key=lambda side: min(self._room(thing, centre[:2] + 0.07 * side), 0.08))
+            first = max((nearer, -nearer), key=lambda side: min(self._room(thing, centre[:2] + 0.07 * side), 0.05))
             side = first * (1, -1, 1, -1)[attempt]
             across = side * (((corners[:, :2] - centre[:2]) @ side).max() - 0.01)
             height = high - 0.025
