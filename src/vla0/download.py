@@ -47,14 +47,14 @@ def download(name: str, out: str | Path | None = None) -> Path:
 
 def upgrade(folder: Path, repo: str) -> None:
     """Brings a LeRobot dataset of v2.0 or v2.1 to v3.0, in its place. Raises InputError for what is no dataset, or is older."""
-    from vla0.keep import write_whole
-
     file = folder / "meta" / "info.json"
     if not file.is_file():
         raise InputError(f"a LeRobot dataset in '{repo}'", "no meta/info.json", "name another")
     info = json.loads(file.read_text(encoding="utf-8"))
     version = info.get("codebase_version")
     if version == "v2.0":
+        from vla0.keep import write_whole
+
         logger.info("'%s' is of v2.0: measuring its episodes one by one", folder)
         write_whole(folder / "meta" / "episodes_stats.jsonl", _episode_statistics(folder, info))
         info["codebase_version"] = version = "v2.1"

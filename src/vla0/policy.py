@@ -10,6 +10,7 @@ import torch
 from vla0 import ensemble, model
 from vla0.codec import ActionCodec
 from vla0.decode import decoder
+from vla0.decode.draft import filled
 from vla0.prompt import Prompt
 from vla0.rollout import ChunkPolicy
 from vla0.spec import InputError, Observation, Spec, offset
@@ -125,4 +126,4 @@ class VLA0:
                 f"expected: 1 to {most} actions of {dimensions}", f"shape {expected.shape}", "give the rest of the last chunk"
             )
         levels = self.codec.encode(expected - offset(observation, self.spec))
-        return np.concatenate([levels, np.repeat(levels[-1:], most - len(levels), axis=0)])
+        return filled(levels, most)

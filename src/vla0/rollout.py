@@ -69,15 +69,19 @@ class ChunkPolicy:
     def act(self, observation: Observation) -> np.ndarray:
         """The action (D,) for this instant."""
         if self.step % self.replan == 0:
-            if self.chunks:  # what the last chunk says of the steps to come; where it says nothing, its end
-                last = self.chunks[-1][1]
-                observation = replace(observation, expected=last[min(self.replan, len(last) - 1) :])
+            if self.chunks:
+                observation = replace(observation, expected=rest(self.chunks[-1][1], self.replan))
             chunk = self.predict(observation)
             self.ensemble.add(chunk, self.step)
             self.chunks.append((self.step, chunk))
         action = self.ensemble.action(self.step)
         self.step += 1
         return action
+
+
+def rest(chunk: np.ndarray, replan: int) -> np.ndarray:
+    """(n, D): what a chunk says of the steps after the `replan` that were executed; its end where it says nothing."""
+    return chunk[min(replan, len(chunk) - 1) :]
 
 
 def rollout(

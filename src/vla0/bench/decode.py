@@ -15,8 +15,10 @@ from rich.table import Column, Table
 from vla0.bench.inputs import Episodes, moving_pictures
 from vla0.codec import ActionCodec, Grammar
 from vla0.decode import Fast, Reference
+from vla0.decode.draft import filled
 from vla0.policy import VLA0
 from vla0.prompt import Prompt
+from vla0.rollout import rest
 from vla0.spec import InputError
 
 BASELINE = "generate"
@@ -96,9 +98,7 @@ def _measure(policy: VLA0, way: str, inputs, replan: int, expected: list[np.ndar
     for own in inputs:
         guesses = None
         if last is not None and way not in BLIND:
-            guesses = [
-                np.concatenate([c[min(replan, len(c) - 1) :], np.repeat(c[-1:], min(replan, len(c) - 1), 0)]) for c in last
-            ]
+            guesses = [filled(rest(chunk, replan), policy.spec.horizon) for chunk in last]
         started = time.perf_counter()
         last = decoder.decode(own, guesses=guesses)
         seconds.append(time.perf_counter() - started)

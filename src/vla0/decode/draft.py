@@ -131,6 +131,11 @@ def after(state: State, symbol: int) -> State:
     return (finished + 1, "") if symbol in (SPACE, END) else (finished, digits + SYMBOLS[symbol])
 
 
+def filled(levels: np.ndarray, horizon: int) -> np.ndarray:
+    """(horizon, D): levels (n, D), n from 1 to horizon, and then their last again and again."""
+    return np.concatenate([levels, np.repeat(levels[-1:], horizon - len(levels), axis=0)])
+
+
 def _below(prior: np.ndarray) -> np.ndarray:
     """(numbers, bins + 1): how likely it is that a number begins with the digits of each level."""
     mass, bins = prior.copy(), prior.shape[1] - 1
