@@ -46,17 +46,6 @@ def test_every_way_writes_the_plain_decoders_tokens(random_policy, way, rows):
             np.testing.assert_array_equal(fast.decode(batch, guesses=guesses), expected)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-def test_passes_of_a_fixed_size_write_the_same_tokens(random_policy, rows):
-    policy = random_policy
-    fast = Fast(policy.model, policy.prompt, 12)
-    fast.engine.fixed = True  # as on a GPU, where they are captured
-    for seed in range(3):
-        batch = policy.prompt.observe([make_observation(10 * seed + row) for row in range(rows)])
-        np.testing.assert_array_equal(fast.decode(batch), decode(policy.model, batch, policy.prompt))
-    assert len(fast.engine.caches) == 1
-
-
 def test_weights_that_change_are_seen(policy):
     other = VLA0(type(policy.model)(policy.model.config), policy.processor, policy.spec)
     batch = policy.prompt.observe([make_observation(0)])
@@ -238,19 +227,19 @@ def test_expectations_learn_how_far_chunks_are_from_their_guess():
 
 def test_the_width_is_measured_once_and_kept(policy, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    measured = []
+    measured, engine = [], policy.decoder.engine
     monkeypatch.setattr(width, "measure", lambda model: measured.append(1) or {1: 1.0, 8: 1.2, 16: 9.0})
-    assert width.width(policy.model) == width.width(policy.model) == 8
+    assert width.width(engine) == width.width(engine) == 8
     assert len(measured) == 1
-    width.width(policy.model, fresh=True)
+    width.width(engine, fresh=True)
     width.cache_file().write_text("{")
-    assert width.width(policy.model) == 8
+    assert width.width(engine) == 8
     assert len(measured) == 3
     assert json.loads(width.cache_file().read_text())
 
 
 def test_the_measurement_times_passes(policy):
-    times = width.measure(policy.model)
+    times = width.measure(policy.decoder.engine)
     assert list(times) == [n for n in width.SIZES if n in times]
     assert min(times.values()) > 0
 

@@ -172,12 +172,15 @@ def bench_decode(
     """Time the ways of decoding on the same inputs, and compare their tokens."""
     from vla0.bench import decode as benchmark
     from vla0.bench.inputs import chosen, recorded
+    from vla0.decode import Fast
     from vla0.decode.width import width
 
     quiet()
     policy = chosen(model, device)
+    if not isinstance(policy.decoder, Fast):
+        raise InputError("a model that the fast decoder drives", f"'{model}', decoded plainly", "nothing to compare here")
     if calibrate:
-        console.print(f"{width(policy.model, fresh=True)} nodes a pass")
+        console.print(f"{width(policy.decoder.engine, fresh=True)} nodes a pass")
         return
     batches, replans = batch or [1, 8, 32], replan or sorted({1, policy.spec.horizon})
     benchmark.refuse(batches, replans, chunks, policy.spec.horizon)

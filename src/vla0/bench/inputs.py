@@ -72,10 +72,11 @@ def chosen(name: str, device: str | None = None) -> VLA0:
     if name not in ("tiny", "3b"):
         return VLA0.from_pretrained(name, device)
     spec = Spec((-1.0,) * 7, (1.0,) * 7, 20.0, ("agentview", "wrist"), name)
-    processor = models.tiny_processor([spec.system_text(), "move the red blue green block"])
+    processor: Any = models.tiny_processor([spec.system_text(), "move the red blue green block"])
     where = torch.device(device or models.default_device())
     if name == "tiny":
-        return VLA0(models.tiny_model(processor).to(where), processor, spec)
+        tiny: Any = models.tiny_model(processor)
+        return VLA0(tiny.to(where), processor, spec)
     config = Qwen2_5_VLConfig(**SHAPE_3B)
     for key, token in {
         "image_token_id": "<|image_pad|>",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from heapq import heappop, heappush
 
 import numpy as np
@@ -48,6 +49,38 @@ class Tree:
         while (child := self.children[path[-1]].get(picks[path[-1]])) is not None:
             path.append(child)
         return path, picks[path[-1]]
+
+
+def drawn(trees: Sequence[Tree], grammar: Grammar, rows: int, most: int) -> tuple[np.ndarray, ...]:
+    """Trees as arrays, filled up to so many rows and nodes.
+
+    Symbols (B, N), depths (B, N), below (B, N, N): which nodes a node sees, and allowed (B, N, 12): what may follow it.
+    """
+    symbols = np.zeros((rows, most), np.int64)
+    below = np.tile(np.eye(most, dtype=np.bool_), (rows, 1, 1))
+    allowed = np.zeros((rows, most, len(SYMBOLS) + 1), np.bool_)
+    for row, tree in enumerate(trees):
+        symbols[row, : len(tree)] = tree.symbols
+        mask = below[row]
+        for node, parent in enumerate(tree.parents[1:], 1):
+            mask[node] |= mask[parent]
+        allowed[row, : len(tree)] = [_may_follow(grammar, state) for state in tree.states]
+    allowed[..., 0] |= ~allowed.any(2)  # of what only fills up, and after the end
+    return symbols, below.sum(2) - 1, below, allowed
+
+
+def _may_follow(grammar: Grammar, state: State) -> np.ndarray:
+    number, digits = state
+    if number == grammar.count:
+        return np.zeros(len(SYMBOLS) + 1, np.bool_)
+    return _row(grammar.bins, number == grammar.count - 1, digits)
+
+
+@lru_cache(maxsize=10_000)
+def _row(bins: int, last: bool, digits: str) -> np.ndarray:
+    row = np.zeros(len(SYMBOLS) + 1, np.bool_)
+    row[list(Grammar(bins, 1 if last else 2).allowed((0, digits)))] = True
+    return row
 
 
 class Draft:

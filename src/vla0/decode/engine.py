@@ -1,22 +1,27 @@
 """The passes of the unmodified model: prefill, then trees of guesses over a cache of its keys and values."""
 
 import logging
-from collections.abc import Sequence
-from functools import lru_cache
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import linear, pad
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from vla0.codec import SYMBOLS, Grammar
-from vla0.decode.draft import State, Tree
+from vla0.codec import Grammar
+from vla0.decode.draft import Tree, drawn
+from vla0.decode.sight import Sight
 from vla0.decode.slots import Replay, Slots
+from vla0.spec import InputError
 
 logger = logging.getLogger(__name__)
 
-BUCKET = 128  # slots
+BUCKET = 64  # slots
 Verdict = tuple[list[list[int]], np.ndarray]  # picks (B, N), and (B, N, 12) their and the others' probabilities
+Grid = tuple[int, ...]  # 1, rows and columns of an image's patches
 
 
 def supported(model: Any) -> str | None:
@@ -34,166 +39,191 @@ def supported(model: Any) -> str | None:
 class Engine:
     """The passes of a model over trees of guesses: `prefill`, then many times `step`, `accept` after each.
 
-    fixed: trees are filled up and each pass looks at all slots, so that it can be captured as a CUDA graph. Otherwise a pass is
-    as small as it can be, which is faster where nothing is captured.
+    fixed: rows, prompts and trees are filled up to a few sizes and each pass looks at all slots, so that it can be captured as
+    a CUDA graph. Otherwise a pass is as small as it can be, which is faster where nothing is captured. A pass is a function of
+    one tensor of whole numbers (and the pixels, in the first): all that the host says goes over in one copy.
     """
 
     def __init__(self, model: Any, symbol_ids: Sequence[int], grammar: Grammar, fixed: bool):
-        self.model, self.language, self.grammar, self.fixed = model, model.model.language_model, grammar, fixed
+        self.model, self.grammar, self.fixed = model, grammar, fixed
+        self.embed = model.model.get_input_embeddings()
         # Ties go to the lower token, as argmax over the whole vocabulary has it.
-        self.symbols = np.argsort(symbol_ids)
-        self.ids = torch.tensor(symbol_ids, device=model.device)
+        self.order = np.argsort(symbol_ids)
+        self.ids = np.array(symbol_ids)
+        self.head = torch.from_numpy(self.ids[self.order]).to(model.device)
         self.capturing = fixed and model.device.type == "cuda"
-        self.caches: dict[tuple[int, int], Slots] = {}  # rows, slots
-        self.replays: dict[tuple[int, int, int], Replay] = {}  # rows, nodes, slots
         self.passes = 0
+        self.caches: dict[tuple[int, int], Slots] = {}  # rows, slots
+        self.replays: dict[tuple, Replay] = {}
+        self.pool: Any = None
+        self.sights: dict[tuple[Grid, ...], Sight] = {}
+        self.places: dict[tuple, np.ndarray] = {}
+
+    def fresh(self) -> "Engine":
+        """Another for the same model."""
+        return Engine(self.model, list(self.ids), self.grammar, self.fixed)
 
     def prefill(self, batch: dict[str, torch.Tensor], trees: Sequence[Tree], most: int) -> Verdict:
         """Reads the prompts (B, L), padded on the left, and first trees whose node 0 is the prompt's last token.
 
-        most: nodes of a tree, now and later. Gives what `step` gives.
+        batch: of `Prompt.observe`, on the host. most: nodes of a tree, now and later. Gives what `step` gives.
         """
-        self.most, room = most, self.grammar.longest + most + 1
-        body, ids, seen = self.model.model, batch["input_ids"], batch["attention_mask"].bool()
+        ids, seen = batch["input_ids"].numpy(), batch["attention_mask"].numpy().astype(np.bool_)
+        grids, pixels = [tuple(grid) for grid in batch["image_grid_thw"].tolist()], batch["pixel_values"]
         rows, length = ids.shape
-        positions, _ = body.get_rope_index(
-            ids, batch["mm_token_type_ids"], image_grid_thw=batch["image_grid_thw"], attention_mask=batch["attention_mask"]
-        )
-        images = body.get_image_features(batch["pixel_values"].to(self.model.dtype), batch["image_grid_thw"]).pooler_output
-        embedded = body.get_input_embeddings()(ids)
-        pictures = (ids == self.model.config.image_token_id)[..., None].expand_as(embedded)
-        embedded = embedded.masked_scatter(pictures, torch.cat(list(images)).to(embedded.dtype))
-        # By the way things were: weights may have been trained since.
-        self.head = self.model.lm_head.weight[self.ids[torch.from_numpy(self.symbols).to(ids.device)]]
-        self.cache = self._cache(rows, length - 1 + room, embedded)
-        fresh = seen.new_zeros((rows, len(self.cache) - length + 1))
-        self.seen = torch.cat([seen[:, :-1], fresh], 1)  # slots that count, but for the tree's own
-        self.accepted = torch.full((rows, 1), length - 1, device=ids.device)  # slots before node 0
-        self.base = length - 1  # where the trees are written
-        self.place = positions[:, :, -1:]  # (3, B, 1) of node 0
-        tokens, deep, below = self._tensors(trees)
-        causal = torch.ones((length - 1, length - 1), dtype=torch.bool, device=ids.device).tril()
-        # A padding sees itself: a row of a softmax over nothing is not a number, and would spread.
-        before = causal & seen[:, None, :-1] | torch.eye(length - 1, dtype=torch.bool, device=ids.device)
-        above = torch.nn.functional.pad(before, (0, tokens.shape[1]))
-        mask = torch.cat([above, torch.cat([seen[:, None, :-1].expand(-1, tokens.shape[1], -1), below], 2)], 1)
-        guesses = body.get_input_embeddings()(tokens[:, 1:])
-        places = torch.cat([positions[:, :, :-1], self.place + deep], 2)
-        self.passes, self.cache.at, self.cache.span = 1, None, slice(0, length - 1 + tokens.shape[1])
-        hidden = self._pass(torch.cat([embedded, guesses], 1), places, mask)
-        return self._told(self._judge(hidden[:, length - 1 :], self.head, self._allowed(trees, tokens.shape[1])))
+        limit = self.model.config.text_config.max_position_embeddings
+        if length + self.grammar.longest > limit:
+            remedy = "fewer or smaller images, or a shorter instruction"
+            raise InputError(
+                f"a prompt and an answer of {limit} tokens at most", f"{length} and {self.grammar.longest}", remedy
+            )
+        places = self._positions(batch, grids)
+        if self.fixed:  # rows and tokens that nobody reads
+            more, before = self.held(rows) - rows, -(length + self._spare(most)) % BUCKET
+            fill = lambda array: np.pad(array, [(0, more), (before, 0)])  # noqa: E731
+            ids, seen, places = fill(ids), fill(seen), np.stack([fill(axis) for axis in places])
+            pixels = torch.cat([pixels, pixels.new_zeros(more * len(pixels) // rows, pixels.shape[1])])
+            grids, length = grids + more * grids[: len(grids) // rows], length + before
+            ids[rows:], seen[rows:], places[:, rows:] = ids[0], seen[0], places[:, :1]
+        if (key := tuple(grids)) not in self.sights:
+            self.sights[key] = Sight(self.model.model.visual, key, self.model.device)
+        self.sight = self.sights[key]
+        self._open(seen[:, :-1], places[0, :, -1], most)
+        tree = self._numbers(trees)
+        tree[0][:, 0] = ids[:, -1]
+        wide = length - 1 + tree[0].shape[1]
+        row, column = np.nonzero((ids == self.model.config.image_token_id) & seen)
+        self.cache.span, self.passes = slice(0, wide), 1
+        told = self._run(self._first, [ids[:, :-1], places[:, :, :-1], seen[:, :-1], row * wide + column, *tree], pixels)
+        return self._verdict(told, rows)
 
     def step(self, trees: Sequence[Tree]) -> Verdict:
         """What the model says at the nodes of each row's tree."""
-        self.passes += 1
-        tokens, deep, below = self._tensors(trees)
-        nodes = tokens.shape[1]
-        seen = self.seen[:, None].expand(-1, nodes, -1)
-        span = slice(self.base, self.base + nodes)
-        if not self.fixed:
-            self.cache.span = span
-            mask = torch.cat([seen[..., : self.base], below], 2)
-            at = self.ids  # not asked for
-        else:
-            at = torch.arange(span.start, span.stop, device=tokens.device)
-            mask = seen.clone()
-            mask[:, :, span] = below
-        inputs = (tokens, self.place + deep, mask, at, self.head, self._allowed(trees, nodes))
-        return self._told(self._captured(*inputs) if self.capturing else self._step(*inputs))
+        tree = self._numbers(trees)
+        self.cache.span, self.passes = slice(self.base, self.base + tree[0].shape[1]), self.passes + 1
+        seen = self.seen if self.fixed else self.seen[:, : self.base]
+        return self._verdict(self._run(self._next, [np.array([self.base]), seen, *tree]), len(trees))
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps of the last trees the nodes of each row's path, from node 0 on; none of a row that has ended."""
-        longest = max(map(len, paths))
-        taken = torch.tensor([list(path) + [-1] * (longest - len(path)) for path in paths], device=self.ids.device)
-        target = self.accepted + torch.arange(longest, device=self.ids.device)
-        self.cache.move(torch.where(taken >= 0, self.base + taken, target), target)
-        counts = (taken >= 0).sum(1, keepdim=True)
-        self.seen.scatter_(1, target, (taken >= 0) | self.seen.gather(1, target))
-        self.accepted, self.place = self.accepted + counts, self.place + counts
+        target = self.accepted[:, None] + np.arange(self.most if self.fixed else max(map(len, paths)))
+        source = target.copy()
+        for row, path in enumerate(paths):
+            source[row, : len(path)] = self.base + np.array(path, np.int64)
+            self.seen[row, self.accepted[row] : self.accepted[row] + len(path)] = True
+            self.accepted[row] += len(path)
+            self.place[row] += len(path)
         self.base = int(self.accepted.max())
+        if not np.array_equal(source, target):
+            self.cache.move(*torch.from_numpy(np.stack([source, target])).to(self.model.device))
 
-    def _cache(self, rows: int, slots: int, like: torch.Tensor) -> Slots:
+    def blank(self, seen: int, nodes: int) -> None:
+        """As after a prompt of so many tokens, of which none was read: for measuring `step`."""
+        self._open(np.ones((1, seen), np.bool_), np.array([seen]), nodes)
+
+    def held(self, rows: int) -> int:
+        """Rows that a pass has, of which so many are asked for."""
+        return 1 << (rows - 1).bit_length() if self.fixed else rows
+
+    def _spare(self, most: int) -> int:
+        """Slots for an answer and a tree."""
+        return self.grammar.longest + most
+
+    def _open(self, seen: np.ndarray, place: np.ndarray, most: int) -> None:
+        """Before node 0 of the first tree. seen: (B, n), which slots of the prompt count. place: (B,) of node 0."""
+        rows, length = seen.shape
+        slots = length + 1 + self._spare(most)
+        key, config, like = (rows, slots), self.model.config.text_config, self.embed.weight
         if not self.fixed:
-            return Slots(self.model.config.text_config, rows, slots, like)
-        slots = -(-slots // BUCKET) * BUCKET  # prompts of about one length share a graph
-        if (rows, slots) not in self.caches:
-            self.caches[rows, slots] = Slots(self.model.config.text_config, rows, slots, like)
-        return self.caches[rows, slots]
+            self.cache = Slots(config, rows, slots, like)
+        elif key in self.caches:
+            self.cache = self.caches[key]
+        else:
+            self.cache = self.caches[key] = Slots(config, rows, slots, like)
+        self.most, self.base, self.place = most, length, place.copy()
+        self.seen = np.pad(seen, [(0, 0), (0, slots - length)])  # slots that count, but for the tree's own
+        self.accepted = np.full(rows, length)  # slots before node 0
 
-    def _captured(self, *inputs: torch.Tensor) -> torch.Tensor:
-        key = (*inputs[0].shape, len(self.cache))
-        try:
-            if key not in self.replays:
-                self.replays[key] = Replay(self._step, *inputs)
-            return self.replays[key](*inputs)
-        except torch.OutOfMemoryError:
-            logger.warning("no memory to capture a CUDA graph of %d rows: decoding goes on without, and slower", key[0])
-            self.capturing = False
-            self.replays.clear()
-            torch.cuda.empty_cache()
-            return self._step(*inputs)
+    def _positions(self, batch: dict[str, torch.Tensor], grids: list[Grid]) -> np.ndarray:
+        """(3, B, L) of the prompts' tokens: of prompts alike in length and images they are the same."""
+        key = batch["mm_token_type_ids"].numpy().tobytes(), batch["attention_mask"].numpy().tobytes(), tuple(grids)
+        if key not in self.places:
+            if len(self.places) > 1000:
+                self.places.clear()
+            names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+            self.places[key] = self.model.model.get_rope_index(**{name: batch[name] for name in names})[0].numpy()
+        return self.places[key]
 
-    def _step(
-        self, tokens: torch.Tensor, places: torch.Tensor, mask: torch.Tensor, at: torch.Tensor, head: torch.Tensor,
-        allowed: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
-        """A pass and its judgement as a function of tensors alone, each of fixed size where `fixed` is."""
+    def _run(self, way: Callable[..., torch.Tensor], numbers: Sequence[np.ndarray], *more: torch.Tensor) -> np.ndarray:
+        """A pass: (B, N, 1 + 12) on the host."""
+        shapes = tuple(array.shape for array in numbers)
+        function = partial(way, shapes)
+        inputs = [torch.from_numpy(np.concatenate([array.reshape(-1) for array in numbers], dtype=np.int64)), *more]
+        if self.capturing:
+            key = (way.__name__, shapes, len(self.cache), self.sight if more else None)
+            try:
+                if key not in self.replays:
+                    self.pool = self.pool or torch.cuda.graph_pool_handle()
+                    self.replays[key] = Replay(function, self.pool, *(tensor.to(self.model.device) for tensor in inputs))
+                return self.replays[key](*inputs).cpu().numpy()
+            except torch.OutOfMemoryError:
+                logger.warning("no memory to capture a CUDA graph of %s: decoding goes on without, and slower", way.__name__)
+                self.capturing = False
+                self.replays.clear()
+                torch.cuda.empty_cache()
+        return function(*(tensor.to(self.model.device) for tensor in inputs)).cpu().numpy()
+
+    def _first(self, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        ids, before, seen, pictures, tokens, places, below, allowed = _apart(numbers, shapes)
+        length, nodes = ids.shape[1], tokens.shape[1]
+        embedded = self.embed(torch.cat([ids, tokens], 1))
+        images = self.sight(pixels.to(embedded.dtype)).to(embedded.dtype)
+        embedded.flatten(0, 1).index_copy_(0, pictures, images)
+        causal = torch.ones((length, length), dtype=torch.bool, device=ids.device).tril()
+        # A padding sees itself: a row of a softmax over nothing is not a number, and would spread.
+        prompt = causal & seen.bool()[:, None] | torch.eye(length, dtype=torch.bool, device=ids.device)
+        tree = torch.cat([seen.bool()[:, None].expand(-1, nodes, -1), below.bool()], 2)
+        mask = torch.cat([pad(prompt, (0, nodes)), tree], 1)
+        at = torch.arange(length + nodes, device=ids.device)
+        if self.fixed:
+            mask = pad(mask, (0, len(self.cache) - length - nodes))
+        places = torch.cat([before, places.expand(3, -1, -1)], 2)
+        return self._judge(self._pass(embedded, places, mask, at)[:, length:], allowed.bool())
+
+    def _next(self, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor) -> torch.Tensor:
+        base, seen, tokens, places, below, allowed = _apart(numbers, shapes)
+        at = base + torch.arange(tokens.shape[1], device=base.device)
+        before = seen.bool()[:, None].expand(-1, tokens.shape[1], -1)
+        mask = before.index_copy(2, at, below.bool()) if self.fixed else torch.cat([before, below.bool()], 2)
+        hidden = self._pass(self.embed(tokens), places.expand(3, -1, -1), mask, at)
+        return self._judge(hidden, allowed.bool())
+
+    def _pass(self, embedded: torch.Tensor, places: torch.Tensor, mask: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         self.cache.at = at if self.fixed else None
-        return self._judge(self._pass(self.model.model.get_input_embeddings()(tokens), places, mask), head, allowed)
-
-    def _pass(self, embedded: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         mask = mask[:, None]
         if self.model.config.text_config._attn_implementation == "eager":  # it adds
             mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
-        return self.language(
+        return self.model.model.language_model(
             inputs_embeds=embedded, position_ids=places, attention_mask={"full_attention": mask},
             past_key_values=self.cache, use_cache=True,
         ).last_hidden_state  # fmt: skip
 
-    def _tensors(self, trees: Sequence[Tree]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(tokens (B, N), depths (B, N), mask (B, N, N): which nodes a node sees) of trees, filled up."""
-        rows, most = len(trees), self.most if self.fixed else max(map(len, trees))
-        symbols, deep = np.zeros((rows, most), np.int64), np.zeros((rows, most), np.int64)
-        below = np.tile(np.eye(most, dtype=np.bool_), (rows, 1, 1))
-        for row, tree in enumerate(trees):
-            symbols[row, : len(tree)] = tree.symbols
-            mask, depth = below[row], deep[row]
-            for node, parent in enumerate(tree.parents[1:], 1):
-                mask[node] |= mask[parent]
-                depth[node] = depth[parent] + 1
-        device = self.ids.device
-        tokens = self.ids[torch.from_numpy(symbols).to(device)]
-        return tokens, torch.from_numpy(deep).to(device), torch.from_numpy(below).to(device)
-
-    def _allowed(self, trees: Sequence[Tree], nodes: int) -> torch.Tensor:
-        """(B, N, 12): which symbols, in the order of `symbols`, may follow each node."""
-        allowed = np.zeros((len(trees), nodes, len(self.symbols)), np.bool_)
-        for row, tree in enumerate(trees):
-            allowed[row, : len(tree)] = [_may_follow(self.grammar, state) for state in tree.states]
-        allowed[..., 0] |= ~allowed.any(2)  # of what only fills up
-        return torch.from_numpy(allowed[..., self.symbols]).to(self.ids.device)
-
-    def _judge(self, hidden: torch.Tensor, head: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    def _judge(self, hidden: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """(B, N, 1 + 12): the pick after each node, and the symbols' probabilities."""
-        logits = torch.nn.functional.linear(hidden, head).float().masked_fill(~allowed, float("-inf"))
+        logits = linear(hidden, self.model.lm_head.weight[self.head]).float().masked_fill(~allowed, float("-inf"))
         return torch.cat([logits.argmax(2, keepdim=True).to(logits.dtype), torch.softmax(logits, 2)], 2)
 
-    def _told(self, judgement: torch.Tensor) -> Verdict:
-        both = judgement.cpu().numpy()
-        probabilities = np.empty_like(both[..., 1:])
-        probabilities[..., self.symbols] = both[..., 1:]
-        return self.symbols[both[..., 0].astype(np.int64)].tolist(), probabilities
+    def _numbers(self, trees: Sequence[Tree]) -> list[np.ndarray]:
+        """Of trees: tokens (B, N), positions (B, N), which nodes a node sees (B, N, N), what may follow (B, N, 12)."""
+        most = self.most if self.fixed else max(map(len, trees))
+        symbols, depths, below, allowed = drawn(trees, self.grammar, len(self.seen), most)
+        return [self.ids[symbols], self.place[:, None] + depths, below, allowed[..., self.order]]
+
+    def _verdict(self, judgement: np.ndarray, rows: int) -> Verdict:
+        probabilities = np.empty_like(judgement[:rows, :, 1:])
+        probabilities[..., self.order] = judgement[:rows, :, 1:]
+        return self.order[judgement[:rows, :, 0].astype(np.int64)].tolist(), probabilities
 
 
-def _may_follow(grammar: Grammar, state: State) -> np.ndarray:
-    number, digits = state
-    if number == grammar.count:
-        return np.zeros(len(SYMBOLS) + 1, np.bool_)
-    return _row(grammar.bins, number == grammar.count - 1, digits)
-
-
-@lru_cache(maxsize=10_000)
-def _row(bins: int, last: bool, digits: str) -> np.ndarray:
-    row = np.zeros(len(SYMBOLS) + 1, np.bool_)
-    row[list(Grammar(bins, 1 if last else 2).allowed((0, digits)))] = True
-    return row
+def _apart(numbers: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    return [part.view(shape) for part, shape in zip(numbers.split([math.prod(s) for s in shapes]), shapes, strict=True)]

@@ -61,7 +61,7 @@ class Fast:
     @cached_property
     def width(self) -> int:
         """Nodes of a pass."""
-        return best_width(self.model) if self.given is None else self.given
+        return best_width(self.engine) if self.given is None else self.given
 
     def decode(
         self, batch: dict[str, torch.Tensor], chunk_size: int | None = None, guesses: Sequence[np.ndarray | None] | None = None
@@ -88,8 +88,7 @@ class Fast:
                 raise InputError(expected, f"{guess.shape}", "give the previous chunk, or None")
         numbers = steps * spec.dimensions
         rows = [Row(Draft(self.grammar, self.expectation.prior(guess), numbers), self.grammar.start) for guess in guesses]
-        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        most = max(1, self.width // count) if self.engine.fixed else self.width
+        most = max(1, self.width // self.engine.held(count)) if self.engine.fixed else self.width
         turn = self.turn = object()
         first = True
         while not all(row.done for row in rows):

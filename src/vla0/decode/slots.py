@@ -45,22 +45,26 @@ class Slots:
 
 
 class Replay:
-    """A function of tensors, captured as a CUDA graph: the same kernels, launched at once. Its result is overwritten."""
+    """A function of tensors, captured as a CUDA graph: the same kernels, launched at once. Its result is overwritten.
 
-    def __init__(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor):
+    The function is called before: what kernels do at their first call cannot be captured. pool: memory that graphs share, of
+    which one runs at a time.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor], pool: Any, *inputs: torch.Tensor):
         self.inputs = [tensor.clone() for tensor in inputs]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            for _ in range(2):  # what kernels do at their first call cannot be captured
+            for _ in range(2):
                 function(*self.inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool):
             self.result = function(*self.inputs)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The function of inputs of the same shapes."""
+        """The function of inputs of the same shapes, on any device."""
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given)
         self.graph.replay()

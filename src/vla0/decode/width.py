@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from vla0.decode.slots import Slots
+from vla0.codec import Grammar
+from vla0.decode.draft import Draft
+from vla0.decode.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -19,12 +22,12 @@ SLOW_MS = 2000.0  # of all sizes together: one round has to do
 CONTEXT = 256  # slots before the tree, about a prompt and half an answer
 
 
-def width(model: Any, fresh: bool = False) -> int:
+def width(engine: Engine, fresh: bool = False) -> int:
     """Nodes of a pass that decode fastest: measured at first, then read from the cache. fresh: measured anew."""
-    key, file = _key(model), cache_file()
+    key, file = _key(engine), cache_file()
     known = _read(file)
     if fresh or key not in known:
-        known[key] = times = measure(model)
+        known[key] = times = measure(engine)
         chosen = best(times)
         logger.info(
             "a pass of %s takes %.1f ms, of %d nodes %.1f ms: decoding uses %d", key, times[1], chosen, times[chosen], chosen
@@ -42,38 +45,31 @@ def best(times: dict[int, float]) -> int:
 
 
 @torch.inference_mode()
-def measure(model: Any, rounds: int = 4) -> dict[int, float]:
-    """{nodes: ms of a pass} of the language model, the least of some rounds; no more nodes than may pay."""
+def measure(engine: Engine, rounds: int = 4) -> dict[int, float]:
+    """{nodes: ms} to guess a tree and to check it, the least of some rounds; no more nodes than may pay."""
+    own = engine.fresh()  # whose memory is free again afterwards
     times: dict[int, float] = {}
     for nodes in SIZES:
-        times[nodes] = _time_pass(model, nodes)
+        if own.capturing:
+            _time(own, nodes)
+        times[nodes] = _time(own, nodes)
         if nodes > 2 * best(times):
             break
     for _ in range(rounds - 1):  # in turns: what else the machine does hits all sizes alike
         if sum(times.values()) > SLOW_MS:
             break
-        times = {nodes: min(ms, _time_pass(model, nodes)) for nodes, ms in times.items()}
+        times = {nodes: min(ms, _time(own, nodes)) for nodes, ms in times.items()}
     return times
 
 
-def _time_pass(model: Any, nodes: int) -> float:
-    weight = model.lm_head.weight
-    cache = Slots(model.config.text_config, 1, CONTEXT + nodes, weight)
-    cache.span = slice(CONTEXT, CONTEXT + nodes)
-    embedded = weight.new_zeros((1, nodes, weight.shape[1]))
-    places = torch.arange(CONTEXT, CONTEXT + nodes, device=weight.device).expand(3, 1, -1)
-    mask = torch.ones((1, 1, nodes, CONTEXT + nodes), dtype=torch.bool, device=weight.device)
-    if model.config.text_config._attn_implementation == "eager":
-        mask = mask.to(weight.dtype)
-    if weight.is_cuda:
-        torch.cuda.synchronize()
+def _time(engine: Engine, nodes: int) -> float:
+    grammar = Grammar(engine.grammar.bins, 100)  # long enough for all the nodes
+    draft = Draft(grammar, np.full((grammar.count, grammar.bins + 1), 1 / (grammar.bins + 1)), grammar.count)
+    engine.blank(CONTEXT, nodes)
     started = time.perf_counter()
-    model.model.language_model(
-        inputs_embeds=embedded, position_ids=places, attention_mask={"full_attention": mask},
-        past_key_values=cache, use_cache=True,
-    )  # fmt: skip
-    if weight.is_cuda:
-        torch.cuda.synchronize()
+    tree = draft.grow(0, grammar.start, nodes, 0)
+    _, probabilities = engine.step([tree])
+    draft.learn(tree, probabilities[0, : len(tree)])
     return (time.perf_counter() - started) * 1e3
 
 
@@ -82,7 +78,8 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vla0" / "decode.json"
 
 
-def _key(model: Any) -> str:
+def _key(engine: Engine) -> str:
+    model: Any = engine.model
     text, device = model.config.text_config, model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     return f"{name}, {str(model.dtype).removeprefix('torch.')}, {text.num_hidden_layers} layers of {text.hidden_size}"
