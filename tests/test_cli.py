@@ -55,6 +55,7 @@ def test_train_then_eval_refuses_what_does_not_fit(vla0, dataset, tmp_path):
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--replan", "9"), "replan")
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--replan", "2"), "would do nothing")
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--control", "dark"), "control")
+    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--inexact", "dark"), "mode")
     (last / "vla0.json").unlink()
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3"), "vla0.json", "vla0 train")
 

@@ -38,7 +38,7 @@ def test_the_tower_sees_what_the_unmodified_one_sees(processor):
         expected = torch.cat(list(model.model.get_image_features(patches, torch.tensor(grids)).pooler_output))
         sight = Sight(model.model.visual, grids, model.device)
         assert len(sight.windows) - 1 > len(grids)
-        torch.testing.assert_close(sight(patches), expected, rtol=0, atol=0)
+        torch.testing.assert_close(sight(patches), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

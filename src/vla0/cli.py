@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from vla0.bench.commands import app as bench_app
 from vla0.spec import InputError
 
 app = typer.Typer(
@@ -86,6 +87,7 @@ def evaluate(
     replan: Annotated[int, typer.Option(help="steps executed per query")] = 1,
     ensemble: Annotated[str, typer.Option(help="none, mean, v1 or v2:w: weights of overlapping chunks by age")] = "v1",
     control: Annotated[list[str] | None, typer.Option(help="also: blank, exchanged, random or untrained")] = None,
+    inexact: Annotated[list[str] | None, typer.Option(help="beside it: relaxed, fp8 or fp8-weights, faster decoding")] = None,
     workers: Annotated[int | None, typer.Option(help="environments at once; default 8 a core")] = None,
     max_steps: Annotated[
         int | None, typer.Option(help="steps after which an episode has failed; default 150, LIBERO's caps")
@@ -114,7 +116,14 @@ def evaluate(
     if out is None:
         beside = Path(checkpoint).resolve() if Path(checkpoint).is_dir() else Path("runs") / checkpoint.replace("/", "_")
         out = beside.with_name(f"{beside.name}-{'ablation' if ablation else 'eval'}")
-    others = {"control": control or [], "workers": workers, "device": device, "render": render, "ray": ray}
+    others = {
+        "control": control or [],
+        "inexact": inexact or [],
+        "workers": workers,
+        "device": device,
+        "render": render,
+        "ray": ray,
+    }
     if ablation:
         console.print(ablation_table(run_ablation(checkpoint, separate, settings, out, **others)))
         console.print(f"reports: {out}/*/report.html")
@@ -149,51 +158,13 @@ def convert(
     console.print(f"checkpoint: {out}, {spec.horizon} steps of {spec.dimensions} numbers in 0..{spec.bins}")
 
 
-bench_app = typer.Typer(no_args_is_help=True, help="Measure on this machine")
 app.add_typer(bench_app, name="bench")
 
 
 @bench_app.callback()
 def bench() -> None:
     """Measure on this machine."""
-
-
-@bench_app.command("decode")
-def bench_decode(
-    model: Annotated[str, typer.Option(help="tiny or 3b (random weights), or a checkpoint folder or Hub id")] = "tiny",
-    batch: Annotated[list[int] | None, typer.Option(help="observations decoded together; several times for several")] = None,
-    replan: Annotated[list[int] | None, typer.Option(help="steps executed between queries; several times for several")] = None,
-    chunks: Annotated[int, typer.Option(help="decodes of each kind")] = 20,
-    device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="see its dataset's pictures, not made-up ones")] = None,
-    calibrate: Annotated[bool, typer.Option(help="measure anew how many guesses a pass should check, and no more")] = False,
-    json: Annotated[Path | None, typer.Option(help="file for the rows")] = None,
-) -> None:
-    """Time the ways of decoding on the same inputs, and compare their tokens."""
-    from vla0.bench import decode as benchmark
-    from vla0.bench.inputs import chosen, recorded
-    from vla0.decode import Fast
-    from vla0.decode.width import width
-
     quiet()
-    policy = chosen(model, device)
-    if not isinstance(policy.decoder, Fast):
-        raise InputError("a model that the fast decoder drives", f"'{model}', decoded plainly", "nothing to compare here")
-    if calibrate:
-        console.print(f"{width(policy.decoder.engine, fresh=True)} nodes a pass")
-        return
-    batches, replans = batch or [1, 8, 32], replan or sorted({1, policy.spec.horizon})
-    benchmark.refuse(batches, replans, chunks, policy.spec.horizon)
-    episodes = None
-    if recipe is not None:
-        from vla0.recipe import read_config
-        from vla0.train import TrainConfig
-
-        episodes = recorded(read_config(TrainConfig, recipe, []).data, policy.spec)
-    rows = benchmark.bench(policy, batches, replans, chunks, episodes=episodes)
-    console.print(benchmark.table(rows))
-    if json is not None:
-        benchmark.write(rows, json)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """VLA0: an image and a sentence in, a chunk of actions out."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ from vla0 import ensemble, model
 from vla0.codec import ActionCodec
 from vla0.decode import decoder
 from vla0.decode.draft import filled
+from vla0.decode.inexact import inexact
 from vla0.prompt import Prompt
 from vla0.rollout import ChunkPolicy
 from vla0.spec import InputError, Observation, Spec, offset
@@ -22,7 +24,7 @@ class VLA0:
     def __init__(self, vlm: Any, processor: Any, spec: Spec, replan: int = 1, weights: str | Sequence[float] | None = None):
         self.model, self.processor, self.spec = vlm.eval(), processor, spec
         self.prompt, self.codec = Prompt(spec, processor), ActionCodec(spec)
-        self.decoder = decoder(self.model, self.prompt)
+        self.decoder, self.mode = decoder(self.model, self.prompt), None
         self.acting(replan, weights or ("v1" if spec.horizon > replan else ensemble.NONE))
 
     @classmethod
@@ -36,12 +38,21 @@ class VLA0:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a folder that `from_pretrained` and transformers read."""
+        if self.mode is not None:
+            raise InputError("the exact policy, to save", f"one made {self.mode}", "save the one that it was made from")
         model.save(path, self.model, self.processor, self.spec)
 
     def eval(self) -> Self:
         """Itself, the model in evaluation mode (it is so from the start)."""
         self.model.eval()
         return self
+
+    def inexact(self, mode: str) -> "VLA0":
+        """Another policy of the same weights that decodes faster and may write other numbers: see vla0.decode.inexact."""
+        other = copy(self)
+        other.model, other.decoder = inexact(self.model, self.prompt, mode)
+        other.mode = mode
+        return other.acting(*self.settings)
 
     def predict(
         self,
@@ -87,6 +98,7 @@ class VLA0:
         """Itself, set to execute `replan` steps per query and to ensemble by `weights` (vla0.ensemble)."""
         steps = ensemble.steps_used(self.spec.horizon, replan, weights)
         predict = lambda observation: self.predict_batch([observation], steps)[0]  # noqa: E731
+        self.settings = replan, weights
         self._acting = ChunkPolicy(predict, self.spec.horizon, replan, weights)
         return self
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vla0.cluster import Cluster
+from vla0.decode.inexact import MODES
 from vla0.ensemble import NONE, steps_used
 from vla0.envs import simulator
 from vla0.evaluate import EvalConfig, evaluate
@@ -43,21 +44,23 @@ def trial(
     device: str | None = None,
     render: bool = False,
     ray: str | None = None,
+    inexact: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """The lines of episodes.jsonl in `out`, where a report.html lies then. Goes on where it was interrupted.
 
-    ray: "local" or the address of a cluster. Raises InputError where the checkpoint does not fit, or episodes were given up.
+    inexact: modes of vla0.decode.inexact, tried beside the policy, each under its name. ray: "local" or the address of a
+    cluster. Raises InputError where the checkpoint does not fit, or episodes were given up.
     """
-    wrong = [name for name in control if name not in CONTROLS]
-    if wrong:
-        raise InputError(f"a control of {CONTROLS}", f"'{wrong[0]}'", "choose one of those")
+    for kind, given, known in (("control", control, CONTROLS), ("mode", inexact, tuple(MODES))):
+        if wrong := [name for name in given if name not in known]:
+            raise InputError(f"a {kind} of {known}", f"'{wrong[0]}'", "choose one of those")
     policy = VLA0.from_pretrained(checkpoint, device if ray is None else "cpu")
     spec = policy.spec
     fit(spec, settings.env)
     settings = replace(settings, fps=spec.fps)
     mark = fingerprint(policy.model, spec)
     identity = {"checkpoint": mark, "versions": simulator(settings.env).provenance()}
-    names = ("policy", *control)
+    names = ("policy", *inexact, *control)
     bring = partial(policies, names=names, settings=settings)
     if ray is None:
         crew, given = Crew, bring(policy)
@@ -141,11 +144,14 @@ def random_actions(low: Sequence[float], high: Sequence[float], horizon: int, se
 
 
 def policies(policy: VLA0, names: Sequence[str], settings: EvalConfig) -> dict[str, Predict]:
-    """{name: predict} of "policy" and of controls; only the steps that are used are decoded."""
+    """{name: predict} of "policy", of inexact modes and of controls; only the steps that are used are decoded."""
     steps = steps_used(policy.spec.horizon, settings.replan, settings.ensemble)
     predict = partial(policy.predict_batch, chunk_size=steps)
     module = simulator(settings.env)
     result: dict[str, Predict] = {"policy": predict}
+    for name in MODES:
+        if name in names:
+            result[name] = partial(policy.inexact(name).predict_batch, chunk_size=steps)
     if "blank" in names:
         result["blank"] = blanked(predict)
     if "exchanged" in names:

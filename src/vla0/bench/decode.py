@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vla0.bench.inputs import Episodes, moving_pictures
 from vla0.codec import ActionCodec, Grammar
 from vla0.decode import Fast, Reference
 from vla0.decode.draft import filled
+from vla0.decode.inexact import MODES, inexact
 from vla0.policy import VLA0
 from vla0.prompt import Prompt
 from vla0.rollout import rest
@@ -87,14 +89,13 @@ def _inputs(prompt: Prompt, episodes, batch: int, replan: int, chunks: int) -> l
 
 
 def _measure(policy: VLA0, way: str, inputs, replan: int, expected: list[np.ndarray], tick) -> tuple[Timing, list[np.ndarray]]:
-    settings, prompt = WAYS[way], policy.prompt
-    decoder = Reference(policy.model, prompt) if settings is None else Fast(policy.model, prompt, **settings)
+    decoder = _decoder(policy, way)
     batch = len(inputs[0]["input_ids"])
-    passes: list[int] = []
+    passes, calls = [], []
     seconds, found, last = [], [], None
-    hook = policy.model.model.language_model.register_forward_pre_hook(lambda *_: passes.append(1))
-    decoder.decode(inputs[0])  # what happens once happens here
-    passes.clear()
+    for own in {own["input_ids"].shape: own for own in inputs}.values():
+        decoder.decode(own)  # what happens once, and once for each size of the inputs, happens here
+    hook = policy.model.model.language_model.register_forward_pre_hook(lambda *_: calls.append(1))
     for own in inputs:
         guesses = None
         if last is not None and way not in BLIND:
@@ -102,6 +103,8 @@ def _measure(policy: VLA0, way: str, inputs, replan: int, expected: list[np.ndar
         started = time.perf_counter()
         last = decoder.decode(own, guesses=guesses)
         seconds.append(time.perf_counter() - started)
+        passes.append(decoder.passes if isinstance(decoder, Fast) else len(calls))  # what is captured calls no hook
+        calls.clear()
         found.append(last)
         tick()
     hook.remove()
@@ -116,10 +119,17 @@ def _measure(policy: VLA0, way: str, inputs, replan: int, expected: list[np.ndar
         margin = parting(policy, inputs[at], row, expected[at][row], found[at][row])
     ms = np.array(seconds) * 1e3
     timing = Timing(
-        way, batch, replan, len(same), len(passes) / len(inputs), float(np.median(ms)), float(np.percentile(ms, 95)),
+        way, batch, replan, len(same), float(np.mean(passes)), float(np.median(ms)), float(np.percentile(ms, 95)),
         float(np.mean(same)), margin,
     )  # fmt: skip
     return timing, found
+
+
+def _decoder(policy: VLA0, way: str) -> Fast | Reference:
+    if way in MODES:
+        return inexact(policy.model, policy.prompt, way)[1]
+    settings = WAYS[way]
+    return Reference(policy.model, policy.prompt) if settings is None else Fast(policy.model, policy.prompt, **settings)
 
 
 @torch.inference_mode()
@@ -144,23 +154,21 @@ def parting(policy: VLA0, batch: dict[str, torch.Tensor], row: int, one: np.ndar
     return first - second
 
 
-def table(rows: Sequence[Timing]) -> Table:
-    """The rows, and how many times faster than `generate` of the same batch and replan."""
-    base = {(row.batch, row.replan): row.ms_median for row in rows if row.way == BASELINE}
-    result = Table(Column("way", no_wrap=True), "batch", "replan", "passes", "ms", "p95", "faster", "identical")
-    for row in rows:
-        same = f"{row.identical:.1%}" + ("" if row.margin is None else f" (margin {row.margin:.2g})")
-        ratio = base[row.batch, row.replan] / row.ms_median
-        cells = (
-            row.way,
-            row.batch,
-            row.replan,
-            f"{row.passes:.1f}",
-            f"{row.ms_median:.1f}",
-            f"{row.ms_p95:.1f}",
-            f"{ratio:.1f}",
-        )
-        result.add_row(*map(str, cells), same)
+def tables(rows: Sequence[Timing]) -> list[Table]:
+    """A table for each batch size and replan: the ways, and how many times faster than `generate`."""
+    result = []
+    for (batch, replan), group in groupby(rows, key=lambda row: (row.batch, row.replan)):
+        own, columns = list(group), ("passes", "ms", "95 %", "faster", "identical")
+        found = Table(Column("way", no_wrap=True), *(Column(name, no_wrap=True, justify="right") for name in columns))
+        found.title = f"{batch} at once, {replan} steps a query, {own[0].chunks} chunks"
+        base = next(row.ms_median for row in own if row.way == BASELINE)
+        for row in own:
+            cells = (f"{row.passes:.1f}", f"{row.ms_median:.1f}", f"{row.ms_p95:.1f}", f"{base / row.ms_median:.1f}")
+            same = f"{row.identical:.1%}" + ("" if row.margin is None else f", {row.margin:.2g}")
+            found.add_row(row.way, *cells, same)
+        if any(row.margin is not None for row in own):
+            found.caption = "after the share: the margin of the model's choice where the first other chunk parts"
+        result.append(found)
     return result
 
 
@@ -169,9 +177,11 @@ def write(rows: Sequence[Timing], file: Path) -> None:
     file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 
 
-def refuse(batches: Sequence[int], replans: Sequence[int], chunks: int, horizon: int) -> None:
-    """Raises InputError for numbers that mean nothing."""
+def refuse(batches: Sequence[int], replans: Sequence[int], chunks: int, horizon: int, ways: Sequence[str] = ()) -> None:
+    """Raises InputError for numbers that mean nothing, and ways that there are not."""
     if min(batches) < 1 or chunks < 1:
         raise InputError("batch and chunks >= 1", f"{min(batches)} and {chunks}", "give whole numbers from 1")
     if not 1 <= min(replans) <= max(replans) <= horizon:
         raise InputError(f"replan in 1..{horizon}, the horizon", f"{sorted(replans)}", "give fewer steps a query")
+    if unknown := [way for way in ways if way not in (*WAYS, *MODES)]:
+        raise InputError(f"a way of {(*WAYS, *MODES)}", f"'{unknown[0]}'", "choose one of those")

@@ -43,12 +43,22 @@ class Tree:
         self.children.append({})
         return node
 
-    def walk(self, picks: Sequence[int]) -> tuple[list[int], int]:
-        """(nodes from 0 on that the model's picks confirm, the pick after the last of them). picks: of each node."""
+    def walk(self, picks: Sequence[int], shares: np.ndarray | None = None, enough: float = 1.0) -> tuple[list[int], int]:
+        """(nodes from 0 on that the model's picks confirm, the pick after the last of them). picks: of each node.
+
+        Where the pick was not guessed, a guess passes for it that the model finds `enough` times as likely. shares: (N, 12)
+        how likely the model finds the symbols after each node; without them no other guess passes.
+        """
         path = [0]
-        while (child := self.children[path[-1]].get(picks[path[-1]])) is not None:
-            path.append(child)
-        return path, picks[path[-1]]
+        while True:
+            node, pick = path[-1], picks[path[-1]]
+            children = self.children[node]
+            if pick not in children and shares is not None and children:
+                other = max(children, key=lambda symbol: shares[node, symbol])
+                pick = other if shares[node, other] >= enough * shares[node, pick] else pick
+            if pick not in children:
+                return path, pick
+            path.append(children[pick])
 
 
 def drawn(trees: Sequence[Tree], grammar: Grammar, rows: int, most: int) -> tuple[np.ndarray, ...]:

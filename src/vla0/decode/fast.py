@@ -38,7 +38,7 @@ class Fast:
 
     width: nodes of a pass, for all rows together; None: what was measured on this device. tail: the share of them that run
     ahead on the one likeliest path. least: how likely a node has to be. Off, for comparison: `learning` from the model's words
-    at each guess.
+    at each guess. enough: below 1, a guess passes that the model finds so many times as likely as its own choice: other tokens.
     """
 
     def __init__(
@@ -49,9 +49,10 @@ class Fast:
         tail: float = TAIL,
         least: float = 0.0,
         learning: bool = True,
+        enough: float = 1.0,
     ):
         self.model, self.prompt, self.tail, self.least, self.learning = model, prompt, tail, least, learning
-        self.given = width
+        self.given, self.enough = width, enough
         spec = prompt.spec
         self.expectation = Expectation(spec.horizon, spec.dimensions, spec.bins)
         self.grammar = Grammar(spec.bins, spec.numbers)
@@ -97,7 +98,8 @@ class Fast:
             trees = self._trees(rows, most)
             picks, probabilities = self.engine.prefill(batch, trees, most) if first else self.engine.step(trees)
             first = False
-            self.engine.accept([_advance(*each) for each in zip(rows, trees, picks, strict=True)])
+            judged = zip(rows, trees, picks, probabilities, strict=True)
+            self.engine.accept([self._advance(*each) for each in judged])
             if self.learning:
                 for row, tree, shares in zip(rows, trees, probabilities, strict=True):
                     row.draft.learn(tree, shares[: len(tree)])
@@ -126,12 +128,11 @@ class Fast:
         words = "".join(SYMBOLS[s] if s < len(SYMBOLS) else " " for s in row.symbols).split(" ")[:finished]
         return np.array([int(word) for word in words], np.int64).reshape(-1, dimensions)
 
-
-def _advance(row: Row, tree: Tree, picks: Sequence[int]) -> list[int]:
-    """The path of the tree that the row takes; none where it has ended."""
-    if row.done:
-        return []
-    path, pick = tree.walk(picks)
-    row.symbols += [tree.symbols[node] for node in path[1:]] + [pick]
-    row.last, row.state = pick, after(tree.states[path[-1]], pick)
-    return path
+    def _advance(self, row: Row, tree: Tree, picks: Sequence[int], shares: np.ndarray) -> list[int]:
+        """The path of the tree that the row takes; none where it has ended."""
+        if row.done:
+            return []
+        path, pick = tree.walk(picks, shares if self.enough < 1 else None, self.enough)
+        row.symbols += [tree.symbols[node] for node in path[1:]] + [pick]
+        row.last, row.state = pick, after(tree.states[path[-1]], pick)
+        return path
