@@ -238,6 +238,13 @@ def test_the_width_is_measured_once_and_kept(policy, tmp_path, monkeypatch):
     assert json.loads(width.cache_file().read_text())
 
 
+def test_a_row_of_many_gets_fewer_nodes_where_nodes_cost_and_as_many_where_they_do_not():
+    dear = {1: 1.4, 2: 1.5, 4: 1.6, 8: 1.8, 16: 2.3, 32: 3.2, 64: 4.9}
+    assert [width.best(dear, rows) for rows in (1, 3, 8, 32)] == [16, 8, 4, 2]
+    free = dict.fromkeys((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), 1.0)
+    assert [width.best(free, rows) for rows in (1, 4, 512)] == [512, 128, 1]
+
+
 def test_the_measurement_times_passes(policy):
     times = width.measure(policy.decoder.engine)
     assert list(times) == [n for n in width.SIZES if n in times]

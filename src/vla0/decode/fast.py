@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,7 @@ class Row:
 class Fast:
     """A decoder for one model and prompt, which learns how chunks differ from their predecessors.
 
-    width: nodes of a pass, for all rows together; None: what was measured on this device. tail: the share of them that run
+    width: nodes of a row's tree; None: what was measured on this device, less in a batch. tail: the share of them that run
     ahead on the one likeliest path. least: how likely a node has to be. Off, for comparison: `learning` from the model's words
     at each guess. enough: below 1, a guess passes that the model finds so many times as likely as its own choice: other tokens.
     """
@@ -52,17 +51,19 @@ class Fast:
         enough: float = 1.0,
     ):
         self.model, self.prompt, self.tail, self.least, self.learning = model, prompt, tail, least, learning
-        self.given, self.enough = width, enough
+        self.width, self.enough = width, enough
+        self.chosen: dict[int, int] = {}
         spec = prompt.spec
         self.expectation = Expectation(spec.horizon, spec.dimensions, spec.bins)
         self.grammar = Grammar(spec.bins, spec.numbers)
         self.turn: object | None = None
         self.engine = Engine(model, prompt.symbol_ids, self.grammar, fixed=model.device.type == "cuda")
 
-    @cached_property
-    def width(self) -> int:
-        """Nodes of a pass."""
-        return best_width(self.engine) if self.given is None else self.given
+    def nodes(self, rows: int) -> int:
+        """Of the tree of each row, of so many that are decoded together."""
+        if rows not in self.chosen:
+            self.chosen[rows] = self.width or best_width(self.engine, rows)
+        return self.chosen[rows]
 
     def decode(
         self, batch: dict[str, torch.Tensor], chunk_size: int | None = None, guesses: Sequence[np.ndarray | None] | None = None
@@ -89,13 +90,14 @@ class Fast:
                 raise InputError(expected, f"{guess.shape}", "give the previous chunk, or None")
         numbers = steps * spec.dimensions
         rows = [Row(Draft(self.grammar, self.expectation.prior(guess), numbers), self.grammar.start) for guess in guesses]
-        most = max(1, self.width // self.engine.held(count)) if self.engine.fixed else self.width
+        share = self.nodes(self.engine.held(count))
+        most = share if self.engine.fixed else 4 * share  # nodes of one tree
         turn = self.turn = object()
         first = True
         while not all(row.done for row in rows):
             if self.turn is not turn:  # its cache holds another answer by now
                 raise InputError("one stream at a time", "a decode that began before this stream had ended", "finish it first")
-            trees = self._trees(rows, most)
+            trees = self._trees(rows, min(most, share * count // sum(not row.done for row in rows)))
             picks, probabilities = self.engine.prefill(batch, trees, most) if first else self.engine.step(trees)
             first = False
             judged = zip(rows, trees, picks, probabilities, strict=True)
@@ -112,12 +114,11 @@ class Fast:
         """Of the last decode."""
         return self.engine.passes
 
-    def _trees(self, rows: Sequence[Row], most: int) -> list[Tree]:
+    def _trees(self, rows: Sequence[Row], width: int) -> list[Tree]:
         """A tree for each row. The width that rows have left which ended, the others share."""
-        share = min(most, max(1, self.width // sum(not row.done for row in rows)))
-        tail = round(share * self.tail)
+        tail = round(width * self.tail)
         return [
-            Tree.of(row.last, row.state) if row.done else row.draft.grow(row.last, row.state, share, tail, self.least)
+            Tree.of(row.last, row.state) if row.done else row.draft.grow(row.last, row.state, width, tail, self.least)
             for row in rows
         ]
 

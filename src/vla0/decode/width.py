@@ -22,8 +22,8 @@ SLOW_MS = 2000.0  # of all sizes together: one round has to do
 CONTEXT = 256  # slots before the tree, about a prompt and half an answer
 
 
-def width(engine: Engine, fresh: bool = False) -> int:
-    """Nodes of a pass that decode fastest: measured at first, then read from the cache. fresh: measured anew."""
+def width(engine: Engine, rows: int = 1, fresh: bool = False) -> int:
+    """Nodes of each row's tree that decode fastest: measured at first, then read from the cache. fresh: measured anew."""
     key, file = _key(engine), cache_file()
     known = _read(file)
     if fresh or key not in known:
@@ -36,12 +36,21 @@ def width(engine: Engine, fresh: bool = False) -> int:
         partial = file.with_name(f".{file.name}.{os.getpid()}")
         partial.write_text(json.dumps({name: {str(n): ms for n, ms in row.items()} for name, row in known.items()}, indent=1))
         partial.replace(file)
-    return best(known[key])
+    return best(known[key], rows)
 
 
-def best(times: dict[int, float]) -> int:
-    """Of the sizes measured {nodes: ms} the best: what a tree wins grows about as the logarithm of its nodes."""
-    return min(times, key=lambda nodes: times[nodes] / math.log2(1 + nodes))
+def best(times: dict[int, float], rows: int = 1) -> int:
+    """Nodes of each row's tree, of times {nodes of a pass: ms}: what a tree wins grows about as the logarithm of its nodes."""
+    last = max(times)
+
+    def cost(nodes: int) -> float:
+        whole = rows * nodes
+        ms = np.interp(whole, list(times), list(times.values())) * max(
+            1.0, whole / last
+        )  # beyond what was measured none is free
+        return float(ms / math.log2(1 + nodes))
+
+    return min((nodes for nodes in SIZES if nodes <= last), key=cost)
 
 
 @torch.inference_mode()
