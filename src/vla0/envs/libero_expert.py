@@ -42,8 +42,11 @@ class LiberoExpert:
 
     def _episode(self) -> Iterator[np.ndarray]:
         self.down = self._rotation()
-        for goal in self.goals:
-            for _ in range(3):
+        for number, goal in enumerate(self.goals):
+            for attempt in range(3):
+                if number + attempt:  # on its way down at once, the hand would take a basket's wall along
+                    grip, _, rotation = self._grasp(goal[1], 0)
+                    yield from self._move(np.append(grip[:2], self._hand()[2]), rotation, OPEN, 0.05)
                 yield from self._pick(goal[1])
                 yield from self._place(goal[1], goal[2])
                 if self.env.world._eval_predicate(goal):
@@ -86,7 +89,8 @@ class LiberoExpert:
         centre, low, high = _middle(corners), corners[:, 2].min(), corners[:, 2].max()
         axis, width = _narrowest(corners[:, :2] - centre[:2])
         if width <= WIDEST:
-            across = np.array([-axis[1], axis[0]]) * (0.0, 0.02, 0.02, -0.02)[attempt]
+            along = np.array([-axis[1], axis[0]])  # past a neighbour that the palm stands on
+            across = along * (0, 1, -1, 1)[attempt] * max(0.02, np.ptp(corners[:, :2] @ along) / 2 - 0.01)
             height = max((low + high) / 2, high - 0.03)  # deeper, and the palm stands on what is tall
         else:  # at the rim, on the side of the hand's own axis: no need to turn
             axis = _flat(self.down[:, 0])
