@@ -181,13 +181,12 @@ def filled(levels: np.ndarray, horizon: int) -> np.ndarray:
 
 def _below(prior: np.ndarray) -> np.ndarray:
     """(numbers, bins + 1): how likely it is that a number begins with the digits of each level."""
-    mass, bins = prior.copy(), prior.shape[1] - 1
-    low = 10 ** (len(str(bins)) - 1)  # from the longest levels to the shortest
+    mass = prior.copy()
+    low = 10 ** (len(str(prior.shape[1] - 1)) - 1)  # from the longest levels to the shortest
     while low > 1:
-        below = slice(low, min(10 * low, bins + 1))
-        longer = np.zeros((len(mass), 10 * low - low))
-        longer[:, : mass[:, below].shape[1]] = mass[:, below]
-        mass[:, low // 10 : low] += longer.reshape(len(mass), -1, 10).sum(axis=2)[:, : low - low // 10]
+        own = mass[:, low : 10 * low]
+        longer = np.pad(own, [(0, 0), (0, -own.shape[1] % 10)]).reshape(len(mass), -1, 10).sum(axis=2)
+        mass[:, low // 10 : low // 10 + longer.shape[1]] += longer
         low //= 10
     return mass
 
@@ -201,21 +200,24 @@ class Expectation:
     KEEP = 0.98  # of what was learned, at each chunk
 
     def __init__(self, horizon: int, dimensions: int, bins: int):
-        self.shape, self.levels = (horizon, dimensions), np.arange(bins + 1)
-        self.spread = np.full(dimensions, bins / 20.0)  # levels: mean distance from the guess
-        self.seen = np.full((dimensions, bins + 1), 1 / (bins + 1))  # share of each level
+        self.shape, self.levels = (horizon, dimensions, bins + 1), np.arange(bins + 1, dtype=np.float32)
+        self.spread = np.full(dimensions, bins / 20.0, np.float32)  # levels: mean distance from the guess
+        self.seen = np.full((dimensions, bins + 1), 1 / (bins + 1), np.float32)  # share of each level
 
     def prior(self, guess: np.ndarray | None) -> np.ndarray:
         """(H * D, bins + 1), each row's sum 1, for a guess (H, D) of levels; None: as levels were so far."""
-        horizon, _ = self.shape
-        usual = np.tile(self.seen, (horizon, 1))
         if guess is None:
-            prior = usual
+            prior = np.broadcast_to(self.seen, self.shape) * np.float32(1 - FLOOR)
         else:
-            distance = np.abs(self.levels - guess.reshape(-1, 1)) / np.tile(self.spread, horizon)[:, None]
-            near = np.exp(-distance) * (usual + 0.01 / len(self.levels))
-            prior = near / near.sum(axis=1, keepdims=True) * 0.9 + usual * 0.1
-        return prior * (1 - FLOOR) + FLOOR / len(self.levels)
+            prior = self.levels - guess[..., None].astype(np.float32)
+            np.abs(prior, out=prior)
+            prior *= -1 / self.spread[:, None]
+            np.exp(prior, out=prior)
+            prior *= self.seen + np.float32(0.01 / len(self.levels))
+            prior *= 0.9 * (1 - FLOOR) / prior.sum(axis=2, keepdims=True)
+            prior += 0.1 * (1 - FLOOR) * self.seen
+        prior += np.float32(FLOOR / len(self.levels))
+        return prior.reshape(-1, len(self.levels))
 
     def learn(self, levels: np.ndarray, guess: np.ndarray | None) -> None:
         """levels: (H', D) that were decoded, their number may be smaller than the guess's."""

@@ -10,7 +10,7 @@ from vla0.decode.fast import Fast
 from vla0.prompt import Prompt
 from vla0.spec import InputError
 
-ENOUGH = 0.3
+ENOUGH = 0.5
 MODES = {
     "relaxed": f"a guess passes that the model finds {ENOUGH} times as likely as its own choice",
     "fp8": "weights and activations of the language model in 8 bits, by torchao",
