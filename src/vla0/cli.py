@@ -59,6 +59,28 @@ def collect(
 
 
 @app.command()
+def inspect(
+    dataset: Annotated[str | None, typer.Argument(help="LeRobot dataset: folder or Hub id; default the recipe's")] = None,
+    config: Annotated[Path | None, typer.Option(help="recipe; default the published settings, all cameras, no state")] = None,
+    override: Annotated[list[str] | None, typer.Argument(help="key=value, dots go deeper")] = None,
+    out: Annotated[Path, typer.Option(help="page to write")] = Path("inspect.html"),
+) -> None:
+    """Look at a dataset before training on it: what is in it, what is lost in writing, what the model will see."""
+    from vla0.inspect.examine import examine, recipe
+    from vla0.inspect.page import facts, page, screen
+
+    quiet()
+    survey = examine(recipe(dataset, config, override or []))
+    for name, text in facts(survey):
+        console.print(f"[bold]{name}[/bold]  {text}", highlight=False)
+    console.print(screen(survey))
+    for text in survey.problems:
+        console.print(f"[red]{text}[/red]")
+    page(survey, out)
+    console.print(f"page: {out}")
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Option(help="recipe, e.g. configs/demo.yaml")],
     overrides: Annotated[

@@ -23,6 +23,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 
 from vla0.spec import SPEC_FILE, InputError, Spec
 
+UNWANTED = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # pickles
 TINY = "tiny"  # the base_model that is built here instead of loaded
 
 _SPECIAL = (
@@ -44,15 +45,15 @@ _CHAT = (  # the turns of Qwen2.5-VL's template, without video and tools
 )
 
 
-def locate(path: str | Path) -> Path:
-    """The local folder of a checkpoint: the path itself where it is one, else that Hub id's snapshot."""
+def locate(path: str | Path, weights: bool = True) -> Path:
+    """The local folder of a checkpoint: the path itself where it is one, else that of a Hub id, with or without weights."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), ignore_patterns=["*.bin", "*.pt", "*.pth", "*.pkl"]))
+        return Path(snapshot_download(str(path), ignore_patterns=UNWANTED if weights else [*UNWANTED, "*.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError("a checkpoint folder or Hub id", f"'{path}' ({reason})", "check the path or the connection") from None

@@ -124,14 +124,19 @@ def main(config: TrainConfig, measure: Measure | None = None) -> Path:
     return output / "last"
 
 
+def spec_of(config: TrainConfig, source: Source) -> Spec:
+    """The Spec of a recipe and the data that it is trained on."""
+    chosen = dict(config.spec)
+    horizon = chosen.get("horizon", Spec.horizon)
+    return Spec(base_model=config.model, **source.spec_fields(horizon, chosen.get("relative", ())), **chosen)
+
+
 def _start(config: TrainConfig, source: Source, last: Path | None) -> tuple[Any, Any, Spec]:
     """(model, processor, Spec) to train: of the run's own `last` where it goes on, else of the recipe."""
     if last is not None:
         spec = Spec.load(last)
         return *models.load(last, "cpu", torch.float32), spec
-    chosen = dict(config.spec)
-    horizon = chosen.get("horizon", Spec.horizon)
-    spec = Spec(base_model=config.model, **source.spec_fields(horizon, chosen.get("relative", ())), **chosen)
+    spec = spec_of(config, source)
     if config.model != models.TINY:
         return *models.load(models.locate(config.model), "cpu", torch.float32), spec
     processor = models.tiny_processor([spec.system_text(), "State: ", *source.tasks])

@@ -1,0 +1,1 @@
+"""A dataset, looked at before it is trained on."""

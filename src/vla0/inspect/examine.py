@@ -1,0 +1,222 @@
+"""What is in a dataset, what its numbers lose as text, what the model will see, what training takes."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla0.codec import ActionCodec
+from vla0.data import DataConfig, Source, collator, open_dataset
+from vla0.doctor import MODELS, TRAINING
+from vla0.model import TINY, default_device, locate, tiny_model, tiny_processor
+from vla0.prompt import IGNORE, Prompt
+from vla0.recipe import read_config
+from vla0.spec import InputError, Sample, Spec
+from vla0.train import TrainConfig, spec_of
+from vla0.vision import compose
+
+PICTURES = 6  # shown
+TRIED = 40  # episodes of which a frame is read
+SHARE = {"cpu": 0.6, "cuda": 0.35}  # of the rate of large products of matrices that training reaches, about
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One number of an action, in the dataset's units."""
+
+    name: str
+    low: float  # of the values
+    high: float
+    bounds: tuple[float, float]  # that become level 0 and level `bins`
+    error: float  # mean distance of what is written from what was recorded, clipping included
+    clipped: float  # share of the values outside the bounds
+    levels: int  # different ones that occur
+    histogram: tuple[int, ...]  # counts between low and high
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What `examine` found."""
+
+    dataset: str
+    episodes: int
+    frames: int
+    fps: float
+    lengths: tuple[int, int, int]  # frames of an episode: least, median, most
+    sentences: dict[str, int]  # sentence → episodes
+    cameras: dict[str, str]  # camera → size and kind
+    dimensions: tuple[Dimension, ...]
+    idle: float  # share of the frames whose action is the one before
+    prompt_tokens: int | None  # None where the model's processor is not at hand
+    answer_tokens: float
+    steps: int
+    samples: int  # of a step
+    hours: float | None  # about; None where the model's size is not known
+    memory: float | None  # bytes for weights, gradient and moments of full fine-tuning, about
+    problems: tuple[str, ...]
+    pictures: tuple[np.ndarray, ...] = field(repr=False)  # (h, w, 3) uint8, what the model will see
+
+
+def guessed(dataset: str, revision: str | None = None) -> DataConfig:
+    """A DataConfig from a dataset's own names: all its cameras, `action`, no state."""
+    keys = open_dataset(dataset, revision).meta.camera_keys
+    if not keys:
+        raise InputError("a dataset with pictures", f"'{dataset}', which has none", "record with a camera")
+    names = [key.rsplit(".", 1)[-1] for key in keys]
+    cameras = dict(zip(names if len(set(names)) == len(names) else keys, keys, strict=True))
+    return DataConfig(dataset, cameras, revision=revision)
+
+
+def recipe(dataset: str | None, file: Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """What a dataset is looked at with: a recipe's settings, or the published ones for one epoch."""
+    if file is not None:
+        own = [] if dataset is None else [f"data.dataset={dataset}"]
+        return read_config(TrainConfig, file, [*own, *overrides])
+    if dataset is None:
+        raise InputError("a dataset or --config", "neither", "name a folder, a Hub id or a recipe")
+    data = guessed(dataset)
+    frames = int(open_dataset(dataset).meta.total_frames)
+    return TrainConfig("", data, max(1, frames // TrainConfig.batch_size))
+
+
+def examine(config: TrainConfig) -> Survey:
+    """Reads the narrow columns whole and a frame of each of some episodes. Raises InputError for what cannot be read."""
+    source = Source(config.data)
+    spec = spec_of(config, source)
+    starts, counts = np.unique(source.start, return_counts=True)
+    chosen = starts[np.linspace(0, len(starts) - 1, min(TRIED, len(starts))).astype(int)]
+    samples = [_readable(source, int(start + (source.end[start] - start) // 2), spec) for start in chosen]
+    prompt_tokens, answer_tokens = _tokens(samples[:8], spec, config)
+    dimensions = _dimensions(source, spec)
+    still = np.abs(np.diff(source.actions, axis=0)) <= (np.array(spec.high) - spec.low) / spec.bins / 2
+    inside = source.start[1:] == source.start[:-1]
+    idle = float(np.all(still, axis=1)[inside].mean()) if inside.any() else 0.0
+    parameters = _parameters(config, spec, source)
+    batch = config.batch_size * config.accumulate
+    hours = None
+    if parameters is not None and prompt_tokens is not None:
+        work = 6 * parameters * (prompt_tokens + answer_tokens) * batch * config.steps
+        hours = work / rate(config.precision) / 3600
+    episodes_of = {int(start): source.tasks[source.task_of[start]] for start in starts}
+    return Survey(
+        config.data.dataset, len(starts), len(source), source.fps,
+        (int(counts.min()), int(np.median(counts)), int(counts.max())),
+        dict(Counter(episodes_of.values()).most_common()),
+        {name: _camera(source, key) for name, key in config.data.cameras.items()},
+        dimensions, idle, prompt_tokens, answer_tokens, config.steps, batch, hours,
+        None if parameters is None else TRAINING * parameters,
+        tuple(_problems(source, dimensions, idle, counts)),
+        tuple(compose(sample.observation, spec)[0] for sample in samples[:: max(1, len(samples) // PICTURES)][:PICTURES]),
+    )  # fmt: skip
+
+
+def rate(precision: str) -> float:
+    """FLOP a second that training may reach on this machine, of the rate of products of matrices measured now."""
+    device = default_device()
+    size = 8192 if device.type == "cuda" else 1024
+    left = torch.randn(
+        size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" and precision == "bf16" else None
+    )
+    best = np.inf
+    for _ in range(4):
+        started = time.perf_counter()
+        (left @ left).sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return SHARE.get(device.type, 0.35) * 2 * size**3 / best
+
+
+def _readable(source: Source, row: int, spec: Spec) -> Sample:
+    try:
+        return source.sample(row, spec.horizon, spec.history)
+    except Exception as error:  # decoders raise dozens of kinds; each means that this episode cannot be trained on
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        where = f"episode {int(source.episode_of[row])}, frame {row - int(source.start[row])}"
+        raise InputError("readable pictures", f"{where}: {reason}", "mend or drop that episode") from error
+
+
+def _dimensions(source: Source, spec: Spec) -> tuple[Dimension, ...]:
+    """Of absolute actions; of relative ones, of their differences from the state at the same instant."""
+    actions = source.actions.astype(np.float64)
+    if spec.relative and source.states is not None:
+        dims = list(spec.relative)
+        actions[:, dims] -= source.states[:, dims]
+    codec = ActionCodec(spec)
+    levels = codec.encode(actions)
+    errors = np.abs(codec.decode(levels) - actions).mean(axis=0)
+    outside = codec.outside(actions) / len(actions)
+    names = _names(source, spec)
+    return tuple(
+        Dimension(
+            names[d], float(actions[:, d].min()), float(actions[:, d].max()), (spec.low[d], spec.high[d]), float(errors[d]),
+            float(outside[d]), len(np.unique(levels[:, d])), tuple(np.histogram(actions[:, d], 40)[0].tolist()),
+        )
+        for d in range(spec.dimensions)
+    )  # fmt: skip
+
+
+def _names(source: Source, spec: Spec) -> list[str]:
+    names = source.dataset.meta.features[source.config.action].get("names")
+    if isinstance(names, dict):  # LeRobot has both forms
+        names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
+    whole = isinstance(names, list) and len(names) == spec.dimensions
+    return [f"{d} {name}" for d, name in enumerate(names)] if whole else [f"{d}" for d in range(spec.dimensions)]
+
+
+def _camera(source: Source, key: str) -> str:
+    feature = source.dataset.meta.features[key]
+    return f"{' x '.join(map(str, feature['shape']))}, {feature['dtype']}"
+
+
+def _tokens(samples: Sequence[Sample], spec: Spec, config: TrainConfig) -> tuple[int | None, float]:
+    """(of a prompt, pictures included, of an answer and its end)."""
+    codec = ActionCodec(spec)
+    answers = [len(codec.write(codec.encode(sample.actions))) + 1 for sample in samples]
+    try:
+        processor = _processor(spec, config, samples)
+    except (OSError, InputError):
+        return None, float(np.mean(answers))
+    batch = collator(Prompt(spec, processor), None)([(sample, ()) for sample in samples])
+    rows, labelled = batch["attention_mask"].sum(1), (batch["labels"] != IGNORE).sum(1)
+    return int((rows - labelled).max()), float(np.mean(answers))
+
+
+def _processor(spec: Spec, config: TrainConfig, samples: Sequence[Sample]) -> Any:
+    if config.model == TINY:
+        return tiny_processor([spec.system_text(), *(sample.observation.instruction for sample in samples)])
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(locate(config.model, weights=False))
+
+
+def _parameters(config: TrainConfig, spec: Spec, source: Source) -> float | None:
+    if config.model == TINY:
+        words = [spec.system_text(), "State: ", *source.tasks]
+        return float(sum(weight.numel() for weight in tiny_model(tiny_processor(words), **config.tiny).parameters()))
+    return next((count for name, count in MODELS.items() if name in config.model), None)
+
+
+def _problems(source: Source, dimensions: Sequence[Dimension], idle: float, counts: np.ndarray) -> list[str]:
+    found = []
+    for own in dimensions:
+        if own.low == own.high:
+            found.append(f"action {own.name} never changes: it costs its tokens and says nothing")
+        elif own.clipped > 0.05:
+            found.append(f"action {own.name}: {own.clipped:.0%} of the values are clipped; wider bounds: statistics: minmax")
+        elif own.error > 0.02 * (own.high - own.low):
+            found.append(f"action {own.name} loses {own.error:.3g} on average in writing; more bins")
+    gaps = np.diff(source.timestamps)[source.start[1:] == source.start[:-1]]
+    if len(gaps) and abs(np.median(gaps) * source.fps - 1) > 0.02:
+        found.append(f"frames are {np.median(gaps):.4g} s apart, which is not the {source.fps:g} frames a second it declares")
+    declared = int(source.dataset.meta.total_episodes)
+    if declared != len(counts):
+        found.append(f"{declared - len(counts)} of {declared} episodes are empty")
+    if idle > 0.2:
+        found.append(f"in {idle:.0%} of the frames nothing is asked for that was not before: a policy learns to wait; cut them")
+    if blank := [task for task in source.tasks if not task.strip()]:
+        found.append(f"{len(blank)} of the sentences are empty: name the tasks")
+    return found
