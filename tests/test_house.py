@@ -7,7 +7,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "vla0"
 ROOMS = (
-    "spec arrays codec ensemble rollout recipe vision prompt data model decode policy keep train "
+    "spec arrays codec ensemble rollout recipe vision prompt data model adapter decode policy keep train "
     "envs collect table parallel cluster evaluate report trial bench doctor inspect download convert cli"
 ).split()  # fmt: skip
 SPINE = ROOMS[: ROOMS.index("envs")]

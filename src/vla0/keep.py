@@ -9,6 +9,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback
 
 from vla0 import model as models
+from vla0.adapter import merged, plain
 from vla0.data import Samples
 from vla0.policy import VLA0
 
@@ -36,9 +37,12 @@ class Keeper(TrainerCallback):
         """Names the new checkpoint `last`, measures it, and names it `best` where it is."""
         step = f"step-{state.global_step:06d}"
         if state.is_world_process_zero:
-            models.publish(
-                self.output / "state" / f"checkpoint-{state.global_step}", self.output / step, self.processor, self.spec
-            )
+            model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+            whole = self.output / "state" / f"checkpoint-{state.global_step}"
+            if (weights := merged(model)) is None:
+                models.publish(whole, self.output / step, self.processor, self.spec)
+            else:
+                models.save(self.output / step, plain(model), self.processor, self.spec, weights)
             point(self.output / "last", step)
         metrics = self._measured(state)
         if state.is_world_process_zero:
@@ -50,7 +54,7 @@ class Keeper(TrainerCallback):
         if self.held_out is not None:
             metrics["held_out_loss"] = self.trainer.evaluate(self.held_out)["eval_loss"]  # type: ignore[arg-type]
         if self.measure is not None and state.is_world_process_zero:
-            policy = VLA0(self.trainer.accelerator.unwrap_model(self.trainer.model), self.processor, self.spec)
+            policy = VLA0(plain(self.trainer.accelerator.unwrap_model(self.trainer.model)), self.processor, self.spec)
             metrics |= self.measure(policy, self.output / "simulator" / f"step-{state.global_step:06d}")
             policy.model.train()
             self.trainer.log({f"simulator/{name}": value for name, value in metrics.items() if name != "held_out_loss"})

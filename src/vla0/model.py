@@ -84,13 +84,16 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def save(folder: str | Path, model: Any, processor: Any, spec: Spec) -> None:
-    """Writes a self-sufficient checkpoint folder; at `folder` there is never a half-written one."""
+def save(folder: str | Path, model: Any, processor: Any, spec: Spec, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes a self-sufficient checkpoint folder; at `folder` there is never a half-written one.
+
+    weights: to write in place of the model's own.
+    """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=weights)
     processor.save_pretrained(partial)
     spec.save(partial)
     put_in_place(partial, folder)

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 
 from vla0 import model as models
+from vla0.adapter import Adapter, adapted
 from vla0.data import Augmentation, DataConfig, Samples, Source, collator
 from vla0.keep import Keeper, Measure, write_whole
 from vla0.prompt import IGNORE, Prompt
@@ -37,6 +38,8 @@ class TrainConfig:
     tiny: Mapping[str, Any] = field(default_factory=dict)  # arguments of vla0.model.tiny_model
     spec: Mapping[str, Any] = field(default_factory=dict)  # fields of Spec, but for those that data decides
     augmentation: Augmentation = field(default_factory=Augmentation)
+    adapter: Adapter = field(default_factory=Adapter)  # LoRA
+    freeze_vision: bool = False  # the vision tower stays as it is
     batch_size: int = 8  # per device
     accumulate: int = 1  # batches per step
     learning_rate: float = 5e-6
@@ -44,6 +47,8 @@ class TrainConfig:
     warmup: float = 0.0  # share of the steps
     weight_decay: float = 1e-10
     clip: float = 0.0  # norm of the gradient; 0 leaves it alone
+    optimizer: str = "adamw_torch_fused"  # a name of transformers' optimisers; adamw_8bit needs bitsandbytes
+    gradient_checkpointing: bool = False  # less memory, a third more time
     precision: str = "bf16"  # or "fp32"; fp16 diverges
     seed: int = 0
     workers: int = 0  # processes that prepare batches
@@ -103,6 +108,9 @@ def main(config: TrainConfig, measure: Measure | None = None) -> Path:
     set_seed(config.seed)
     source = Source(config.data)
     vlm, processor, spec = _start(config, source, output / "last" if resume else None)
+    vlm = adapted(vlm, config.adapter, config.freeze_vision)
+    trained, whole = (sum(p.numel() for p in vlm.parameters() if p.requires_grad or not only) for only in (True, False))
+    logger.info("%.1f of %.1f million weights are trained", trained / 1e6, whole / 1e6)
     prompt = Prompt(spec, processor)
     samples = Samples(source, spec, config.seed)
     clipped = samples.outside()
@@ -133,12 +141,14 @@ def spec_of(config: TrainConfig, source: Source) -> Spec:
 
 def _start(config: TrainConfig, source: Source, last: Path | None) -> tuple[Any, Any, Spec]:
     """(model, processor, Spec) to train: of the run's own `last` where it goes on, else of the recipe."""
-    if last is not None:
-        spec = Spec.load(last)
-        return *models.load(last, "cpu", torch.float32), spec
-    spec = spec_of(config, source)
+    lora = config.adapter.rank > 0
+    # Frozen weights learn nothing that bf16 would lose.
+    dtype = torch.bfloat16 if lora and config.precision == "bf16" else torch.float32
+    spec = spec_of(config, source) if last is None else Spec.load(last)
+    if last is not None and not lora:  # the Trainer brings the adapters, and what they change is as it was
+        return *models.load(last, "cpu", dtype), spec
     if config.model != models.TINY:
-        return *models.load(models.locate(config.model), "cpu", torch.float32), spec
+        return *models.load(models.locate(config.model), "cpu", dtype), spec
     processor = models.tiny_processor([spec.system_text(), "State: ", *source.tasks])
     refuse_unknown(config.tiny, ("width", "layers", "heads", "vision_width", "vision_layers", "vision_heads", "seed"), "tiny")
     return models.tiny_model(processor, **config.tiny), processor, spec
@@ -151,6 +161,8 @@ def _arguments(config: TrainConfig, output: Path) -> TrainingArguments:
         gradient_accumulation_steps=config.accumulate,
         learning_rate=config.learning_rate, lr_scheduler_type=config.schedule,
         warmup_steps=round(config.warmup * config.steps), weight_decay=config.weight_decay, max_grad_norm=config.clip,
+        optim=config.optimizer, gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
         bf16=config.precision == "bf16", seed=config.seed, dataloader_num_workers=config.workers,
         logging_steps=config.log_every, save_steps=config.save_every, save_total_limit=2,
         remove_unused_columns=False, label_names=["labels"], prediction_loss_only=True, report_to="none",

@@ -1,0 +1,72 @@
+"""Few weights to train: LoRA, or a frozen vision tower; and the ordinary model that comes of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vla0.spec import InputError
+
+LANGUAGE = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+VISION = r".*visual\.blocks\..*\.(attn\.qkv|attn\.proj|gate_proj|up_proj|down_proj)"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA (arXiv 2106.09685) of all linear layers: each weight learns the product of two thin matrices."""
+
+    rank: int = 0  # 0: all weights are trained
+    alpha: float | None = None  # the product counts alpha / rank times; None: twice the rank
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise InputError("rank >= 0", f"{self.rank}", "0 trains all weights; 16 to 64 are usual")
+        if self.alpha is not None and not self.alpha > 0:
+            raise InputError("alpha > 0", f"{self.alpha}", "leave it out for twice the rank")
+        if not 0 <= self.dropout < 1:
+            raise InputError("dropout in [0, 1)", f"{self.dropout}", "0 is usual")
+
+
+def adapted(model: Any, adapter: Adapter, freeze_vision: bool) -> Any:
+    """The model, ready to train what a recipe lets change; in peft's wrapping where that is LoRA."""
+    if adapter.rank:
+        from peft import LoraConfig, get_peft_model
+
+        layers = LANGUAGE if freeze_vision else f"({LANGUAGE})|({VISION})"
+        settings: dict[str, Any] = {"lora_alpha": 2 * adapter.rank if adapter.alpha is None else adapter.alpha}
+        return get_peft_model(
+            model, LoraConfig(r=adapter.rank, lora_dropout=adapter.dropout, target_modules=layers, **settings)
+        )
+    if freeze_vision:
+        model.model.visual.requires_grad_(False)
+    return model
+
+
+def plain(model: Any) -> Any:
+    """The transformers model inside peft's wrapping; the model itself where there is none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def merged(model: Any) -> dict[str, torch.Tensor] | None:
+    """The weights of an ordinary model that does what an adapted one does; None where there is no LoRA to merge.
+
+    The model is not touched: taking a product off again would leave other weights than before.
+    """
+    if not hasattr(model, "get_base_model"):
+        return None
+    from peft.tuners.lora import LoraLayer
+
+    base = plain(model)
+    layers = {name: part for name, part in base.named_modules() if isinstance(part, LoraLayer)}
+    found = {}
+    for name, weight in base.state_dict().items():
+        if ".lora_" in name:
+            continue
+        layer = layers.get(name.removesuffix(".base_layer.weight"))
+        if layer is not None:
+            delta: Any = layer.get_delta_weight("default")  # type: ignore[operator]
+            weight = (weight.float() + delta.float()).to(weight.dtype)
+        found[name.replace(".base_layer.", ".")] = weight
+    return found
