@@ -13,6 +13,7 @@ from conftest import make_dataset, make_recipe
 
 from vla0 import InputError
 from vla0.data import Augmentation, Samples, Source, collator
+from vla0.keep import action_error
 from vla0.policy import VLA0
 from vla0.prompt import IGNORE, Prompt
 from vla0.recipe import build, read_config
@@ -115,9 +116,33 @@ def test_best_is_the_checkpoint_that_measured_best(dataset, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["success"] for line in lines] == [0.9, 0.2]
     assert all(math.isfinite(line["held_out_loss"]) for line in lines)
+    assert all(0 <= line[f"error/{d}"] < 30 for line in lines for d in range(3))
     assert (tmp_path / "run" / "best").resolve().name == "step-000002"
     assert (tmp_path / "run" / "last").resolve().name == "step-000004"
     VLA0.from_pretrained(tmp_path / "run" / "best")
+
+
+def test_the_log_tells_the_share_of_tokens_that_were_right(dataset, tmp_path):
+    main(config_of(dataset, tmp_path / "run", steps=30, save_every=30, learning_rate=3e-3))
+    state = json.loads((tmp_path / "run" / "state" / "checkpoint-30" / "trainer_state.json").read_text())
+    shares = [line["token_accuracy"] for line in state["log_history"] if "loss" in line]
+    assert len(shares) == 30
+    assert all(0 <= share <= 1 for share in shares)
+    assert sum(shares[-5:]) > sum(shares[:5])
+
+
+def test_the_error_of_actions_is_in_the_datasets_units_and_of_recorded_steps_only(dataset, tmp_path):
+    config = config_of(dataset, tmp_path / "run", data={**make_recipe(dataset, tmp_path)["data"], "held_out": 1})
+    vlm, processor, spec = _start(config, source := Source(config.data), None)
+
+    class Constant(VLA0):
+        def predict_batch(self, observations, chunk_size=None):
+            return np.full((len(observations), 2, 3), 20.0, np.float32)
+
+    held_out = Samples(source, spec, held_out=True)  # the third episode: 20 to 24, in all dimensions and tenths of it more
+    error = action_error(Constant(vlm, processor, spec), held_out)
+    steps = np.array([0, 1, 1, 2, 2, 3, 3, 4, 4])  # of two steps ahead the last row has one
+    np.testing.assert_allclose(error, [steps.mean(), (steps + 0.1).mean(), (steps + 0.2).mean()], rtol=1e-5)
 
 
 def batch_and_trainer(dataset, tmp_path, **changes):

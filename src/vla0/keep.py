@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import Trainer, TrainerCallback
 
 from vla0 import model as models
@@ -53,11 +54,16 @@ class Keeper(TrainerCallback):
         metrics = {}
         if self.held_out is not None:
             metrics["held_out_loss"] = self.trainer.evaluate(self.held_out)["eval_loss"]  # type: ignore[arg-type]
-        if self.measure is not None and state.is_world_process_zero:
+        if state.is_world_process_zero and (self.held_out is not None or self.measure is not None):
             policy = VLA0(plain(self.trainer.accelerator.unwrap_model(self.trainer.model)), self.processor, self.spec)
-            metrics |= self.measure(policy, self.output / "simulator" / f"step-{state.global_step:06d}")
+            if self.held_out is not None:
+                metrics |= {f"error/{d}": float(error) for d, error in enumerate(action_error(policy, self.held_out))}
+                self.trainer.log({f"held_out/{name}": value for name, value in metrics.items() if name.startswith("error")})
+            if self.measure is not None:
+                tried = self.measure(policy, self.output / "simulator" / f"step-{state.global_step:06d}")
+                self.trainer.log({f"simulator/{name}": value for name, value in tried.items()})
+                metrics |= tried
             policy.model.train()
-            self.trainer.log({f"simulator/{name}": value for name, value in metrics.items() if name != "held_out_loss"})
         return metrics
 
     def _rank(self, step: str, metrics: dict[str, float]) -> None:
@@ -75,6 +81,18 @@ class Keeper(TrainerCallback):
         for folder in self.output.glob("step-*"):
             if folder.name not in kept:
                 shutil.rmtree(folder)
+
+
+def action_error(policy: VLA0, held_out: Samples, most: int = 64) -> np.ndarray:
+    """(D,): mean distance, in the dataset's units, of decoded actions from recorded ones, over some rows spread evenly."""
+    rows = np.unique(np.linspace(0, len(held_out) - 1, min(most, len(held_out))).astype(int))
+    samples = [held_out[int(row)][0] for row in rows]
+    errors = []
+    for first in range(0, len(samples), 16):
+        some = samples[first : first + 16]
+        chunks = policy.predict_batch([sample.observation for sample in some])
+        errors += [np.abs(chunk - sample.actions)[sample.valid] for chunk, sample in zip(chunks, some, strict=True)]
+    return np.concatenate(errors).mean(axis=0)
 
 
 def point(link: Path, name: str) -> None:

@@ -72,6 +72,8 @@ class VLA0Trainer(Trainer):
     """transformers' Trainer with logits only where there are labels, in fp32."""
 
     held_out_collator: Any = None
+    right: torch.Tensor | int = 0  # tokens, since the last line of the log
+    written = 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean cross-entropy over the step's labelled tokens."""
@@ -82,6 +84,10 @@ class VLA0Trainer(Trainer):
         outputs = model(**inputs, logits_to_keep=kept + 1, use_cache=False)
         logits = outputs.logits[:, :-1].float()
         targets = labels[:, -kept:]
+        if model.training:
+            with torch.no_grad():
+                right = (logits.argmax(-1) == targets)[targets != IGNORE]
+                self.right, self.written = self.right + right.sum(), self.written + right.numel()
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
         if num_items_in_batch is None:
             loss = loss / (targets != IGNORE).sum()
@@ -90,6 +96,13 @@ class VLA0Trainer(Trainer):
             share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = loss / num_items_in_batch * share
         return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the share of tokens that the model would have written so, on this process."""
+        if "loss" in logs and self.written:
+            logs = {**logs, "token_accuracy": float(self.right) / self.written}
+            self.right, self.written = 0, 0
+        super().log(logs, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Held-out rows without augmentation."""
