@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_dataset, make_recipe
 
-from vla0 import InputError
+from vla0 import InputError, train
 from vla0.data import Augmentation, Samples, Source, collator
 from vla0.keep import action_error
 from vla0.policy import VLA0
@@ -120,6 +121,13 @@ def test_best_is_the_checkpoint_that_measured_best(dataset, tmp_path):
     assert (tmp_path / "run" / "best").resolve().name == "step-000002"
     assert (tmp_path / "run" / "last").resolve().name == "step-000004"
     VLA0.from_pretrained(tmp_path / "run" / "best")
+
+
+def test_a_disk_without_room_for_checkpoints_is_refused_before_training(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="GiB free for checkpoints"):
+        main(config_of(dataset, tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("s*"))
 
 
 def test_the_log_tells_the_share_of_tokens_that_were_right(dataset, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,13 +125,15 @@ def main(config: TrainConfig, measure: Measure | None = None) -> Path:
     vlm = adapted(vlm, config.adapter, config.freeze_vision)
     trained, whole = (sum(p.numel() for p in vlm.parameters() if p.requires_grad or not only) for only in (True, False))
     logger.info("%.1f of %.1f million weights are trained", trained / 1e6, whole / 1e6)
+    output.mkdir(parents=True, exist_ok=True)
+    # The weights twice, while a new checkpoint is written beside the old; two moments of what is trained, in both.
+    _refuse_full_disk(output, 2 * sum(p.numel() * p.element_size() for p in vlm.parameters()) + 2 * 8 * trained)
     prompt = Prompt(spec, processor)
     samples = Samples(source, spec, config.seed)
     clipped = samples.outside()
     if clipped.any():
         logger.warning("%s of %d actions lie outside the bounds, by dimension, and are clipped", clipped.tolist(), len(samples))
     held_out = Samples(source, spec, held_out=True) if config.data.held_out else None
-    output.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("RANK", 0)) == 0:
         write_whole(output / "recipe.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
     keeper = Keeper(output, processor, samples, held_out, measure)
@@ -143,6 +146,13 @@ def main(config: TrainConfig, measure: Measure | None = None) -> Path:
     keeper.trainer = trainer
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return output / "last"
+
+
+def _refuse_full_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        remedy = "free some, or choose another output"
+        raise InputError(f"{needed / 2**30:.2f} GiB free for checkpoints in '{folder}'", f"{free / 2**30:.2f} GiB", remedy)
 
 
 def spec_of(config: TrainConfig, source: Source) -> Spec:
