@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from vla0 import InputError, Observation, Spec
 from vla0.codec import SYMBOLS, ActionCodec
 from vla0.prompt import HIDDEN, IGNORE, Prompt, hide, hide_numbers
+from vla0.vision import compose
 
 GOLDEN = Path(__file__).parent / "golden" / "libero_prompt.json"
 
@@ -80,6 +81,28 @@ def test_vision_ids_stand_before_images_only_where_the_spec_says_so(real_process
         text = real_processor.tokenizer.decode(prompt.observe([observation])["input_ids"][0])
         assert ("Picture 1: <|vision_start|>" in text) == ("Picture 2: <|vision_start|>" in text) == vision_id
         assert text.count("<|image_pad|>") == 128
+
+
+@pytest.mark.parametrize("kind", ["tiny", "real"])
+@pytest.mark.parametrize("tile", [True, False])
+def test_the_model_takes_what_the_processor_itself_would_give(request, processor, kind, tile):
+    own = processor if kind == "tiny" else request.getfixturevalue("real_processor")
+    prompt = Prompt(make_spec(tile=tile, image_size=56), own)
+    observations = [make_observation(seed) for seed in range(3)]
+    batch = prompt.observe(observations)
+    images = [compose(observation, prompt.spec) for observation in observations]
+    text = [prompt.chat(len(o), prompt.words(seen)) for o, seen in zip(images, observations, strict=True)]
+    expected = own(text=text, images=[image for o in images for image in o], do_resize=False)
+    for name in ("pixel_values", "image_grid_thw"):
+        np.testing.assert_array_equal(batch[name], expected[name])
+    for row, seen in enumerate(batch["attention_mask"].bool()):
+        assert batch["input_ids"][row][seen].tolist() == list(expected["input_ids"][row])
+        assert batch["mm_token_type_ids"][row][seen].tolist() == list(expected["mm_token_type_ids"][row])
+
+
+def test_an_instruction_with_the_mark_of_an_image_is_refused(processor):
+    with pytest.raises(InputError, match="instruction"):
+        Prompt(make_spec(state=None), processor).observe([replace(make_observation(0), instruction="push <|image_pad|> now")])
 
 
 @pytest.mark.parametrize("kind", ["tiny", "real"])
