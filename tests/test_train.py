@@ -130,6 +130,16 @@ def test_a_disk_without_room_for_checkpoints_is_refused_before_training(dataset,
     assert not list((tmp_path / "run").glob("s*"))
 
 
+def test_what_lies_beside_old_checkpoints_is_left_alone(dataset, tmp_path):
+    def evaluated(policy, folder):
+        (tmp_path / "run" / f"{folder.name}-eval").mkdir()
+        return {"success": 1.0 if folder.name == "step-000002" else 0.0}
+
+    main(config_of(dataset, tmp_path / "run", steps=6), evaluated)
+    names = {folder.name for folder in (tmp_path / "run").glob("step-*")}
+    assert names == {"step-000002", "step-000006", "step-000002-eval", "step-000004-eval", "step-000006-eval"}
+
+
 def test_the_log_tells_the_share_of_tokens_that_were_right(dataset, tmp_path):
     main(config_of(dataset, tmp_path / "run", steps=30, save_every=30, learning_rate=3e-3))
     state = json.loads((tmp_path / "run" / "state" / "checkpoint-30" / "trainer_state.json").read_text())

@@ -78,8 +78,8 @@ class Keeper(TrainerCallback):
 
     def _prune(self) -> None:
         kept = {(self.output / name).resolve().name for name in ("last", "best")}
-        for folder in self.output.glob("step-*"):
-            if folder.name not in kept:
+        for folder in self.output.glob("step-*"):  # a checkpoint's evaluation lies beside it: step-000500-eval
+            if folder.name not in kept and folder.name.removeprefix("step-").isdecimal():
                 shutil.rmtree(folder)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 # Success in percent, VLA-0, arXiv 2510.13054; the mean over the four is 94.7.
@@ -74,19 +75,24 @@ def suites(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     """A rich table of episodes.jsonl: success per policy, task and suite with Wilson 95 % intervals, and what was published."""
     found = summary(lines)
-    published = any(suites(rows) for rows in found.values())
-    named = Column("task", overflow="fold")  # LIBERO's tasks differ in their last words
-    result = Table("policy", named, "success", "95 % interval", "median steps", "errors", *(["VLA-0"] if published else []))
+    every = [row for rows in found.values() for row in rows.values()]
+    errors, published = any(row["errors"] for row in every), any(suites(rows) for rows in found.values())
+    columns = ["success", "95 %", "steps", *(["errors"] if errors else []), *(["VLA-0"] if published else [])]
+    result = Table("policy", "task", *(Column(name, no_wrap=True) for name in columns), box=SIMPLE_HEAD)
     for policy, rows in found.items():
         for task, row in rows.items():
-            result.add_row(
-                policy, task, *_cells(row), "" if row["steps"] is None else f"{row['steps']:.0f}", str(row["errors"] or "")
-            )
+            steps, wrong = "" if row["steps"] is None else f"{row['steps']:.0f}", [str(row["errors"] or "")] if errors else []
+            result.add_row(policy, _words(task), *_cells(row), steps, *wrong)
         for suite, row in suites(rows).items():
             stated = f"{PUBLISHED[suite]} %" if suite in PUBLISHED and policy == "policy" else ""
-            result.add_row(policy, suite, *_cells(row), "", "", stated, style="bold")
-        result.add_row(policy, "mean", f"{mean_success(rows):.1%}", "", "", "", end_section=True, style="bold")
+            result.add_row(policy, suite, *_cells(row), "", *([""] if errors else []), stated, style="bold")
+        result.add_row(policy, "mean", f"{mean_success(rows):.1%}", end_section=True, style="bold")
     return result
+
+
+def _words(task: str) -> str:
+    """A task's name, of LIBERO's the sentence: it wraps between words."""
+    return task.rpartition("/")[2].replace("_", " ")
 
 
 def ablation_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
