@@ -130,6 +130,31 @@ def test_a_disk_without_room_for_checkpoints_is_refused_before_training(dataset,
     assert not list((tmp_path / "run").glob("s*"))
 
 
+THREE = {"steps": 3, "save_every": 3}  # of the fifteen rows no more than whole batches of four
+
+
+def losses(run):
+    state = json.loads((run / "state" / "checkpoint-3" / "trainer_state.json").read_text())
+    return [line["loss"] for line in state["log_history"] if "loss" in line]
+
+
+def test_a_batch_in_parts_gives_the_losses_of_the_whole(dataset, tmp_path):
+    """Steps' losses count each token alike, however many of them a part has."""
+    main(config_of(dataset, tmp_path / "whole", batch_size=4, **THREE))
+    main(config_of(dataset, tmp_path / "parts", batch_size=1, accumulate=4, **THREE))
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-4)
+
+
+def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(dataset, tmp_path):
+    main(config_of(dataset, tmp_path / "one", batch_size=4, **THREE))
+    (tmp_path / "recipe.json").write_text(json.dumps(make_recipe(dataset, tmp_path / "two", batch_size=2, **THREE)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launch, "-m", "vla0.cli", "train", "--config", str(tmp_path / "recipe.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+
+
 def test_what_lies_beside_old_checkpoints_is_left_alone(dataset, tmp_path):
     def evaluated(policy, folder):
         (tmp_path / "run" / f"{folder.name}-eval").mkdir()

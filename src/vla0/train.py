@@ -76,6 +76,11 @@ class VLA0Trainer(Trainer):
     right: torch.Tensor | int = 0  # tokens, since the last line of the log
     written = 0
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Qwen2.5-VL says no, and then nobody counts a step's tokens; the count is used below, the model never sees it.
+        self.model_accepts_loss_kwargs = True
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean cross-entropy over the step's labelled tokens."""
         inputs = dict(inputs)
@@ -190,6 +195,7 @@ def _arguments(config: TrainConfig, output: Path) -> TrainingArguments:
         logging_steps=config.log_every, save_steps=config.save_every, save_total_limit=2,
         remove_unused_columns=False, label_names=["labels"], prediction_loss_only=True, report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),  # else processes on CPUs would not know each other
     )  # fmt: skip
     try:
         return TrainingArguments(**settings)  # type: ignore[arg-type]
