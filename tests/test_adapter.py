@@ -60,7 +60,7 @@ def test_merged_weights_are_an_ordinary_model_that_does_the_same(processor, free
 
 def test_lora_leaves_an_ordinary_checkpoint_that_acts(dataset, tmp_path):
     last = main(config_of(dataset, tmp_path / "run", **LORA))
-    assert {file.suffix for file in last.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt"}
+    assert {file.suffix for file in last.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt", ".md"}
     start = weights_of(main(config_of(dataset, tmp_path / "start", steps=1, save_every=1, learning_rate=1e-12)))
     moved = {name for name in changed(start, weights_of(last)) if (start[name] - weights_of(last)[name]).abs().max() > 1e-6}
     assert any("q_proj" in name for name in moved)

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import make_dataset, make_recipe
 
 from vla0 import InputError, train
@@ -38,7 +40,7 @@ def test_training_leaves_a_checkpoint_that_acts(dataset, tmp_path):
     sample = source.sample(0, 2, 1)
     assert policy.predict_batch([sample.observation]).shape == (1, 2, 3)
     assert policy.spec.high[0] == 24
-    assert {file.suffix for file in last.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt"}
+    assert {file.suffix for file in last.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt", ".md"}
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
@@ -121,6 +123,20 @@ def test_best_is_the_checkpoint_that_measured_best(dataset, tmp_path):
     assert (tmp_path / "run" / "best").resolve().name == "step-000002"
     assert (tmp_path / "run" / "last").resolve().name == "step-000004"
     VLA0.from_pretrained(tmp_path / "run" / "best")
+    card = (tmp_path / "run" / "best" / "README.md").read_text()
+    assert "| success | 0.9 |" in card
+    assert str(tmp_path) not in card
+
+
+def test_the_code_of_a_model_card_runs(dataset, tmp_path):
+    last = main(config_of(dataset, tmp_path / "run"))
+    card = (last / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "vla0"
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL).group(1)
+    names = {"front": np.zeros((48, 64, 3), np.uint8), "state": np.zeros(3)}
+    exec(code.replace("this folder or its Hub id", str(last)), names)
+    assert names["actions"].shape == (2, 3)
 
 
 def test_a_disk_without_room_for_checkpoints_is_refused_before_training(dataset, tmp_path, monkeypatch):

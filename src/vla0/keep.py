@@ -13,6 +13,7 @@ from vla0 import model as models
 from vla0.adapter import merged, plain
 from vla0.data import Samples
 from vla0.policy import VLA0
+from vla0.spec import Spec
 
 Measure = Callable[[VLA0, Path], Mapping[str, float]]  # a policy tried in a simulator: must return "success"
 
@@ -47,6 +48,8 @@ class Keeper(TrainerCallback):
             point(self.output / "last", step)
         metrics = self._measured(state)
         if state.is_world_process_zero:
+            text = card(self.spec, self.samples.source.config.dataset, state.global_step, metrics)
+            write_whole(self.output / step / "README.md", text)
             self._rank(step, metrics)
             self._prune()
 
@@ -81,6 +84,39 @@ class Keeper(TrainerCallback):
         for folder in self.output.glob("step-*"):  # a checkpoint's evaluation lies beside it: step-000500-eval
             if folder.name not in kept and folder.name.removeprefix("step-").isdecimal():
                 shutil.rmtree(folder)
+
+
+def card(spec: Spec, dataset: str, step: int, metrics: Mapping[str, float]) -> str:
+    """The model card of a checkpoint: what it was trained on, what it takes and gives, what was measured, how to use it."""
+    base = f"base_model: {spec.base_model}\n" if "/" in spec.base_model else ""
+    data = f"datasets: [{dataset}]\n" if dataset.count("/") == 1 and not Path(dataset).exists() else ""
+    images = ", ".join(f'"{camera}": {camera}' for camera in spec.cameras)
+    state = "" if spec.state is None else ", state=state"
+    lines = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
+    measured = "\n".join(["| measured | |", "|---|---|", *lines]) if lines else "Nothing was measured while it was trained."
+    relative = f", dimensions {list(spec.relative)} relative to the state" if spec.relative else ""
+    return f"""---
+library_name: vla0
+pipeline_tag: robotics
+tags: [robotics, VLA-0, LeRobot]
+{base}{data}---
+
+# A robot policy that writes its actions as text
+
+Trained from {spec.base_model} on {Path(dataset).name if not data else dataset}, {step} steps, by the method of
+[VLA-0](https://arxiv.org/abs/2510.13054). It takes pictures of {", ".join(spec.cameras)} and a sentence, and gives
+{spec.horizon} actions of {spec.dimensions} numbers at {spec.fps:g} a second{relative}. All that acting must know is in
+`vla0.json`.
+
+{measured}
+
+```python
+from vla0 import VLA0
+
+model = VLA0.from_pretrained("this folder or its Hub id")
+actions = model.predict({{{images}}}, "what the robot shall do"{state})  # ({spec.horizon}, {spec.dimensions})
+```
+"""
 
 
 def action_error(policy: VLA0, held_out: Samples, most: int = 64) -> np.ndarray:
