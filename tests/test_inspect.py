@@ -88,8 +88,12 @@ def test_a_video_that_cannot_be_read_is_refused_by_its_episode(tmp_path):
 
 
 def test_without_a_recipe_all_cameras_are_taken_by_their_own_names(dataset):
-    assert guessed(str(dataset)).cameras == {"hand": "observation.images.hand", "top": "observation.images.top"}
     config = recipe(str(dataset))
+    assert config.data.cameras == {"hand": "observation.images.hand", "top": "observation.images.top"}
+    twins = ["left.rgb", "right.rgb"]
+    assert guessed("x", twins).cameras == {name: name for name in twins}
+    with pytest.raises(InputError, match="pictures"):
+        guessed("x", [])
     assert config.steps == 1
     with pytest.raises(InputError, match="--config"):
         recipe(None)

@@ -177,9 +177,14 @@ def _start(config: TrainConfig, source: Source, last: Path | None) -> tuple[Any,
         return *models.load(last, "cpu", dtype), spec
     if config.model != models.TINY:
         return *models.load(models.locate(config.model), "cpu", dtype), spec
+    return *tiny_of(config, spec, source), spec
+
+
+def tiny_of(config: TrainConfig, spec: Spec, source: Source) -> tuple[Any, Any]:
+    """(model, processor) of a recipe whose model is "tiny"; the tokenizer learns the data's words."""
     processor = models.tiny_processor([spec.system_text(), "State: ", *source.tasks])
     refuse_unknown(config.tiny, ("width", "layers", "heads", "vision_width", "vision_layers", "vision_heads", "seed"), "tiny")
-    return models.tiny_model(processor, **config.tiny), processor, spec
+    return models.tiny_model(processor, **config.tiny), processor
 
 
 def _arguments(config: TrainConfig, output: Path) -> TrainingArguments:

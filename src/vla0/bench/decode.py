@@ -34,6 +34,7 @@ WAYS: dict[str, dict[str, Any] | None] = {  # arguments of Fast; None: transform
     "tree that learns": {"tail": 0.0},
     "tree that learns, and a tail": {},
 }
+MOST = 1024  # nodes of a pass: of many rows each has fewer, or the exhaustive ways would take minutes
 BLIND = ("forced symbols ride along", "all digits, one level", "all digits, two levels")  # they guess without a last chunk
 
 
@@ -89,8 +90,8 @@ def _inputs(prompt: Prompt, episodes, batch: int, replan: int, chunks: int) -> l
 
 
 def _measure(policy: VLA0, way: str, inputs, replan: int, expected: list[np.ndarray], tick) -> tuple[Timing, list[np.ndarray]]:
-    decoder = _decoder(policy, way)
     batch = len(inputs[0]["input_ids"])
+    decoder = _decoder(policy, way, batch)
     passes, calls = [], []
     seconds, found, last = [], [], None
     for own in {own["input_ids"].shape: own for own in inputs}.values():
@@ -125,11 +126,13 @@ def _measure(policy: VLA0, way: str, inputs, replan: int, expected: list[np.ndar
     return timing, found
 
 
-def _decoder(policy: VLA0, way: str) -> Fast | Reference:
+def _decoder(policy: VLA0, way: str, batch: int) -> Fast | Reference:
     if way in MODES:
         return inexact(policy.model, policy.prompt, way)[1]
-    settings = WAYS[way]
-    return Reference(policy.model, policy.prompt) if settings is None else Fast(policy.model, policy.prompt, **settings)
+    if (settings := WAYS[way]) is None:
+        return Reference(policy.model, policy.prompt)
+    fewer = {"width": min(settings["width"], max(1, MOST // batch))} if "width" in settings else {}
+    return Fast(policy.model, policy.prompt, **settings | fewer)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from vla0.spec import InputError
 
 ENOUGH = 0.5
 MODES = {
-    "relaxed": f"a guess passes that the model finds {ENOUGH} times as likely as its own choice",
+    "relaxed": f"a guess passes that the model finds {ENOUGH} times as likely as its own choice: reacts later",
     "fp8": "weights and activations of the language model in 8 bits, by torchao",
     "fp8-weights": "its weights only: on any device, and no faster there",
 }

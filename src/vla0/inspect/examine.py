@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoProcessor
 
 from vla0.codec import ActionCodec
 from vla0.data import DataConfig, Source, collator, open_dataset
 from vla0.doctor import MODELS, TRAINING
-from vla0.model import TINY, default_device, locate, tiny_model, tiny_processor
+from vla0.model import TINY, default_device, locate
 from vla0.prompt import IGNORE, Prompt
 from vla0.recipe import read_config
-from vla0.spec import InputError, Sample, Spec
-from vla0.train import TrainConfig, spec_of
+from vla0.spec import InputError, Sample, Spec, offset
+from vla0.train import TrainConfig, spec_of, tiny_of
 from vla0.vision import compose
 
 PICTURES = 6  # shown
@@ -62,14 +63,13 @@ class Survey:
     pictures: tuple[np.ndarray, ...] = field(repr=False)  # (h, w, 3) uint8, what the model will see
 
 
-def guessed(dataset: str, revision: str | None = None) -> DataConfig:
-    """A DataConfig from a dataset's own names: all its cameras, `action`, no state."""
-    keys = open_dataset(dataset, revision).meta.camera_keys
+def guessed(dataset: str, keys: Sequence[str]) -> DataConfig:
+    """A DataConfig of a dataset with these keys of cameras: all of them by their own names, `action`, no state."""
     if not keys:
         raise InputError("a dataset with pictures", f"'{dataset}', which has none", "record with a camera")
     names = [key.rsplit(".", 1)[-1] for key in keys]
     cameras = dict(zip(names if len(set(names)) == len(names) else keys, keys, strict=True))
-    return DataConfig(dataset, cameras, revision=revision)
+    return DataConfig(dataset, cameras)
 
 
 def recipe(dataset: str | None, file: Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -79,9 +79,8 @@ def recipe(dataset: str | None, file: Path | None = None, overrides: Sequence[st
         return read_config(TrainConfig, file, [*own, *overrides])
     if dataset is None:
         raise InputError("a dataset or --config", "neither", "name a folder, a Hub id or a recipe")
-    data = guessed(dataset)
-    frames = int(open_dataset(dataset).meta.total_frames)
-    return TrainConfig("", data, max(1, frames // TrainConfig.batch_size))
+    meta = open_dataset(dataset).meta
+    return TrainConfig("", guessed(dataset, meta.camera_keys), max(1, int(meta.total_frames) // TrainConfig.batch_size))
 
 
 def examine(config: TrainConfig) -> Survey:
@@ -91,12 +90,12 @@ def examine(config: TrainConfig) -> Survey:
     starts, counts = np.unique(source.start, return_counts=True)
     chosen = starts[np.linspace(0, len(starts) - 1, min(TRIED, len(starts))).astype(int)]
     samples = [_readable(source, int(start + (source.end[start] - start) // 2), spec) for start in chosen]
-    prompt_tokens, answer_tokens = _tokens(samples[:8], spec, config)
+    parameters, processor = _model(config, spec, source)
+    prompt_tokens, answer_tokens = _tokens(samples[:8], spec, processor)
     dimensions = _dimensions(source, spec)
     still = np.abs(np.diff(source.actions, axis=0)) <= (np.array(spec.high) - spec.low) / spec.bins / 2
     inside = source.start[1:] == source.start[:-1]
     idle = float(np.all(still, axis=1)[inside].mean()) if inside.any() else 0.0
-    parameters = _parameters(config, spec, source)
     batch = config.batch_size * config.accumulate
     hours = None
     if parameters is not None and prompt_tokens is not None:
@@ -172,32 +171,27 @@ def _camera(source: Source, key: str) -> str:
     return f"{' x '.join(map(str, feature['shape']))}, {feature['dtype']}"
 
 
-def _tokens(samples: Sequence[Sample], spec: Spec, config: TrainConfig) -> tuple[int | None, float]:
+def _tokens(samples: Sequence[Sample], spec: Spec, processor: Any) -> tuple[int | None, float]:
     """(of a prompt, pictures included, of an answer and its end)."""
     codec = ActionCodec(spec)
-    answers = [len(codec.write(codec.encode(sample.actions))) + 1 for sample in samples]
-    try:
-        processor = _processor(spec, config, samples)
-    except (OSError, InputError):
+    answers = [len(codec.write(codec.encode(s.actions - offset(s.observation, spec)))) + 1 for s in samples]
+    if processor is None:
         return None, float(np.mean(answers))
     batch = collator(Prompt(spec, processor), None)([(sample, ()) for sample in samples])
     rows, labelled = batch["attention_mask"].sum(1), (batch["labels"] != IGNORE).sum(1)
     return int((rows - labelled).max()), float(np.mean(answers))
 
 
-def _processor(spec: Spec, config: TrainConfig, samples: Sequence[Sample]) -> Any:
+def _model(config: TrainConfig, spec: Spec, source: Source) -> tuple[float | None, Any]:
+    """(parameters, processor) of the recipe's model; None for what is not known or not at hand."""
     if config.model == TINY:
-        return tiny_processor([spec.system_text(), *(sample.observation.instruction for sample in samples)])
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(locate(config.model, weights=False))
-
-
-def _parameters(config: TrainConfig, spec: Spec, source: Source) -> float | None:
-    if config.model == TINY:
-        words = [spec.system_text(), "State: ", *source.tasks]
-        return float(sum(weight.numel() for weight in tiny_model(tiny_processor(words), **config.tiny).parameters()))
-    return next((count for name, count in MODELS.items() if name in config.model), None)
+        model, processor = tiny_of(config, spec, source)
+        return float(sum(weight.numel() for weight in model.parameters())), processor
+    parameters = next((count for name, count in MODELS.items() if name in config.model), None)
+    try:
+        return parameters, AutoProcessor.from_pretrained(locate(config.model, weights=False))
+    except (OSError, InputError):
+        return parameters, None
 
 
 def _problems(source: Source, dimensions: Sequence[Dimension], idle: float, counts: np.ndarray) -> list[str]:
