@@ -74,7 +74,7 @@ class VLA0Trainer(Trainer):
 
     held_out_collator: Any = None
     right: torch.Tensor | int = 0  # tokens, since the last line of the log
-    written = 0
+    written: torch.Tensor | int = 0
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -92,8 +92,9 @@ class VLA0Trainer(Trainer):
         targets = labels[:, -kept:]
         if model.training:
             with torch.no_grad():
-                right = (logits.argmax(-1) == targets)[targets != IGNORE]
-                self.right, self.written = self.right + right.sum(), self.written + right.numel()
+                written = targets != IGNORE
+                self.right = self.right + ((logits.argmax(-1) == targets) & written).sum()
+                self.written = self.written + written.sum()  # on the device: nothing waits for it before the log
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
         if num_items_in_batch is None:
             loss = loss / (targets != IGNORE).sum()
@@ -106,7 +107,7 @@ class VLA0Trainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the share of tokens that the model would have written so, on this process."""
         if "loss" in logs and self.written:
-            logs = {**logs, "token_accuracy": float(self.right) / self.written}
+            logs = {**logs, "token_accuracy": float(self.right) / float(self.written)}
             self.right, self.written = 0, 0
         super().log(logs, *args, **kwargs)
 
