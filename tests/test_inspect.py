@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_a_video_that_cannot_be_read_is_refused_by_its_episode(tmp_path):
 
 
 def test_without_a_recipe_all_cameras_are_taken_by_their_own_names(dataset):
-    config = recipe(str(dataset))
+    config = recipe([str(dataset)])
     assert config.data.cameras == {"hand": "observation.images.hand", "top": "observation.images.top"}
     twins = ["left.rgb", "right.rgb"]
     assert guessed("x", twins).cameras == {name: name for name in twins}
@@ -96,7 +97,21 @@ def test_without_a_recipe_all_cameras_are_taken_by_their_own_names(dataset):
         guessed("x", [])
     assert config.steps == 1
     with pytest.raises(InputError, match="--config"):
-        recipe(None)
+        recipe([])
+
+
+def test_a_recipe_is_changed_by_a_dataset_and_by_keys_and_nothing_given_is_left_out(dataset, tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps(make_recipe(dataset, tmp_path)))
+    assert recipe([], file).data.dataset == str(dataset)
+    assert recipe(["elsewhere"], file).data.dataset == "elsewhere"
+    assert recipe(["batch_size=7"], file).batch_size == 7
+    both = recipe(["batch_size=7", "elsewhere"], file)
+    assert (both.batch_size, both.data.dataset) == (7, "elsewhere")
+    with pytest.raises(InputError, match="batch_size=7"):
+        recipe([str(dataset), "batch_size=7"])
+    with pytest.raises(InputError, match="one dataset"):
+        recipe(["one", "two"], file)
 
 
 def test_a_model_that_is_not_at_hand_leaves_only_the_hours_unknown(dataset, tmp_path, monkeypatch):

@@ -54,11 +54,10 @@ def merged(model: Any) -> dict[str, torch.Tensor] | None:
 
     The model is not touched: taking a product off again would leave other weights than before.
     """
-    if not hasattr(model, "get_base_model"):
+    if (base := plain(model)) is model:
         return None
     from peft.tuners.lora import LoraLayer
 
-    base = plain(model)
     layers = {name: part for name, part in base.named_modules() if isinstance(part, LoraLayer)}
     found = {}
     for name, weight in base.state_dict().items():

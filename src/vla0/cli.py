@@ -60,9 +60,8 @@ def collect(
 
 @app.command()
 def inspect(
-    dataset: Annotated[str | None, typer.Argument(help="LeRobot dataset: folder or Hub id; default the recipe's")] = None,
+    words: Annotated[list[str] | None, typer.Argument(help="LeRobot dataset, default the recipe's; and key=value")] = None,
     config: Annotated[Path | None, typer.Option(help="recipe; default the published settings, all cameras, no state")] = None,
-    override: Annotated[list[str] | None, typer.Argument(help="key=value, dots go deeper")] = None,
     out: Annotated[Path, typer.Option(help="page to write")] = Path("inspect.html"),
 ) -> None:
     """Look at a dataset before training on it: what is in it, what is lost in writing, what the model will see."""
@@ -70,7 +69,7 @@ def inspect(
     from vla0.inspect.page import facts, page, screen
 
     quiet()
-    survey = examine(recipe(dataset, config, override or []))
+    survey = examine(recipe(words or [], config))
     for name, text in facts(survey):
         console.print(f"[bold]{name}[/bold]  {text}", highlight=False)
     console.print(screen(survey))

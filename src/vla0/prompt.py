@@ -70,7 +70,7 @@ class Prompt:
         """
         images = [[own] if isinstance(own, np.ndarray) else own for own in images]
         text = [self.chat(len(own), words) for own, words in zip(images, instructions, strict=True)]
-        # What `processor(text, images)` does, without the validator that it builds anew at each call (5 of 6 ms).
+        # What `processor(text, images)` does, without the validator that it builds anew at each call: 5.0 → 1.6 ms.
         pictures = self.processor.image_processor([image for own in images for image in own], do_resize=False)
         grids = torch.as_tensor(np.asarray(pictures["image_grid_thw"]))
         prompts = self._read(text, [len(own) for own in images], (grids.prod(1) // self.merged).tolist())

@@ -49,7 +49,7 @@ class TrainConfig:
     weight_decay: float = 1e-10
     clip: float = 0.0  # norm of the gradient; 0 leaves it alone
     optimizer: str = "adamw_torch_fused"  # a name of transformers' optimisers; adamw_8bit needs bitsandbytes
-    gradient_checkpointing: bool = False  # less memory, a third more time
+    gradient_checkpointing: bool = False  # less memory, more time
     precision: str = "bf16"  # or "fp32"; fp16 diverges
     seed: int = 0
     workers: int = 0  # processes that prepare batches

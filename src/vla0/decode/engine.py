@@ -134,12 +134,9 @@ class Engine:
         rows, length = seen.shape
         slots = length + 1 + self._spare(most)
         key, config, like = (rows, slots), self.model.config.text_config, self.embed.weight
-        if not self.fixed:
-            self.cache = Slots(config, rows, slots, like)
-        elif key in self.caches:
-            self.cache = self.caches[key]
-        else:
-            self.cache = self.caches[key] = Slots(config, rows, slots, like)
+        self.cache = self.caches.get(key) or Slots(config, rows, slots, like)
+        if self.fixed:
+            self.caches[key] = self.cache
         self.most, self.base, self.place = most, length, place.copy()
         self.seen = np.pad(seen, [(0, 0), (0, slots - length)])  # slots that count, but for the tree's own
         self.accepted = np.full(rows, length)  # slots before node 0

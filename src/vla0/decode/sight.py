@@ -16,7 +16,6 @@ class Sight:
 
     def __init__(self, tower: Any, grids: tuple[tuple[int, ...], ...], device: torch.device):
         self.tower, grid = tower, torch.tensor(grids)
-        self.tokens = int(grid.prod(1).sum()) // tower.spatial_merge_unit
         window, ends = tower.get_window_index(grid)
         self.windows, self.images = np.unique(ends), np.cumsum([0, *grid.prod(1).tolist()])
         self.order, self.back = window.to(device), torch.argsort(window).to(device)

@@ -45,10 +45,8 @@ def best(times: dict[int, float], rows: int = 1) -> int:
 
     def cost(nodes: int) -> float:
         whole = rows * nodes
-        ms = np.interp(whole, list(times), list(times.values())) * max(
-            1.0, whole / last
-        )  # beyond what was measured none is free
-        return float(ms / math.log2(1 + nodes))
+        beyond = max(1.0, whole / last)  # of what was measured: there no node is free
+        return float(np.interp(whole, list(times), list(times.values()))) * beyond / math.log2(1 + nodes)
 
     return min((nodes for nodes in SIZES if nodes <= last), key=cost)
 

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoProcessor
 
 from vla0.codec import ActionCodec
-from vla0.data import DataConfig, Source, collator, open_dataset
+from vla0.data import DataConfig, Source, open_dataset
 from vla0.doctor import MODELS, TRAINING
 from vla0.model import TINY, default_device, locate
-from vla0.prompt import IGNORE, Prompt
+from vla0.prompt import Prompt
 from vla0.recipe import read_config
 from vla0.spec import InputError, Sample, Spec, offset
 from vla0.train import TrainConfig, spec_of, tiny_of
@@ -72,15 +72,22 @@ def guessed(dataset: str, keys: Sequence[str]) -> DataConfig:
     return DataConfig(dataset, cameras)
 
 
-def recipe(dataset: str | None, file: Path | None = None, overrides: Sequence[str] = ()) -> TrainConfig:
-    """What a dataset is looked at with: a recipe's settings, or the published ones for one epoch."""
+def recipe(words: Sequence[str], file: Path | None = None) -> TrainConfig:
+    """What a dataset is looked at with: a recipe's settings, or the published ones for one epoch.
+
+    words: a dataset, which a recipe may name itself, and for a recipe key=value.
+    """
+    overrides, named = [word for word in words if "=" in word], [word for word in words if "=" not in word]
+    if len(named) > 1:
+        raise InputError("one dataset", f"{named}", "look at one after another")
     if file is not None:
-        own = [] if dataset is None else [f"data.dataset={dataset}"]
-        return read_config(TrainConfig, file, [*own, *overrides])
-    if dataset is None:
+        return read_config(TrainConfig, file, [*(f"data.dataset={dataset}" for dataset in named), *overrides])
+    if overrides:
+        raise InputError(f"--config, a recipe for {overrides[0]} to change", "none", "name one, or leave that out")
+    if not named:
         raise InputError("a dataset or --config", "neither", "name a folder, a Hub id or a recipe")
-    meta = open_dataset(dataset).meta
-    return TrainConfig("", guessed(dataset, meta.camera_keys), max(1, int(meta.total_frames) // TrainConfig.batch_size))
+    meta = open_dataset(named[0]).meta
+    return TrainConfig("", guessed(named[0], meta.camera_keys), max(1, int(meta.total_frames) // TrainConfig.batch_size))
 
 
 def examine(config: TrainConfig) -> Survey:
@@ -172,14 +179,13 @@ def _camera(source: Source, key: str) -> str:
 
 
 def _tokens(samples: Sequence[Sample], spec: Spec, processor: Any) -> tuple[int | None, float]:
-    """(of a prompt, pictures included, of an answer and its end)."""
+    """(of the longest prompt, pictures included; None without a processor, of an answer and its end, on average)."""
     codec = ActionCodec(spec)
     answers = [len(codec.write(codec.encode(s.actions - offset(s.observation, spec)))) + 1 for s in samples]
     if processor is None:
         return None, float(np.mean(answers))
-    batch = collator(Prompt(spec, processor), None)([(sample, ()) for sample in samples])
-    rows, labelled = batch["attention_mask"].sum(1), (batch["labels"] != IGNORE).sum(1)
-    return int((rows - labelled).max()), float(np.mean(answers))
+    batch = Prompt(spec, processor).observe([sample.observation for sample in samples])
+    return int(batch["attention_mask"].sum(1).max()), float(np.mean(answers))
 
 
 def _model(config: TrainConfig, spec: Spec, source: Source) -> tuple[float | None, Any]:
