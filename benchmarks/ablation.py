@@ -23,7 +23,7 @@ TRAINED = {  # row: what differs from the recipe
     "masked characters": ["augmentation.mask=character"],
     "no masking": ["augmentation.mask=none"],
     "with the state": [STATE],
-    "with the state, relative": [STATE, "spec.relative=[0,1,2]"],
+    "with the state, relative": [STATE, "data.relative=[0,1,2]"],
 }
 ACTED = {"ensembling v1": "v1", "ensembling mean": "mean"}  # how the first row acts otherwise; rows act by the newest chunk
 ACTING = ["--replan", 1, "--start", "above", "--max-steps", 50]  # as the demo does
@@ -43,7 +43,8 @@ def run(
     for seed in range(seeds):
         for row, overrides in TRAINED.items():
             folder = out / f"{row.replace(',', '').replace(' ', '-')}-{seed}"
-            settings = [f"output={folder}", f"data.dataset={dataset}", f"steps={steps}", f"save_every={steps}", f"seed={seed}"]
+            settings = [f"logging.output_dir={folder}", f"data.dataset={dataset}", f"logging.save_every_n_steps={steps}"]
+            settings += [f"training.num_steps={steps}", f"training.seed={seed}"]
             vla0("train", "--config", config, *settings, *overrides)
             others = ACTED if row == next(iter(TRAINED)) else {}
             for name, ensemble in {row: "none", **others}.items():

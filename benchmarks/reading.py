@@ -10,7 +10,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from vla0.data import DataConfig, Source, open_dataset
+from vla0.source import DataConfig, Source, open_dataset
 
 
 def measure(

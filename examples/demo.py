@@ -45,7 +45,8 @@ def run(
     if not (out / "dataset").exists():
         command = ["collect", "metaworld", *tasks, "--episodes", demonstrations, *START, "--fps", FPS, "--out", out / "dataset"]
         seconds.time("collect", command)
-    overrides = [f"output={out / 'train'}", f"data.dataset={out / 'dataset'}", *([f"steps={steps}"] if steps else [])]
+    overrides = [f"logging.output_dir={out / 'train'}", f"data.dataset={out / 'dataset'}"]
+    overrides += [f"training.num_steps={steps}"] if steps else []
     seconds.time("train", ["train", "--config", config, *overrides])
     controls = [word for name in CONTROLS for word in ("--control", name)]
     acting = [*START, "--replan", 1, "--ensemble", "none", "--max-steps", STEPS]

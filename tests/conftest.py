@@ -14,6 +14,7 @@ import torch
 from vla0 import Observation, Spec
 from vla0 import model as models
 from vla0.policy import VLA0
+from vla0.recipe import LoggingConfig, ModelConfig, TrainConfig, TrainingConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
 TASKS = ("push the red block", "open the drawer")
@@ -114,13 +115,27 @@ def dataset(tmp_path_factory) -> Path:
 
 
 RECIPE = {
-    "model": "tiny", "steps": 4, "batch_size": 2, "learning_rate": 1e-3, "precision": "fp32", "save_every": 2, "log_every": 1,
-    "tiny": {"width": 48, "layers": 1, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2},
-    "spec": {"horizon": 2, "bins": 100, "image_size": 56, "system": "Write {numbers} integers."},
-}  # fmt: skip
+    "model": {
+        "name": "tiny",
+        "tiny": {"width": 48, "layers": 1, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2},
+    },
+    "action": {"chunk_size": 2, "action_bins": 100},
+    "spec": {"image_size": 56, "system": "Write {numbers} integers."},
+    "training": {"num_steps": 4, "batch_size": 2, "learning_rate": 1e-3, "precision": "fp32"},
+    "logging": {"save_every_n_steps": 2, "log_every_n_steps": 1},
+}
 
 
 def make_recipe(dataset: Path, output: Path, **changes) -> dict:
-    """A recipe that trains in seconds."""
-    data = {"dataset": str(dataset), "cameras": {"front": "observation.images.top"}, "state": "observation.state"}
-    return {**RECIPE, "data": data, "output": str(output), **changes}
+    """A recipe that trains in seconds. changes: whole sections, or fields of model, training and logging by their names."""
+    recipe = {name: dict(section) for name, section in RECIPE.items()}
+    recipe["data"] = {"dataset": str(dataset), "cameras": {"front": "observation.images.top"}, "state": "observation.state"}
+    recipe["logging"]["output_dir"] = str(output)
+    kinds = {"model": ModelConfig, "training": TrainingConfig, "logging": LoggingConfig}
+    for name, value in changes.items():
+        section = next((section for section, kind in kinds.items() if name in kind.__dataclass_fields__), None)
+        if name in TrainConfig.__dataclass_fields__ or section is None:
+            recipe[name] = value
+        else:
+            recipe[section][name] = value
+    return recipe

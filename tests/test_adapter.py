@@ -7,14 +7,14 @@ from conftest import make_recipe
 
 from vla0 import InputError
 from vla0 import model as models
-from vla0.adapter import Adapter, adapted, merged, plain
-from vla0.data import Source
+from vla0.adapter import Lora, adapted, merged, plain
 from vla0.decode import Fast
 from vla0.policy import VLA0
-from vla0.recipe import build
-from vla0.train import TrainConfig, main
+from vla0.recipe import TrainConfig, build
+from vla0.source import Source
+from vla0.train import main
 
-LORA = {"adapter": {"rank": 4}, "learning_rate": 1e-2}
+LORA = {"lora": {"rank": 4}, "learning_rate": 1e-2}
 
 
 def config_of(dataset, output, **changes) -> TrainConfig:
@@ -39,7 +39,7 @@ def changed(before: dict, after: dict) -> set[str]:
 
 @pytest.mark.parametrize("freeze_vision", [True, False])
 def test_merged_weights_are_an_ordinary_model_that_does_the_same(processor, freeze_vision):
-    model = adapted(fresh(processor), Adapter(rank=4), freeze_vision)
+    model = adapted(fresh(processor), Lora(rank=4), freeze_vision)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
@@ -60,8 +60,8 @@ def test_merged_weights_are_an_ordinary_model_that_does_the_same(processor, free
 
 def test_lora_leaves_an_ordinary_checkpoint_that_acts(dataset, tmp_path):
     last = main(config_of(dataset, tmp_path / "run", **LORA))
-    assert {file.suffix for file in last.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt", ".md"}
-    start = weights_of(main(config_of(dataset, tmp_path / "start", steps=1, save_every=1, learning_rate=1e-12)))
+    assert {file.suffix for file in last.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt", ".md", ".png"}
+    start = weights_of(main(config_of(dataset, tmp_path / "start", num_steps=1, save_every_n_steps=1, learning_rate=1e-12)))
     moved = {name for name in changed(start, weights_of(last)) if (start[name] - weights_of(last)[name]).abs().max() > 1e-6}
     assert any("q_proj" in name for name in moved)
     assert not any("embed" in name or "norm" in name for name in moved)
@@ -88,8 +88,8 @@ def test_a_resumed_lora_run_ends_in_the_weights_of_an_uninterrupted_one(dataset,
 
 
 def test_a_frozen_vision_tower_stays_as_it_was(dataset, tmp_path):
-    start = weights_of(main(config_of(dataset, tmp_path / "start", steps=1, save_every=1, learning_rate=1e-12)))
-    frozen = weights_of(main(config_of(dataset, tmp_path / "frozen", freeze_vision=True)))
+    start = weights_of(main(config_of(dataset, tmp_path / "start", num_steps=1, save_every_n_steps=1, learning_rate=1e-12)))
+    frozen = weights_of(main(config_of(dataset, tmp_path / "frozen", freeze_vision_encoder=True)))
     touched = {name for name in changed(start, frozen) if (start[name] - frozen[name]).abs().max() > 1e-6}
     assert touched
     assert not any("visual" in name for name in touched)
@@ -112,7 +112,7 @@ def test_an_optimiser_that_there_is_not_is_refused(dataset, tmp_path):
 @pytest.mark.parametrize("wrong", [{"rank": -1}, {"rank": 4, "alpha": 0}, {"rank": 4, "dropout": 1.0}])
 def test_adapters_that_mean_nothing_are_refused(wrong):
     with pytest.raises(InputError):
-        Adapter(**wrong)
+        Lora(**wrong)
 
 
 def test_a_checkpoint_of_lora_predicts_what_the_trained_model_predicted(dataset, tmp_path):

@@ -11,7 +11,7 @@ from vla0 import InputError
 from vla0.bench import inputs
 from vla0.bench.decode import WAYS, bench, refuse, tables, write
 from vla0.bench.inputs import SHAPE_3B, chosen, moving_pictures, recorded
-from vla0.data import DataConfig
+from vla0.source import DataConfig
 
 COLUMNS = {"way", "batch", "replan", "chunks", "passes", "ms_median", "ms_p95", "identical"}
 

@@ -42,11 +42,11 @@ def test_help_names_the_subcommands(vla0):
 def test_train_then_eval_refuses_what_does_not_fit(vla0, dataset, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(make_recipe(dataset, tmp_path / "run")))
-    code, out, _ = vla0("train", "--config", recipe, "steps=2")
+    code, out, _ = vla0("train", "--config", recipe, "training.num_steps=2")
     assert code == 0
     assert "checkpoint:" in out
     last = tmp_path / "run" / "last"
-    refused(vla0("train", "--config", recipe, "steps=3"), "steps: 3 instead of 2")
+    refused(vla0("train", "--config", recipe, "training.num_steps=3"), "training.num_steps: 3 instead of 2")
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3"), "actions of 4 numbers", "3 in the checkpoint")
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--suite", "object"), "suite", "--env libero")
     refused(vla0("eval", "--checkpoint", last), "--task or --suite")
@@ -64,10 +64,10 @@ def test_bad_input_is_one_line_and_exit_code_2(vla0, dataset, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(make_recipe(dataset, tmp_path / "run")))
     refused(vla0("train", "--config", tmp_path / "none.yaml"), "configs/")
-    refused(vla0("train", "--config", recipe, "learning_rat=1"), "did you mean 'learning_rate'?")
-    refused(vla0("train", "--config", recipe, "spec.bins=1"), "bins", "1000")
+    refused(vla0("train", "--config", recipe, "learning_rat=1"), "did you mean 'training.learning_rate'?")
+    refused(vla0("train", "--config", recipe, "action.action_bins=1"), "bins", "1000")
     refused(vla0("train", "--config", recipe, "data.action=actoin"), "key 'actoin'")
-    refused(vla0("train", "--config", recipe, "schedule=cosinus"), "cosinus")
+    refused(vla0("train", "--config", recipe, "training.lr_scheduler=cosinus"), "cosinus")
     refused(vla0("train", "--config", recipe, "data.dataset=/nowhere"), "LeRobot dataset")
     refused(vla0("train", "--config", recipe, "simulator.task=[a]"), "did you mean 'tasks'?")
     refused(vla0("eval", "--checkpoint", "/nowhere", "--task", "reach-v3"), "checkpoint folder or Hub id")

@@ -8,8 +8,9 @@ import pytest
 from conftest import TASKS, frame_of, make_dataset, make_spec
 
 from vla0 import InputError
-from vla0.data import Augmentation, DataConfig, Samples, Source, collator
+from vla0.data import Augmentation, Samples, collator
 from vla0.prompt import IGNORE, Prompt
+from vla0.source import DataConfig, Source
 
 CAMERAS = {"front": "observation.images.top", "wrist": "observation.images.hand"}
 
@@ -19,7 +20,7 @@ def source_of(dataset: Path, **changes) -> Source:
 
 
 def spec_of(source: Source, **changes):
-    fields = {**source.spec_fields(changes.get("horizon", 3), changes.get("relative", ())), **changes}
+    fields = {**source.spec_fields(changes.get("horizon", 3)), **changes}
     return make_spec(**fields)
 
 
@@ -60,7 +61,7 @@ def test_video_reads_as_images_do(tmp_path):
 
 def test_bounds_are_those_of_the_data(dataset):
     source = source_of(dataset)
-    fields = source.spec_fields(3, ())
+    fields = source.spec_fields(3)
     np.testing.assert_allclose(fields["low"], [0, 0.1, 0.2], rtol=1e-6)
     np.testing.assert_allclose(fields["high"], [24, 24.1, 24.2], rtol=1e-6)
     np.testing.assert_allclose(fields["state"][1], np.array([24, 24.1, 24.2]) / 2, rtol=1e-6)
@@ -77,8 +78,8 @@ def test_quantile_bounds_lie_inside_and_what_clips_is_counted(dataset):
 
 
 def test_bounds_of_relative_actions_are_over_all_chunks(dataset):
-    source = source_of(dataset)
-    fields = source.spec_fields(3, (0,))
+    source = source_of(dataset, relative=[0])
+    fields = source.spec_fields(3)
     chunks = np.concatenate([source.sample(row, 3, 1).actions[:, :1] - source.states[row, :1] for row in range(len(source))])
     np.testing.assert_allclose((fields["low"][0], fields["high"][0]), (chunks.min(), chunks.max()), rtol=1e-6)
     np.testing.assert_allclose(fields["low"][1], 0.1, rtol=1e-6)
@@ -98,9 +99,9 @@ def test_a_batch_is_the_prompt_and_the_answer_and_nothing_after_the_end(dataset,
     prompt = Prompt(spec, processor)
     samples = Samples(source, spec)
     rows = [0, 5]  # 5: the last step of the first episode
-    batch = collator(prompt, None)([samples[row] for row in rows])
+    batch = collator([prompt], None)([samples[row] for row in rows])
     for row, (index, kept) in enumerate(zip(rows, (3, 1), strict=True)):
-        sample, _ = samples[index]
+        sample = samples.sample(index)
         answer = " ".join(
             map(
                 str,
@@ -118,7 +119,7 @@ def test_a_batch_is_the_prompt_and_the_answer_and_nothing_after_the_end(dataset,
 def test_augmentation_is_a_function_of_seed_epoch_and_row(dataset, processor):
     source = source_of(dataset)
     spec = spec_of(source)
-    collate = collator(Prompt(spec, processor), Augmentation())
+    collate = collator([Prompt(spec, processor)], Augmentation())
     samples = Samples(source, spec)
     first, in_another_batch = collate([samples[0], samples[7]]), collate([samples[7], samples[0]])
     assert (first["pixel_values"].chunk(2)[0] == in_another_batch["pixel_values"].chunk(2)[1]).all()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "src" / "vla0"
 ROOMS = (
-    "spec arrays codec ensemble rollout recipe vision prompt data model adapter decode policy keep train "
+    "spec arrays codec ensemble rollout vision prompt source data model adapter recipe decode policy chart keep trainer train "
     "envs collect table parallel cluster evaluate report trial bench doctor inspect download convert cli"
 ).split()  # fmt: skip
 SPINE = ROOMS[: ROOMS.index("envs")]
@@ -18,8 +18,10 @@ def room_of(file: Path) -> str:
 
 
 def imported(file: Path) -> set[str]:
-    rooms = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    """The rooms that a file imports; not what it does where it is run as a program (`-m vla0.train`)."""
+    rooms, tree = set(), ast.parse(file.read_text())
+    tree.body = [node for node in tree.body if not (isinstance(node, ast.If) and "__main__" in ast.unparse(node.test))]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "vla0":
             parts = node.module.split(".")
             rooms |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names if alias.name in ROOMS}

@@ -6,12 +6,11 @@ import pytest
 from conftest import TASKS, make_dataset, make_recipe
 
 from vla0 import InputError
-from vla0.data import Source
 from vla0.inspect import examine as module
 from vla0.inspect.examine import examine, guessed, rate, recipe
 from vla0.inspect.page import facts, page, screen
-from vla0.recipe import build
-from vla0.train import TrainConfig
+from vla0.recipe import ModelConfig, TrainConfig, build
+from vla0.source import Source
 
 
 def config_of(dataset, **data):
@@ -95,7 +94,7 @@ def test_without_a_recipe_all_cameras_are_taken_by_their_own_names(dataset):
     assert guessed("x", twins).cameras == {name: name for name in twins}
     with pytest.raises(InputError, match="pictures"):
         guessed("x", [])
-    assert config.steps == 1
+    assert config.training.num_epochs == 1
     with pytest.raises(InputError, match="--config"):
         recipe([])
 
@@ -105,9 +104,9 @@ def test_a_recipe_is_changed_by_a_dataset_and_by_keys_and_nothing_given_is_left_
     file.write_text(json.dumps(make_recipe(dataset, tmp_path)))
     assert recipe([], file).data.dataset == str(dataset)
     assert recipe(["elsewhere"], file).data.dataset == "elsewhere"
-    assert recipe(["batch_size=7"], file).batch_size == 7
-    both = recipe(["batch_size=7", "elsewhere"], file)
-    assert (both.batch_size, both.data.dataset) == (7, "elsewhere")
+    assert recipe(["training.batch_size=7"], file).training.batch_size == 7
+    both = recipe(["training.batch_size=7", "elsewhere"], file)
+    assert (both.training.batch_size, both.data.dataset) == (7, "elsewhere")
     with pytest.raises(InputError, match="batch_size=7"):
         recipe([str(dataset), "batch_size=7"])
     with pytest.raises(InputError, match="one dataset"):
@@ -116,7 +115,7 @@ def test_a_recipe_is_changed_by_a_dataset_and_by_keys_and_nothing_given_is_left_
 
 def test_a_model_that_is_not_at_hand_leaves_only_the_hours_unknown(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "locate", lambda *_, **__: tmp_path / "nothing")
-    survey = examine(dataclasses.replace(config_of(dataset), model="someone/Qwen2.5-VL-3B"))
+    survey = examine(dataclasses.replace(config_of(dataset), model=ModelConfig("someone/Qwen2.5-VL-3B")))
     assert survey.hours is survey.prompt_tokens is None
     assert survey.memory is not None
     assert survey.memory > 40e9

@@ -13,11 +13,11 @@ if importlib.util.find_spec("metaworld") is None:
 
 from vla0 import InputError
 from vla0.collect import CollectConfig, NoisyEnv, collect
-from vla0.data import DataConfig, Source
 from vla0.envs.metaworld import FIRST_SEED, MetaWorldEnv, MetaWorldExpert
-from vla0.recipe import build
+from vla0.recipe import TrainConfig, build
 from vla0.rollout import rollout
-from vla0.train import TrainConfig, main
+from vla0.source import DataConfig, Source
+from vla0.train import main
 from vla0.trial import measured
 
 TASK = "coffee-button-v3"
@@ -135,7 +135,10 @@ def test_what_is_stored_is_what_the_expert_saw(collected, world):
 
 def test_a_recipe_may_ask_for_the_simulator_at_each_save(collected, tmp_path):
     recipe = make_recipe(
-        collected[0], tmp_path / "run", steps=2, simulator={"tasks": [TASK], "episodes": 1, "max_steps": 3, "image_size": 56}
+        collected[0],
+        tmp_path / "run",
+        num_steps=2,
+        simulator={"tasks": [TASK], "episodes": 1, "max_steps": 3, "image_size": 56},
     )
     recipe["data"] = {"dataset": str(collected[0]), "cameras": {"front": "observation.images.front"}}
     config = build(TrainConfig, recipe, "test")

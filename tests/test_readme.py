@@ -8,8 +8,7 @@ import pytest
 from conftest import make_spec
 
 from vla0.policy import VLA0
-from vla0.recipe import read_config
-from vla0.train import TrainConfig
+from vla0.recipe import TrainConfig, read_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

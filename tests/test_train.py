@@ -15,12 +15,15 @@ import yaml
 from conftest import make_dataset, make_recipe
 
 from vla0 import InputError, train
-from vla0.data import Augmentation, Samples, Source, collator
+from vla0.data import Augmentation, Samples, collator
 from vla0.keep import action_error
 from vla0.policy import VLA0
 from vla0.prompt import IGNORE, Prompt
-from vla0.recipe import build, read_config
-from vla0.train import TrainConfig, VLA0Trainer, _arguments, _start, main
+from vla0.recipe import TrainConfig, build, read_config
+from vla0.source import Source
+from vla0.spec import MAIN
+from vla0.train import _start, main
+from vla0.trainer import VLA0Trainer, arguments
 
 
 def config_of(dataset, output, **changes) -> TrainConfig:
@@ -40,15 +43,23 @@ def test_training_leaves_a_checkpoint_that_acts(dataset, tmp_path):
     sample = source.sample(0, 2, 1)
     assert policy.predict_batch([sample.observation]).shape == (1, 2, 3)
     assert policy.spec.high[0] == 24
-    assert {file.suffix for file in last.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt", ".md"}
+    assert {file.suffix for file in last.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt", ".md", ".png"}
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
 def test_training_learns(tmp_path):
     """Four rows, learned by heart: what is read back through the grammar is what was recorded."""
     few = make_dataset(tmp_path / "few", lengths=(4,), dimensions=1)
-    spec = {"horizon": 1, "bins": 10, "image_size": 56, "crop": 1.0, "system": "Write."}
-    changes = {"steps": 120, "batch_size": 4, "learning_rate": 3e-3, "save_every": 120, "clip": 1.0, "spec": spec}
+    spec, action = {"image_size": 56, "crop": 1.0, "system": "Write."}, {"chunk_size": 1, "action_bins": 10}
+    changes = {
+        "num_steps": 120,
+        "batch_size": 4,
+        "learning_rate": 3e-3,
+        "save_every_n_steps": 120,
+        "max_grad_norm": 1.0,
+        "spec": spec,
+        "action": action,
+    }
     plain = {"mask": "none", "jitter": [0, 0, 0, 0]}
     config = config_of(few, tmp_path / "run", **changes, augmentation=plain)
     policy, source = VLA0.from_pretrained(main(config)), Source(config.data)
@@ -92,7 +103,7 @@ def test_another_recipe_in_the_same_folder_is_refused(dataset, tmp_path):
 def test_a_killed_run_never_leaves_half_a_checkpoint_as_last(dataset, tmp_path):
     """SIGKILL at random moments of a run that saves at every step; `last` always loads, and the run ends."""
     recipe = tmp_path / "recipe.json"  # JSON is YAML
-    recipe.write_text(json.dumps(make_recipe(dataset, tmp_path / "run", steps=60, save_every=1)))
+    recipe.write_text(json.dumps(make_recipe(dataset, tmp_path / "run", num_steps=60, save_every_n_steps=1)))
     command = [sys.executable, "-m", "vla0.cli", "train", "--config", str(recipe)]
     rng, reached = np.random.default_rng(0), [0]
     for _ in range(12):
@@ -146,7 +157,7 @@ def test_a_disk_without_room_for_checkpoints_is_refused_before_training(dataset,
     assert not list((tmp_path / "run").glob("s*"))
 
 
-THREE = {"steps": 3, "save_every": 3}  # of the fifteen rows no more than whole batches of four
+THREE = {"num_steps": 3, "save_every_n_steps": 3}  # of the fifteen rows no more than whole batches of four
 
 
 def losses(run):
@@ -157,7 +168,7 @@ def losses(run):
 def test_a_batch_in_parts_gives_the_losses_of_the_whole(dataset, tmp_path):
     """Steps' losses count each token alike, however many of them a part has."""
     main(config_of(dataset, tmp_path / "whole", batch_size=4, **THREE))
-    main(config_of(dataset, tmp_path / "parts", batch_size=1, accumulate=4, **THREE))
+    main(config_of(dataset, tmp_path / "parts", batch_size=1, gradient_accumulation_steps=4, **THREE))
     np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-4)
 
 
@@ -176,13 +187,13 @@ def test_what_lies_beside_old_checkpoints_is_left_alone(dataset, tmp_path):
         (tmp_path / "run" / f"{folder.name}-eval").mkdir()
         return {"success": 1.0 if folder.name == "step-000002" else 0.0}
 
-    main(config_of(dataset, tmp_path / "run", steps=6), evaluated)
+    main(config_of(dataset, tmp_path / "run", num_steps=6), evaluated)
     names = {folder.name for folder in (tmp_path / "run").glob("step-*")}
     assert names == {"step-000002", "step-000006", "step-000002-eval", "step-000004-eval", "step-000006-eval"}
 
 
 def test_the_log_tells_the_share_of_tokens_that_were_right(dataset, tmp_path):
-    main(config_of(dataset, tmp_path / "run", steps=30, save_every=30, learning_rate=3e-3))
+    main(config_of(dataset, tmp_path / "run", num_steps=30, save_every_n_steps=30, learning_rate=3e-3))
     state = json.loads((tmp_path / "run" / "state" / "checkpoint-30" / "trainer_state.json").read_text())
     shares = [line["token_accuracy"] for line in state["log_history"] if "loss" in line]
     assert len(shares) == 30
@@ -192,7 +203,8 @@ def test_the_log_tells_the_share_of_tokens_that_were_right(dataset, tmp_path):
 
 def test_the_error_of_actions_is_in_the_datasets_units_and_of_recorded_steps_only(dataset, tmp_path):
     config = config_of(dataset, tmp_path / "run", data={**make_recipe(dataset, tmp_path)["data"], "held_out": 1})
-    vlm, processor, spec = _start(config, source := Source(config.data), None)
+    vlm, processor, specs = _start(config, {MAIN: (source := Source(config.data))}, None)
+    spec = specs[MAIN]
 
     class Constant(VLA0):
         def predict_batch(self, observations, chunk_size=None):
@@ -207,9 +219,10 @@ def test_the_error_of_actions_is_in_the_datasets_units_and_of_recorded_steps_onl
 def batch_and_trainer(dataset, tmp_path, **changes):
     config = config_of(dataset, tmp_path / "run", **changes)
     source = Source(config.data)
-    vlm, processor, spec = _start(config, source, None)
-    collate = collator(Prompt(spec, processor), Augmentation())
-    trainer = VLA0Trainer(model=vlm, args=_arguments(config, tmp_path / "run"))
+    vlm, processor, specs = _start(config, {MAIN: source}, None)
+    spec = specs[MAIN]
+    collate = collator([Prompt(spec, processor)], Augmentation())
+    trainer = VLA0Trainer(model=vlm, args=arguments(config, tmp_path / "run", 4, 8))
     return collate([Samples(source, spec)[row] for row in (0, 5, 9)]), trainer
 
 
@@ -232,39 +245,26 @@ def test_logits_are_computed_only_where_there_are_labels(dataset, tmp_path):
 def test_accumulated_batches_give_the_gradient_of_the_whole(dataset, tmp_path):
     """Of batches with unequal numbers of labels, too: each token counts the same."""
     weights = []
-    for name, changes in {"whole": {"batch_size": 4}, "parts": {"batch_size": 2, "accumulate": 2}}.items():
+    for name, changes in {"whole": {"batch_size": 4}, "parts": {"batch_size": 2, "gradient_accumulation_steps": 2}}.items():
         config = config_of(
             dataset,
             tmp_path / name,
-            steps=1,
+            num_steps=1,
             augmentation={"mask": "none", "jitter": [0, 0, 0, 0]},
+            spec={**make_recipe(dataset, tmp_path)["spec"], "crop": 1.0},
             learning_rate=1e-2,
             **changes,
-        )
-        config = build(
-            TrainConfig,
-            {
-                **make_recipe(dataset, tmp_path / name),
-                **_plain(config),
-                "spec": {**make_recipe(dataset, tmp_path)["spec"], "crop": 1.0},
-            },
-            "test",
         )
         weights.append(trained_weights(main(config)))
     for name, one in weights[0].items():
         torch.testing.assert_close(one, weights[1][name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-def _plain(config):
-    import dataclasses
-
-    return dataclasses.asdict(config)
-
-
 def test_an_unknown_key_is_refused_and_the_nearest_named(dataset, tmp_path):
     for changes, near in (
-        ({"learning_rat": 1.0}, "learning_rate"),
-        ({"spec": {"bin": 10}}, "bins"),
+        ({"learning_rat": 1.0}, "training.learning_rate"),  # in the wrong section, too
+        ({"training": {"num_steps": 3, "learning_rat": 1.0}}, "learning_rate"),
+        ({"spec": {"image_siz": 10}}, "image_size"),
         ({"data": {"dataset": "x", "camera": {}}}, "cameras"),
         ({"augmentation": {"masks": "none"}}, "mask"),
     ):
@@ -275,9 +275,14 @@ def test_an_unknown_key_is_refused_and_the_nearest_named(dataset, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"steps": 0},
-        {"steps": "many"},
-        {"steps": 1.5},
+        {"num_steps": 0},
+        {"num_steps": "many"},
+        {"num_steps": 1.5},
+        {"num_epochs": 2.0},  # beside num_steps
+        {"training": {}},
+        {"warmup_ratio": 3.0},
+        {"keep_last": 0},
+        {"save_every_n_epochs": 1},  # beside save_every_n_steps
         {"learning_rate": 0.0},
         {"precision": "fp16"},
         {"data": "here"},
@@ -291,17 +296,22 @@ def test_an_incoherent_recipe_is_refused(dataset, tmp_path, changes):
 
 def test_a_recipe_without_a_needed_key_is_refused(dataset, tmp_path):
     recipe = make_recipe(dataset, tmp_path)
-    del recipe["steps"]
-    with pytest.raises(InputError, match="'steps'"):
+    del recipe["logging"]["output_dir"]
+    with pytest.raises(InputError, match="'output_dir'"):
         build(TrainConfig, recipe, "test")
 
 
 def test_overrides_go_over_the_file_and_deeper(tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text("output: a\nsteps: 5\ndata: {dataset: d, cameras: {front: key}}\nspec: {bins: 100}\n")
-    config = read_config(TrainConfig, file, ["steps=7", "spec.bins=50", "data.dataset=e", "learning_rate=1e-4"])
-    assert (config.steps, config.spec["bins"], config.data.dataset, config.learning_rate) == (7, 50, "e", 1e-4)
-    for bad in (["steps"], ["=3"], ["steps=[1"]):
+    content = (
+        "logging: {output_dir: a}\ntraining: {num_steps: 5}\ndata: {dataset: d, cameras: {front: key}}\nspec: {crop: 0.5}\n"
+    )
+    file.write_text(content)
+    overrides = ["training.num_steps=7", "spec.crop=0.7", "data.dataset=e", "training.learning_rate=1e-4"]
+    config = read_config(TrainConfig, file, overrides)
+    assert (config.training.num_steps, config.spec["crop"], config.data.dataset) == (7, 0.7, "e")
+    assert config.training.learning_rate == 1e-4
+    for bad in (["training"], ["=3"], ["training=[1"]):
         with pytest.raises(InputError):
             read_config(TrainConfig, file, bad)
     with pytest.raises(InputError, match="not there"):

@@ -12,7 +12,7 @@ VISION = r".*visual\.blocks\..*\.(attn\.qkv|attn\.proj|gate_proj|up_proj|down_pr
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Lora:
     """LoRA (arXiv 2106.09685) of all linear layers: each weight learns the product of two thin matrices."""
 
     rank: int = 0  # 0: all weights are trained
@@ -28,16 +28,14 @@ class Adapter:
             raise InputError("dropout in [0, 1)", f"{self.dropout}", "0 is usual")
 
 
-def adapted(model: Any, adapter: Adapter, freeze_vision: bool) -> Any:
+def adapted(model: Any, lora: Lora, freeze_vision: bool) -> Any:
     """The model, ready to train what a recipe lets change; in peft's wrapping where that is LoRA."""
-    if adapter.rank:
+    if lora.rank:
         from peft import LoraConfig, get_peft_model
 
         layers = LANGUAGE if freeze_vision else f"({LANGUAGE})|({VISION})"
-        settings: dict[str, Any] = {"lora_alpha": 2 * adapter.rank if adapter.alpha is None else adapter.alpha}
-        return get_peft_model(
-            model, LoraConfig(r=adapter.rank, lora_dropout=adapter.dropout, target_modules=layers, **settings)
-        )
+        settings: dict[str, Any] = {"lora_alpha": 2 * lora.rank if lora.alpha is None else lora.alpha}
+        return get_peft_model(model, LoraConfig(r=lora.rank, lora_dropout=lora.dropout, target_modules=layers, **settings))
     if freeze_vision:
         model.model.visual.requires_grad_(False)
     return model

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from vla0.bench.commands import app as bench_app
-from vla0.spec import InputError
+from vla0.spec import MAIN, InputError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -87,8 +87,8 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a VLM on a LeRobot dataset. The same command again goes on where it stopped."""
-    from vla0.recipe import read_config
-    from vla0.train import TrainConfig, main
+    from vla0.recipe import TrainConfig, read_config
+    from vla0.train import main
     from vla0.trial import measured
 
     quiet()
@@ -100,6 +100,7 @@ def train(
 @app.command("eval")
 def evaluate(
     checkpoint: Annotated[str, typer.Option(help="checkpoint folder or Hub id")],
+    embodiment: Annotated[str, typer.Option(help="of a checkpoint trained on a mixture: whose robot acts")] = MAIN,
     task: Annotated[list[str] | None, typer.Option(help="task to try; give it several times for several tasks")] = None,
     suite: Annotated[str | None, typer.Option(help="LIBERO: all tasks of spatial, object, goal, long or all four")] = None,
     env: Annotated[str, typer.Option(help="metaworld or libero")] = "metaworld",
@@ -138,6 +139,7 @@ def evaluate(
         beside = Path(checkpoint).resolve() if Path(checkpoint).is_dir() else Path("runs") / checkpoint.replace("/", "_")
         out = beside.with_name(f"{beside.name}-{'ablation' if ablation else 'eval'}")
     others = {
+        "embodiment": embodiment,
         "control": control or [],
         "inexact": inexact or [],
         "workers": workers,
@@ -216,14 +218,17 @@ def quiet() -> None:
         disable_progress_bar()
 
 
-def main() -> None:
-    """The entry point: bad input is one line and exit code 2; VLA0_DEBUG=1 shows where it came from."""
+def command(*words: str) -> None:
+    """The entry point, `words` before those of the command line: bad input is one line and exit code 2.
+
+    VLA0_DEBUG=1 shows where it came from.
+    """
     debug = bool(os.environ.get("VLA0_DEBUG"))
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("vla0").setLevel(logging.DEBUG if debug else logging.INFO)
     try:
-        app()
+        app([*words, *sys.argv[1:]])
     except InputError as error:
         if debug:
             raise
@@ -232,6 +237,11 @@ def main() -> None:
     except KeyboardInterrupt:
         print("vla0: interrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def main() -> None:
+    """`vla0`."""
+    command()
 
 
 if __name__ == "__main__":

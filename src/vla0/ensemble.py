@@ -65,15 +65,18 @@ def weighted_mean(rows: Sequence[np.ndarray], weights: Sequence[float]) -> np.nd
 class TemporalEnsemble:
     """Remembers the chunks that still reach the present, and averages what they say of one step."""
 
-    def __init__(self, horizon: int, replan: int = 1, weights: str | Sequence[float] = "v1"):
+    def __init__(self, horizon: int, replan: int = 1, weights: str | Sequence[float] = "v1", k: int | None = None):
+        """k: the newest chunks that are averaged; None: all that can predict one instant."""
         if not 1 <= replan <= horizon:
             raise InputError(f"replan in 1..{horizon} (the horizon)", f"{replan}", "a chunk holds no more steps than that")
         overlap = -(-horizon // replan)  # chunks that can predict one instant
+        overlap = min(overlap, k or overlap)
         self.weights = weights_by_age(weights, overlap)
         if overlap == 1 and weights != NONE:
             # The silent case behind the public reproductions' missing points (docs/differences.md).
+            newest = f", k {k}," if k else ","
             raise InputError(
-                "chunks that overlap", f"replan {replan} of horizon {horizon}, where ensembling would do nothing",
+                "chunks that overlap", f"replan {replan} of horizon {horizon}{newest} where ensembling would do nothing",
                 f"execute fewer steps per query, or say ensemble={NONE}",
             )  # fmt: skip
         self.horizon = horizon

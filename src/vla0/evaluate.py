@@ -38,6 +38,7 @@ class EvalConfig:
     image_size: int | None = None  # of the simulator's cameras; None: 112 in Meta-World, 256 in LIBERO
     start: str = "stock"  # of Meta-World's hand; from "above" one has to look
     fps: float = 80.0  # decisions a second in Meta-World: those of the policy's Spec
+    ensemble_k: int | None = None  # the newest chunks that are averaged: that of the policy's Spec
     quick: bool = False  # LIBERO without shadows, reflections and multisampling: faster on a CPU, other pictures
 
     def __post_init__(self):
@@ -83,7 +84,8 @@ def evaluate(
     render: film every step; without it the videos hold what the policy looked at.
     crew: who plays: processes here, or vla0.cluster.
     """
-    TemporalEnsemble(horizon, config.replan, config.ensemble)  # refuses what it must before anything starts
+    acting = (horizon, config.replan, config.ensemble, config.ensemble_k)
+    TemporalEnsemble(*acting)  # refuses what it must before anything starts
     out = Path(out)
     (out / "videos").mkdir(parents=True, exist_ok=True)
     _same_settings(out / "evaluation.json", {**asdict(config), **(identity or {})})
@@ -112,7 +114,6 @@ def evaluate(
                 if line["error"] is None:
                     progress.advance(bar)
 
-            acting = (horizon, config.replan, config.ensemble)
             play = Play(partial(make_env, config), acting, 1 if heavy else len(config.tasks), render)
             crew(policies, play, out, count).run(jobs, record)
     return lines

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import Trainer, TrainerCallback
 
 from vla0 import model as models
 from vla0.adapter import merged, plain
-from vla0.data import Samples
+from vla0.chart import chart
+from vla0.data import Mixture, Samples
 from vla0.policy import VLA0
-from vla0.spec import Spec
+from vla0.spec import MAIN, Spec
 
 Measure = Callable[[VLA0, Path], Mapping[str, float]]  # a policy tried in a simulator: must return "success"
 
@@ -27,13 +29,32 @@ class Keeper(TrainerCallback):
 
     trainer: Trainer
 
-    def __init__(self, output: Path, processor: Any, samples: Samples, held_out: Samples | None, measure: Measure | None):
-        self.output, self.spec, self.processor, self.samples = output, samples.spec, processor, samples
-        self.held_out, self.measure = held_out, measure
+    def __init__(
+        self,
+        output: Path,
+        processor: Any,
+        samples: Samples | Mixture,
+        specs: Mapping[str, Spec],
+        held_out: Mapping[str, Samples],
+        measure: Measure | None,
+        every: int = 0,
+        keep_last: int = 1,
+        sharded: bool = False,
+    ):
+        """specs, held_out: by embodiment. every: steps between two measurements, 0 for one at each save."""
+        self.output, self.processor, self.samples, self.specs = output, processor, samples, specs
+        self.held_out, self.measure, self.every, self.keep_last, self.sharded = held_out, measure, every, keep_last, sharded
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Tells the rows their epoch; resuming starts within one."""
         self.samples.epoch = int((state.epoch or 0) + 1e-6)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """What is measured is saved too: it may be the best."""
+        control.should_save |= self._due(state) and bool(self.every)
+
+    def _due(self, state) -> bool:
+        return not self.every or state.global_step % self.every == 0 or state.global_step >= state.max_steps
 
     def on_save(self, args, state, control, **kwargs):
         """Names the new checkpoint `last`, measures it, and names it `best` where it is."""
@@ -42,58 +63,87 @@ class Keeper(TrainerCallback):
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             whole = self.output / "state" / f"checkpoint-{state.global_step}"
             if (weights := merged(model)) is None:
-                models.publish(whole, self.output / step, self.processor, self.spec)
+                models.publish(whole, self.output / step, self.processor, self.specs)
             else:
-                models.save(self.output / step, plain(model), self.processor, self.spec, weights)
+                models.save(self.output / step, plain(model), self.processor, self.specs, weights)
             point(self.output / "last", step)
-        metrics = self._measured(state)
+        with torch.random.fork_rng():  # a run that goes on from here has measured nothing
+            metrics = self._measured(state, step) if self._due(state) else {}
         if state.is_world_process_zero:
-            text = card(self.spec, self.samples.source.config.dataset, state.global_step, metrics)
-            write_whole(self.output / step / "README.md", text)
+            write_whole(self.output / step / "README.md", card(self._specs(), state.global_step, metrics))
             self._rank(step, metrics)
             self._prune()
+            losses = [line for line in state.log_history if "loss" in line]
+            chart(losses, self._metrics(), self.output / step / "training.png")
 
-    def _measured(self, state) -> dict[str, float]:
-        metrics = {}
-        if self.held_out is not None:
-            metrics["held_out_loss"] = self.trainer.evaluate(self.held_out)["eval_loss"]  # type: ignore[arg-type]
-        if state.is_world_process_zero and (self.held_out is not None or self.measure is not None):
-            policy = VLA0(plain(self.trainer.accelerator.unwrap_model(self.trainer.model)), self.processor, self.spec)
-            if self.held_out is not None:
-                metrics |= {f"error/{d}": float(error) for d, error in enumerate(action_error(policy, self.held_out))}
-                self.trainer.log({f"held_out/{name}": value for name, value in metrics.items() if name.startswith("error")})
-            if self.measure is not None:
-                tried = self.measure(policy, self.output / "simulator" / f"step-{state.global_step:06d}")
-                self.trainer.log({f"simulator/{name}": value for name, value in tried.items()})
-                metrics |= tried
-            policy.model.train()
+    def _specs(self) -> dict[str, tuple[str, Spec]]:
+        """{embodiment: (dataset, Spec)}."""
+        parts = self.samples.parts if isinstance(self.samples, Mixture) else [self.samples]
+        return {n: (part.source.config.dataset, part.spec) for n, part in zip(self.specs, parts, strict=True)}
+
+    def _measured(self, state, step: str) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        if self.held_out:
+            parts = list(self.held_out.values())
+            rows = Mixture(parts, [1.0] * len(parts), places=[list(self.specs).index(name) for name in self.held_out])
+            metrics["held_out_loss"] = self.trainer.evaluate(rows)["eval_loss"]  # type: ignore[arg-type]
+        if not state.is_world_process_zero or not (self.held_out or self.measure):
+            return metrics
+        if self.sharded:  # no process has the weights whole; the checkpoint has
+            vlm, _ = models.load(self.output / step)
+        else:
+            vlm = plain(self.trainer.accelerator.unwrap_model(self.trainer.model))
+        for name, rows in self.held_out.items():
+            errors = action_error(VLA0(vlm, self.processor, self.specs[name]), rows)
+            metrics |= {f"{name}/error/{d}".lstrip("/"): float(error) for d, error in enumerate(errors)}
+        if self.held_out:
+            self.trainer.log({f"held_out/{name}": value for name, value in metrics.items() if "error/" in name})
+        if self.measure is not None:
+            policy = VLA0(vlm, self.processor, self.specs[MAIN])
+            tried = self.measure(policy, self.output / "simulator" / step)
+            self.trainer.log({f"simulator/{name}": value for name, value in tried.items()})
+            metrics |= tried
+        vlm.train()
         return metrics
 
-    def _rank(self, step: str, metrics: dict[str, float]) -> None:
+    def _metrics(self) -> list[dict[str, Any]]:
         file = self.output / "metrics.jsonl"
-        earlier = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-        earlier = [m for m in earlier if m["step"] < step] + [{"step": step, **metrics}]
-        write_whole(file, "".join(json.dumps(m) + "\n" for m in earlier))
-        score = (lambda m: m["success"]) if "success" in metrics else (lambda m: -m.get("held_out_loss", 0.0))
-        best = max(reversed(earlier), key=score) if metrics else earlier[-1]  # of equals the later
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def _rank(self, step: str, metrics: dict[str, float]) -> None:
+        every = [m for m in self._metrics() if m["step"] < step] + [{"step": step, **metrics}]
+        write_whole(self.output / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in every))
+        measure = next((name for name in ("success", "held_out_loss") if any(name in m for m in every)), None)
+        if measure is None:
+            best = every[-1]
+        else:  # of equals the later
+            sign = 1 if measure == "success" else -1
+            best = max((m for m in reversed(every) if measure in m), key=lambda m: sign * m[measure])
         if best["step"] == step or not (self.output / "best").exists():
             point(self.output / "best", step)
 
     def _prune(self) -> None:
         kept = {(self.output / name).resolve().name for name in ("last", "best")}
-        for folder in self.output.glob("step-*"):  # a checkpoint's evaluation lies beside it: step-000500-eval
-            if folder.name not in kept and folder.name.removeprefix("step-").isdecimal():
+        # A checkpoint's evaluation lies beside it: step-000500-eval
+        folders = sorted(f for f in self.output.glob("step-*") if f.name.removeprefix("step-").isdecimal())
+        for folder in folders[: -self.keep_last]:
+            if folder.name not in kept:
                 shutil.rmtree(folder)
 
 
-def card(spec: Spec, dataset: str, step: int, metrics: Mapping[str, float]) -> str:
+def card(specs: Mapping[str, tuple[str, Spec]], step: int, metrics: Mapping[str, float]) -> str:
     """The model card of a checkpoint: what it was trained on, what it takes and gives, what was measured, how to use it."""
+    dataset, spec = specs[MAIN]
     base = f"base_model: {spec.base_model}\n" if "/" in spec.base_model else ""
     data = f"datasets: [{dataset}]\n" if dataset.count("/") == 1 and not Path(dataset).exists() else ""
     images = ", ".join(f'"{camera}": {camera}' for camera in spec.cameras)
     state = "" if spec.state is None else ", state=state"
     lines = [f"| {name} | {value:.4g} |" for name, value in metrics.items()]
     measured = "\n".join(["| measured | |", "|---|---|", *lines]) if lines else "Nothing was measured while it was trained."
+    others = "".join(f'\n- `embodiment="{name}"`: {spec_line(own)}' for name, (_, own) in specs.items() if name != MAIN)
+    others = (
+        f"\nIt has learned other embodiments too, for `from_pretrained(..., embodiment=...)`:\n{others}\n" if others else ""
+    )
     relative = f", dimensions {list(spec.relative)} relative to the state" if spec.relative else ""
     return f"""---
 library_name: vla0
@@ -105,8 +155,9 @@ tags: [robotics, VLA-0, LeRobot]
 
 Trained from {spec.base_model} on {Path(dataset).name if not data else dataset}, {step} steps, by the method of
 [VLA-0](https://arxiv.org/abs/2510.13054). It takes pictures of {", ".join(spec.cameras)} and a sentence, and gives
-{spec.horizon} actions of {spec.dimensions} numbers at {spec.fps:g} a second{relative}. All that acting must know is in
-`vla0.json`.
+{spec_line(spec)}{relative}. All that acting must know is in `vla0.json`.
+{others}
+![loss, share of right tokens, and what was measured](training.png)
 
 {measured}
 
@@ -119,10 +170,15 @@ actions = model.predict({{{images}}}, "what the robot shall do"{state})  # ({spe
 """
 
 
+def spec_line(spec: Spec) -> str:
+    """What a policy gives."""
+    return f"{spec.horizon} actions of {spec.dimensions} numbers at {spec.fps:g} a second"
+
+
 def action_error(policy: VLA0, held_out: Samples, most: int = 64) -> np.ndarray:
     """(D,): mean distance, in the dataset's units, of decoded actions from recorded ones, over some rows spread evenly."""
     rows = np.unique(np.linspace(0, len(held_out) - 1, min(most, len(held_out))).astype(int))
-    samples = [held_out[int(row)][0] for row in rows]
+    samples = [held_out.sample(int(row)) for row in rows]
     errors = []
     for first in range(0, len(samples), 16):
         some = samples[first : first + 16]

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +84,16 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def save(folder: str | Path, model: Any, processor: Any, spec: Spec, weights: dict[str, torch.Tensor] | None = None) -> None:
+def save(
+    folder: str | Path,
+    model: Any,
+    processor: Any,
+    specs: Mapping[str, Spec],
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """Writes a self-sufficient checkpoint folder; at `folder` there is never a half-written one.
 
-    weights: to write in place of the model's own.
+    specs: by embodiment. weights: to write in place of the model's own.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
@@ -95,18 +101,20 @@ def save(folder: str | Path, model: Any, processor: Any, spec: Spec, weights: di
     partial.mkdir(parents=True)
     model.save_pretrained(partial, state_dict=weights)
     processor.save_pretrained(partial)
-    spec.save(partial)
+    for embodiment, spec in specs.items():
+        spec.save(partial, embodiment)
     put_in_place(partial, folder)
 
 
-def publish(state: Path, folder: Path, processor: Any, spec: Spec) -> None:
+def publish(state: Path, folder: Path, processor: Any, specs: Mapping[str, Spec]) -> None:
     """A clean checkpoint folder out of a Trainer's: no pickle, weights as hard links where the disk has them."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     link_files(state, partial, lambda file: file.name != "trainer_state.json" and file.suffix in (".safetensors", ".json"))
     processor.save_pretrained(partial)
-    spec.save(partial)
+    for embodiment, spec in specs.items():
+        spec.save(partial, embodiment)
     put_in_place(partial, folder)
 
 

@@ -15,7 +15,7 @@ from vla0.decode.draft import filled
 from vla0.decode.inexact import inexact
 from vla0.prompt import Prompt
 from vla0.rollout import ChunkPolicy
-from vla0.spec import InputError, Observation, Spec, offset
+from vla0.spec import MAIN, InputError, Observation, Spec, embodiments, offset
 
 
 class VLA0:
@@ -23,24 +23,35 @@ class VLA0:
 
     def __init__(self, vlm: Any, processor: Any, spec: Spec, replan: int = 1, weights: str | Sequence[float] | None = None):
         self.model, self.processor, self.spec = vlm.eval(), processor, spec
+        self.specs = {MAIN: spec}  # that `save_pretrained` writes
         self.prompt, self.codec = Prompt(spec, processor), ActionCodec(spec)
         self.decoder, self.mode = decoder(self.model, self.prompt), None
-        self.acting(replan, weights or ("v1" if spec.horizon > replan else ensemble.NONE))
+        averaged = min(-(-spec.horizon // replan), spec.ensemble_k or spec.horizon) > 1
+        self.acting(replan, weights or ("v1" if averaged else ensemble.NONE))
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto"
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        embodiment: str = MAIN,
     ) -> Self:
-        """The policy of a checkpoint folder or Hub id. Raises InputError where it is not one, or not whole."""
+        """The policy of a checkpoint folder or Hub id. Raises InputError where it is not one, or not whole.
+
+        embodiment: of a checkpoint trained on a mixture, the name of the dataset whose robot is to act; default the first.
+        """
         folder = model.locate(path)
-        spec = Spec.load(folder)
-        return cls(*model.load(folder, device, dtype), spec)
+        spec = Spec.load(folder, embodiment)
+        policy = cls(*model.load(folder, device, dtype), spec)
+        policy.specs = {name: Spec.load(folder, name) for name in embodiments(folder)}
+        return policy
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a folder that `from_pretrained` and transformers read."""
         if self.mode is not None:
             raise InputError("the exact policy, to save", f"one made {self.mode}", "save the one that it was made from")
-        model.save(path, self.model, self.processor, self.spec)
+        model.save(path, self.model, self.processor, self.specs)
 
     def eval(self) -> Self:
         """Itself, the model in evaluation mode (it is so from the start)."""
@@ -91,15 +102,15 @@ class VLA0:
     def ensemble_actions(
         self, chunks: Sequence[np.ndarray], k: int | None = None, weights: str | Sequence[float] = "v1"
     ) -> np.ndarray:
-        """(D,): the action of now, from chunks queried at successive steps, newest last."""
-        return ensemble.ensemble_actions(chunks, k, weights)
+        """(D,): the action of now, from chunks queried at successive steps, newest last; k: default the Spec's."""
+        return ensemble.ensemble_actions(chunks, k or self.spec.ensemble_k, weights)
 
     def acting(self, replan: int = 1, weights: str | Sequence[float] = "v1") -> Self:
         """Itself, set to execute `replan` steps per query and to ensemble by `weights` (vla0.ensemble)."""
         steps = ensemble.steps_used(self.spec.horizon, replan, weights)
         predict = lambda observation: self.predict_batch([observation], steps)[0]  # noqa: E731
         self.settings = replan, weights
-        self._acting = ChunkPolicy(predict, self.spec.horizon, replan, weights)
+        self._acting = ChunkPolicy(predict, self.spec.horizon, replan, weights, self.spec.ensemble_k)
         return self
 
     def act(self, observation: Observation) -> np.ndarray:

@@ -1,8 +1,11 @@
-"""YAML and `key=value` → a frozen dataclass. Unknown keys are errors that name the nearest known one."""
+"""A recipe: what it may say, and how it is read. Unknown keys are errors that name the nearest known one."""
 
 import dataclasses
+import difflib
+import types
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,114 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vla0.spec import InputError, refuse_unknown
+from vla0.adapter import Lora
+from vla0.data import Augmentation
+from vla0.source import DataConfig
+from vla0.spec import InputError, Spec, refuse_unknown
+
+LOOKS = ("image_size", "crop", "tile", "history", "vision_id", "system")  # fields of Spec that a recipe gives by their names
+UNITS = ("steps", "epochs")
+PLAIN = (int, float, str, bool, types.NoneType)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which VLM, and what of it is trained."""
+
+    name: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # Hub id, folder, or "tiny"
+    freeze_vision_encoder: bool = False  # the vision tower stays as it is
+    lora: Lora = field(default_factory=Lora)
+    tiny: Mapping[str, Any] = field(default_factory=dict)  # arguments of vla0.model.tiny_model
+
+
+@dataclass(frozen=True)
+class ActionConfig:
+    """How actions are written. Saved as `horizon`, `bins` and `ensemble_k` of the Spec."""
+
+    chunk_size: int = Spec.horizon  # H, steps that a chunk predicts
+    action_bins: int = Spec.bins  # levels are 0..action_bins inclusive
+    ensemble_k: int | None = None  # the newest chunks that acting averages; None: all that reach the instant
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how fast, with what. Defaults are the published ones for one GPU where there is one."""
+
+    num_steps: int | None = None  # or
+    num_epochs: float | None = None  # over the rows that are trained on
+    batch_size: int = 8  # per device
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-6  # never scaled by the batch
+    lr_scheduler: str = "constant"  # a name of transformers' schedulers
+    warmup_ratio: float = 0.0  # share of the steps
+    weight_decay: float = 1e-10
+    max_grad_norm: float = 0.0  # 0 leaves the gradient alone
+    optimizer: str = "adamw_torch_fused"  # a name of transformers' optimisers; adamw_8bit needs bitsandbytes
+    gradient_checkpointing: bool = False  # less memory, more time
+    shard: bool = False  # over the processes of torchrun or accelerate: FSDP2
+    precision: str = "bf16"  # or "fp32"; fp16 diverges
+    seed: int = 0
+
+    def __post_init__(self):
+        if (self.num_steps is None) == (self.num_epochs is None):
+            got = "neither" if self.num_steps is None else f"{self.num_steps} and {self.num_epochs}"
+            raise InputError("training.num_steps or training.num_epochs", got, "give one of them")
+        for name in ("num_steps", "num_epochs", "batch_size", "gradient_accumulation_steps"):
+            _positive(name, getattr(self, name))
+        if not self.learning_rate > 0:
+            raise InputError("learning_rate > 0", f"{self.learning_rate}", "5e-6 is the published one")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise InputError("warmup_ratio in 0..1", f"{self.warmup_ratio}", "it is a share of the steps")
+        if self.precision not in ("bf16", "fp32"):
+            raise InputError("precision: bf16 or fp32", f"'{self.precision}'", "fp16 was found to diverge: use bf16")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where things go, and how often. Every N epochs, or every N steps; TensorBoard is always written."""
+
+    output_dir: str  # folder of the run: checkpoints, last, best, TensorBoard
+    log_every_n_steps: int = 20
+    save_every_n_steps: int | None = None  # steps that a killed run loses at most
+    save_every_n_epochs: float | None = None  # neither: every 500 steps
+    eval_every_n_steps: int | None = None  # held-out episodes, and the simulator where the recipe names one
+    eval_every_n_epochs: float | None = None  # neither: at each save
+    keep_last: int = 1  # checkpoints, beside `best`
+    wandb: bool | str = False  # true, or the name of a project
+    trackio: bool | str = False  # likewise
+
+    def __post_init__(self):
+        for name in (
+            "log_every_n_steps",
+            "keep_last",
+            *(f"{what}_every_n_{unit}" for what in ("save", "eval") for unit in UNITS),
+        ):
+            _positive(name, getattr(self, name))
+        for what in ("save", "eval"):
+            if None not in (every := [getattr(self, f"{what}_every_n_{unit}") for unit in UNITS]):
+                raise InputError(f"{what}_every_n_steps or {what}_every_n_epochs", f"{every}", "give one of them")
+
+    def steps(self, what: str, per_epoch: float, default: int) -> int:
+        """Steps between two saves or evaluations ("save", "eval"); per_epoch: steps of an epoch."""
+        steps, epochs = (getattr(self, f"{what}_every_n_{unit}") for unit in UNITS)
+        return steps or (max(1, round(epochs * per_epoch)) if epochs else default)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A recipe. Keys have the names of the method's public write-up where it has one."""
+
+    data: DataConfig
+    training: TrainingConfig
+    logging: LoggingConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    action: ActionConfig = field(default_factory=ActionConfig)
+    spec: Mapping[str, Any] = field(default_factory=dict)  # further fields of Spec: how pictures and the system text look
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    simulator: Mapping[str, Any] | None = None  # an evaluation (vla0.evaluate.EvalConfig), tried with the held-out episodes
+
+    def __post_init__(self):
+        refuse_unknown(self.spec, LOOKS, "spec")
 
 
 def read_config(cls: type, file: str | Path, overrides: Sequence[str] = ()) -> Any:
@@ -29,20 +139,35 @@ def build(cls: type, content: Any, where: str) -> Any:
     """A frozen dataclass of a mapping, dataclasses inside it too. Raises InputError for what does not fit."""
     if not isinstance(content, Mapping):
         raise InputError(f"a mapping in {where}", f"{content!r}", f"give keys of {cls.__name__}")
-    types = typing.get_type_hints(cls)
-    refuse_unknown(map(str, content), types, where)
+    kinds = typing.get_type_hints(cls)
+    deeper = {f.name: f"{name}.{f.name}" for name, kind in kinds.items() for f in _fields(kind)}
+    for key in map(str, content):
+        if key not in kinds:
+            near = difflib.get_close_matches(key, [*kinds, *deeper], n=1, cutoff=0.0)[0]
+            raise InputError(f"a known key in {where}", f"unknown key '{key}'", f"did you mean '{deeper.get(near, near)}'?")
     values = {}
     for key, value in content.items():
-        kind = types[key]
+        kind = kinds[key]
+        choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
         if dataclasses.is_dataclass(kind):
             value = build(typing.cast(type, kind), value, f"{where}: {key}")
-        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        elif float in choices and type(value) is int:
             value = float(value)
-        elif kind in (int, float, str, bool) and type(value) is not kind:
-            raise InputError(f"{key} as {kind.__name__} in {where}", f"{value!r}", "correct the recipe")
+        elif all(choice in PLAIN for choice in choices) and type(value) not in choices:
+            names = " or ".join("null" if choice is types.NoneType else choice.__name__ for choice in choices)
+            raise InputError(f"{key} as {names} in {where}", f"{value!r}", "correct the recipe")
         values[key] = value
     needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
     for name in needed:
         if name not in values:
-            raise InputError(f"'{name}' in {where}", "nothing", f"add {name}: {types[name]}")
+            raise InputError(f"'{name}' in {where}", "nothing", f"add {name}: {kinds[name]}")
     return cls(**values)
+
+
+def _fields(kind: Any) -> tuple[Any, ...]:
+    return dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not (value > 0 if isinstance(value, float) else value >= 1):
+        raise InputError(f"{name} > 0", f"{value}", "give a number above nothing")

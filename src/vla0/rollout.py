@@ -50,9 +50,10 @@ class ChunkPolicy:
         horizon: int,
         replan: int = 1,
         weights: str | Sequence[float] = "v1",
+        k: int | None = None,
     ):
         self.predict, self.replan = predict, replan
-        self.ensemble = TemporalEnsemble(horizon, replan, weights)
+        self.ensemble = TemporalEnsemble(horizon, replan, weights, k)
         self.reset()
 
     def reset(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Self
 import numpy as np
 
 SPEC_FILE = "vla0.json"
+MAIN = ""  # the embodiment whose Spec is `vla0.json`; that of another one is `vla0.NAME.json`
 SPEC_VERSION = 1
 
 SYSTEM = (  # VLA-0, arXiv 2510.13054, section 3; the four names are filled in from the Spec
@@ -24,11 +25,13 @@ SYSTEM = (  # VLA-0, arXiv 2510.13054, section 3; the four names are filled in f
 class InputError(ValueError):
     """Input that cannot be used: says what was expected, what came, and how to mend it."""
 
-    def __init__(self, expected: str, got: str, remedy: str):
+    def __init__(self, expected: str, got: str | None = None, remedy: str | None = None):
         super().__init__(expected, got, remedy)
 
     def __str__(self) -> str:
         expected, got, remedy = self.args
+        if got is None:  # torch hands on the error of a worker's process as one text, its traceback before it
+            return expected.rpartition("InputError: ")[2].strip()
         return f"expected {expected}; got {got}; {remedy}"
 
 
@@ -69,7 +72,9 @@ class Spec:
     vision_id: bool = False  # "Picture 1: " before an image
     state: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # (low, high) of a state written into the prompt
     relative: tuple[int, ...] = ()  # action dimensions given as differences from the same dimension of the state
+    depth: tuple[tuple[str, float, float], ...] = ()  # (camera, near, far): a camera of depth maps, black to white, metres
     system: str = SYSTEM
+    ensemble_k: int | None = None  # the newest chunks that acting averages; None: all that reach the instant
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -93,6 +98,15 @@ class Spec:
             all(_whole(d, 0) and d < len(self.low) for d in self.relative) and len(set(self.relative)) == len(self.relative),
             f"relative, dimensions in 0..{len(self.low) - 1}, each once", self.relative, "name action dimensions from 0",
         )  # fmt: skip
+        spans = {span[0]: span[1:] for span in self.depth if isinstance(span, tuple) and len(span) == 3}
+        _check(
+            len(spans) == len(self.depth) and all(c in self.cameras and 0 <= near < far for c, (near, far) in spans.items()),
+            "depth, (camera, near, far) in metres, each camera once", self.depth, "e.g. depth: {top: [0.2, 1.5]}",
+        )  # fmt: skip
+        _check(
+            self.ensemble_k is None or (_whole(self.ensemble_k, 1) and self.ensemble_k <= self.horizon),
+            f"ensemble_k in 1..{self.horizon} (the horizon)", self.ensemble_k, "no more chunks reach an instant",
+        )  # fmt: skip
         try:
             self.system_text()
         except (KeyError, IndexError, ValueError) as error:
@@ -113,15 +127,18 @@ class Spec:
         """The system turn, with this Spec's numbers filled in."""
         return self.system.format(horizon=self.horizon, dimensions=self.dimensions, numbers=self.numbers, bins=self.bins)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes `vla0.json` into the folder."""
+    def save(self, folder: str | Path, embodiment: str = MAIN) -> None:
+        """Writes `vla0.json` into the folder, or that of another embodiment."""
         content = {"version": SPEC_VERSION, **dataclasses.asdict(self)}
-        (Path(folder) / SPEC_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (Path(folder) / spec_file(embodiment)).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
+    def load(cls, folder: str | Path, embodiment: str = MAIN) -> Self:
         """The Spec of a checkpoint folder. Raises InputError where there is none, or one that is not understood."""
-        file = Path(folder) / SPEC_FILE
+        file = Path(folder) / spec_file(embodiment)
+        if not file.is_file() and embodiment != MAIN:
+            known = [name for name in embodiments(folder) if name != MAIN]
+            raise InputError(f"an embodiment of '{folder}': {known}", f"'{embodiment}'", "choose one of those, or none")
         if not file.is_file():
             raise InputError(f"a checkpoint folder with {SPEC_FILE}", f"'{folder}' without it", "train one with `vla0 train`")
         try:
@@ -140,11 +157,22 @@ class Spec:
             raise InputError(f"a complete {SPEC_FILE}", str(error), "fetch the checkpoint again") from None
 
 
+def spec_file(embodiment: str = MAIN) -> str:
+    """The name of the file that holds an embodiment's Spec."""
+    return SPEC_FILE if embodiment == MAIN else f"vla0.{embodiment}.json"
+
+
+def embodiments(folder: str | Path) -> list[str]:
+    """The embodiments of a checkpoint folder, MAIN first."""
+    return [MAIN, *(found.name.split(".")[1] for found in sorted(Path(folder).glob(spec_file("*"))))]
+
+
 @dataclass(frozen=True)
 class Observation:
     """What the policy is given at one instant."""
 
-    images: Mapping[str, np.ndarray]  # camera → (h, w, 3) uint8 RGB, upright; (history, h, w, 3) where Spec.history > 1
+    images: Mapping[str, np.ndarray]  # camera → (h, w, 3) uint8 RGB, upright; (history, h, w, 3) where Spec.history > 1;
+    #                                   of a camera in Spec.depth (h, w) or (h, w, 1): metres as floats, millimetres as integers
     instruction: str
     state: np.ndarray | None = None  # (S,) in the dataset's units
     captured_at: float | None = None  # monotonic seconds of the oldest frame

@@ -20,7 +20,7 @@ from vla0.parallel import Crew, Predict
 from vla0.policy import VLA0
 from vla0.recipe import build
 from vla0.report import write_report
-from vla0.spec import InputError, Spec
+from vla0.spec import MAIN, InputError, Spec
 from vla0.table import mean_success, summary
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def trial(
     render: bool = False,
     ray: str | None = None,
     inexact: Sequence[str] = (),
+    embodiment: str = MAIN,
 ) -> list[dict[str, Any]]:
     """The lines of episodes.jsonl in `out`, where a report.html lies then. Goes on where it was interrupted.
 
@@ -54,10 +55,10 @@ def trial(
     for kind, given, known in (("control", control, CONTROLS), ("mode", inexact, tuple(MODES))):
         if wrong := [name for name in given if name not in known]:
             raise InputError(f"a {kind} of {known}", f"'{wrong[0]}'", "choose one of those")
-    policy = VLA0.from_pretrained(checkpoint, device if ray is None else "cpu")
+    policy = VLA0.from_pretrained(checkpoint, device if ray is None else "cpu", embodiment=embodiment)
     spec = policy.spec
     fit(spec, settings.env)
-    settings = replace(settings, fps=spec.fps)
+    settings = replace(settings, fps=spec.fps, ensemble_k=spec.ensemble_k)
     mark = fingerprint(policy.model, spec)
     identity = {"checkpoint": mark, "versions": simulator(settings.env).provenance()}
     names = ("policy", *inexact, *control)
@@ -65,7 +66,10 @@ def trial(
     if ray is None:
         crew, given = Crew, bring(policy)
     else:
-        crew, given = partial(Cluster, ray, partial(_load, checkpoint, device, mark, bring)), dict.fromkeys(names, _elsewhere)
+        crew, given = (
+            partial(Cluster, ray, partial(_load, checkpoint, device, embodiment, mark, bring)),
+            dict.fromkeys(names, _elsewhere),
+        )
     lines = evaluate(given, spec.horizon, settings, out, workers, identity=identity, render=render, crew=crew)
     write_report(out, f"{checkpoint} on {settings.env}")
     done = Counter((line["policy"], line["task"]) for line in lines if line["error"] is None)
@@ -171,7 +175,7 @@ def measured(simulator: Mapping[str, Any] | None) -> Callable[[VLA0, Path], dict
     settings = build(EvalConfig, simulator, "simulator")
 
     def measure(policy: VLA0, out: Path) -> dict[str, float]:
-        own = replace(settings, fps=policy.spec.fps)
+        own = replace(settings, fps=policy.spec.fps, ensemble_k=policy.spec.ensemble_k)
         lines = evaluate({"policy": policy.predict_batch}, policy.spec.horizon, own, out)
         return {"success": mean_success(summary(lines)["policy"])}
 
@@ -182,9 +186,11 @@ def _spec(checkpoint: str) -> Spec:
     return Spec.load(locate(checkpoint))
 
 
-def _load(checkpoint: str, device: str | None, mark: str, bring: Callable[[VLA0], dict[str, Predict]]) -> dict[str, Predict]:
+def _load(
+    checkpoint: str, device: str | None, embodiment: str, mark: str, bring: Callable[[VLA0], dict[str, Predict]]
+) -> dict[str, Predict]:
     """The policies on a cluster's machine, whose folder of that name may hold something else."""
-    policy = VLA0.from_pretrained(checkpoint, device)
+    policy = VLA0.from_pretrained(checkpoint, device, embodiment=embodiment)
     if (found := fingerprint(policy.model, policy.spec)) != mark:
         raise InputError(f"the checkpoint {mark} in '{checkpoint}'", f"{found}", "copy the same to every machine")
     return bring(policy)

@@ -1,5 +1,7 @@
 """Frames → the image(s) the model sees: crop, resize, jitter, tile. One function for training and acting."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from PIL import Image
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
@@ -19,22 +21,38 @@ def compose(
     """The images (h, w, 3) uint8 the model sees: one of (image_size, image_size * cameras * history, 3), or one each.
 
     rng None: centre crop, no jitter (acting). Else a random crop and jitter for each camera, the same for all its
-    frames (training). Raises InputError for a missing camera, or frames that are not uint8 RGB of one size.
+    frames (training). Depth maps become grey pictures, near black and far white, and are not jittered: their greys are
+    distances. Raises InputError for a missing camera, or frames that are not uint8 RGB of one size.
     """
-    frames = []
+    frames, spans = [], {camera: span for camera, *span in spec.depth}
     for camera in spec.cameras:
-        stack = _frames(observation, camera, spec.history)
-        place, adjust = _draw(rng, jitter)
+        stack = _frames(observation, camera, spec.history, spans.get(camera))
+        place, adjust = _draw(rng, (0.0,) * 4 if camera in spans else jitter)
         frames += [_square(frame, spec, place, adjust) for frame in stack]
     return [np.concatenate(frames, axis=1)] if spec.tile else frames
 
 
-def _frames(observation: Observation, camera: str, history: int) -> np.ndarray:
-    """(history, h, w, 3) uint8: a camera's frames, checked."""
+def grey(depth: np.ndarray, near: float, far: float) -> np.ndarray:
+    """(*, h, w, 3) uint8 of depth maps (*, h, w): near and nearer 0, far and farther 255; what is not measured is 255.
+
+    depth: metres where they are floats, millimetres where they are integers, as cameras give them (and LeRobot reads
+    them). Sensors write 0, infinity or nothing where they measured nothing.
+    """
+    metres = depth.astype(np.float64) / (1.0 if np.issubdtype(depth.dtype, np.floating) else 1000.0)
+    metres = np.where(np.isfinite(metres) & (metres > 0), metres, far)
+    levels = np.rint(np.clip((metres - near) / (far - near), 0, 1) * 255).astype(np.uint8)
+    return np.repeat(levels[..., None], 3, axis=-1)
+
+
+def _frames(observation: Observation, camera: str, history: int, span: Sequence[float] | None = None) -> np.ndarray:
+    """(history, h, w, 3) uint8: a camera's frames, checked. span: near and far of depth maps, in metres."""
     if camera not in observation.images:
         got = f"cameras {sorted(observation.images)}"
         raise InputError(f"camera '{camera}'", got, "pass images={camera: array} for each of the checkpoint's cameras")
     frames = np.asarray(observation.images[camera])
+    if span is not None:
+        frames = _depths(frames, camera, history)
+        frames = grey(frames, *span)
     shape = "(h, w, 3)" if history == 1 else f"({history}, h, w, 3)"
     if history == 1 and frames.ndim == 3:
         frames = frames[None]
@@ -44,6 +62,19 @@ def _frames(observation: Observation, camera: str, history: int) -> np.ndarray:
         )
     if frames.dtype != np.uint8:
         raise InputError(f"'{camera}' of dtype uint8", f"{frames.dtype}", "multiply a 0-1 float image by 255 and convert")
+    return frames
+
+
+def _depths(frames: np.ndarray, camera: str, history: int) -> np.ndarray:
+    """Depth maps (h, w) or (history, h, w), checked."""
+    if frames.ndim > 2 and frames.shape[-1] == 1:
+        frames = frames[..., 0]
+    wide = np.issubdtype(frames.dtype, np.floating) or frames.dtype in (np.uint16, np.int32)
+    if frames.ndim != (2 if history == 1 else 3) or not wide:
+        raise InputError(
+            f"'{camera}', depth maps (h, w) of metres as floats or millimetres as uint16",
+            f"shape {frames.shape} of {frames.dtype}", "pass the sensor's depths, not a picture of them",
+        )  # fmt: skip
     return frames
 
 

@@ -42,8 +42,7 @@ def decode(
     benchmark.refuse(batches, replans, chunks, policy.spec.horizon, ways)
     episodes = None
     if recipe is not None:
-        from vla0.recipe import read_config
-        from vla0.train import TrainConfig
+        from vla0.recipe import TrainConfig, read_config
 
         episodes = recorded(read_config(TrainConfig, recipe, []).data, policy.spec)
     rows = benchmark.bench(policy, batches, replans, chunks, ways, episodes)

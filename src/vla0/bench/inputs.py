@@ -9,8 +9,8 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vla0 import model as models
-from vla0.data import DataConfig, Source
 from vla0.policy import VLA0
+from vla0.source import DataConfig, Source
 from vla0.spec import Observation, Spec
 
 Episodes = Callable[[int], Iterator[Observation]]  # an episode's number → its observations, step by step, without an end

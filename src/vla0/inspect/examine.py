@@ -1,5 +1,6 @@
 """What is in a dataset, what its numbers lose as text, what the model will see, what training takes."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -12,13 +13,13 @@ import torch
 from transformers import AutoProcessor
 
 from vla0.codec import ActionCodec
-from vla0.data import DataConfig, Source, open_dataset
 from vla0.doctor import MODELS, TRAINING
 from vla0.model import TINY, default_device, locate
 from vla0.prompt import Prompt
-from vla0.recipe import read_config
-from vla0.spec import InputError, Sample, Spec, offset
-from vla0.train import TrainConfig, spec_of, tiny_of
+from vla0.recipe import LoggingConfig, TrainConfig, TrainingConfig, read_config
+from vla0.source import DataConfig, Source, open_dataset
+from vla0.spec import MAIN, InputError, Sample, Spec, offset
+from vla0.train import spec_of, tiny_of
 from vla0.vision import compose
 
 PICTURES = 6  # shown
@@ -86,8 +87,8 @@ def recipe(words: Sequence[str], file: Path | None = None) -> TrainConfig:
         raise InputError(f"--config, a recipe for {overrides[0]} to change", "none", "name one, or leave that out")
     if not named:
         raise InputError("a dataset or --config", "neither", "name a folder, a Hub id or a recipe")
-    meta = open_dataset(named[0]).meta
-    return TrainConfig("", guessed(named[0], meta.camera_keys), max(1, int(meta.total_frames) // TrainConfig.batch_size))
+    data = guessed(named[0], open_dataset(named[0]).meta.camera_keys)
+    return TrainConfig(data, TrainingConfig(num_epochs=1.0), LoggingConfig(""))
 
 
 def examine(config: TrainConfig) -> Survey:
@@ -96,25 +97,27 @@ def examine(config: TrainConfig) -> Survey:
     spec = spec_of(config, source)
     starts, counts = np.unique(source.start, return_counts=True)
     chosen = starts[np.linspace(0, len(starts) - 1, min(TRIED, len(starts))).astype(int)]
-    samples = [_readable(source, int(start + (source.end[start] - start) // 2), spec) for start in chosen]
+    samples = [source.sample(int((start + source.end[start]) // 2), spec.horizon, spec.history) for start in chosen]
     parameters, processor = _model(config, spec, source)
     prompt_tokens, answer_tokens = _tokens(samples[:8], spec, processor)
     dimensions = _dimensions(source, spec)
     still = np.abs(np.diff(source.actions, axis=0)) <= (np.array(spec.high) - spec.low) / spec.bins / 2
     inside = source.start[1:] == source.start[:-1]
     idle = float(np.all(still, axis=1)[inside].mean()) if inside.any() else 0.0
-    batch = config.batch_size * config.accumulate
+    training = config.training
+    batch = training.batch_size * training.gradient_accumulation_steps
+    steps = training.num_steps or math.ceil((training.num_epochs or 0) * len(source) / batch)
     hours = None
     if parameters is not None and prompt_tokens is not None:
-        work = 6 * parameters * (prompt_tokens + answer_tokens) * batch * config.steps
-        hours = work / rate(config.precision) / 3600
+        work = 6 * parameters * (prompt_tokens + answer_tokens) * batch * steps
+        hours = work / rate(training.precision) / 3600
     episodes_of = {int(start): source.tasks[source.task_of[start]] for start in starts}
     return Survey(
         config.data.dataset, len(starts), len(source), source.fps,
         (int(counts.min()), int(np.median(counts)), int(counts.max())),
         dict(Counter(episodes_of.values()).most_common()),
         {name: _camera(source, key) for name, key in config.data.cameras.items()},
-        dimensions, idle, prompt_tokens, answer_tokens, config.steps, batch, hours,
+        dimensions, idle, prompt_tokens, answer_tokens, steps, batch, hours,
         None if parameters is None else TRAINING * parameters,
         tuple(_problems(source, dimensions, idle, counts)),
         tuple(compose(sample.observation, spec)[0] for sample in samples[:: max(1, len(samples) // PICTURES)][:PICTURES]),
@@ -134,15 +137,6 @@ def rate(precision: str) -> float:
         (left @ left).sum().item()  # waits for the device
         best = min(best, time.perf_counter() - started)
     return SHARE.get(device.type, 0.35) * 2 * size**3 / best
-
-
-def _readable(source: Source, row: int, spec: Spec) -> Sample:
-    try:
-        return source.sample(row, spec.horizon, spec.history)
-    except Exception as error:  # decoders raise dozens of kinds; each means that this episode cannot be trained on
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        where = f"episode {int(source.episode_of[row])}, frame {row - int(source.start[row])}"
-        raise InputError("readable pictures", f"{where}: {reason}", "mend or drop that episode") from error
 
 
 def _dimensions(source: Source, spec: Spec) -> tuple[Dimension, ...]:
@@ -190,12 +184,12 @@ def _tokens(samples: Sequence[Sample], spec: Spec, processor: Any) -> tuple[int 
 
 def _model(config: TrainConfig, spec: Spec, source: Source) -> tuple[float | None, Any]:
     """(parameters, processor) of the recipe's model; None for what is not known or not at hand."""
-    if config.model == TINY:
-        model, processor = tiny_of(config, spec, source)
+    if config.model.name == TINY:
+        model, processor = tiny_of(config, {MAIN: spec}, {MAIN: source})
         return float(sum(weight.numel() for weight in model.parameters())), processor
-    parameters = next((count for name, count in MODELS.items() if name in config.model), None)
+    parameters = next((count for name, count in MODELS.items() if name in config.model.name), None)
     try:
-        return parameters, AutoProcessor.from_pretrained(locate(config.model, weights=False))
+        return parameters, AutoProcessor.from_pretrained(locate(config.model.name, weights=False))
     except (OSError, InputError):
         return parameters, None
 

@@ -1,0 +1,47 @@
+"""How a training went, as one picture: loss, share of right tokens, and what was measured on the way."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+BLUE, GREY = "#3b6fd4", "#9aa5b8"
+
+
+def chart(losses: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Draws a PNG. losses: lines of the log, with step and loss; metrics: lines of metrics.jsonl, "step-N" and numbers."""
+    from matplotlib.figure import Figure
+
+    measured = [m for m in metrics if len(m) > 1]
+    errors = sorted({name for m in measured for name in m if "error/" in name})
+    panels = 1 + any("token_accuracy" in line for line in losses) + bool(errors) + any("success" in m for m in measured)
+    figure = Figure(figsize=(4.2 * panels, 3.2), layout="constrained")
+    axes = iter(figure.subplots(1, panels, squeeze=False)[0])
+
+    def steps(lines):
+        return [int(str(line["step"]).rpartition("-")[2]) for line in lines]
+
+    def panel(title, *curves):
+        own = next(axes)
+        for name, lines, key, style in curves:
+            lines = [line for line in lines if key in line]
+            own.plot(steps(lines), [line[key] for line in lines], label=name, **style)
+        own.set(xlabel="training step", title=title)
+        own.spines[["top", "right"]].set_visible(False)
+        if len(curves) > 1:
+            own.legend(frameon=False, fontsize=7)
+        return own
+
+    dots = {"marker": "o", "ms": 3}
+    held_out = (
+        [("held-out", measured, "held_out_loss", {"color": GREY, **dots})]
+        if any("held_out_loss" in m for m in measured)
+        else []
+    )
+    panel("loss per token", ("training", losses, "loss", {"color": BLUE}), *held_out).set_yscale("log")
+    if any("token_accuracy" in line for line in losses):
+        panel("share of right tokens", ("", losses, "token_accuracy", {"color": BLUE}))
+    if errors:
+        panel("held-out error, dataset's units", *((name.replace("error/", ""), measured, name, dots) for name in errors))
+    if any("success" in m for m in measured):
+        panel("success in the simulator", ("", measured, "success", {"color": BLUE, **dots})).set_ylim(0, 1.05)
+    figure.savefig(file, dpi=100)

@@ -1,0 +1,104 @@
+"""Plain next-token loss, on transformers' Trainer: logits where they are needed, and what a recipe asks of it."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from vla0.prompt import IGNORE
+from vla0.recipe import TrainConfig
+from vla0.spec import InputError
+
+SHARDED = {  # weights, gradients and moments over the processes: FSDP2
+    "fsdp": "full_shard auto_wrap",
+    "fsdp_config": {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"],
+        "state_dict_type": "FULL_STATE_DICT",
+    },
+}
+
+
+class VLA0Trainer(Trainer):
+    """transformers' Trainer with logits only where there are labels, in fp32."""
+
+    held_out_collator: Any = None
+    right: torch.Tensor | int = 0  # tokens, since the last line of the log
+    written: torch.Tensor | int = 0
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Qwen2.5-VL says no, and then nobody counts a step's tokens; the count is used below, the model never sees it.
+        self.model_accepts_loss_kwargs = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Mean cross-entropy over the step's labelled tokens."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        # Rows end together (left padding), so the answers are the last `kept` columns.
+        kept = labels.shape[1] - int((labels != IGNORE).any(dim=0).int().argmax())
+        outputs = model(**inputs, logits_to_keep=kept + 1, use_cache=False)
+        logits = outputs.logits[:, :-1].float()
+        targets = labels[:, -kept:]
+        if model.training:
+            with torch.no_grad():
+                written = targets != IGNORE
+                self.right = self.right + ((logits.argmax(-1) == targets) & written).sum()
+                self.written = self.written + written.sum()  # on the device: nothing waits for it before the log
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        if num_items_in_batch is None:
+            loss = loss / (targets != IGNORE).sum()
+        else:
+            # The count is that of all processes, whose gradients are then averaged.
+            share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss / num_items_in_batch * share
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the share of tokens that the model would have written so, on this process."""
+        if "loss" in logs and self.written:
+            logs = {**logs, "token_accuracy": float(self.right) / float(self.written)}
+            self.right, self.written = 0, 0
+        super().log(logs, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Held-out rows without augmentation."""
+        loader = DataLoader(eval_dataset, self.args.eval_batch_size, collate_fn=self.held_out_collator)
+        return self.accelerator.prepare(loader)
+
+
+def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -> TrainingArguments:
+    """What the Trainer is told of a recipe; per_epoch: steps of an epoch."""
+    training, logging = config.training, config.logging
+    followers = {name: chosen for name in ("wandb", "trackio") if (chosen := getattr(logging, name))}
+    for name in followers:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"{name}, for logging.{name}", "no such package", f"pip install {name}, or leave that out")
+    projects = [chosen for chosen in followers.values() if isinstance(chosen, str)]
+    settings = dict(
+        output_dir=str(output / "state"), max_steps=steps,
+        per_device_train_batch_size=training.batch_size, per_device_eval_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate, lr_scheduler_type=training.lr_scheduler,
+        warmup_steps=round(training.warmup_ratio * steps), weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm, optim=training.optimizer,
+        gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        bf16=training.precision == "bf16", seed=training.seed, dataloader_num_workers=config.data.num_workers,
+        logging_steps=logging.log_every_n_steps, save_steps=logging.steps("save", per_epoch, 500), save_total_limit=2,
+        remove_unused_columns=False, label_names=["labels"], prediction_loss_only=True,
+        report_to=list(followers) or "none", project=projects[0] if projects else "vla0", run_name=output.name,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),  # else processes on CPUs would not know each other
+        **(SHARDED if training.shard else {}),
+    )  # fmt: skip
+    try:
+        return TrainingArguments(**settings)  # type: ignore[arg-type]
+    except ValueError as error:  # an unknown schedule; bf16 on a machine that has none
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            "settings that this machine and transformers take", reason, "correct the recipe, or training.precision=fp32"
+        ) from None
