@@ -56,7 +56,7 @@ def test_a_weight_that_is_not_whole_draws_other_rows_each_epoch(dataset, other):
     assert epochs[0] != epochs[1]
     assert len(set.union(*epochs)) > 12
     again = Mixture(parts_of(dataset, other), [0.5, 1.5], seed=0)
-    assert drawn(again) == [pair for pair in drawn(Mixture(parts_of(dataset, other), [0.5, 1.5], seed=0))]
+    assert drawn(again) == drawn(Mixture(parts_of(dataset, other), [0.5, 1.5], seed=0))
     assert drawn(again) != drawn(Mixture(parts_of(dataset, other), [0.5, 1.5], seed=1))
 
 
@@ -188,6 +188,6 @@ def test_a_depth_map_is_one_more_picture_in_training_and_acting(tmp_path, proces
         seen = prompt.observe([Observation({"top": np.zeros((48, 64, 3), np.uint8), "far": sensor}, TASKS[0])])
         for key, value in recorded.items():
             assert torch.equal(value, seen[key]), key
+    picture = np.zeros((48, 64, 3), np.uint8)
     with pytest.raises(InputError, match="depth maps"):
-        picture = np.zeros((48, 64, 3), np.uint8)
         prompt.observe([Observation({"top": picture, "far": picture}, TASKS[0])])

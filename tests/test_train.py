@@ -1,7 +1,9 @@
+import errno
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from conftest import make_dataset, make_recipe
 
 from vla0 import InputError, train
 from vla0.data import Augmentation, Samples, collator
-from vla0.keep import action_error
+from vla0.keep import action_error, point
 from vla0.policy import VLA0
 from vla0.prompt import IGNORE, Prompt
 from vla0.recipe import TrainConfig, build, read_config
@@ -160,8 +162,8 @@ def test_a_disk_without_room_for_checkpoints_is_refused_before_training(dataset,
 THREE = {"num_steps": 3, "save_every_n_steps": 3}  # of the fifteen rows no more than whole batches of four
 
 
-def losses(run):
-    state = json.loads((run / "state" / "checkpoint-3" / "trainer_state.json").read_text())
+def losses(run, steps=3):
+    state = json.loads((run / "state" / f"checkpoint-{steps}" / "trainer_state.json").read_text())
     return [line["loss"] for line in state["log_history"] if "loss" in line]
 
 
@@ -172,13 +174,18 @@ def test_a_batch_in_parts_gives_the_losses_of_the_whole(dataset, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-4)
 
 
-def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(dataset, tmp_path):
-    main(config_of(dataset, tmp_path / "one", batch_size=4, **THREE))
-    (tmp_path / "recipe.json").write_text(json.dumps(make_recipe(dataset, tmp_path / "two", batch_size=2, **THREE)))
+def launched(recipe, folder, *program):
+    """Trains on two processes without a GPU."""
+    (folder / "recipe.json").write_text(json.dumps(recipe))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, "-m", "vla0.cli", "train", "--config", str(tmp_path / "recipe.json")]
+    command = [*launch, *(program or ("-m", "vla0.train")), "--config", str(folder / "recipe.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(dataset, tmp_path):
+    main(config_of(dataset, tmp_path / "one", batch_size=4, **THREE))
+    launched(make_recipe(dataset, tmp_path / "two", batch_size=2, **THREE), tmp_path)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
 
 
@@ -319,3 +326,132 @@ def test_overrides_go_over_the_file_and_deeper(tmp_path):
     file.write_text("a: [")
     with pytest.raises(InputError):
         read_config(TrainConfig, file)
+
+
+def test_epochs_are_steps_over_the_rows(dataset, tmp_path):
+    """Fifteen rows by four: four steps an epoch; what is measured is saved too, and the last two stay."""
+    timing = {"save_every_n_steps": None, "save_every_n_epochs": 1, "eval_every_n_steps": 3, "keep_last": 2}
+    scores = {"step-000003": 0.5, "step-000006": 1.0, "step-000009": 0.0, "step-000010": 0.0}
+    tried = []
+
+    def measure(policy, folder):
+        tried.append(folder.name)
+        return {"success": scores[folder.name]}
+
+    config = config_of(dataset, tmp_path / "run", num_steps=None, num_epochs=2.5, batch_size=4, **timing)
+    assert main(config, measure).resolve().name == "step-000010"
+    assert tried == list(scores)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [f"step-{step:06d}" for step in (3, 4, 6, 8, 9, 10)]
+    assert (tmp_path / "run" / "best").resolve().name == "step-000006"
+    assert sorted(f.name for f in (tmp_path / "run").glob("step-*")) == ["step-000006", "step-000009", "step-000010"]
+
+
+def test_a_measurement_does_not_change_what_is_learned(dataset, tmp_path):
+    def noisy(policy, folder):
+        torch.rand(7)
+        return {"success": 0.0}
+
+    lora = {"lora": {"rank": 2, "dropout": 0.5}, "learning_rate": 1e-2}  # dropout draws from torch's generator
+    weights = [trained_weights(main(config_of(dataset, tmp_path / str(measure), **lora), measure)) for measure in (None, noisy)]
+    assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
+
+
+def test_a_run_goes_on_with_another_log_and_refuses_another_global_batch(dataset, tmp_path, monkeypatch):
+    main(config_of(dataset, tmp_path / "run", num_steps=2))
+    main(config_of(dataset, tmp_path / "run", num_steps=2, log_every_n_steps=7))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="global_batch: 4 instead of 2"):
+        main(config_of(dataset, tmp_path / "run", num_steps=2))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_picture_is_named(tmp_path, workers):
+    import pyarrow.parquet
+
+    folder = make_dataset(tmp_path / "bad")
+    (file,) = (folder / "data").rglob("*.parquet")
+    table = pyarrow.parquet.read_table(file)
+    pictures = table["observation.images.top"].to_pylist()
+    pictures[7]["bytes"] = pictures[7]["bytes"][:40]
+    place = table.column_names.index("observation.images.top")
+    column = pyarrow.array(pictures, table.schema.field(place).type)
+    pyarrow.parquet.write_table(table.set_column(place, table.schema.field(place), column), file)
+    recipe = make_recipe(folder, tmp_path / "run", num_steps=8)
+    recipe["data"]["num_workers"] = workers
+    with pytest.raises(InputError) as refusal:
+        main(build(TrainConfig, recipe, "test"))
+    assert str(refusal.value).startswith("expected readable pictures; got episode 1, frame 1 of 'observation.images.top'")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "halve training.batch_size"),
+        (OSError(errno.ENOSPC, "No space left on device"), "room on the disk"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/1"),
+            "room on the disk",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_said_and_the_checkpoint_before_is_whole(dataset, tmp_path, monkeypatch, error, expected):
+    save = VLA0Trainer._save_checkpoint
+
+    def fails(trainer, *args, **kwargs):
+        if trainer.state.global_step == 4:
+            raise error
+        return save(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(VLA0Trainer, "_save_checkpoint", fails)
+    with pytest.raises(InputError, match=expected):
+        main(config_of(dataset, tmp_path / "run"))
+    assert (tmp_path / "run" / "last").resolve().name == "step-000002"
+    VLA0.from_pretrained(tmp_path / "run" / "last")
+
+
+def test_a_tracker_that_is_not_installed_is_refused_at_once(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("vla0.trainer.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install trackio"):
+        main(config_of(dataset, tmp_path / "run", trackio="arm"))
+
+
+SHARDED = """
+import accelerate.state, torch
+from accelerate.utils import DistributedType
+
+# accelerate shards over accelerators only: here it takes two processes on a CPU for two GPUs.
+torch.distributed.init_process_group("gloo")
+prepare = accelerate.state.PartialState._prepare_backend
+accelerate.state.PartialState._prepare_backend = lambda *args, **kw: (prepare(*args, **kw)[0], DistributedType.MULTI_GPU)
+accelerate.state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+from vla0.cli import command
+command("train")
+"""
+
+
+def test_shards_give_the_losses_of_one_process_and_an_ordinary_checkpoint(dataset, tmp_path):
+    """FSDP2 over two processes, measured and gone on with on the way."""
+    held_out = {**make_recipe(dataset, tmp_path)["data"], "held_out": 1}
+    settings = {"num_steps": 2, "save_every_n_steps": 1, "data": held_out}
+    main(config_of(dataset, tmp_path / "one", batch_size=4, **settings))
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    recipe = make_recipe(dataset, tmp_path / "two", batch_size=2, shard=True, **settings)
+    launched(recipe, tmp_path, str(tmp_path / "sharded.py"))
+    assert list((tmp_path / "two" / "state" / "checkpoint-2" / "pytorch_model_fsdp_0").glob("__1_*"))  # a part of each
+    shutil.rmtree(tmp_path / "two" / "step-000002")
+    point(tmp_path / "two" / "last", "step-000001")  # as if it had been stopped there
+    launched(recipe, tmp_path, str(tmp_path / "sharded.py"))
+    np.testing.assert_allclose(losses(tmp_path / "two", 2), losses(tmp_path / "one", 2), rtol=1e-4)
+    assert all("error/2" in line for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines())
+    one, two = (trained_weights(tmp_path / name / "last") for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=2e-4, msg=name)
+    VLA0.from_pretrained(tmp_path / "two" / "last")
+
+
+def test_sharding_that_would_not_happen_is_refused(dataset, tmp_path):
+    with pytest.raises(InputError, match="got one process"):
+        main(config_of(dataset, tmp_path / "run", shard=True))
+    with pytest.raises(InputError, match="both"):
+        config_of(dataset, tmp_path / "run", shard=True, lora={"rank": 4})

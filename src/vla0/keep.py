@@ -59,14 +59,16 @@ class Keeper(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """Names the new checkpoint `last`, measures it, and names it `best` where it is."""
         step = f"step-{state.global_step:06d}"
+        gathered = self.trainer.accelerator.get_state_dict(self.trainer.model) if self.sharded else None  # of all processes
         if state.is_world_process_zero:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             whole = self.output / "state" / f"checkpoint-{state.global_step}"
-            if (weights := merged(model)) is None:
+            if (weights := gathered or merged(model)) is None:
                 models.publish(whole, self.output / step, self.processor, self.specs)
             else:
                 models.save(self.output / step, plain(model), self.processor, self.specs, weights)
             point(self.output / "last", step)
+        del gathered
         with torch.random.fork_rng():  # a run that goes on from here has measured nothing
             metrics = self._measured(state, step) if self._due(state) else {}
         if state.is_world_process_zero:

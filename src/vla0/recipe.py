@@ -121,6 +121,8 @@ class TrainConfig:
 
     def __post_init__(self):
         refuse_unknown(self.spec, LOOKS, "spec")
+        if self.training.shard and self.model.lora.rank:
+            raise InputError("training.shard or model.lora", "both", "LoRA of a 3B or 7B model fits one GPU: leave shard out")
 
 
 def read_config(cls: type, file: str | Path, overrides: Sequence[str] = ()) -> Any:

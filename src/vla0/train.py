@@ -31,6 +31,7 @@ from vla0.trainer import VLA0Trainer, arguments
 logger = logging.getLogger(__name__)
 
 FREE = ("logging.", "data.num_workers")  # keys of a recipe that may change when a run goes on
+SEVERAL = "several GPUs, a process each, for training.shard"
 FULL = ("No space left", "PytorchStreamWriter failed", "Disk quota")  # how those who write say that a disk is full
 
 
@@ -42,6 +43,8 @@ def main(config: TrainConfig, measure: Measure | None = None) -> Path:
     if resume is not None and _ended(resume):
         logger.info("'%s' has ended already", output)
         return output / "last"
+    if training.shard and processes < 2:
+        raise InputError(SEVERAL, "one process", "start with torchrun, or leave it out")
     arguments(config, output, 1, 1)  # refuses before data and a large model are loaded
     set_seed(training.seed)
     sources = {name: Source(own) for name, own in config.data.all().items()}
@@ -64,6 +67,8 @@ def main(config: TrainConfig, measure: Measure | None = None) -> Path:
         data_collator=collator(prompts, config.augmentation),
         callbacks=[keeper, TensorBoardCallback(SummaryWriter(str(output / "tensorboard")))],
     )  # fmt: skip
+    if training.shard and not trainer.is_fsdp_enabled:  # accelerate would go on without a word
+        raise InputError(SEVERAL, f"{processes} on {trainer.args.device}", "leave it out here")
     trainer.held_out_collator = collator(prompts, None)
     keeper.trainer = trainer
     with _explained(config):

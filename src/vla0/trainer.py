@@ -17,7 +17,6 @@ SHARDED = {  # weights, gradients and moments over the processes: FSDP2
     "fsdp_config": {
         "version": 2,
         "transformer_layer_cls_to_wrap": ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"],
-        "state_dict_type": "FULL_STATE_DICT",
     },
 }
 
