@@ -87,6 +87,39 @@ def test_a_resumed_lora_run_ends_in_the_weights_of_an_uninterrupted_one(dataset,
     assert not changed(weights_of(whole), weights_of(resumed))
 
 
+def test_qlora_leaves_an_ordinary_checkpoint_that_acts_as_the_trained_model_did(dataset, tmp_path):
+    """4 bits are gone from what is saved; and a run that was stopped ends in the weights of one that was not."""
+    from bitsandbytes.nn import Linear4bit
+
+    class KilledError(Exception):
+        pass
+
+    seen = {}
+    observation = Source(config_of(dataset, tmp_path / "run").data).sample(3, 2, 1).observation
+
+    def look(policy, folder):
+        assert sum(type(part) is Linear4bit for part in policy.model.modules()) == 7
+        seen[folder.name] = policy.model(**policy.prompt.observe([observation])).logits.detach()
+        return {"success": 0.0}
+
+    def stop(policy, folder):
+        raise KilledError
+
+    settings = {**LORA, "quantization": "nf4"}
+    last = main(config_of(dataset, tmp_path / "run", **settings), look)
+    assert "quantization_config" not in (last / "config.json").read_text()
+    policy = VLA0.from_pretrained(last)
+    assert isinstance(policy.decoder, Fast)
+    with torch.inference_mode():
+        logits = policy.model(**policy.prompt.observe([observation])).logits
+    torch.testing.assert_close(logits, seen["step-000004"], rtol=1e-3, atol=1e-4)
+    with pytest.raises(KilledError):
+        main(config_of(dataset, tmp_path / "parts", **settings), stop)
+    assert not changed(weights_of(last), weights_of(main(config_of(dataset, tmp_path / "parts", **settings))))
+    with pytest.raises(InputError, match="cannot learn"):
+        config_of(dataset, tmp_path, quantization="nf4")
+
+
 def test_a_frozen_vision_tower_stays_as_it_was(dataset, tmp_path):
     start = weights_of(main(config_of(dataset, tmp_path / "start", num_steps=1, save_every_n_steps=1, learning_rate=1e-12)))
     frozen = weights_of(main(config_of(dataset, tmp_path / "frozen", freeze_vision_encoder=True)))

@@ -50,7 +50,8 @@ def plain(model: Any) -> Any:
 def merged(model: Any) -> dict[str, torch.Tensor] | None:
     """The weights of an ordinary model that does what an adapted one does; None where there is no LoRA to merge.
 
-    The model is not touched: taking a product off again would leave other weights than before.
+    The model is not touched: taking a product off again would leave other weights than before. Weights of 4 bits are
+    those that the products were learned beside, not the ones that they were made of.
     """
     if (base := plain(model)) is model:
         return None
@@ -59,11 +60,21 @@ def merged(model: Any) -> dict[str, torch.Tensor] | None:
     layers = {name: part for name, part in base.named_modules() if isinstance(part, LoraLayer)}
     found = {}
     for name, weight in base.state_dict().items():
-        if ".lora_" in name:
+        if ".lora_" in name or ".weight." in name:  # the latter say how 4 bits are read
             continue
         layer = layers.get(name.removesuffix(".base_layer.weight"))
         if layer is not None:
             delta: Any = layer.get_delta_weight("default")  # type: ignore[operator]
+            weight = whole(layer.base_layer)  # type: ignore[arg-type]
             weight = (weight.float() + delta.float()).to(weight.dtype)
         found[name.replace(".base_layer.", ".")] = weight
     return found
+
+
+def whole(layer: Any) -> torch.Tensor:
+    """The weight of a linear layer as numbers; of 4 bits what they stand for."""
+    if hasattr(layer.weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return layer.weight

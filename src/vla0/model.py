@@ -1,6 +1,8 @@
 """Load and save a VLM, its processor and vla0.json; the tiny model for a machine without weights."""
 
+import copy
 import hashlib
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    BitsAndBytesConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -59,14 +62,23 @@ def locate(path: str | Path, weights: bool = True) -> Path:
         raise InputError("a checkpoint folder or Hub id", f"'{path}' ({reason})", "check the path or the connection") from None
 
 
-def load(folder: Path, device: str | torch.device | None = None, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
+def load(
+    folder: Path,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    quantization: str | None = None,
+) -> tuple[Any, Any]:
     """(model, processor) of an ordinary transformers folder, any image-text-to-text model of the Qwen2.5-VL family.
 
-    device None: the GPU where there is one. Raises InputError where files are missing, truncated or do not fit.
+    device None: the GPU where there is one. quantization: "nf4" for the language model's weights in 4 bits, on that
+    device from the start. Raises InputError where files are missing, truncated or do not fit.
     """
     remedy = "fetch or train the checkpoint again"
+    settings: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if quantization is not None:
+        settings |= {"quantization_config": four_bits(dtype), "device_map": {"": str(device or default_device())}}
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, **settings)
         model, info = loaded
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
@@ -76,7 +88,20 @@ def load(folder: Path, device: str | torch.device | None = None, dtype: str | to
         # transformers would go on with random numbers there.
         lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise InputError(f"all weights in '{folder}'", f"{len(lost)} missing, first {lost[0]}", remedy)
-    return model.to(device or default_device()), processor
+    return (model if quantization else model.to(device or default_device())), processor
+
+
+def four_bits(dtype: str | torch.dtype) -> BitsAndBytesConfig:
+    """How weights become 4 bits: as QLoRA does it, all but the vision tower and the output layer."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "bitsandbytes, for model.quantization", "no such package", "pip install 'vla0[qlora]', or leave that out"
+        )
+    computed = torch.float32 if dtype == "auto" else dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computed,
+        llm_int8_skip_modules=["model.visual", "lm_head"],
+    )  # fmt: skip
 
 
 def default_device() -> torch.device:
@@ -99,11 +124,25 @@ def save(
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model.save_pretrained(partial, state_dict=weights)
+    (model if weights is None else shell(model)).save_pretrained(partial, state_dict=weights)
     processor.save_pretrained(partial)
     for embodiment, spec in specs.items():
         spec.save(partial, embodiment)
     put_in_place(partial, folder)
+
+
+def shell(model: Any) -> Any:
+    """A model of the same kind without weights, nothing in it quantised."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(model.get_input_embeddings().weight.dtype)
+    try:
+        with torch.device("meta"):
+            return type(model)(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def publish(state: Path, folder: Path, processor: Any, specs: Mapping[str, Spec]) -> None:

@@ -30,7 +30,14 @@ class ModelConfig:
     name: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # Hub id, folder, or "tiny"
     freeze_vision_encoder: bool = False  # the vision tower stays as it is
     lora: Lora = field(default_factory=Lora)
+    quantization: str | None = None  # "nf4": the language model's frozen weights in 4 bits (QLoRA, arXiv 2305.14314)
     tiny: Mapping[str, Any] = field(default_factory=dict)  # arguments of vla0.model.tiny_model
+
+    def __post_init__(self):
+        if self.quantization not in (None, "nf4"):
+            raise InputError("model.quantization: nf4 or null", f"'{self.quantization}'", "choose one of those")
+        if self.quantization and not self.lora.rank:
+            raise InputError("model.lora.rank with model.quantization", "0", "weights of 4 bits cannot learn: rank 64 is usual")
 
 
 @dataclass(frozen=True)

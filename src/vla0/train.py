@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -134,9 +135,16 @@ def _start(config: TrainConfig, sources: Mapping[str, Source], last: Path | None
     specs = {name: spec_of(config, source) if last is None else Spec.load(last, name) for name, source in sources.items()}
     if last is not None and not lora:  # the Trainer brings the adapters, and what they change is as it was
         return *models.load(last, "cpu", dtype), specs
+    bits = config.model.quantization
+    device = "cpu" if bits is None or not torch.cuda.is_available() else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if config.model.name != models.TINY:
-        return *models.load(models.locate(config.model.name), "cpu", dtype), specs
-    return *tiny_of(config, specs, sources), specs
+        return *models.load(models.locate(config.model.name), device, dtype, bits), specs
+    model, processor = tiny_of(config, specs, sources)
+    if bits is not None:
+        with TemporaryDirectory() as folder:
+            models.save(Path(folder) / "tiny", model, processor, specs)
+            model, _ = models.load(Path(folder) / "tiny", device, dtype, bits)
+    return model, processor, specs
 
 
 def tiny_of(config: TrainConfig, specs: Mapping[str, Spec], sources: Mapping[str, Source]) -> tuple[Any, Any]:
