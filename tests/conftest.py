@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from vla0 import Observation, Spec
-from vla0 import model as models
 from vla0.policy import VLA0
 from vla0.recipe import LoggingConfig, ModelConfig, TrainConfig, TrainingConfig
+from vla0.tiny import tiny_model, tiny_processor
 
 SHARED = Path(__file__).parents[2] / "shared"
 TASKS = ("push the red block", "open the drawer")
@@ -42,14 +42,14 @@ def make_spec(**changes) -> Spec:
 @pytest.fixture(scope="session")
 def processor():
     """The tiny processor."""
-    return models.tiny_processor(["State: ", "Write integers.", *TASKS])
+    return tiny_processor(["State: ", "Write integers.", *TASKS])
 
 
 @pytest.fixture(scope="session")
 def policy(processor) -> VLA0:
     """A tiny policy with random weights."""
     small = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
-    return VLA0(models.tiny_model(processor, **small), processor, make_spec())
+    return VLA0(tiny_model(processor, **small), processor, make_spec())
 
 
 @pytest.fixture

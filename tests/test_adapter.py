@@ -6,12 +6,12 @@ import torch
 from conftest import make_recipe
 
 from vla0 import InputError
-from vla0 import model as models
 from vla0.adapter import Lora, adapted, merged, plain
 from vla0.decode import Fast
 from vla0.policy import VLA0
 from vla0.recipe import TrainConfig, build
 from vla0.source import Source
+from vla0.tiny import tiny_model
 from vla0.train import main
 
 LORA = {"lora": {"rank": 4}, "learning_rate": 1e-2}
@@ -29,7 +29,7 @@ def weights_of(folder):
 
 def fresh(processor):
     small = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
-    return models.tiny_model(processor, **small)
+    return tiny_model(processor, **small)
 
 
 def changed(before: dict, after: dict) -> set[str]:

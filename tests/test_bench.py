@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vla0 import InputError
-from vla0.bench import inputs
-from vla0.bench.decode import WAYS, bench, refuse, tables, write
+from vla0.bench import data, inputs, train
+from vla0.bench.commands import write
+from vla0.bench.decode import WAYS, bench, refuse, tables
 from vla0.bench.inputs import SHAPE_3B, chosen, moving_pictures, recorded
-from vla0.source import DataConfig
+from vla0.source import DataConfig, Source
+from vla0.spec import Spec
 
 COLUMNS = {"way", "batch", "replan", "chunks", "passes", "ms_median", "ms_p95", "identical"}
 
@@ -27,7 +30,7 @@ def test_every_way_is_timed_on_the_same_inputs_and_writes_the_same_tokens(policy
     assert passes["generate"] == passes["one token a pass"] > passes["forced symbols ride along"]
     assert passes["one token a pass"] > passes["all digits, two levels"] > 1
     assert [table.row_count for table in tables(rows)] == [len(WAYS)] * 4
-    write(rows, tmp_path / "rows.json")
+    write(tmp_path / "rows.json", [asdict(row) for row in rows])
     assert set(json.loads((tmp_path / "rows.json").read_text())[0]) >= COLUMNS
 
 
@@ -94,3 +97,45 @@ def test_the_3b_shape_has_the_published_models_parameters():
 def test_the_benchmark_needs_neither_lerobot_nor_mujoco():
     code = "import sys, vla0.bench.decode; print([m for m in ('lerobot', 'mujoco', 'robosuite') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+ROW = {"way", "samples_per_s", "tokens_per_s", "mfu", "peak_gib"}
+
+
+def test_training_is_timed_beside_the_plain_way(tmp_path, dataset):
+    settings = train.Settings("tiny", str(dataset), 2, 2, 0, False)
+    rows = train.bench(settings, ["plain", "vla0"], 1)
+    assert [row.way for row in rows] == ["plain", "vla0"]
+    for row in rows:
+        assert set(asdict(row)) == ROW
+        assert row.samples_per_s > 0
+        assert 0 < row.mfu < 1
+        assert row.peak_gib > 0.1
+    assert rows[0].tokens_per_s / rows[0].samples_per_s == pytest.approx(rows[1].tokens_per_s / rows[1].samples_per_s)
+    with pytest.raises(InputError, match="a way of"):
+        train.bench(settings, ["plane"], 1)
+
+
+def test_both_readers_give_the_same_samples(dataset):
+    """So that their times compare."""
+    config = DataConfig(str(dataset), data.cameras_of(dataset), state="observation.state")
+    source = Source(config)
+    spec = Spec(base_model="none", horizon=3, **source.spec_fields(3))
+    stock = data.Stock(config, spec)
+    for row in (0, 5, 8):
+        one, other = source.sample(row, 3, 1), stock.sample(row)
+        np.testing.assert_allclose(one.actions, other.actions)
+        assert (one.valid == other.valid).all()
+        assert one.observation.instruction == other.observation.instruction
+        for camera in config.cameras:
+            np.testing.assert_array_equal(one.observation.images[camera], other.observation.images[camera])
+
+
+@pytest.mark.parametrize("videos", [False, True])
+def test_the_made_up_dataset_is_read_and_timed(tmp_path, videos):
+    folder = data.made(tmp_path / "made", videos, episodes=1, frames=12)
+    rows = data.bench(folder, 4, 3, 1)
+    assert [row["way"] for row in rows] == ["plain", "vla0"]
+    assert all(row["samples_per_s"] > 0 for row in rows)
+    with pytest.raises(InputError):
+        data.bench(folder, 0, 3, 1)

@@ -8,17 +8,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vla0 import InputError
-from vla0 import model as models
 from vla0.decode import Fast, decode, engine
 from vla0.decode.sight import Sight
 from vla0.policy import VLA0
+from vla0.tiny import tiny_model
 
 SMALL = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
 
 
 @pytest.fixture(scope="module")
 def small(processor):
-    return VLA0(models.tiny_model(processor, **SMALL, seed=3), processor, make_spec(bins=100, horizon=2))
+    return VLA0(tiny_model(processor, **SMALL, seed=3), processor, make_spec(bins=100, horizon=2))
 
 
 def of_fixed_size(policy: VLA0, width: int = 12) -> Fast:
@@ -29,7 +29,7 @@ def of_fixed_size(policy: VLA0, width: int = 12) -> Fast:
 
 
 def test_the_tower_sees_what_the_unmodified_one_sees(processor):
-    config = models.tiny_model(processor, **(SMALL | {"vision_layers": 3})).config.to_dict()
+    config = tiny_model(processor, **(SMALL | {"vision_layers": 3})).config.to_dict()
     config["vision_config"] |= {"fullatt_block_indexes": [1], "window_size": 56}
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)).eval()
     grids = ((1, 8, 12), (1, 4, 6), (1, 6, 6))
@@ -90,7 +90,7 @@ def test_without_memory_to_capture_decoding_goes_on_and_says_so(small, monkeypat
 
 
 def test_a_prompt_longer_than_the_model_can_read_is_refused(processor):
-    model = models.tiny_model(processor, **SMALL)
+    model = tiny_model(processor, **SMALL)
     model.config.text_config.max_position_embeddings = 60
     policy = VLA0(model, processor, make_spec(bins=100, horizon=2))
     with pytest.raises(InputError, match="60 tokens at most"):

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vla0 import InputError
-from vla0 import model as models
 from vla0.codec import Grammar
 from vla0.decode import Fast, Reference, decode, decoder, width
 from vla0.decode.draft import Draft, Expectation, Tree, after
 from vla0.policy import VLA0
+from vla0.tiny import tiny_model
 
 WAYS = {
     "one token a pass": {"width": 1, "tail": 0.0},
@@ -30,7 +30,7 @@ def random_policy(request, processor):
     """Policies with random weights and 1, 3 and 4 digits."""
     small = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
     spec = make_spec(bins=request.param, horizon=2)
-    return VLA0(models.tiny_model(processor, **small, seed=request.param), processor, spec)
+    return VLA0(tiny_model(processor, **small, seed=request.param), processor, spec)
 
 
 @pytest.mark.parametrize("way", WAYS)

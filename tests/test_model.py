@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vla0 import InputError
 from vla0 import model as models
 from vla0.policy import VLA0
+from vla0.tiny import tiny_model
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_the_tiny_tokenizer_keeps_digits_and_spaces_apart(processor):
 
 def test_the_tiny_model_is_a_function_of_its_seed(processor):
     small = {"width": 48, "layers": 1, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
-    one, same, other = (models.tiny_model(processor, **small, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (tiny_model(processor, **small, seed=seed) for seed in (0, 0, 1))
     weights = [next(m.model.language_model.layers[0].parameters()) for m in (one, same, other)]
     assert (weights[0] == weights[1]).all()
     assert (weights[0] != weights[2]).any()
@@ -126,6 +127,6 @@ def test_the_tiny_model_is_a_function_of_its_seed(processor):
 
 def test_qwens_own_processor_serves_the_policy(real_processor):
     """The real tokenizer and chat template over a small body of the same architecture."""
-    model = models.tiny_model(real_processor, width=48, layers=1, heads=3, vision_width=32, vision_layers=1, vision_heads=2)
+    model = tiny_model(real_processor, width=48, layers=1, heads=3, vision_width=32, vision_layers=1, vision_heads=2)
     policy = VLA0(model, real_processor, make_spec(horizon=2, bins=1000))
     assert policy.predict_batch([make_observation(0)]).shape == (1, 2, 3)

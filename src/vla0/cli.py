@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from vla0.bench.commands import app as bench_app
+from vla0.bench.commands import hush
 from vla0.spec import MAIN, InputError
 
 app = typer.Typer(
@@ -226,6 +227,7 @@ def command(*words: str) -> None:
     debug = bool(os.environ.get("VLA0_DEBUG"))
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", handlers=[handler])
+    hush()
     logging.getLogger("vla0").setLevel(logging.DEBUG if debug else logging.INFO)
     try:
         app([*words, *sys.argv[1:]])

@@ -59,7 +59,9 @@ class Keeper(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """Names the new checkpoint `last`, measures it, and names it `best` where it is."""
         step = f"step-{state.global_step:06d}"
-        gathered = self.trainer.accelerator.get_state_dict(self.trainer.model) if self.sharded else None  # of all processes
+        gathered: Any = None
+        if self.sharded:  # all processes take part
+            gathered = self.trainer.accelerator.get_state_dict(self.trainer.model)
         if state.is_world_process_zero:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             whole = self.output / "state" / f"checkpoint-{state.global_step}"

@@ -31,7 +31,7 @@ class ModelConfig:
     freeze_vision_encoder: bool = False  # the vision tower stays as it is
     lora: Lora = field(default_factory=Lora)
     quantization: str | None = None  # "nf4": the language model's frozen weights in 4 bits (QLoRA, arXiv 2305.14314)
-    tiny: Mapping[str, Any] = field(default_factory=dict)  # arguments of vla0.model.tiny_model
+    tiny: Mapping[str, Any] = field(default_factory=dict)  # arguments of vla0.tiny.tiny_model
 
     def __post_init__(self):
         if self.quantization not in (None, "nf4"):

@@ -103,7 +103,8 @@ class Source:
         self.tasks = [str(task) for task in meta.tasks.index]
         self.task_of = np.asarray(table["task_index"])
         stored = [key for key in config.cameras.values() if key in meta.image_keys]
-        self.pictures = self.dataset.hf_dataset.with_format(None).select_columns(stored) if stored else None
+        # A column each: asked for a row, the reader decodes all the pictures of its columns.
+        self.pictures = {key: self.dataset.hf_dataset.with_format(None).select_columns([key]) for key in stored}
 
     def __len__(self) -> int:
         return len(self.actions)
@@ -149,8 +150,7 @@ class Source:
     def _frames(self, key: str, rows: np.ndarray, depth: bool = False) -> np.ndarray:
         """(history, h, w, 3) uint8 of one camera at some rows of one episode; depth maps (history, h, w) as they are."""
         if key in self.dataset.meta.image_keys:
-            assert self.pictures is not None
-            pictures = [self.pictures[int(row)][key] for row in rows]
+            pictures = [self.pictures[key][int(row)][key] for row in rows]
             return np.stack([np.asarray(picture if depth else picture.convert("RGB")) for picture in pictures])
         if depth:  # 12 bits in a video: LeRobot knows how it wrote them
             return np.stack([self.dataset[int(row)][key].numpy().squeeze() for row in rows])

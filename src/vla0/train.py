@@ -27,6 +27,7 @@ from vla0.prompt import Prompt
 from vla0.recipe import TrainConfig
 from vla0.source import Source
 from vla0.spec import InputError, Spec, refuse_unknown
+from vla0.tiny import TINY, tiny_model, tiny_processor
 from vla0.trainer import VLA0Trainer, arguments
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def _start(config: TrainConfig, sources: Mapping[str, Source], last: Path | None
         return *models.load(last, "cpu", dtype), specs
     bits = config.model.quantization
     device = "cpu" if bits is None or not torch.cuda.is_available() else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if config.model.name != models.TINY:
+    if config.model.name != TINY:
         return *models.load(models.locate(config.model.name), device, dtype, bits), specs
     model, processor = tiny_of(config, specs, sources)
     if bits is not None:
@@ -151,10 +152,10 @@ def tiny_of(config: TrainConfig, specs: Mapping[str, Spec], sources: Mapping[str
     """(model, processor) of a recipe whose model is "tiny"; the tokenizer learns the data's words."""
     systems = dict.fromkeys(spec.system_text() for spec in specs.values())
     words = [*systems, "State: ", *dict.fromkeys(task for source in sources.values() for task in source.tasks)]
-    processor = models.tiny_processor(words)
+    processor = tiny_processor(words)
     known = ("width", "layers", "heads", "vision_width", "vision_layers", "vision_heads", "seed")
     refuse_unknown(config.model.tiny, known, "model.tiny")
-    return models.tiny_model(processor, **config.model.tiny), processor
+    return tiny_model(processor, **config.model.tiny), processor
 
 
 def _recorded(config: TrainConfig, processes: int) -> dict[str, Any]:

@@ -1,10 +1,18 @@
 """`vla0 bench`: its subcommands."""
 
+import importlib.util
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from json import dumps
 from pathlib import Path
-from typing import Annotated
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Column, Table
 
 from vla0.spec import InputError
 
@@ -49,4 +57,79 @@ def decode(
     for table in benchmark.tables(rows):
         console.print(table)
     if json is not None:
-        benchmark.write(rows, json)
+        write(json, [asdict(row) for row in rows])
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="tiny or 3b (random weights), or a checkpoint folder or Hub id")] = "tiny",
+    dataset: Annotated[str | None, typer.Option(help="LeRobot dataset; default one made up in the form of LIBERO's")] = None,
+    batch: Annotated[int, typer.Option(help="samples of a step")] = 8,
+    steps: Annotated[int, typer.Option(help="timed")] = 20,
+    rounds: Annotated[int, typer.Option(help="the ways take turns; the median counts")] = 3,
+    workers: Annotated[int, typer.Option(help="processes that prepare batches")] = 0,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="less memory, more time")] = False,
+    way: Annotated[list[str] | None, typer.Option(help="of the ways, those only; several times for several")] = None,
+    json: Annotated[Path | None, typer.Option(help="file for the rows")] = None,
+) -> None:
+    """Time training against transformers' Trainer with all logits and LeRobot's own reader."""
+    from vla0.bench import train as benchmark
+
+    with _dataset(dataset) as folder:
+        settings = benchmark.Settings(model, folder, batch, steps, workers, gradient_checkpointing)
+        ways = way or (list(benchmark.WAYS) if folder else ["vla0's reader, all logits", "vla0"])
+        rows = [asdict(row) for row in benchmark.bench(settings, ways, rounds)]
+    _show(rows, json)
+
+
+@app.command()
+def data(
+    dataset: Annotated[str | None, typer.Option(help="LeRobot dataset; default one made up in the form of LIBERO's")] = None,
+    videos: Annotated[bool, typer.Option(help="of the made-up one, videos instead of images")] = False,
+    horizon: Annotated[int, typer.Option(help="steps of a chunk")] = 8,
+    rows: Annotated[int, typer.Option(help="read by each way in each round")] = 100,
+    rounds: Annotated[int, typer.Option(help="the ways take turns; the median counts")] = 5,
+    json: Annotated[Path | None, typer.Option(help="file for the rows")] = None,
+) -> None:
+    """Time reading rows against LeRobot's own reader with a chunk query."""
+    from vla0.bench.data import bench
+
+    with _dataset(dataset, videos) as folder:
+        if folder is None:
+            raise InputError("lerobot, to read datasets", "not installed", "pip install 'vla0[lerobot]'")
+        _show(bench(folder, horizon, rows, rounds), json)
+
+
+@contextmanager
+def _dataset(dataset: str | None, videos: bool = False) -> Iterator[str | None]:
+    """The dataset, or one that is made for the moment; None where LeRobot is not installed."""
+    from vla0.bench.data import made
+
+    if dataset is not None or importlib.util.find_spec("lerobot") is None:
+        yield dataset
+        return
+    with TemporaryDirectory() as folder:
+        yield str(made(Path(folder) / "made", videos))
+
+
+def _show(rows: list[dict[str, Any]], json: Path | None) -> None:
+    """A table of rows that begin with way and samples_per_s, and a file of them."""
+    console, names = Console(), [name for name in rows[0] if name != "way"]
+    columns = [Column(name.replace("_", " "), justify="right") for name in (*names, "faster")]
+    table = Table(Column("way", no_wrap=True), *columns)
+    for row in rows:
+        cells = [f"{row[name]:.3g}" for name in names]
+        table.add_row(row["way"], *cells, f"{row['samples_per_s'] / rows[0]['samples_per_s']:.2f}")
+    console.print(table)
+    if json is not None:
+        write(json, rows)
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows as JSON."""
+    file.write_text(dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def hush() -> None:
+    """bitsandbytes, which peft imports wherever it is installed, asks for one more package: for speed on a CPU."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

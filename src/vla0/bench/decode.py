@@ -1,11 +1,9 @@
 """How fast chunks are decoded here, each way, on the same weights and inputs, and whether the tokens are the same."""
 
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,11 +171,6 @@ def tables(rows: Sequence[Timing]) -> list[Table]:
             found.caption = "after the share: the margin of the model's choice where the first other chunk parts"
         result.append(found)
     return result
-
-
-def write(rows: Sequence[Timing], file: Path) -> None:
-    """The rows as JSON."""
-    file.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")
 
 
 def refuse(batches: Sequence[int], replans: Sequence[int], chunks: int, horizon: int, ways: Sequence[str] = ()) -> None:

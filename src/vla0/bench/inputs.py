@@ -1,5 +1,6 @@
 """What decoding is measured on: policies, and episodes that they see."""
 
+import time
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from typing import Any
@@ -12,6 +13,7 @@ from vla0 import model as models
 from vla0.policy import VLA0
 from vla0.source import DataConfig, Source
 from vla0.spec import Observation, Spec
+from vla0.tiny import tiny_model, tiny_processor
 
 Episodes = Callable[[int], Iterator[Observation]]  # an episode's number → its observations, step by step, without an end
 
@@ -72,11 +74,16 @@ def chosen(name: str, device: str | None = None) -> VLA0:
     if name not in ("tiny", "3b"):
         return VLA0.from_pretrained(name, device)
     spec = Spec((-1.0,) * 7, (1.0,) * 7, 20.0, ("agentview", "wrist"), name)
-    processor: Any = models.tiny_processor([spec.system_text(), "move the red blue green block"])
+    processor: Any = tiny_processor([spec.system_text(), "move the red blue green block"])
     where = torch.device(device or models.default_device())
     if name == "tiny":
-        tiny: Any = models.tiny_model(processor)
+        tiny: Any = tiny_model(processor)
         return VLA0(tiny.to(where), processor, spec)
+    return VLA0(build_3b(processor, where, torch.bfloat16), processor, spec)
+
+
+def build_3b(processor: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A model of random weights in the shape of Qwen2.5-VL-3B."""
     config = Qwen2_5_VLConfig(**SHAPE_3B)
     for key, token in {
         "image_token_id": "<|image_pad|>",
@@ -87,10 +94,22 @@ def chosen(name: str, device: str | None = None) -> VLA0:
         setattr(config, key, processor.tokenizer.convert_tokens_to_ids(token))
     torch.manual_seed(0)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
-        with where:
-            vlm = Qwen2_5_VLForConditionalGeneration(config)
+        with device:
+            return Qwen2_5_VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(before)
-    return VLA0(vlm, processor, spec)
+
+
+def product_rate(bf16: bool) -> float:
+    """FLOP a second of large products of matrices on this machine, measured now."""
+    device = models.default_device()
+    size = 8192 if device.type == "cuda" else 1024
+    left = torch.randn(size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" and bf16 else None)
+    best = np.inf
+    for _ in range(4):
+        started = time.perf_counter()
+        (left @ left).sum().item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best

@@ -1,7 +1,6 @@
 """What is in a dataset, what its numbers lose as text, what the model will see, what training takes."""
 
 import math
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import AutoProcessor
 
+from vla0.bench.inputs import product_rate
 from vla0.codec import ActionCodec
 from vla0.doctor import MODELS, TRAINING
-from vla0.model import TINY, default_device, locate
+from vla0.model import default_device, locate
 from vla0.prompt import Prompt
 from vla0.recipe import LoggingConfig, TrainConfig, TrainingConfig, read_config
 from vla0.source import DataConfig, Source, open_dataset
 from vla0.spec import MAIN, InputError, Sample, Spec, offset
+from vla0.tiny import TINY
 from vla0.train import spec_of, tiny_of
 from vla0.vision import compose
 
@@ -125,18 +125,8 @@ def examine(config: TrainConfig) -> Survey:
 
 
 def rate(precision: str) -> float:
-    """FLOP a second that training may reach on this machine, of the rate of products of matrices measured now."""
-    device = default_device()
-    size = 8192 if device.type == "cuda" else 1024
-    left = torch.randn(
-        size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" and precision == "bf16" else None
-    )
-    best = np.inf
-    for _ in range(4):
-        started = time.perf_counter()
-        (left @ left).sum().item()  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return SHARE.get(device.type, 0.35) * 2 * size**3 / best
+    """FLOP a second that training may reach on this machine."""
+    return SHARE.get(default_device().type, 0.35) * product_rate(precision == "bf16")
 
 
 def _dimensions(source: Source, spec: Spec) -> tuple[Dimension, ...]:

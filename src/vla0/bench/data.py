@@ -1,0 +1,96 @@
+"""How fast rows are read here: vla0's Source against LeRobotDataset with a chunk query, on the same dataset."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import track
+
+from vla0.source import DataConfig, Source, open_dataset
+from vla0.spec import InputError, Observation, Sample, Spec
+
+BASELINE = "plain"
+SIZE, DIMENSIONS, SENTENCE = 256, 7, "move the red block"
+
+
+def made(folder: Path, videos: bool = False, episodes: int = 4, frames: int = 50) -> Path:
+    """A LeRobot dataset in the form of LIBERO's: two cameras of 256 x 256 at 20 Hz, 7 numbers, a state of 8."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    picture = {"dtype": "video" if videos else "image", "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]}
+    features = {f"observation.images.{camera}": picture for camera in ("image", "image2")}
+    for key, count in {"observation.state": 8, "action": DIMENSIONS}.items():
+        features[key] = {"dtype": "float32", "shape": (count,), "names": None}
+    dataset = LeRobotDataset.create("local/made", 20, features, root=folder, use_videos=videos, video_backend="pyav")
+    rng = np.random.default_rng(0)
+    for _ in range(episodes):
+        pictures = rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+        for step in range(frames):
+            frame: dict[str, Any] = {"task": SENTENCE}
+            for camera, own in zip(("image", "image2"), pictures, strict=True):
+                moved = np.roll(np.kron(own, np.ones((16, 16, 1), np.uint8)), 2 * step, axis=1)
+                noise = rng.integers(-4, 5, moved.shape)  # a camera's: without it files are smaller than real ones
+                frame[f"observation.images.{camera}"] = np.clip(moved + noise, 0, 255).astype(np.uint8)
+            frame["observation.state"] = rng.random(8).astype(np.float32)
+            dataset.add_frame({**frame, "action": rng.random(DIMENSIONS).astype(np.float32)})
+        dataset.save_episode()
+    dataset.finalize()
+    return folder
+
+
+def cameras_of(dataset: Path | str) -> dict[str, str]:
+    """All cameras of a dataset, by the last word of their keys."""
+    return {key.rsplit(".", 1)[-1]: key for key in open_dataset(dataset).meta.camera_keys}
+
+
+class Stock(torch.utils.data.Dataset):
+    """The same Samples as a Source gives, read by LeRobotDataset with a chunk query, as its own policies are trained."""
+
+    def __init__(self, config: DataConfig, spec: Spec):
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+        opened, folder = open_dataset(config.dataset, config.revision), Path(config.dataset)
+        chunk = {config.action: [step / opened.fps for step in range(spec.horizon)]}
+        root = folder if folder.is_dir() else None
+        self.dataset: Any = LeRobotDataset(opened.repo_id, root, delta_timestamps=chunk, video_backend="pyav")
+        self.config = config
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def sample(self, row: int) -> Sample:
+        """A row's Sample."""
+        item = self.dataset[row]
+        images = {
+            camera: (item[key].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+            for camera, key in self.config.cameras.items()
+        }
+        state = None if self.config.state is None else item[self.config.state].numpy()
+        valid = ~item[f"{self.config.action}_is_pad"].numpy()
+        return Sample(Observation(images, item["task"], state), item[self.config.action].numpy(), valid)
+
+    def __getitem__(self, row: int) -> tuple[Sample, tuple[int, ...], int]:
+        return self.sample(row), (0, 0, row), 0
+
+
+def bench(dataset: Path | str, horizon: int, rows: int, rounds: int) -> list[dict[str, Any]]:
+    """Rows {way, samples_per_s}: the median of rounds in which the ways take turns, each reading the same rows."""
+    if min(horizon, rows, rounds) < 1:
+        raise InputError("horizon, rows and rounds >= 1", f"{horizon}, {rows} and {rounds}", "give whole numbers from 1")
+    config = DataConfig(str(dataset), cameras_of(dataset))
+    source = Source(config)
+    spec = Spec(base_model="none", horizon=horizon, **source.spec_fields(horizon))
+    stock = Stock(config, spec)
+    ways: Mapping[str, Callable[[int], Sample]] = {BASELINE: stock.sample, "vla0": lambda row: source.sample(row, horizon, 1)}
+    rng, seconds = np.random.default_rng(0), {way: [] for way in ways}
+    for _ in track(range(rounds), "reading", transient=True):
+        picks = rng.integers(0, len(source), rows).tolist()
+        for way, read in ways.items():
+            started = time.perf_counter()
+            for row in picks:
+                read(row)
+            seconds[way].append(time.perf_counter() - started)
+    return [{"way": way, "samples_per_s": rows / float(np.median(own))} for way, own in seconds.items()]
