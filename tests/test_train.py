@@ -123,6 +123,12 @@ def test_a_killed_run_never_leaves_half_a_checkpoint_as_last(dataset, tmp_path):
             break
     assert reached == sorted(reached)
     assert reached[-1] == 60 or len(set(reached)) > 3
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True)  # the rest of it
+    recipe.write_text(json.dumps(make_recipe(dataset, tmp_path / "whole", num_steps=60, save_every_n_steps=1)))
+    subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True)
+    assert losses(tmp_path / "run", 60) == losses(tmp_path / "whole", 60)  # bit for bit
+    one, two = (trained_weights(tmp_path / name / "last") for name in ("run", "whole"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_best_is_the_checkpoint_that_measured_best(dataset, tmp_path):

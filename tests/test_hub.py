@@ -13,7 +13,7 @@ from conftest import make_dataset
 from test_data import downgraded, source_of
 
 from vla0 import InputError
-from vla0.download import KNOWN, download
+from vla0.hub import KNOWN, download, push
 
 
 @pytest.fixture
@@ -79,3 +79,38 @@ def test_what_is_no_dataset_or_too_old_is_refused(hub, tmp_path):
     (tmp_path / "thing" / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v1.6"}))
     with pytest.raises(InputError, match=r"got v1\.6"):
         download("somebody/thing", tmp_path / "two")
+
+
+def test_a_checkpoint_is_pushed_whole_and_without_pickles(policy, tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
+
+    policy.save_pretrained(tmp_path / "step-000001")
+    (tmp_path / "last").symlink_to("step-000001")
+    (tmp_path / "last" / "optimizer.pt").write_bytes(b"pickle")
+    made, sent = [], []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, private, exist_ok: made.append((repo, private, exist_ok)))
+
+    def upload(self, repo_id, folder_path, ignore_patterns, commit_message):
+        from huggingface_hub.utils import filter_repo_objects
+
+        names = [file.name for file in Path(folder_path).iterdir()]
+        sent.extend(filter_repo_objects(names, ignore_patterns=ignore_patterns))
+        return f"https://huggingface.co/{repo_id}"
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    assert push(tmp_path / "last", "me/arm", private=True) == "https://huggingface.co/me/arm"
+    assert made == [("me/arm", True, True)]
+    assert {"model.safetensors", "vla0.json", "tokenizer.json"} <= set(sent)
+    assert "optimizer.pt" not in sent
+
+
+def test_what_cannot_be_pushed_is_one_line(policy, tmp_path):
+    policy.save_pretrained(tmp_path / "good")
+    for folder, message in ((tmp_path, "checkpoint folder"), (tmp_path / "good", "leave to write 'me/arm'")):
+        done = subprocess.run(
+            [sys.executable, "-m", "vla0.cli", "push", str(folder), "me/arm"],
+            capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert message in done.stderr

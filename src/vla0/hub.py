@@ -1,4 +1,4 @@
-"""Public datasets and LIBERO's meshes, by name: fetched by the Hub's own client, which resumes and checks what it fetches."""
+"""From the Hub: public datasets and LIBERO's meshes by name. To it: checkpoints. Its own client resumes and checks both."""
 
 import json
 import logging
@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from vla0.envs.libero_files import CACHE
-from vla0.spec import InputError, nearest
+from vla0.model import UNWANTED
+from vla0.spec import InputError, Spec, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,28 @@ def download(name: str, out: str | Path | None = None) -> Path:
     if name != ASSETS:
         upgrade(folder, repo)
     return folder
+
+
+def push(checkpoint: str | Path, repo: str, private: bool = False) -> str:
+    """Uploads a checkpoint folder to the Hub, its model card too; the address. Made where there is no such model yet.
+
+    Raises InputError for what is no checkpoint, offline, and without the right to write there.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    folder = Path(checkpoint).resolve()  # `last` is a link
+    Spec.load(folder)
+    if not list(folder.glob("*.safetensors")):
+        raise InputError(f"weights in '{checkpoint}'", "none", "name a checkpoint folder")
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=UNWANTED, commit_message="vla0 push"))
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+        remedy = "check the name (owner/name) and the connection, and `hf auth login`; what is there already is not sent again"
+        raise InputError(f"leave to write '{repo}' on the Hub", reason, remedy) from None
 
 
 def upgrade(folder: Path, repo: str) -> None:

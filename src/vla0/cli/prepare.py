@@ -1,0 +1,121 @@
+"""What comes before and after training: data, checkpoints, this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vla0.cli.screen import app, console, quiet
+from vla0.spec import InputError
+
+
+@app.command()
+def collect(
+    env: Annotated[str, typer.Argument(help="metaworld or libero")],
+    out: Annotated[Path, typer.Option(help="new folder for the LeRobot dataset")],
+    task: Annotated[list[str] | None, typer.Option(help="task to demonstrate; give it several times for several tasks")] = None,
+    suite: Annotated[str | None, typer.Option(help="LIBERO: all tasks of spatial, object, goal, long or all four")] = None,
+    episodes: Annotated[int, typer.Option(help="solved episodes for each task")] = 40,
+    seed: Annotated[int | None, typer.Option(help="first seed of each task")] = None,
+    image_size: Annotated[int | None, typer.Option(help="side of a picture, pixels; default 112, LIBERO 256")] = None,
+    start: Annotated[str, typer.Option(help="Meta-World: where the hand starts: stock, its one place, or above")] = "stock",
+    fps: Annotated[int, typer.Option(help="Meta-World: decisions a second; an action is repeated in between")] = 80,
+    noise_share: Annotated[float | None, typer.Option(help="share of the steps whose action is disturbed")] = None,
+    noise_scale: Annotated[float | None, typer.Option(help="standard deviation of the disturbance")] = None,
+    quick: Annotated[bool, typer.Option(help="LIBERO: no shadows and reflections; faster on a CPU, other pictures")] = False,
+    videos: Annotated[bool, typer.Option(help="store pictures as videos: smaller, slower to write")] = False,
+    assets: Annotated[Path | None, typer.Option(help="LIBERO: folder of its meshes")] = None,
+    workers: Annotated[int | None, typer.Option(help="processes; default one a core")] = None,
+) -> None:
+    """Let a scripted expert show a task, and store what it saw and did as a LeRobot dataset."""
+    from vla0.collect import CollectConfig
+    from vla0.collect import collect as run
+    from vla0.envs import named
+
+    quiet()
+    tasks = named(env, task, suite, assets)
+    found = run(
+        CollectConfig(
+            tasks, env, episodes, seed, image_size, start, fps, quick, noise_share, noise_scale, videos
+        ), out, workers
+    )  # fmt: skip
+    for name, (solved, failed) in found.items():
+        console.print(f"{name}: {solved} episodes, {failed} failures of the expert left out")
+    console.print(f"dataset: {out}")
+
+
+@app.command()
+def inspect(
+    words: Annotated[list[str] | None, typer.Argument(help="LeRobot dataset, default the recipe's; and key=value")] = None,
+    config: Annotated[Path | None, typer.Option(help="recipe; default the published settings, all cameras, no state")] = None,
+    out: Annotated[Path, typer.Option(help="page to write")] = Path("inspect.html"),
+) -> None:
+    """Look at a dataset before training on it: what is in it, what is lost in writing, what the model will see."""
+    from vla0.inspect.examine import examine, recipe
+    from vla0.inspect.page import facts, page, screen
+
+    quiet()
+    survey = examine(recipe(words or [], config))
+    for name, text in facts(survey):
+        console.print(f"[bold]{name}[/bold]  {text}", highlight=False)
+    console.print(screen(survey))
+    for text in survey.problems:
+        console.print(f"[red]{text}[/red]")
+    page(survey, out)
+    console.print(f"page: {out}")
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="libero-assets, libero, libero-images, or a LeRobot dataset owner/name")],
+    out: Annotated[Path | None, typer.Option(help="folder; default data/NAME, for the meshes where LIBERO looks")] = None,
+) -> None:
+    """Fetch LIBERO's meshes or a public LeRobot dataset from the Hub."""
+    from vla0.hub import download as run
+
+    console.print(f"in {run(name, out)}")
+
+
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, e.g. runs/mine/best")],
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hub")],
+    private: Annotated[bool, typer.Option(help="a new model is seen by its owner alone")] = False,
+) -> None:
+    """Upload a checkpoint to the Hub, model card and all: VLA0.from_pretrained("owner/name") then loads it."""
+    from vla0.hub import push as run
+
+    quiet()
+    console.print(run(checkpoint, repo, private))
+
+
+@app.command()
+def convert(
+    run: Annotated[Path, typer.Argument(help="run folder of the official VLA-0 code")],
+    out: Annotated[Path, typer.Argument(help="new checkpoint folder")],
+    vision_id: Annotated[bool, typer.Option(help='"Picture 1: " before an image; the released weights know none')] = False,
+    crop: Annotated[float | None, typer.Option(help="where the run's config.yaml does not say, e.g. 0.875")] = None,
+) -> None:
+    """Turn a run folder of the official VLA-0 code into a checkpoint; the weights are not touched."""
+    from vla0.convert import convert as run_convert
+
+    quiet()
+    spec = run_convert(run, out, vision_id, crop)
+    console.print(f"checkpoint: {out}, {spec.horizon} steps of {spec.dimensions} numbers in 0..{spec.bins}")
+
+
+@app.command()
+def doctor(
+    job: Annotated[str | None, typer.Option("--for", help="what is to run here: train, eval or serve")] = None,
+) -> None:
+    """Say what works on this machine, and the remedy for what does not. Exit code 1 where the job cannot run."""
+    from vla0.doctor import JOBS, examine, screen
+
+    if job is not None and job not in JOBS:
+        raise InputError(f"--for with one of {JOBS}", f"'{job}'", "choose one of those")
+    found = examine()
+    console.print(screen(found))
+    hindered = [line.name for line in found if not line.fine and job in line.jobs]
+    if hindered:
+        console.print(f"[red]{job} cannot run here: {', '.join(hindered)}[/red]")
+        raise typer.Exit(1)

@@ -1,0 +1,85 @@
+"""Training and evaluation."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vla0.cli.screen import app, console, quiet
+from vla0.spec import MAIN
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="recipe, e.g. configs/demo.yaml")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="fields of the recipe, dots go deeper")
+    ] = None,
+) -> None:
+    """Fine-tune a VLM on a LeRobot dataset. The same command again goes on where it stopped."""
+    from vla0.recipe import TrainConfig, read_config
+    from vla0.train import main
+    from vla0.trial import measured
+
+    quiet()
+    recipe = read_config(TrainConfig, config, overrides or [])
+    last = main(recipe, measured(recipe.simulator))
+    console.print(f"checkpoint: {last}")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Annotated[str, typer.Option(help="checkpoint folder or Hub id")],
+    embodiment: Annotated[str, typer.Option(help="of a checkpoint trained on a mixture: whose robot acts")] = MAIN,
+    task: Annotated[list[str] | None, typer.Option(help="task to try; give it several times for several tasks")] = None,
+    suite: Annotated[str | None, typer.Option(help="LIBERO: all tasks of spatial, object, goal, long or all four")] = None,
+    env: Annotated[str, typer.Option(help="metaworld or libero")] = "metaworld",
+    episodes: Annotated[int, typer.Option(help="episodes for each task, on unseen seeds")] = 20,
+    out: Annotated[Path | None, typer.Option(help="folder of the results; default beside the checkpoint")] = None,
+    replan: Annotated[int, typer.Option(help="steps executed per query")] = 1,
+    ensemble: Annotated[str, typer.Option(help="none, mean, v1 or v2:w: weights of overlapping chunks by age")] = "v1",
+    control: Annotated[list[str] | None, typer.Option(help="also: blank, exchanged, random or untrained")] = None,
+    inexact: Annotated[list[str] | None, typer.Option(help="beside it: relaxed, fp8 or fp8-weights, faster decoding")] = None,
+    workers: Annotated[int | None, typer.Option(help="environments at once; default 8 a core")] = None,
+    max_steps: Annotated[
+        int | None, typer.Option(help="steps after which an episode has failed; default 150, LIBERO's caps")
+    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="side of a picture, pixels; default 112, LIBERO 256")] = None,
+    start: Annotated[str, typer.Option(help="Meta-World: where the hand starts: stock, its one place, or above")] = "stock",
+    quick: Annotated[bool, typer.Option(help="LIBERO: no shadows and reflections; faster on a CPU, other pictures")] = False,
+    assets: Annotated[Path | None, typer.Option(help="LIBERO: folder of its meshes")] = None,
+    device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
+    render: Annotated[bool, typer.Option(help="film every step, not only those that the policy looks at")] = False,
+    ray: Annotated[str | None, typer.Option(help="spread over a Ray cluster: its address, or local to start one here")] = None,
+    ablation: Annotated[bool, typer.Option(help="the published rows: ensembling on and off, steps executed per query")] = False,
+    separate: Annotated[str | None, typer.Option(help="a checkpoint trained with tile: false, for the ablation")] = None,
+) -> None:
+    """Try a checkpoint in a simulator: a table, videos and a report. The same command again goes on where it stopped."""
+    from vla0.envs import named
+    from vla0.evaluate import EvalConfig
+    from vla0.table import ablation_table, table
+    from vla0.trial import ablation as run_ablation
+    from vla0.trial import trial
+
+    settings = EvalConfig(
+        named(env, task, suite, assets), env, episodes, None, replan, ensemble, max_steps, image_size, start, quick=quick
+    )
+    quiet()
+    if out is None:
+        beside = Path(checkpoint).resolve() if Path(checkpoint).is_dir() else Path("runs") / checkpoint.replace("/", "_")
+        out = beside.with_name(f"{beside.name}-{'ablation' if ablation else 'eval'}")
+    others = {
+        "embodiment": embodiment,
+        "control": control or [],
+        "inexact": inexact or [],
+        "workers": workers,
+        "device": device,
+        "render": render,
+        "ray": ray,
+    }
+    if ablation:
+        console.print(ablation_table(run_ablation(checkpoint, separate, settings, out, **others)))
+        console.print(f"reports: {out}/*/report.html")
+    else:
+        console.print(table(trial(checkpoint, settings, out, **others)))
+        console.print(f"report: {out / 'report.html'}")
