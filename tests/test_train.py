@@ -102,6 +102,7 @@ def test_another_recipe_in_the_same_folder_is_refused(dataset, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_run_never_leaves_half_a_checkpoint_as_last(dataset, tmp_path):
     """SIGKILL at random moments of a run that saves at every step; `last` always loads, and the run ends."""
     recipe = tmp_path / "recipe.json"  # JSON is YAML
@@ -434,6 +435,18 @@ accelerate.state.PartialState.set_device = lambda self: setattr(self, "device", 
 from vla0.cli import command
 command("train")
 """
+
+
+def test_wandb_gets_what_tensorboard_gets(dataset, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    main(config_of(dataset, tmp_path / "run", wandb="arms"))
+    wandb.finish()
+    (file,) = tmp_path.rglob("run-*.wandb")
+    written = file.read_bytes()
+    assert all(word in written for word in (b"arms", b"train/token_accuracy", b"train/loss"))
 
 
 def test_shards_give_the_losses_of_one_process_and_an_ordinary_checkpoint(dataset, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -40,14 +41,16 @@ class VLA0Trainer(Trainer):
         # Rows end together (left padding), so the answers are the last `kept` columns.
         kept = labels.shape[1] - int((labels != IGNORE).any(dim=0).int().argmax())
         outputs = model(**inputs, logits_to_keep=kept + 1, use_cache=False)
-        logits = outputs.logits[:, :-1].float()
+        logits = outputs.logits[:, :-1]
         targets = labels[:, -kept:]
         if model.training:
             with torch.no_grad():
                 written = targets != IGNORE
                 self.right = self.right + ((logits.argmax(-1) == targets) & written).sum()
                 self.written = self.written + written.sum()  # on the device: nothing waits for it before the log
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        # In fp32, a row at a time, and on the way back anew: of 150,000 words fp32 logits would take gigabytes.
+        rows: Any = [checkpoint(_summed, *pair, use_reentrant=False) for pair in zip(logits, targets, strict=True)]
+        loss = torch.stack(rows).sum()
         if num_items_in_batch is None:
             loss = loss / (targets != IGNORE).sum()
         else:
@@ -67,6 +70,10 @@ class VLA0Trainer(Trainer):
         """Held-out rows without augmentation."""
         loader = DataLoader(eval_dataset, self.args.eval_batch_size, collate_fn=self.held_out_collator)
         return self.accelerator.prepare(loader)
+
+
+def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
 
 
 def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -> TrainingArguments:
@@ -90,6 +97,7 @@ def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -
         logging_steps=logging.log_every_n_steps, save_steps=logging.steps("save", per_epoch, 500), save_total_limit=2,
         remove_unused_columns=False, label_names=["labels"], prediction_loss_only=True,
         report_to=list(followers) or "none", project=projects[0] if projects else "vla0", run_name=output.name,
+        trackio_space_id=None,  # on this machine, not in a Space of the Hub
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),  # else processes on CPUs would not know each other
         **(SHARDED if training.shard else {}),
