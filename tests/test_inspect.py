@@ -63,7 +63,7 @@ def test_quantiles_clip_and_say_so(dataset):
 
 def test_a_dimension_that_never_changes_is_named(dataset, altered):
     altered(lambda source: source.actions.__setitem__((slice(None), 1), 3.0))
-    assert ["action 1 never changes" in text for text in examine(config_of(dataset)).problems] == [True]
+    assert ["actions [1] never change" in text for text in examine(config_of(dataset)).problems] == [True]
 
 
 def test_frames_that_ask_for_nothing_new_are_counted_within_episodes_only(dataset, altered):

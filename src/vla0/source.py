@@ -109,6 +109,22 @@ class Source:
     def __len__(self) -> int:
         return len(self.actions)
 
+    def problems(self) -> list[str]:
+        """What training can live with, and a user should know."""
+        found = []
+        still = np.flatnonzero(self.actions.min(axis=0) == self.actions.max(axis=0)).tolist()
+        if still:
+            found.append(f"actions {still} never change: they cost their tokens and say nothing")
+        gaps = np.diff(self.timestamps)[self.start[1:] == self.start[:-1]]
+        if len(gaps) and abs(np.median(gaps) * self.fps - 1) > 0.02:
+            found.append(f"frames are {np.median(gaps):.4g} s apart, which is not the {self.fps:g} frames a second it declares")
+        declared, held = int(self.dataset.meta.total_episodes), len(np.unique(self.episode_of))
+        if declared != held:
+            found.append(f"{declared - held} of {declared} episodes are empty")
+        if blank := [task for task in self.tasks if not task.strip()]:
+            found.append(f"{len(blank)} of the sentences are empty: name the tasks")
+        return found
+
     def spec_fields(self, horizon: int) -> dict[str, Any]:
         """What a Spec takes from data: low and high over all chunks, relative, fps, cameras, depth, the state's bounds."""
         actions = [self.actions[: self.first_held_out]]

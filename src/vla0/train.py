@@ -89,6 +89,8 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
     if int(os.environ.get("RANK", 0)) != 0:
         return
     for part in parts:
+        for text in part.source.problems():
+            logger.warning("%s: %s", part.source.config.dataset, text)
         if (clipped := part.outside()).any():
             text = "%s: %s of %d actions lie outside the bounds, by dimension, and are clipped"
             logger.warning(text, part.source.config.dataset, clipped.tolist(), len(part))

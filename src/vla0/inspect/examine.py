@@ -119,7 +119,7 @@ def examine(config: TrainConfig) -> Survey:
         {name: _camera(source, key) for name, key in config.data.cameras.items()},
         dimensions, idle, prompt_tokens, answer_tokens, steps, batch, hours,
         None if parameters is None else TRAINING * parameters,
-        tuple(_problems(source, dimensions, idle, counts)),
+        tuple(_problems(source, dimensions, idle)),
         tuple(compose(sample.observation, spec)[0] for sample in samples[:: max(1, len(samples) // PICTURES)][:PICTURES]),
     )  # fmt: skip
 
@@ -184,23 +184,13 @@ def _model(config: TrainConfig, spec: Spec, source: Source) -> tuple[float | Non
         return parameters, None
 
 
-def _problems(source: Source, dimensions: Sequence[Dimension], idle: float, counts: np.ndarray) -> list[str]:
+def _problems(source: Source, dimensions: Sequence[Dimension], idle: float) -> list[str]:
     found = []
     for own in dimensions:
-        if own.low == own.high:
-            found.append(f"action {own.name} never changes: it costs its tokens and says nothing")
-        elif own.clipped > 0.05:
+        if own.clipped > 0.05:
             found.append(f"action {own.name}: {own.clipped:.0%} of the values are clipped; wider bounds: statistics: minmax")
         elif own.error > 0.02 * (own.high - own.low):
             found.append(f"action {own.name} loses {own.error:.3g} on average in writing; more bins")
-    gaps = np.diff(source.timestamps)[source.start[1:] == source.start[:-1]]
-    if len(gaps) and abs(np.median(gaps) * source.fps - 1) > 0.02:
-        found.append(f"frames are {np.median(gaps):.4g} s apart, which is not the {source.fps:g} frames a second it declares")
-    declared = int(source.dataset.meta.total_episodes)
-    if declared != len(counts):
-        found.append(f"{declared - len(counts)} of {declared} episodes are empty")
     if idle > 0.2:
         found.append(f"in {idle:.0%} of the frames nothing is asked for that was not before: a policy learns to wait; cut them")
-    if blank := [task for task in source.tasks if not task.strip()]:
-        found.append(f"{len(blank)} of the sentences are empty: name the tasks")
-    return found
+    return found + source.problems()
