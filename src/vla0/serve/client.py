@@ -1,0 +1,134 @@
+"""RemotePolicy: the robot's side. numpy, msgpack and websockets, no torch."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from vla0.serve.wire import pack, unpack
+from vla0.spec import InputError, Observation
+
+
+class NoAnswerError(TimeoutError):
+    """No fresh answer before the deadline. What comes later is dropped."""
+
+
+class RemotePolicy:
+    """A policy on another machine. `predict` as VLA0's; late answers are dropped, lost connections made again.
+
+    url: ws://host:port or wss://. timeout_s: from an observation to its chunk. patience_s: for the first connection.
+    Works with openpi's servers too, but for streaming. Raises InputError where the server refuses.
+    """
+
+    def __init__(self, url: str, key: str | None = None, timeout_s: float = 2.0, patience_s: float = 10.0):
+        self.url, self.timeout_s = url, timeout_s
+        self.headers = {"Authorization": f"Api-Key {key}"} if key else None
+        self.lock, self.held = Lock(), ExitStack()
+        self.connection: ClientConnection | None = None
+        self.metadata: dict[str, Any] = {}
+        self.owed = self.number = 0
+        self.reset_next = True
+        self._connect(time.monotonic() + patience_s)
+
+    def predict(self, observation: Observation, timeout_s: float | None = None) -> np.ndarray:
+        """(T, D) float32: the next actions. Raises NoAnswerError after the deadline, InputError for what is refused."""
+        *_, actions = self._ask(observation, False, timeout_s)
+        return actions
+
+    def predict_stream(self, observation: Observation, timeout_s: float | None = None) -> Iterator[np.ndarray]:
+        """The actions (D,), each as it is certain."""
+        if "stream" not in self.metadata.get("extensions", ()):
+            yield from self.predict(observation, timeout_s)
+            return
+        *actions, _ = self._ask(observation, True, timeout_s)
+        yield from actions
+
+    def reset(self) -> None:
+        """A new episode: the server forgets this client's chunks with the next observation."""
+        self.reset_next = True
+
+    def close(self) -> None:
+        """Ends the connection."""
+        self.held.close()
+        self.connection = None
+
+    def _ask(self, observation: Observation, stream: bool, timeout_s: float | None) -> Iterator[np.ndarray]:
+        deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        given = False
+        with self.lock:
+            while True:
+                try:
+                    self._send(observation, stream, deadline)
+                    for part in self._receive(deadline):
+                        given = True
+                        yield part
+                    return
+                except ConnectionClosed:  # the observation is still fresh: once more, until the deadline
+                    self.connection = None
+                    if given:  # half a stream has been used: another would not continue it
+                        raise NoAnswerError(f"{self.url} was lost in the middle of an answer") from None
+                    time.sleep(0.02)
+
+    def _send(self, observation: Observation, stream: bool, deadline: float) -> None:
+        if self.connection is None:
+            self._connect(deadline)
+        assert self.connection is not None
+        message: dict[str, Any] = {"images": dict(observation.images), "prompt": observation.instruction}
+        names = self.metadata.get("cameras")
+        if isinstance(names, Mapping):
+            message |= {names[camera]: frame for camera, frame in message.pop("images").items() if camera in names}
+        if observation.state is not None:
+            message["state"] = np.asarray(observation.state, np.float64)
+        if self.metadata.get("extensions"):
+            self.number += 1
+            message |= {"vla0/number": self.number, "vla0/reset": self.reset_next, "vla0/stream": stream}
+        self.connection.send(pack(message))
+        self.reset_next = False
+        self.owed += 1
+
+    def _receive(self, deadline: float) -> Iterator[np.ndarray]:
+        """The parts of the answer to the last observation; those to earlier ones are dropped."""
+        assert self.connection is not None
+        while True:
+            try:
+                found = self.connection.recv(timeout=max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                raise NoAnswerError(f"no answer of {self.url} in time") from None
+            answer = None if isinstance(found, str) else unpack(found)
+            if answer is not None and "vla0/step" in answer:
+                if self.owed == 1 and answer.get("vla0/number") == self.number:
+                    yield np.asarray(answer["action"], np.float32)
+                continue
+            self.owed -= 1
+            if self.owed > 0:
+                continue  # to an observation that is old by now
+            if answer is None:
+                raise InputError(f"an observation that {self.url} takes", str(found)[:500], "correct it")
+            yield np.asarray(answer["actions"], np.float32)
+            return
+
+    def _connect(self, deadline: float) -> None:
+        """Tries again, each time after twice the wait, until the deadline."""
+        wait_s, reason = 0.02, "no time left"
+        self.close()
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                own = connect(self.url, compression=None, max_size=None, additional_headers=self.headers, open_timeout=left)
+                connection = self.held.enter_context(own)
+                self.metadata = unpack(bytes(connection.recv(timeout=max(0.0, deadline - time.monotonic()), decode=False)))
+                self.connection, self.owed, self.reset_next = connection, 0, True
+                return
+            except InvalidStatus as error:
+                if error.response.status_code in (401, 403):
+                    raise InputError(f"a key that {self.url} knows", "another or none", "pass key=") from None
+                reason = str(error)
+            except (OSError, InvalidHandshake, ConnectionClosed, TimeoutError) as error:
+                reason = f"{type(error).__name__}: {error}"
+            time.sleep(min(wait_s, max(0.0, deadline - time.monotonic())))
+            wait_s = min(2 * wait_s, 1.0)
+        raise NoAnswerError(f"no connection to {self.url}: {reason}")

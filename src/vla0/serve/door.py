@@ -1,0 +1,65 @@
+"""Where a server listens, and whom it lets in."""
+
+import asyncio
+import logging
+import signal
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vla0.spec import InputError
+
+logger = logging.getLogger(__name__)
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def refuse_open(host: str, key: str | None) -> None:
+    """Raises InputError where strangers could move the robot."""
+    if host not in LOCAL and not key:
+        raise InputError(f"--api-key-file to listen on '{host}'", "no key", f"give one, or stay on {LOCAL[0]}")
+
+
+def secret_of(file: Path | None) -> str | None:
+    """The key that a file holds. Raises InputError for none, or one that could be guessed."""
+    if file is None:
+        return None
+    try:
+        secret = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("a file that holds the key", f"{type(error).__name__}: '{file}'", "name another") from None
+    if len(secret) < 16 or not secret.isascii():
+        raise InputError("a key of 16 ASCII characters or more", f"{len(secret)}", "openssl rand -hex 32 > FILE")
+    return secret
+
+
+def served(
+    server: Any,
+    host: str,
+    port: int,
+    cert: Path | None = None,
+    private: Path | None = None,
+    ready: Callable[[int], None] | None = None,
+) -> None:
+    """Serves until SIGINT or SIGTERM, and ends what was begun. Raises InputError where it cannot listen."""
+    context = None
+    if cert is not None:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(cert, private)
+        except (OSError, ssl.SSLError) as error:
+            raise InputError("a certificate and its key (PEM)", f"{type(error).__name__}: '{cert}'", "name others") from None
+    elif host not in LOCAL:
+        logger.warning("without --tls-cert the key and the pictures cross the network in the open")
+
+    async def serving() -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        await server.run(host, port, stop, context, ready)
+
+    try:
+        asyncio.run(serving())
+    except OSError as error:
+        raise InputError(f"'{host}' port {port} to listen on", str(error), "choose another --port, or end who has it") from None

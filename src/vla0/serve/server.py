@@ -1,0 +1,230 @@
+"""A policy behind a websocket: openpi's protocol, many clients, one model."""
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+import numpy as np
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.datastructures import Headers
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request as Handshake
+from websockets.http11 import Response
+
+import vla0
+from vla0.ensemble import NONE, TemporalEnsemble, steps_used
+from vla0.policy import VLA0
+from vla0.serve.door import refuse_open
+from vla0.serve.meters import Meters
+from vla0.serve.request import Request, names, request
+from vla0.serve.session import Session
+from vla0.serve.wire import pack, unpack
+from vla0.spec import InputError, Observation, Spec
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 10  # messages in a row that nobody can read, and then the client is asked to go
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for."""
+
+    message_bytes: int = 32 * 2**20
+    side: int = 4096  # pixels of a picture
+    clients: int = 128
+    rate: float = 200.0  # messages a second of one client, over a second
+    batch: int = 64  # observations decoded together
+
+    def __post_init__(self):
+        if min(self.message_bytes, self.side, self.clients, self.rate, self.batch) < 1:
+            raise InputError("limits of one at least", f"{self}", "give numbers from 1")
+
+
+class Server:
+    """Answers observations with chunks, decoding together what arrives together.
+
+    ensemble: none, and a client gets whole chunks; else `replan` ensembled steps for each observation, whose chunks are
+    remembered for each connection by itself. keys: camera → its name in messages. key: what clients have to know.
+    """
+
+    def __init__(
+        self,
+        policy: VLA0,
+        limits: Limits | None = None,
+        keys: Mapping[str, str] | None = None,
+        key: str | None = None,
+        replan: int = 1,
+        ensemble: str = NONE,
+    ):
+        self.policy, self.limits, self.keys, self.key = policy, limits or Limits(), keys or {}, key
+        self.replan, self.weights = replan, ensemble
+        spec = policy.spec
+        if unknown := [camera for camera in self.keys if camera not in spec.cameras]:
+            raise InputError(f"cameras of {spec.cameras}", f"'{unknown[0]}'", "name those of the checkpoint")
+        self._session()  # refuses what it must before anybody comes
+        self.steps = None if ensemble == NONE else steps_used(spec.horizon, replan, ensemble)
+        self.meters = Meters()
+        self.queue: asyncio.Queue[tuple[Request, Observation, asyncio.Queue[Any]]] = asyncio.Queue()
+        self.thread = ThreadPoolExecutor(1, "model")
+        self.clients, self.stopping = 0, False
+
+    def metadata(self) -> dict[str, Any]:
+        """What a client is told as it comes."""
+        spec = self.policy.spec
+        return {
+            "server": f"vla0 {vla0.__version__}", "cameras": {c: self.keys.get(c) or next(names(c)) for c in spec.cameras},
+            "state": None if spec.state is None else len(spec.state[0]), "horizon": spec.horizon, "dimensions": spec.dimensions,
+            "fps": spec.fps, "low": list(spec.low), "high": list(spec.high), "history": spec.history,
+            "ensemble": self.weights, "replan": self.replan, "extensions": ["stream", "reset", "number"],
+            "spec": json.dumps({"image_size": spec.image_size, "depth": spec.depth, "relative": spec.relative}),
+        }  # fmt: skip
+
+    async def run(self, host: str, port: int, stop: asyncio.Event, context: Any = None, ready: Any = None) -> None:
+        """Serves until `stop`, and then ends what was begun. context: of TLS. ready: called with the port that was bound."""
+        refuse_open(host, self.key)
+        batches = asyncio.create_task(self._batches())
+        async with serve(
+            self._talk, host, port, ssl=context, compression=None, max_size=self.limits.message_bytes,
+            process_request=self._handshake, max_queue=4, ping_interval=20, ping_timeout=20,
+        ) as server:  # fmt: skip
+            if ready is not None:
+                ready(server.sockets[0].getsockname()[1])
+            await stop.wait()
+            self.stopping = True
+            server.close(close_connections=False)
+            while not self.queue.empty() or self.meters.busy:
+                await asyncio.sleep(0.01)
+            await asyncio.gather(*(connection.close(1001, "the server ends") for connection in server.connections))
+        batches.cancel()
+        self.thread.shutdown()
+
+    def _session(self) -> Session:
+        spec = self.policy.spec
+        ensemble = None if self.weights == NONE else TemporalEnsemble(spec.horizon, self.replan, self.weights, spec.ensemble_k)
+        return Session(ensemble, self.replan, spec.fps)
+
+    def _handshake(self, connection: ServerConnection, handshake: Handshake) -> Response | None:
+        """Health and meters for whoever may ask; a key from whoever wants to talk."""
+        if handshake.path == "/healthz":
+            return connection.respond(HTTPStatus.OK, "OK\n")
+        given = handshake.headers.get("Authorization", "").encode("utf-8", "replace")
+        if self.key is not None and not hmac.compare_digest(given, f"Api-Key {self.key}".encode()):
+            return connection.respond(HTTPStatus.UNAUTHORIZED, "an Authorization: Api-Key header is needed\n")
+        if handshake.path == "/metrics":
+            text, kind = self.meters.page()
+            return Response(200, "OK", Headers({"Content-Type": kind, "Content-Length": str(len(text))}), text)
+        if self.clients >= self.limits.clients:
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{self.limits.clients} clients are here already\n")
+        return None
+
+    async def _talk(self, connection: ServerConnection) -> None:
+        self.clients += 1
+        self.meters.clients.set(self.clients)
+        session, wrong = self._session(), 0
+        try:
+            await connection.send(pack(self.metadata()))
+            async for message in connection:
+                if self.stopping:
+                    break
+                try:
+                    self._not_too_fast(session)
+                    await self._answer(connection, session, message)
+                    wrong = 0
+                except ConnectionClosed:
+                    raise
+                except Exception as error:  # whatever a message does, it does to its sender alone
+                    self.meters.errors.inc()
+                    wrong += 1
+                    await connection.send(str(told(error)))
+                    if wrong >= PATIENCE:
+                        await connection.close(1008, "too many messages that cannot be read")
+        except ConnectionClosed:
+            logger.debug("a client has gone")
+        finally:
+            self.clients -= 1
+            self.meters.clients.set(self.clients)
+
+    def _not_too_fast(self, session: Session) -> None:
+        now = time.monotonic()
+        session.arrivals = [at for at in session.arrivals if now - at < 1.0] + [now]
+        if len(session.arrivals) > self.limits.rate:
+            raise InputError(f"at most {self.limits.rate:g} messages a second", f"{len(session.arrivals)}", "ask less often")
+
+    async def _answer(self, connection: ServerConnection, session: Session, message: Any) -> None:
+        if not isinstance(message, bytes):
+            raise InputError("binary messages", "text", "send what openpi-client packs")
+        arrived = time.monotonic()
+        asked = request(unpack(message, self.limits.message_bytes), self.policy.spec, self.keys, self.limits.side)
+        if asked.reset:
+            session.reset()
+        answers: asyncio.Queue[Any] = asyncio.Queue()
+        with self.meters.request():
+            await self.queue.put((asked, session.expecting(asked.observation, arrived), answers))
+            number = {} if asked.number is None else {"vla0/number": asked.number}
+            while isinstance(part := await answers.get(), tuple):  # a step of a stream
+                await connection.send(pack({"vla0/step": part[0], "action": part[1], **number}))
+            if isinstance(part, BaseException):
+                raise part
+            actions = session.answer(part, arrived)
+            spent = (time.monotonic() - arrived) * 1e3
+            await connection.send(pack({"actions": actions, "server_timing": {"infer_ms": spent}, **number}))
+
+    async def _batches(self) -> None:
+        """Forever: what is waiting goes to the model together."""
+        loop = asyncio.get_running_loop()
+        while True:
+            waiting = [await self.queue.get()]
+            while len(waiting) < self.limits.batch and not self.queue.empty():
+                waiting.append(self.queue.get_nowait())
+            self.meters.batches.observe(len(waiting))
+            streams = [entry for entry in waiting if entry[0].stream]
+            whole = [entry for entry in waiting if not entry[0].stream]
+            if whole:
+                found = await loop.run_in_executor(self.thread, self._together, [entry[1] for entry in whole])
+                for (_, _, answers), chunk in zip(whole, found, strict=True):
+                    answers.put_nowait(chunk)
+            for _, observation, answers in streams:
+                await loop.run_in_executor(self.thread, self._stream, observation, answers, loop)
+
+    def _together(self, observations: list[Observation]) -> list[Any]:
+        """A chunk for each, or the error that is its own."""
+        try:
+            return list(self.policy.predict_batch(observations, self.steps))
+        except Exception as error:
+            if len(observations) == 1:
+                return [told(error)]
+        return [self._together([observation])[0] for observation in observations]  # one of them is at fault
+
+    def _stream(self, observation: Observation, answers: asyncio.Queue, loop: asyncio.AbstractEventLoop) -> None:
+        def put(value: Any) -> None:
+            loop.call_soon_threadsafe(answers.put_nowait, value)
+
+        actions = []
+        try:
+            for step, action in enumerate(self.policy.predict_stream(observation, self.steps)):
+                actions.append(action)
+                put((step, action))
+            put(np.stack(actions))
+        except Exception as error:
+            put(told(error))
+
+
+def told(error: Exception) -> InputError:
+    """What a client is told of an error: its own fault in full, ours in a word."""
+    if isinstance(error, InputError):
+        return error
+    logger.error("the model failed", exc_info=error)
+    return InputError("an observation that the model can take", f"{type(error).__name__} in the server", "see the server's log")
+
+
+def shown(spec: Spec) -> str:
+    """What is served, in a line."""
+    return f"{spec.horizon} steps of {spec.dimensions} numbers at {spec.fps:g} Hz from {', '.join(spec.cameras)}"

@@ -1,0 +1,82 @@
+"""Messages: msgpack with numpy arrays, as openpi's clients write them. What a stranger sends is checked before it is used."""
+
+import math
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from vla0.spec import InputError
+
+KINDS = "biuf"  # of dtypes: booleans, integers, floats; never objects
+DEEPEST = 4  # mappings and lists inside each other
+_REMEDY = "send what openpi-client packs, or use vla0.serve.client"
+
+
+def pack(content: Any) -> Any:
+    """A message, bytes, of a mapping of numbers, strings, arrays, lists and mappings."""
+    return msgpack.packb(content, default=_array)
+
+
+def unpack(message: bytes, most_bytes: int | None = None) -> dict[str, Any]:
+    """The mapping that a message holds. Raises InputError for everything else, having run nothing of it."""
+    size = len(message) if most_bytes is None else most_bytes
+    if len(message) > size:
+        raise InputError(f"a message of {size} bytes at most", f"{len(message)}", "send smaller pictures")
+    try:
+        content = msgpack.unpackb(
+            message, object_hook=_read, strict_map_key=False,
+            max_str_len=1 << 16, max_bin_len=size, max_array_len=1 << 16, max_map_len=256, max_ext_len=0,
+        )  # fmt: skip
+    except InputError:
+        raise
+    except Exception as error:  # msgpack raises a dozen kinds for what is damaged
+        raise InputError("a msgpack message", f"{type(error).__name__}: {str(error)[:100]}", _REMEDY) from None
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError("a mapping with names as keys", type(content).__name__, _REMEDY)
+    _shallow(content, DEEPEST)
+    return content
+
+
+def _array(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        if value.dtype.kind not in KINDS:
+            raise InputError("arrays of numbers", f"{value.dtype}", "convert it")
+        if isinstance(value, np.ndarray):
+            return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+        return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
+    raise InputError("numbers, strings, arrays, lists and mappings", type(value).__name__, "convert it")
+
+
+def _read(found: dict[Any, Any]) -> Any:
+    if b"__ndarray__" not in found and b"__npgeneric__" not in found:
+        return found
+    name, data = found.get(b"dtype"), found.get(b"data")
+    try:
+        dtype = np.dtype(name if isinstance(name, str) else "O")
+    except (TypeError, ValueError):
+        dtype = np.dtype("O")
+    if dtype.kind not in KINDS or dtype.itemsize > 8:
+        raise InputError("arrays of numbers", f"dtype {str(name)[:40]}", _REMEDY)
+    if b"__npgeneric__" in found:
+        if not isinstance(data, int | float | bool):
+            raise InputError("a number", type(data).__name__, _REMEDY)
+        return dtype.type(data)
+    shape = found.get(b"shape")
+    fine = (
+        isinstance(data, bytes) and isinstance(shape, list | tuple) and len(shape) <= 5
+        and all(isinstance(side, int) and not isinstance(side, bool) and 0 <= side < 1 << 24 for side in shape)
+        and math.prod(shape) * dtype.itemsize == len(data)
+    )  # fmt: skip
+    if not fine:
+        raise InputError("an array whose shape and bytes agree", f"shape {str(shape)[:60]}", _REMEDY)
+    assert isinstance(data, bytes)
+    return np.frombuffer(data, dtype).reshape(shape)
+
+
+def _shallow(content: Any, left: int) -> None:
+    if left < 0:
+        raise InputError(f"a message at most {DEEPEST} levels deep", "a deeper one", _REMEDY)
+    inside = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else ()
+    for own in inside:
+        _shallow(own, left - 1)
