@@ -74,9 +74,8 @@ def crowd(url: str, spec: Spec, clients: int, seconds: float) -> None:
     ms = np.concatenate([np.array(own) for own in found]) * 1e3
     p50, p95, p99 = np.percentile(ms, [50, 95, 99])
     least = min(map(len, found))
-    print(
-        f"{clients} clients, {len(ms)} answers in {seconds + 5:.0f} s, at least {least} each, {sum(wrong)} unlike the first of its client"
-    )
+    print(f"{clients} clients, {len(ms)} answers in {seconds + 5:.0f} s, at least {least} each")
+    print(f"{sum(wrong)} answers unlike the first of their client")
     print(f"latency ms: median {p50:.0f}, 95 % {p95:.0f}, 99 % {p99:.0f}, most {ms.max():.0f}")
 
 
@@ -84,9 +83,8 @@ def hostile(url: str, spec: Spec, messages: int, pid: int) -> None:
     """Damaged messages from one side while another works on."""
     observation = observation_of(spec, 0)
     pictures = {f"observation/{camera}": frame for camera, frame in observation.images.items()}
-    good = pack(
-        {**pictures, "prompt": observation.instruction, **({} if observation.state is None else {"state": observation.state})}
-    )
+    state = {} if observation.state is None else {"state": observation.state}
+    good = pack({**pictures, "prompt": observation.instruction, **state})
     bystander = RemotePolicy(url, timeout_s=60)
     expected, rng = bystander.predict(observation), np.random.default_rng(0)
     sent = errors = answers = closed = 0
