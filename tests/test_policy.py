@@ -93,3 +93,60 @@ def test_a_broken_observation_is_refused(policy, observation, change):
         policy.predict_batch([replace(observation, **change)])
     with pytest.raises(InputError):
         policy.predict_batch([])
+
+
+@pytest.fixture(params=["fast", "reference"])
+def decoded(request, policy):
+    """The policy with each decoder."""
+    from vla0.decode import Fast, Reference
+
+    other = VLA0(policy.model, policy.processor, policy.spec)
+    if request.param == "reference":
+        other.decoder = Reference(policy.model, other.prompt)
+    assert isinstance(other.decoder, Reference if request.param == "reference" else Fast)
+    return other
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_chunk_that_begins_as_the_model_would_is_the_models(decoded, steps):
+    """Steps that are committed to are the beginning of the text; what follows is what would have followed."""
+    for seed in range(4):
+        observation = make_observation(seed)
+        whole = decoded.predict_batch([observation])[0]
+        begun = replace(observation, committed=whole[:steps])
+        np.testing.assert_array_equal(decoded.predict_batch([begun])[0], whole)
+        np.testing.assert_array_equal(np.stack(list(decoded.predict_stream(begun))), whole)
+
+
+def test_both_decoders_go_on_alike_from_what_the_model_would_not_have_begun(policy):
+    """In a batch where others begin from nothing, and of guesses that are wrong."""
+    from vla0.decode import Reference
+
+    rng = np.random.default_rng(0)
+    plain = VLA0(policy.model, policy.processor, policy.spec)
+    plain.decoder = Reference(policy.model, plain.prompt)
+    low, high = map(np.array, (policy.spec.low, policy.spec.high))
+    seen, rest = [], []
+    for seed in range(6):
+        committed = None if seed % 3 == 0 else rng.uniform(low, high, (seed % 3, 3))
+        seen.append(replace(make_observation(seed), committed=committed, expected=rng.uniform(low, high, (3, 3))))
+        rest.append(committed)
+    chunks = policy.predict_batch(seen)
+    np.testing.assert_array_equal(chunks, plain.predict_batch(seen))
+    for chunk, committed in zip(chunks, rest, strict=True):
+        if committed is not None:  # within half a level
+            assert (np.abs(chunk[: len(committed)] - committed) <= (high - low) / policy.spec.bins / 2 + 1e-6).all()
+    np.testing.assert_array_equal(policy.predict_batch(seen, 2 + 1), chunks)
+
+
+def test_a_commitment_that_leaves_nothing_to_say_is_refused(policy):
+    for committed in (np.zeros((3, 3)), np.zeros((1, 2)), np.zeros(3), np.full((1, 3), np.nan)):
+        with pytest.raises(InputError):
+            policy.predict_batch([replace(make_observation(0), committed=committed)])
+
+
+def test_settings_that_are_refused_change_nothing(policy):
+    before = policy.settings
+    with pytest.raises(InputError, match="do nothing"):
+        policy.acting(3, "v1")
+    assert policy.settings == before

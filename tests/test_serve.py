@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import msgpack
@@ -68,6 +69,8 @@ def test_a_remote_chunk_is_the_local_one(policy):
             np.testing.assert_array_equal(remote.predict(make_observation(seed)), expected)
             steps = list(remote.predict_stream(make_observation(seed)))
             np.testing.assert_array_equal(np.stack(steps), expected)
+            begun = replace(make_observation(seed), committed=expected[:1] + 0.1)
+            np.testing.assert_array_equal(remote.predict(begun), policy.predict_batch([begun])[0])
         assert remote.metadata["horizon"] == 3
         remote.close()
 

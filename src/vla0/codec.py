@@ -87,6 +87,11 @@ def to_levels(values: np.ndarray, low: np.ndarray, high: np.ndarray, bins: int) 
     return np.rint(scaled).astype(np.int64)
 
 
+def written(levels: np.ndarray) -> str:
+    """The text of the first levels (n, D) of a chunk that goes on: a space ends it; nothing of none."""
+    return "".join(f"{level} " for level in levels.ravel().tolist())
+
+
 class Grammar:
     """The language of answers: `count` numbers in 0..bins without leading zeros, single spaces, then the end.
 

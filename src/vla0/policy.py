@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vla0 import ensemble, model
-from vla0.codec import ActionCodec
+from vla0.codec import ActionCodec, written
 from vla0.decode import decoder
 from vla0.decode.draft import filled
 from vla0.decode.inexact import inexact
@@ -87,15 +87,14 @@ class VLA0:
         if not observations:
             raise InputError("one observation at least", "none", "pass a list of them")
         self._check(chunk_size)
-        guesses = [self._guess(observation) for observation in observations]
-        levels = self.decoder.decode(self.prompt.observe(observations), chunk_size, guesses)
+        levels = self.decoder.decode(*self._asked(observations, chunk_size))
         return np.stack([self._actions(*pair) for pair in zip(levels, observations, strict=True)])
 
     def predict_stream(self, observation: Observation, chunk_size: int | None = None) -> Iterator[np.ndarray]:
         """The actions (D,) of `predict`, one after another, each as soon as it is certain."""
         self._check(chunk_size)
         given = 0
-        for (levels,) in self.decoder.stream(self.prompt.observe([observation]), chunk_size, [self._guess(observation)]):
+        for (levels,) in self.decoder.stream(*self._asked([observation], chunk_size)):
             yield from self._actions(levels[given:], observation)
             given = len(levels)
 
@@ -109,8 +108,8 @@ class VLA0:
         """Itself, set to execute `replan` steps per query and to ensemble by `weights` (vla0.ensemble)."""
         steps = ensemble.steps_used(self.spec.horizon, replan, weights)
         predict = lambda observation: self.predict_batch([observation], steps)[0]  # noqa: E731
-        self.settings = replan, weights
         self._acting = ChunkPolicy(predict, self.spec.horizon, replan, weights, self.spec.ensemble_k)
+        self.settings = replan, weights
         return self
 
     def act(self, observation: Observation) -> np.ndarray:
@@ -133,6 +132,26 @@ class VLA0:
                 f"{chunk_size}",
                 "ask for less, or train a longer horizon",
             )
+
+    def _asked(self, observations: Sequence[Observation], chunk_size: int | None) -> tuple[Any, ...]:
+        """What a decoder takes."""
+        guesses = [self._guess(observation) for observation in observations]
+        if all(observation.committed is None for observation in observations):
+            return self.prompt.observe(observations), chunk_size, guesses
+        begun = [self._begun(observation, chunk_size or self.spec.horizon) for observation in observations]
+        texts = [written(levels) for levels in begun]
+        return self.prompt.observe(observations, begun=texts), chunk_size, guesses, begun
+
+    def _begun(self, observation: Observation, steps: int) -> np.ndarray:
+        """(n, D) levels that the observation's chunk begins with."""
+        dimensions = self.spec.dimensions
+        if observation.committed is None:
+            return np.zeros((0, dimensions), np.int64)
+        committed = np.asarray(observation.committed, np.float64)
+        if committed.ndim != 2 or committed.shape[1] != dimensions or len(committed) >= steps:
+            expected = f"committed: fewer than {steps} actions of {dimensions}"
+            raise InputError(expected, f"shape {committed.shape}", "commit to fewer steps than a chunk has")
+        return self.codec.encode(committed - offset(observation, self.spec))
 
     def _actions(self, levels: np.ndarray, observation: Observation) -> np.ndarray:
         """(n, D) float32 of levels (n, D)."""

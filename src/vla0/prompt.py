@@ -73,13 +73,20 @@ class Prompt:
         chats = [self.chat(len(own), words) for own, words in zip(images, instructions, strict=True)]
         return self.gather(list(zip(images, chats, strict=True)), answers)
 
-    def gather(self, seen: Sequence[Seen], answers: Sequence[str] | None = None) -> dict[str, torch.Tensor]:
-        """The batch of what `see` gave, of Prompts of several Specs too: they need one processor in common."""
+    def gather(
+        self, seen: Sequence[Seen], answers: Sequence[str] | None = None, begun: Sequence[str] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The batch of what `see` gave, of Prompts of several Specs too: they need one processor in common.
+
+        begun: how each answer begins, when acting: the model goes on from there.
+        """
         images, text = [own for own, _ in seen], [chat for _, chat in seen]
         # What `processor(text, images)` does, without the validator that it builds anew at each call: 5.0 → 1.6 ms.
         pictures = self.processor.image_processor([image for own in images for image in own], do_resize=False)
         grids = torch.as_tensor(np.asarray(pictures["image_grid_thw"]))
         prompts = self._read(text, [len(own) for own in images], (grids.prod(1) // self.merged).tolist())
+        if begun is not None:
+            prompts = [prompt + self.answer_ids(own)[:-1] for prompt, own in zip(prompts, begun, strict=True)]
         image = self.processor.image_token_id
         tails = [[] for _ in prompts] if answers is None else [self.answer_ids(answer) for answer in answers]
         rows = [prompt + tail for prompt, tail in zip(prompts, tails, strict=True)]
@@ -119,10 +126,11 @@ class Prompt:
         answers: Sequence[str] | None = None,
         rngs: Sequence[np.random.Generator | None] | None = None,
         jitter: tuple[float, float, float, float] = JITTER,
+        begun: Sequence[str] | None = None,
     ) -> dict[str, torch.Tensor]:
         """The batch of observations: both flows come through here, and differ in answers and generators only."""
         pairs = zip(observations, rngs or [None] * len(observations), strict=True)
-        return self.gather([self.see(observation, rng, jitter) for observation, rng in pairs], answers)
+        return self.gather([self.see(observation, rng, jitter) for observation, rng in pairs], answers, begun)
 
     def see(
         self,

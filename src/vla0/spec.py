@@ -177,6 +177,7 @@ class Observation:
     state: np.ndarray | None = None  # (S,) in the dataset's units
     captured_at: float | None = None  # monotonic seconds of the oldest frame
     expected: np.ndarray | None = None  # (n, D) actions thought to come, of the last chunk: decodes faster, changes nothing
+    committed: np.ndarray | None = None  # (n, D) actions that will have been executed: the chunk begins with them, and goes on
 
 
 @dataclass(frozen=True)

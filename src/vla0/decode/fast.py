@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vla0.codec import SYMBOLS, Grammar
+from vla0.codec import SYMBOLS, Grammar, written
 from vla0.decode.draft import Draft, Expectation, State, Tree, after
 from vla0.decode.engine import Engine
 from vla0.decode.width import width as best_width
@@ -66,18 +66,27 @@ class Fast:
         return self.chosen[rows]
 
     def decode(
-        self, batch: dict[str, torch.Tensor], chunk_size: int | None = None, guesses: Sequence[np.ndarray | None] | None = None
+        self,
+        batch: dict[str, torch.Tensor],
+        chunk_size: int | None = None,
+        guesses: Sequence[np.ndarray | None] | None = None,
+        begun: Sequence[np.ndarray] | None = None,
     ) -> np.ndarray:
         """Levels (B, H, D) int64, the ones that `reference.decode` gives; the first `chunk_size` steps of them where given.
 
         guesses: for each row levels (H, D) that its chunk is thought to be near, or None. They cost or save time, nothing else.
+        begun: for each row the levels (n, D) that its text in the batch ends with; they come back as the first.
         """
-        *_, levels = self.stream(batch, chunk_size, guesses)
+        *_, levels = self.stream(batch, chunk_size, guesses, begun)
         return np.stack(levels)
 
     @torch.inference_mode()
     def stream(
-        self, batch: dict[str, torch.Tensor], chunk_size: int | None = None, guesses: Sequence[np.ndarray | None] | None = None
+        self,
+        batch: dict[str, torch.Tensor],
+        chunk_size: int | None = None,
+        guesses: Sequence[np.ndarray | None] | None = None,
+        begun: Sequence[np.ndarray] | None = None,
     ) -> Iterator[list[np.ndarray]]:
         """After each pass the steps (H', D) that are finished, for each row; the last time all of them."""
         spec = self.prompt.spec
@@ -90,6 +99,8 @@ class Fast:
                 raise InputError(expected, f"{guess.shape}", "give the previous chunk, or None")
         numbers = steps * spec.dimensions
         rows = [Row(Draft(self.grammar, self.expectation.prior(guess), numbers), self.grammar.start) for guess in guesses]
+        for row, levels in zip(rows, begun or (), strict=False):
+            row.symbols, row.state = [SYMBOLS.index(character) for character in written(levels)], (levels.size, "")
         share = self.nodes(self.engine.held(count))
         most = share if self.engine.fixed else 4 * share  # nodes of one tree
         turn = self.turn = object()

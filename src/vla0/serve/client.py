@@ -87,6 +87,10 @@ class RemotePolicy:
         if self.metadata.get("extensions"):
             self.number += 1
             message |= {"vla0/number": self.number, "vla0/reset": self.reset_next, "vla0/stream": stream}
+            if observation.committed is not None:
+                message["vla0/committed"] = np.asarray(observation.committed, np.float64)
+        elif observation.committed is not None:
+            raise InputError("a server that can begin with committed actions", self.url, "serve with vla0")
         self.connection.send(pack(message))
         self.reset_next = False
         self.owed += 1

@@ -43,11 +43,13 @@ def request(message: Mapping[str, Any], spec: Spec, keys: Mapping[str, str], mos
         except (TypeError, ValueError):
             raise InputError("a state of numbers", type(state).__name__, "send an array") from None
     own = {name.removeprefix(OWN): value for name, value in message.items() if name.startswith(OWN)}
-    known = {"stream": bool, "reset": bool, "number": int}
+    known = {"stream": bool, "reset": bool, "number": int, "committed": np.ndarray}
     for name, value in own.items():
         if name not in known or not isinstance(value, known[name]):
             raise InputError(f"one of {[OWN + n for n in known]}, of its kind", f"'{OWN}{name[:40]}'", "leave it out")
-    return Request(Observation(images, sentence, state if spec.state or spec.relative else None), **own)
+    committed = own.pop("committed", None)
+    seen = Observation(images, sentence, state if spec.state or spec.relative else None, committed=committed)
+    return Request(seen, **own)
 
 
 def names(camera: str) -> Iterator[str]:

@@ -83,7 +83,7 @@ class Server:
             "server": f"vla0 {vla0.__version__}", "cameras": {c: self.keys.get(c) or next(names(c)) for c in spec.cameras},
             "state": None if spec.state is None else len(spec.state[0]), "horizon": spec.horizon, "dimensions": spec.dimensions,
             "fps": spec.fps, "low": list(spec.low), "high": list(spec.high), "history": spec.history,
-            "ensemble": self.weights, "replan": self.replan, "extensions": ["stream", "reset", "number"],
+            "ensemble": self.weights, "replan": self.replan, "extensions": ["stream", "reset", "number", "committed"],
             "spec": json.dumps({"image_size": spec.image_size, "depth": spec.depth, "relative": spec.relative}),
         }  # fmt: skip
 
