@@ -8,7 +8,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "vla0"
 ROOMS = (
     "spec arrays codec ensemble rollout vision prompt source data tiny model adapter recipe decode policy chart keep trainer train "
-    "envs collect table parallel cluster evaluate report trial bench doctor inspect hub convert serve cli"
+    "envs collect table parallel cluster evaluate report trial bench doctor inspect hub convert serve robot cli"
 ).split()  # fmt: skip
 SPINE = ROOMS[: ROOMS.index("envs")]
 
@@ -53,6 +53,8 @@ def test_the_spine_imports_without_lerobot_and_mujoco():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
-def test_a_simulator_process_imports_no_torch():
-    code = "import sys, vla0.parallel, vla0.evaluate, vla0.cli; print('torch' in sys.modules)"
+def test_a_simulators_and_a_robots_process_import_no_torch():
+    code = (
+        "import sys, vla0.parallel, vla0.evaluate, vla0.cli, vla0.robot.loop, vla0.serve.client; print('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

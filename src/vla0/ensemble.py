@@ -88,6 +88,13 @@ class TemporalEnsemble:
             raise InputError(f"a step after {self.chunks[0][0]}", f"{step}", "reset() between episodes")
         self.chunks.appendleft((step, chunk))
 
+    def reaches(self, step: int) -> bool:
+        """Whether anything was predicted for `step`."""
+        return any(
+            0 <= step - first < len(chunk) and weight > 0
+            for (first, chunk), weight in zip(self.chunks, self.weights, strict=False)
+        )
+
     def action(self, step: int) -> np.ndarray:
         """(D,) float32: the weighted mean of all predictions for `step`, weights by age in queries."""
         reach = [

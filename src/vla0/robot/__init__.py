@@ -1,0 +1,1 @@
+"""Acting in real time, safely: pacing, limits, watchdog, stop. Imports no torch: the model may be elsewhere."""

@@ -1,0 +1,170 @@
+"""The robot's loop: a steady pace, chunks that come when they come, nothing executed late."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from vla0.ensemble import NONE, TemporalEnsemble
+from vla0.robot.clock import Answer, World
+from vla0.robot.guard import Body, Guard
+from vla0.spec import InputError, Observation
+
+logger = logging.getLogger(__name__)
+
+WAYS = ("sync", "async", "ensemble")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How a policy is executed.
+
+    way: "sync" observes, waits, executes `replan` steps of the chunk, again. "async" asks for the next chunk while it
+    executes, committed to the steps that will have passed when it comes: the model goes on from them. "ensemble" asks as
+    often as answers come and averages all chunks that reach an instant.
+    """
+
+    fps: float  # of the checkpoint
+    horizon: int
+    way: str = "async"
+    replan: int | None = None  # steps executed of a chunk before the next is asked for; None: half of them
+    weights: str = "v1"  # of the ensemble, by age
+    oldest_s: float = 0.5  # age of an observation above which it is not asked about: a camera that froze
+
+    def __post_init__(self):
+        if self.way not in WAYS:
+            raise InputError(f"a way of {WAYS}", f"'{self.way}'", "choose one of those")
+        if not (math.isfinite(self.fps) and self.fps > 0 and self.horizon >= 1 and self.oldest_s > 0):
+            raise InputError("fps, horizon and oldest_s above 0", f"{self}", "take those of the checkpoint")
+        if self.replan is not None and not 1 <= self.replan <= self.horizon:
+            raise InputError(f"replan in 1..{self.horizon}", f"{self.replan}", "a chunk holds no more steps")
+
+    @property
+    def executed(self) -> int:
+        """Steps of a chunk before the next is asked for."""
+        return self.replan or max(1, self.horizon // 2)
+
+
+@dataclass
+class Report:
+    """What happened."""
+
+    steps: int = 0  # ticks that passed
+    idle: int = 0  # of them without an action
+    queries: int = 0
+    failures: int = 0  # answers that became an error
+    stale: int = 0  # observations too old to ask about
+    latency_s: list[float] = field(default_factory=list)
+    stopped: str | None = None
+
+
+def drive(
+    body: Body,
+    world: World,
+    guard: Guard,
+    pace: Pace,
+    max_steps: int,
+    on_step: Callable[[int, Observation, np.ndarray | None], None] = lambda step, observation, command: None,
+    finished: Callable[[], bool] = lambda: False,
+) -> Report:
+    """Acts for `max_steps` ticks, until `finished`, or until the guard is stopped.
+
+    on_step sees each tick's observation and the command that was passed on, None where there was none. An error of the
+    body or a KeyboardInterrupt stops the body and rises.
+    """
+    loop = _Loop(body, world, guard, pace)
+    try:
+        while loop.step < max_steps and guard.stopped is None and not finished():
+            loop.tick(on_step)
+    except BaseException as error:
+        guard.stop(f"{type(error).__name__}: {error}")
+        raise
+    loop.report.stopped = guard.stopped
+    return loop.report
+
+
+class _Loop:
+    """One run."""
+
+    def __init__(self, body: Body, world: World, guard: Guard, pace: Pace):
+        self.body, self.world, self.guard, self.pace, self.period = body, world, guard, pace, 1 / pace.fps
+        averaged = pace.way == "ensemble"
+        self.plan = TemporalEnsemble(pace.horizon, 1 if averaged else pace.horizon, pace.weights if averaged else NONE)
+        self.asked: tuple[Answer, int, float] | None = None
+        self.latest = -pace.horizon  # step of the observation of the newest chunk
+        self.delay = 1  # steps that an answer takes, as far as is known
+        self.report = Report()
+        self.began, self.step = world.now(), 0
+
+    def tick(self, on_step) -> None:
+        self.world.sleep_until(self.began + self.step * self.period)
+        self._take()
+        observation = self.body.observe()
+        if self.asked is None and self._due():
+            self._ask(observation)
+            if self.pace.way == "sync":
+                self._wait()
+        command = None
+        if self.plan.reaches(self.step):
+            command = self.guard.send(self.plan.action(self.step), self.began + (self.step + 1) * self.period)
+        else:
+            self.report.idle += 1
+        self.guard.check()
+        on_step(self.step, observation, command)
+        self.report.steps += 1
+        # A tick that has passed by now is not made up for: what was meant for it would come late.
+        self.step = max(self.step + 1, math.ceil((self.world.now() - self.began) / self.period - 1e-6))
+
+    def _due(self) -> bool:
+        if self.pace.way == "ensemble":
+            return True
+        return self.step - self.latest >= self.pace.executed or not self.plan.reaches(self.step)
+
+    def _ask(self, observation: Observation) -> None:
+        now = self.world.now()
+        if observation.captured_at is not None and now - observation.captured_at > self.pace.oldest_s:
+            self.report.stale += 1
+            return
+        if self.pace.way == "async" and (committed := self._committed()):
+            observation = replace(observation, committed=np.stack(committed))
+        self.asked = (self.world.ask(observation), self.step, now)
+        self.report.queries += 1
+
+    def _committed(self) -> list[np.ndarray]:
+        """What will be executed, from now until the answer is there."""
+        most = min(self.delay, self.pace.horizon - 1)
+        ahead = [self.step + i for i in range(most)]
+        reached = next((i for i, step in enumerate(ahead) if not self.plan.reaches(step)), most)
+        return [self.plan.action(step) for step in ahead[:reached]]
+
+    def _wait(self) -> None:
+        """Of the synchronous way: the chunk begins when it is there, not when it was asked for."""
+        while self.asked is not None and self.guard.stopped is None:
+            self.world.wait(self.asked[0], self.world.now() + self.period)
+            self.guard.check()
+            self.step = max(self.step, math.ceil((self.world.now() - self.began) / self.period - 1e-6))
+            self._take()
+
+    def _take(self) -> None:
+        """Puts an answer that has come where it belongs on the axis of time."""
+        if self.asked is None or not self.asked[0].done():
+            return
+        answer, step, at = self.asked
+        self.asked = None
+        try:
+            chunk = answer.result()
+        except (InputError, OSError) as error:  # refused, or lost on the way: the next may come through
+            self.report.failures += 1
+            logger.warning("no chunk: %s", error)
+            return
+        took = self.world.now() - at
+        self.report.latency_s.append(took)
+        # The longest of the last few, so that what is committed reaches as far as the answer will need.
+        self.delay = max(1, math.ceil(max(self.report.latency_s[-8:]) / self.period + 1e-6))
+        if self.pace.way != "sync" and self.delay >= self.pace.horizon and not self.report.idle % 20:
+            text = "an answer takes %d steps and a chunk has %d: all of it is past when it comes; use the synchronous way"
+            logger.warning(text, self.delay, self.pace.horizon)
+        self.latest = self.step if self.pace.way == "sync" else step
+        self.plan.add(chunk, self.latest)
