@@ -62,7 +62,7 @@ def run(
     episodes: Annotated[int, typer.Option(help="for each task")] = 8,
     ticks: Annotated[int, typer.Option(help="after which an episode has failed")] = 150,
 ) -> None:
-    """Print successes and, of the time that passed, the share without a command."""
+    """Print successes, the median time of those, and of the time that passed the share without a command."""
     policy = VLA0.from_pretrained(checkpoint)
     spec = policy.spec
     console, table = Console(), Table("latency", *WAYS)
@@ -70,6 +70,7 @@ def run(
         cells = []
         for way in WAYS:
             solved = tried = idle = passed = 0
+            took: list[int] = []
             for task in TASKS:
                 env = MetaWorldEnv(task, start="above", fps=spec.fps)
                 for seed in range(episodes):
@@ -80,10 +81,12 @@ def run(
                     pace = Pace(spec.fps, spec.horizon, way, replan=1 if way == "sync" else None)
                     drive(hand, world, guard, pace, ticks, lambda step, *_, h=hand: h.end(step), lambda h=hand: h.done)
                     solved, tried = solved + hand.done, tried + 1
+                    took += [hand.ticks] if hand.done else []
                     idle, passed = idle + hand.ticks - guard.sent, passed + hand.ticks
                 env.close()
             low, high = wilson(solved, tried)
-            cells.append(f"{solved} of {tried} ({low:.0%} to {high:.0%}), {idle / passed:.0%} idle")
+            seconds = f"{np.median(took) / spec.fps:.2f} s" if took else "never"
+            cells.append(f"{solved} of {tried} ({low:.0%} to {high:.0%}), {seconds}, {idle / passed:.0%} idle")
         table.add_row(f"{latency} ms", *cells)
         console.print(f"{latency} ms", *cells, sep=" | ")
     console.print(table)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -61,7 +61,7 @@ class RealWorld:
         """Begins to ask."""
         return self.thread.submit(self.predict, observation)
 
-    def wait(self, answer: Future, until: float) -> None:
+    def wait(self, answer: Any, until: float) -> None:
         """Waits."""
         wait([answer], max(0.0, until - time.monotonic()))
 
@@ -94,7 +94,7 @@ class SimulatedWorld:
         self.queries += 1
         return Later(self, self.time + self.latency_s(self.queries - 1), observation)
 
-    def wait(self, answer: "Later", until: float) -> None:
+    def wait(self, answer: Answer, until: float) -> None:
         """Lets time pass."""
         while not answer.done() and self.time < until:
             self.sleep_until(min(until, self.time + self.grain_s))
@@ -108,7 +108,7 @@ class Later:
 
     def done(self) -> bool:
         """Whether its time has come."""
-        return self.world.time >= self.ready_at
+        return self.world.time >= self.ready_at - 1e-9
 
     def result(self) -> np.ndarray:
         """The chunk."""

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -94,7 +95,8 @@ class _Loop:
         self.plan = TemporalEnsemble(pace.horizon, 1 if averaged else pace.horizon, pace.weights if averaged else NONE)
         self.asked: tuple[Answer, int, float] | None = None
         self.latest = -pace.horizon  # step of the observation of the newest chunk
-        self.delay = 1  # steps that an answer takes, as far as is known
+        self.delays: deque[int] = deque(maxlen=8)  # steps that answers took
+        self.delay = 1  # that the next may take
         self.report = Report()
         self.began, self.step = world.now(), 0
 
@@ -159,10 +161,10 @@ class _Loop:
             self.report.failures += 1
             logger.warning("no chunk: %s", error)
             return
-        took = self.world.now() - at
-        self.report.latency_s.append(took)
-        # The longest of the last few, so that what is committed reaches as far as the answer will need.
-        self.delay = max(1, math.ceil(max(self.report.latency_s[-8:]) / self.period + 1e-6))
+        self.report.latency_s.append(self.world.now() - at)
+        # The most of the last few, so that what is committed reaches as far as the answer will need.
+        self.delays.append(self.step - step)
+        self.delay = max(1, *self.delays)
         if self.pace.way != "sync" and self.delay >= self.pace.horizon and not self.report.idle % 20:
             text = "an answer takes %d steps and a chunk has %d: all of it is past when it comes; use the synchronous way"
             logger.warning(text, self.delay, self.pace.horizon)
