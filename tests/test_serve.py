@@ -396,3 +396,14 @@ def test_openpis_own_client_is_served_unchanged(policy, tmp_path):
     np.testing.assert_allclose(actions, expected, rtol=1e-6)
     assert (horizon, names) == (3, ["actions", "server_timing"])
     assert "camera 'front'" in refused
+
+
+def test_the_example_of_an_own_robot_runs_against_a_server(policy):
+    with serving(policy) as (url, _):
+        command = [sys.executable, str(Path(__file__).parents[1] / "examples" / "my_robot.py"), "--policy-url", url]
+        for live in ([], ["--live"]):
+            done = subprocess.run([*command, "--seconds", "2", *live], capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+            kind, sent = done.stdout.split(" commands")[0].rpartition(":")[::2]
+            assert kind.endswith("live" if live else "dry run")
+            assert int(sent) > 10
