@@ -23,8 +23,9 @@ class Pace:
     """How a policy is executed.
 
     way: "sync" observes, waits, executes `replan` steps of the chunk, again. "async" asks for the next chunk while it
-    executes, committed to the steps that will have passed when it comes: the model goes on from them. "ensemble" asks as
-    often as answers come and averages all chunks that reach an instant.
+    executes, committed to the steps that will have passed when it comes: the model goes on from them; what comes when
+    the robot had to wait begins when it comes. "ensemble" asks as often as answers come and averages all chunks that
+    reach an instant.
     """
 
     fps: float  # of the checkpoint
@@ -99,6 +100,7 @@ class _Loop:
         self.delay = 1  # that the next may take
         self.report = Report()
         self.began, self.step = world.now(), 0
+        self.acted = -1  # the last step with an action
 
     def tick(self, on_step) -> None:
         self.world.sleep_until(self.began + self.step * self.period)
@@ -111,6 +113,7 @@ class _Loop:
         command = None
         if self.plan.reaches(self.step):
             command = self.guard.send(self.plan.action(self.step), self.began + (self.step + 1) * self.period)
+            self.acted = self.step
         else:
             self.report.idle += 1
         self.guard.check()
@@ -165,8 +168,10 @@ class _Loop:
         # The most of the last few, so that what is committed reaches as far as the answer will need.
         self.delays.append(self.step - step)
         self.delay = max(1, *self.delays)
-        if self.pace.way != "sync" and self.delay >= self.pace.horizon and not self.report.idle % 20:
-            text = "an answer takes %d steps and a chunk has %d: all of it is past when it comes; use the synchronous way"
+        if self.pace.way == "ensemble" and self.delay >= self.pace.horizon and self.report.idle % 20 == 1:
+            text = "an answer takes %d steps and a chunk has %d: all of it is past when it comes; use another way"
             logger.warning(text, self.delay, self.pace.horizon)
-        self.latest = self.step if self.pace.way == "sync" else step
+        # Where nothing was executed since the observation, the robot has waited: the chunk begins now, and is not late.
+        waited = self.pace.way == "sync" or (self.pace.way == "async" and self.acted < step)
+        self.latest = self.step if waited else step
         self.plan.add(chunk, self.latest)
