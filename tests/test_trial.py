@@ -46,7 +46,7 @@ def test_the_ablation_has_the_published_rows_in_folders_of_their_own(checkpoints
 
 def test_a_machine_with_another_checkpoint_in_that_folder_is_refused(checkpoints):
     with pytest.raises(InputError, match="copy the same to every machine"):
-        _load(checkpoints["tiled"], "cpu", "another", None)
+        _load(checkpoints["tiled"], "cpu", "", "another", None)
 
 
 @pytest.mark.slow
