@@ -100,6 +100,8 @@ def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -
         trackio_space_id=None,  # on this machine, not in a Space of the Hub
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),  # else processes on CPUs would not know each other
+        # While the first process tries a checkpoint in a simulator, the others wait: longer than NCCL's half an hour.
+        ddp_timeout=24 * 3600 if config.simulator is not None else 1800,
         **(SHARDED if training.shard else {}),
     )  # fmt: skip
     try:

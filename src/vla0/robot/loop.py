@@ -53,7 +53,7 @@ class Pace:
 class Report:
     """What happened."""
 
-    steps: int = 0  # ticks that passed
+    steps: int = 0  # ticks that the loop took part in
     idle: int = 0  # of them without an action
     queries: int = 0
     failures: int = 0  # answers that became an error
