@@ -2,7 +2,7 @@
 
 python benchmarks/latency.py --checkpoint runs/demo/train/last
 
-Time is the simulator's: a tick of the loop is a step of Meta-World, and where the loop sends nothing the hand stays.
+The synchronous way executes whole chunks, the asynchronous one half of each. Time is the simulator's: a tick of the loop is a step of Meta-World, and where the loop sends nothing the hand stays.
 """
 
 from dataclasses import replace
@@ -58,9 +58,9 @@ class Hand:
 
 def run(
     checkpoint: Annotated[Path, typer.Option()],
-    latency_ms: Annotated[list[int], typer.Option()] = [0, 25, 50, 100, 200, 500],  # noqa: B006
+    latency_ms: Annotated[list[int], typer.Option()] = [0, 50, 100, 200, 500],  # noqa: B006
     episodes: Annotated[int, typer.Option(help="for each task")] = 8,
-    ticks: Annotated[int, typer.Option(help="after which an episode has failed")] = 150,
+    ticks: Annotated[int, typer.Option(help="after which an episode has failed")] = 400,
 ) -> None:
     """Print successes, the median time of those, and of the time that passed the share without a command."""
     policy = VLA0.from_pretrained(checkpoint)
@@ -78,7 +78,7 @@ def run(
                     world = SimulatedWorld(lambda o: policy.predict_batch([o])[0], lambda _, s=latency / 1e3: s)
                     hand.world = world
                     guard = Guard(hand, Limits.of(spec), 1 / spec.fps, live=True, stop_s=1e6, now=world.now)
-                    pace = Pace(spec.fps, spec.horizon, way, replan=1 if way == "sync" else None)
+                    pace = Pace(spec.fps, spec.horizon, way, replan=spec.horizon if way == "sync" else None)
                     drive(hand, world, guard, pace, ticks, lambda step, *_, h=hand: h.end(step), lambda h=hand: h.done)
                     solved, tried = solved + hand.done, tried + 1
                     took += [hand.ticks] if hand.done else []
