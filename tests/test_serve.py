@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -320,6 +321,34 @@ def test_the_command_serves_and_ends_what_was_begun(policy, tmp_path):
         answer = unpack(remote.connection.recv(timeout=10))
         np.testing.assert_array_equal(answer["actions"], policy.predict_batch([make_observation(1)])[0])
         assert process.wait(15) == 0
+    finally:
+        process.kill()
+
+
+def test_a_certificate_is_shown_and_checked(policy, tmp_path):
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl to make a certificate with")
+    cert, private = tmp_path / "cert.pem", tmp_path / "key.pem"
+    words = f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1 -keyout {private} -out {cert}"
+    subprocess.run(["openssl", *words.split()], check=True, capture_output=True)
+    policy.save_pretrained(tmp_path / "checkpoint")
+    command = [sys.executable, "-m", "vla0.cli", "serve", "--checkpoint", str(tmp_path / "checkpoint"), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--tls-cert", str(cert), "--tls-key", str(private)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        process.stdout.readline()
+        url = process.stdout.readline().strip()
+        assert url.startswith("wss://")
+        with pytest.raises(NoAnswerError, match="certificate"):
+            RemotePolicy(url, patience_s=0.5)
+        remote = RemotePolicy(url, certificate=cert)
+        expected = policy.predict_batch([make_observation(0)])[0]
+        np.testing.assert_array_equal(remote.predict(make_observation(0), timeout_s=10), expected)
+        remote.close()
     finally:
         process.kill()
 

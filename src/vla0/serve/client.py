@@ -1,8 +1,10 @@
 """RemotePolicy: the robot's side. numpy, msgpack and websockets, no torch."""
 
+import ssl
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -21,12 +23,23 @@ class NoAnswerError(TimeoutError):
 class RemotePolicy:
     """A policy on another machine. `predict` as VLA0's; late answers are dropped, lost connections made again.
 
-    url: ws://host:port or wss://. timeout_s: from an observation to its chunk. patience_s: for the first connection.
+    url: ws://host:port or wss://. certificate: to trust where nobody known has signed it. timeout_s: from an observation
+    to its chunk. patience_s: for the first connection.
     Works with openpi's servers too, but for streaming. Raises InputError where the server refuses.
     """
 
-    def __init__(self, url: str, key: str | None = None, timeout_s: float = 2.0, patience_s: float = 10.0):
+    def __init__(
+        self,
+        url: str,
+        key: str | None = None,
+        timeout_s: float = 2.0,
+        patience_s: float = 10.0,
+        certificate: str | Path | None = None,
+    ):
         self.url, self.timeout_s = url, timeout_s
+        if certificate is not None and not Path(certificate).is_file():
+            raise InputError("the server's certificate (PEM)", f"no file '{certificate}'", "name another")
+        self.context = ssl.create_default_context(cafile=certificate) if url.startswith("wss:") else None
         self.headers = {"Authorization": f"Api-Key {key}"} if key else None
         self.lock, self.held = Lock(), ExitStack()
         self.connection: ClientConnection | None = None
@@ -122,7 +135,10 @@ class RemotePolicy:
         self.close()
         while (left := deadline - time.monotonic()) > 0:
             try:
-                own = connect(self.url, compression=None, max_size=None, additional_headers=self.headers, open_timeout=left)
+                own = connect(
+                    self.url, compression=None, max_size=None, additional_headers=self.headers, open_timeout=left,
+                    ssl=self.context,
+                )  # fmt: skip
                 connection = self.held.enter_context(own)
                 self.metadata = unpack(bytes(connection.recv(timeout=max(0.0, deadline - time.monotonic()), decode=False)))
                 self.connection, self.owed, self.reset_next = connection, 0, True
