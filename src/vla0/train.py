@@ -94,15 +94,15 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
         if (clipped := part.outside()).any():
             text = "%s: %s of %d actions lie outside the bounds, by dimension, and are clipped"
             logger.warning(text, part.source.config.dataset, clipped.tolist(), len(part))
-    training = config.training
-    batch = training.batch_size * processes * training.gradient_accumulation_steps
+    training, recorded = config.training, _recorded(config, processes)
+    batch = recorded["global_batch"]
     logger.info("%.1f of %.1f million weights are trained", trained / 1e6, whole / 1e6)
     logger.info(
         "%d steps of %d samples (%d a device, %d devices, %d parts): %.2f times the %d rows; learning rate %g, not scaled",
         steps, batch, training.batch_size, processes, training.gradient_accumulation_steps, steps * batch / len(samples),
         len(samples), training.learning_rate,
     )  # fmt: skip
-    write_whole(output / "recipe.json", json.dumps(_recorded(config, processes), indent=2) + "\n")
+    write_whole(output / "recipe.json", json.dumps(recorded, indent=2) + "\n")
 
 
 @contextmanager

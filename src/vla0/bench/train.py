@@ -2,10 +2,9 @@
 
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +15,7 @@ import torch
 from rich.progress import track
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
 
 from vla0.bench.commands import hush
 from vla0.bench.data import BASELINE, Stock, cameras_of
@@ -70,9 +70,9 @@ def bench(settings: Settings, ways: Sequence[str], rounds: int) -> list[Speed]:
     if min(settings.batch_size, settings.steps, rounds) < 1 or settings.workers < 0:
         raise InputError("batch, steps and rounds >= 1", f"{settings}", "give whole numbers from 1")
     found: dict[str, list[Speed]] = {way: [] for way in ways}
-    for turn in track([(r, way) for r in range(rounds) for way in ways], "training", transient=True):
+    for way in track(list(ways) * rounds, "training", transient=True):
         with ProcessPoolExecutor(1, get_context("spawn"), hush) as pool:
-            found[turn[1]].append(pool.submit(measure, turn[1], settings).result())
+            found[way].append(pool.submit(measure, way, settings).result())
     result = []
     for way, own in found.items():
         names = ("samples_per_s", "tokens_per_s", "mfu", "peak_gib")
@@ -95,22 +95,19 @@ def measure(way: str, settings: Settings) -> Speed:
         told = arguments(config, Path(folder), WARM + settings.steps, 1.0)
         told.disable_tqdm, told.torch_compile = True, way == COMPILED
         told.save_strategy = type(told.save_strategy)("no")
-        collate = collator([prompt], replace(config.augmentation))
+        collate = collator([prompt], config.augmentation)
         kind = VLA0Trainer if loss == "vla0" else Trainer
         clock = Clock()
         trainer = kind(model=model, args=told, train_dataset=rows, data_collator=collate, callbacks=[clock])
-        with _quiet(trainer):
-            trainer.train()
+        trainer.remove_callback(PrinterCallback)  # it prints a summary as it ends
+        trainer.train()
         batch = collate([rows[i % len(rows)] for i in range(settings.batch_size)])
         tokens = int(batch["attention_mask"].sum()) / settings.batch_size
         samples = settings.steps * settings.batch_size / clock.seconds
         work = 3 * _forward(trainer.model, batch) / settings.batch_size  # forward, and twice that for backward
         rate = product_rate(torch.cuda.is_available())
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return Speed(way, samples, samples * tokens, samples * work / rate, clock.peak or peak)
+    peak = clock.peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return Speed(way, samples, samples * tokens, samples * work / rate, peak)
 
 
 class Clock(TrainerCallback):
@@ -175,12 +172,3 @@ def _forward(model: Any, batch: dict[str, torch.Tensor]) -> float:
     with FlopCounterMode(display=False) as counter:
         model(**batch, logits_to_keep=kept, use_cache=False)
     return float(counter.get_total_flops())
-
-
-@contextmanager
-def _quiet(trainer: Trainer) -> Iterator[None]:
-    """The Trainer prints its summary as it ends."""
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    yield
