@@ -80,7 +80,7 @@ def run(
                     hand.world = world
                     guard = Guard(hand, Limits.of(spec), 1 / spec.fps, live=True, stop_s=1e6, now=world.now)
                     pace = Pace(spec.fps, spec.horizon, way, replan=spec.horizon if way == "sync" else None)
-                    drive(hand, world, guard, pace, ticks, lambda step, *_, h=hand: h.end(step), lambda h=hand: h.done)
+                    drive(world, guard, pace, ticks, lambda tick, h=hand: h.end(tick.step), lambda h=hand: h.done)
                     solved, tried = solved + hand.done, tried + 1
                     took += [hand.ticks] if hand.done else []
                     idle, passed = idle + hand.ticks - guard.sent, passed + hand.ticks

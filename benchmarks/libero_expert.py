@@ -16,8 +16,8 @@ import typer
 from vla0.collect import NoisyEnv
 from vla0.envs import libero
 from vla0.envs.libero import LiberoEnv, make_expert
+from vla0.errors import InputError
 from vla0.rollout import rollout
-from vla0.spec import InputError
 from vla0.table import wilson
 
 

@@ -60,7 +60,7 @@ def run(
     watchdog = guard.watch()
     pace = Pace(told["fps"], told["horizon"], way)
     try:
-        report = drive(robot, RealWorld(policy.predict), guard, pace, round(seconds * told["fps"]))
+        report = drive(RealWorld(policy.predict), guard, pace, round(seconds * told["fps"]))
     finally:
         watchdog.set()
         policy.close()

@@ -1,6 +1,10 @@
 """What the tests share: a tiny model, a small LeRobot dataset, the real processor where it lies beside the checkout."""
 
+import asyncio
 import os
+import threading
+import time
+from contextlib import contextmanager
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -14,6 +18,7 @@ import torch
 from vla0 import Observation, Spec
 from vla0.policy import VLA0
 from vla0.recipe import LoggingConfig, ModelConfig, TrainConfig, TrainingConfig
+from vla0.serve.server import Server
 from vla0.tiny import tiny_model, tiny_processor
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -139,3 +144,26 @@ def make_recipe(dataset: Path, output: Path, **changes) -> dict:
         else:
             recipe[section][name] = value
     return recipe
+
+
+@contextmanager
+def serving(policy, **settings):
+    """A server in a thread: its address; ended as by SIGTERM."""
+    server, ports, loops = Server(policy, **settings), [], []
+
+    async def run():
+        stop = asyncio.Event()
+        loops.append((asyncio.get_running_loop(), stop))
+        await server.run("127.0.0.1", 0, stop, ready=ports.append)
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    while not ports and thread.is_alive():
+        time.sleep(0.01)
+    try:
+        yield f"ws://127.0.0.1:{ports[0]}", server
+    finally:
+        loop, stop = loops[0]
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(20)
+        assert not thread.is_alive()

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from vla0.doctor import Finding, _try, draw, examine, screen
-from vla0.spec import InputError
+from vla0.errors import InputError
 
 
 def doctor(*words, **variables):

@@ -61,7 +61,7 @@ def simulated(way="async", latency=lambda query: 0.0, predict=towards, steps=80,
     arm = Arm(world.now)
     guard = Guard(arm, limits, 1 / FPS, start=np.zeros(2), live=live, hold_s=0.2, stop_s=1.5, now=world.now)
     world.check = guard.check
-    report = drive(arm, world, guard, Pace(FPS, HORIZON, way, **pace), steps)
+    report = drive(world, guard, Pace(FPS, HORIZON, way, **pace), steps)
     return arm, guard, report
 
 
@@ -182,7 +182,7 @@ def test_a_camera_that_froze_is_not_asked_about():
     arm = Arm(world.now)
     arm.frozen_at = 0.0
     guard = Guard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, now=world.now)
-    report = drive(arm, world, guard, Pace(FPS, HORIZON), 200)
+    report = drive(world, guard, Pace(FPS, HORIZON), 200)
     assert report.stale > 0
     assert guard.stopped is not None
     assert max(at for at, _ in arm.sent) < 0.5 + HORIZON / FPS + 0.1
@@ -236,7 +236,7 @@ def test_an_interruption_stops_the_body():
     arm = Interrupted(world.now)
     guard = Guard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, now=world.now)
     with pytest.raises(KeyboardInterrupt):
-        drive(arm, world, guard, Pace(FPS, HORIZON), 100)
+        drive(world, guard, Pace(FPS, HORIZON), 100)
     assert [kind for kind, *_ in arm.diary][-2:] == ["send", "stop"]
 
 
@@ -253,7 +253,7 @@ def test_the_watchdog_holds_though_the_loop_hangs():
     arm = Hanging(time.monotonic)
     guard = Guard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, hold_s=0.15, stop_s=0.4)
     done = guard.watch()
-    thread = threading.Thread(target=drive, args=(arm, RealWorld(towards), guard, Pace(FPS, HORIZON), 100))
+    thread = threading.Thread(target=drive, args=(RealWorld(towards), guard, Pace(FPS, HORIZON), 100))
     thread.start()
     while guard.stopped is None:
         time.sleep(0.01)
@@ -267,6 +267,38 @@ def test_the_watchdog_holds_though_the_loop_hangs():
     assert 0.4 <= at["stop"] - at["send"] < 1.2
 
 
+def test_a_body_that_hangs_in_a_command_is_held_and_stopped_all_the_same():
+    """In real time: a bus that blocks keeps neither the watchdog nor whoever presses the key waiting."""
+    release = threading.Event()
+
+    class Stuck(Arm):
+        def send(self, action):
+            super().send(action)
+            if len(self.sent) > 2:
+                release.wait(5)
+
+    for key in (False, True):
+        release.clear()
+        arm = Stuck(time.monotonic)
+        guard = Guard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, hold_s=0.15, stop_s=0.4)
+        done = guard.watch()
+        thread = threading.Thread(target=drive, args=(RealWorld(towards), guard, Pace(FPS, HORIZON), 100))
+        thread.start()
+        if key:
+            time.sleep(0.3)
+            guard.stop("a key")
+        else:
+            time.sleep(1.2)
+        assert guard.stopped is not None
+        assert [kind for kind, *_ in arm.diary][-1] == "stop"
+        at = {kind: when for kind, when, _ in arm.diary}
+        assert at["stop"] - at["send"] < 1.1
+        release.set()
+        thread.join(5)
+        done.set()
+        assert [kind for kind, *_ in arm.diary][-1] == "stop"  # the command that was stuck is not followed by another
+
+
 def test_in_real_time_the_pace_is_kept():
     def slowly(observation):
         time.sleep(0.12)
@@ -274,7 +306,7 @@ def test_in_real_time_the_pace_is_kept():
 
     arm = Arm(time.monotonic)
     guard = Guard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True)
-    report = drive(arm, RealWorld(slowly), guard, Pace(FPS, HORIZON), 60)
+    report = drive(RealWorld(slowly), guard, Pace(FPS, HORIZON), 60)
     gaps = np.diff([at for at, _ in arm.sent])
     assert abs(np.median(gaps) - 1 / FPS) < 0.02
     assert report.idle < 20

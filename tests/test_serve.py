@@ -10,14 +10,14 @@ import sys
 import threading
 import time
 import urllib.request
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import msgpack
 import numpy as np
 import pytest
-from conftest import make_observation, make_spec
+from conftest import make_observation, make_spec, serving
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -32,29 +32,6 @@ from vla0.serve.server import Limits, Server
 from vla0.serve.wire import pack, unpack
 
 KEY = "a key that is long enough"
-
-
-@contextmanager
-def serving(policy, **settings):
-    """A server in a thread: its address; ended as by SIGTERM."""
-    server, ports, loops = Server(policy, **settings), [], []
-
-    async def run():
-        stop = asyncio.Event()
-        loops.append((asyncio.get_running_loop(), stop))
-        await server.run("127.0.0.1", 0, stop, ready=ports.append)
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
-    thread.start()
-    while not ports and thread.is_alive():
-        time.sleep(0.01)
-    try:
-        yield f"ws://127.0.0.1:{ports[0]}", server
-    finally:
-        loop, stop = loops[0]
-        loop.call_soon_threadsafe(stop.set)
-        thread.join(20)
-        assert not thread.is_alive()
 
 
 def message_of(observation: Observation, **more) -> bytes:
@@ -73,6 +50,7 @@ def test_a_remote_chunk_is_the_local_one(policy):
             begun = replace(make_observation(seed), committed=expected[:1] + 0.1)
             np.testing.assert_array_equal(remote.predict(begun), policy.predict_batch([begun])[0])
         assert remote.metadata["horizon"] == 3
+        assert remote.spec == policy.spec
         remote.close()
 
 

@@ -1,11 +1,12 @@
 """Worlds for the tests of evaluation: small enough to reason about, in processes of their own."""
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 
-from vla0 import InputError, Observation
+from vla0 import InputError, Observation, Spec
 
 
 class Line:
@@ -72,3 +73,47 @@ def load_broken():
 
 def load_absent():
     raise InputError("a checkpoint", "none", "copy it")
+
+
+JOINTS = tuple(
+    f"{joint}.pos" for joint in ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+)
+
+
+def arm_spec(**changes) -> Spec:
+    """Of a policy for the simulated arm."""
+    fields = {
+        "low": (-90.0, -60.0, -60.0, -60.0, -90.0, 0.0), "high": (90.0, 60.0, 60.0, 60.0, 90.0, 100.0), "fps": 20.0, "cameras": ("front", "wrist"),
+        "base_model": "none", "image_size": 56, "state": ((-180.0,) * 6, (180.0,) * 6), "action_names": JOINTS, "state_names": JOINTS,
+        "most_change": (6.0, 6.0, 6.0, 6.0, 6.0, 20.0),
+    }  # fmt: skip
+    return Spec(**{**fields, **changes})
+
+
+class Reach:
+    """What `vla0 serve` needs of a policy: moves the simulated arm to a goal, four degrees a step, after a while."""
+
+    def __init__(
+        self,
+        spec: Spec | None = None,
+        latency_s=lambda query: 0.0,
+        goal=(40.0, 20.0, -20.0, 30.0, 0.0, 30.0),
+        wild: float = 0.0,
+    ):
+        self.spec, self.latency_s, self.goal, self.wild, self.queries = spec or arm_spec(), latency_s, np.array(goal), wild, 0
+
+    def predict_batch(self, observations, steps=None):
+        time.sleep(self.latency_s(self.queries))
+        self.queries += 1
+        return np.stack([self.chunk(observation) for observation in observations])
+
+    def predict_stream(self, observation, steps=None):
+        yield from self.chunk(observation)
+
+    def chunk(self, observation):
+        begun = np.zeros((0, 6)) if observation.committed is None else observation.committed
+        place, chunk = begun[-1] if len(begun) else observation.state, list(begun)
+        while len(chunk) < self.spec.horizon:
+            place = place + np.clip(self.goal - place, -4, 4)
+            chunk.append(place + self.wild * np.random.default_rng(len(chunk) + self.queries).normal(size=6))
+        return np.array(chunk, np.float32)

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from vla0.spec import InputError, Observation, Spec
+from vla0.errors import InputError
+from vla0.spec import Observation, Spec
 
 __all__ = ["VLA0", "InputError", "Observation", "Spec"]
 __version__ = "0.1.0"

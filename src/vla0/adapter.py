@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from vla0.spec import InputError
+from vla0.errors import InputError
 
 LANGUAGE = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 VISION = r".*visual\.blocks\..*\.(attn\.qkv|attn\.proj|gate_proj|up_proj|down_proj)"

@@ -3,7 +3,7 @@
 import pickle
 from typing import IO, Any
 
-from vla0.spec import InputError
+from vla0.errors import InputError
 
 _KNOWN = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
 _BUILDERS = ("_reconstruct", "scalar", "_frombuffer")  # of numpy's own modules, whose names changed with numpy 2

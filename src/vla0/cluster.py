@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vla0.errors import InputError
 from vla0.parallel import ATTEMPTS, Crew, Job, Play, Predict
-from vla0.spec import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from vla0.spec import InputError, Spec
+from vla0.errors import InputError
+from vla0.spec import Spec
 
 SYMBOLS = "0123456789 "  # symbol i is SYMBOLS[i]; symbol END closes the answer
 SPACE, END = 10, 11

@@ -20,8 +20,9 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vla0.envs import make, simulator
+from vla0.errors import InputError
 from vla0.rollout import Env, rollout
-from vla0.spec import InputError, Observation, tupled
+from vla0.spec import Observation, tupled
 
 logger = logging.getLogger(__name__)
 

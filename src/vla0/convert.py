@@ -12,9 +12,10 @@ import yaml
 from transformers import AutoProcessor
 
 from vla0.arrays import load_arrays
+from vla0.errors import InputError
 from vla0.model import link_files, put_in_place
 from vla0.prompt import Prompt
-from vla0.spec import InputError, Spec
+from vla0.spec import Spec
 
 CAMERAS = ("agentview", "wrist")  # in the order of the official LIBERO recipe
 REMEDY = "give the folder of an official run: config.yaml, dataset_stats.pkl and model_last/"

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from vla0.codec import ActionCodec
+from vla0.errors import InputError
 from vla0.prompt import Prompt, hide, hide_numbers
 from vla0.source import Source
-from vla0.spec import InputError, Sample, Spec, offset, tupled
+from vla0.spec import Sample, Spec, offset, tupled
 from vla0.vision import JITTER
 
 Drawn = tuple[Sample, Sequence[int], int]  # a Sample, the seed of its augmentation, and its dataset's place in a mixture

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.table import Table
 
 from vla0.envs import libero_files
-from vla0.spec import InputError
+from vla0.errors import InputError
 
 JOBS = ("train", "eval", "serve")
 GIB = 2**30

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vla0.spec import InputError
+from vla0.errors import InputError
 
 NONE = "none"  # execute the newest chunk, average nothing
 

@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vla0.ensemble import TemporalEnsemble
 from vla0.envs import ENVS, make, simulator
+from vla0.errors import InputError, refuse_unknown
 from vla0.parallel import ATTEMPTS, Crew, Play, Predict
 from vla0.rollout import Env
-from vla0.spec import InputError, refuse_unknown, tupled
+from vla0.spec import tupled
 from vla0.table import mend, read_episodes
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
-from vla0.spec import SPEC_FILE, InputError, Spec
+from vla0.errors import InputError
+from vla0.spec import SPEC_FILE, Spec
 
 UNWANTED = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # pickles
 

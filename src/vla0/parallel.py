@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from vla0.errors import InputError
 from vla0.rollout import ChunkPolicy, Env, rollout
-from vla0.spec import Episode, InputError, Observation
+from vla0.spec import Episode, Observation
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,10 @@ from vla0.codec import ActionCodec, written
 from vla0.decode import decoder
 from vla0.decode.draft import filled
 from vla0.decode.inexact import inexact
+from vla0.errors import InputError
 from vla0.prompt import Prompt
 from vla0.rollout import ChunkPolicy
-from vla0.spec import MAIN, InputError, Observation, Spec, embodiments, offset
+from vla0.spec import MAIN, Observation, Spec, embodiments, offset
 
 
 class VLA0:

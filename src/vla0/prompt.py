@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from vla0.codec import SYMBOLS, to_levels
-from vla0.spec import InputError, Observation, Spec, state_of
+from vla0.errors import InputError
+from vla0.spec import Observation, Spec, state_of
 from vla0.vision import JITTER, compose
 
 Seen = tuple[Sequence[np.ndarray], str]  # images and the text before the answer

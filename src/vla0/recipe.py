@@ -15,8 +15,9 @@ from yaml import YAMLError
 
 from vla0.adapter import Lora
 from vla0.data import Augmentation
+from vla0.errors import InputError, refuse_unknown
 from vla0.source import DataConfig
-from vla0.spec import InputError, Spec, refuse_unknown
+from vla0.spec import Spec
 
 LOOKS = ("image_size", "crop", "tile", "history", "vision_id", "system")  # fields of Spec that a recipe gives by their names
 UNITS = ("steps", "epochs")
@@ -134,14 +135,18 @@ class TrainConfig:
 
 def read_config(cls: type, file: str | Path, overrides: Sequence[str] = ()) -> Any:
     """A config of a YAML file with `key=value` overrides (dots go deeper). Raises InputError for an unknown key."""
+    return build(cls, read_yaml(file, overrides), str(file))
+
+
+def read_yaml(file: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """What a YAML file says, with `key=value` overrides. Raises InputError where it is none."""
     try:
         merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
-        content = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except FileNotFoundError:
-        raise InputError("a recipe (YAML)", f"'{file}', which is not there", "see configs/") from None
+        raise InputError("a YAML file", f"'{file}', which is not there", "recipes are in configs/") from None
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise InputError(f"YAML in '{file}' and key=value", str(error).splitlines()[0], "correct it") from None
-    return build(cls, content, str(file))
 
 
 def build(cls: type, content: Any, where: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vla0.spec import InputError
+from vla0.errors import InputError
 from vla0.table import PUBLISHED, mean_success, read_episodes, suites, summary
 
 SHOWN = 6  # episodes of each policy and task that the page holds; the others stay in videos/

@@ -7,7 +7,8 @@ from typing import Protocol
 import numpy as np
 
 from vla0.ensemble import TemporalEnsemble
-from vla0.spec import Episode, InputError, Observation
+from vla0.errors import InputError
+from vla0.spec import Episode, Observation
 
 
 class Env(Protocol):

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vla0.spec import MAIN, InputError, Observation, Sample, refuse_unknown, tupled
+from vla0.errors import InputError, refuse_unknown
+from vla0.spec import MAIN, Observation, Sample, tupled
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class Source:
         return found
 
     def spec_fields(self, horizon: int) -> dict[str, Any]:
-        """What a Spec takes from data: low and high over all chunks, relative, fps, cameras, depth, the state's bounds."""
+        """What a Spec takes from data: bounds of actions over all chunks and of the state, names, fps, cameras, depth."""
         actions = [self.actions[: self.first_held_out]]
         dims = list(self.config.relative)
         if dims:
@@ -144,7 +145,19 @@ class Source:
         fields["depth"] = tuple((camera, *span) for camera, span in self.config.depth.items())
         fields["low"], fields["high"] = _bounds(np.concatenate(actions), self.config.statistics)
         fields["state"] = None if self.states is None else _bounds(self.states[: self.first_held_out], self.config.statistics)
+        steps = np.abs(np.diff(self.actions, axis=0))[self.start[1:] == self.start[:-1]]
+        fields["most_change"] = tuple(float(c) for c in steps.max(axis=0)) if len(steps) else None
+        fields["action_names"] = self._names(self.config.action)
+        fields["state_names"] = None if self.config.state is None else self._names(self.config.state)
         return fields
+
+    def _names(self, key: str) -> tuple[str, ...] | None:
+        """What the dataset calls the numbers of a column, where it says so for each."""
+        names = self.dataset.meta.features[key].get("names")
+        if isinstance(names, Mapping):  # older datasets: {"motors": [...]}
+            names = next(iter(names.values()), None)
+        count = int(np.prod(self.dataset.meta.features[key]["shape"]))
+        return tuple(map(str, names)) if isinstance(names, list | tuple) and len(set(names)) == count else None
 
     def sample(self, row: int, horizon: int, history: int) -> Sample:
         """The Sample of a row: pictures (and their history), state, task, and the chunk that follows."""

@@ -1,15 +1,16 @@
 """The nouns of vla0: what training and acting must agree on (`Spec`), and what flows through the rooms."""
 
 import dataclasses
-import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+
+from vla0.errors import InputError, refuse_unknown
 
 SPEC_FILE = "vla0.json"
 MAIN = ""  # the embodiment whose Spec is `vla0.json`; that of another one is `vla0.NAME.json`
@@ -20,33 +21,6 @@ SYSTEM = (  # VLA-0, arXiv 2510.13054, section 3; the four names are filled in f
     "Each action has {dimensions} dimensions. Output a single sequence of {numbers} integers (0-{bins} each), "
     "representing the {horizon} timesteps sequentially. Provide only space separated numbers. Nothing else."
 )
-
-
-class InputError(ValueError):
-    """Input that cannot be used: says what was expected, what came, and how to mend it."""
-
-    def __init__(self, expected: str, got: str | None = None, remedy: str | None = None):
-        super().__init__(expected, got, remedy)
-
-    def __str__(self) -> str:
-        expected, got, remedy = self.args
-        if got is None:  # torch hands on the error of a worker's process as one text, its traceback before it
-            return expected.rpartition("InputError: ")[2].strip()
-        return f"expected {expected}; got {got}; {remedy}"
-
-
-def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raises InputError for the first key that is not known, naming the nearest known one."""
-    known = list(known)
-    for key in keys:
-        if key not in known:
-            raise InputError(f"a known key in {where}", f"unknown key '{key}'", nearest(key, known))
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The remedy for a word that is not known: the nearest of those that are."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
-    return f"did you mean '{near[0]}'?" if near else "remove it"
 
 
 def tupled(value: Any) -> Any:
@@ -75,6 +49,9 @@ class Spec:
     depth: tuple[tuple[str, float, float], ...] = ()  # (camera, near, far): a camera of depth maps, black to white, metres
     system: str = SYSTEM
     ensemble_k: int | None = None  # the newest chunks that acting averages; None: all that reach the instant
+    action_names: tuple[str, ...] | None = None  # (D,) as the dataset calls them, e.g. shoulder_pan.pos; None: not known
+    state_names: tuple[str, ...] | None = None  # (S,)
+    most_change: tuple[float, ...] | None = None  # (D,) from one action of the data to the next; None: not known
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -107,6 +84,13 @@ class Spec:
             self.ensemble_k is None or (_whole(self.ensemble_k, 1) and self.ensemble_k <= self.horizon),
             f"ensemble_k in 1..{self.horizon} (the horizon)", self.ensemble_k, "no more chunks reach an instant",
         )  # fmt: skip
+        for name, count in ("action_names", self.dimensions), ("state_names", self.state and len(self.state[0])):
+            given = getattr(self, name)
+            fine = given is None or (len(given) == len(set(given)) and len(given) == (count or len(given)))
+            _check(fine, f"{name}: {count} names, each once", given, "take the dataset's, or null")
+        change = self.most_change
+        fine = change is None or (len(change) == self.dimensions and all(math.isfinite(c) and c >= 0 for c in change))
+        _check(fine, f"most_change: {self.dimensions} numbers >= 0", change, "take the dataset's, or null")
         try:
             self.system_text()
         except (KeyError, IndexError, ValueError) as error:
@@ -127,10 +111,32 @@ class Spec:
         """The system turn, with this Spec's numbers filled in."""
         return self.system.format(horizon=self.horizon, dimensions=self.dimensions, numbers=self.numbers, bins=self.bins)
 
+    def text(self) -> str:
+        """JSON of it, which `parse` reads."""
+        return json.dumps({"version": SPEC_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def parse(cls, text: str, source: str = SPEC_FILE) -> Self:
+        """The Spec of a JSON text. Raises InputError, naming the source, where it is not understood."""
+        again = "fetch the checkpoint again"
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"JSON in {source}", str(error), f"it is damaged: {again}") from None
+        if not isinstance(content, dict):
+            raise InputError(f"a JSON object in {source}", type(content).__name__, again)
+        version = content.pop("version", None)
+        if version != SPEC_VERSION:
+            raise InputError(f"{SPEC_FILE} of version {SPEC_VERSION}", f"version {version}", "install the vla0 that wrote it")
+        refuse_unknown(content, (field.name for field in dataclasses.fields(cls)), source)
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise InputError(f"a complete {SPEC_FILE}", str(error), again) from None
+
     def save(self, folder: str | Path, embodiment: str = MAIN) -> None:
         """Writes `vla0.json` into the folder, or that of another embodiment."""
-        content = {"version": SPEC_VERSION, **dataclasses.asdict(self)}
-        (Path(folder) / spec_file(embodiment)).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (Path(folder) / spec_file(embodiment)).write_text(self.text(), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path, embodiment: str = MAIN) -> Self:
@@ -141,20 +147,7 @@ class Spec:
             raise InputError(f"an embodiment of '{folder}': {known}", f"'{embodiment}'", "choose one of those, or none")
         if not file.is_file():
             raise InputError(f"a checkpoint folder with {SPEC_FILE}", f"'{folder}' without it", "train one with `vla0 train`")
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"JSON in {file}", str(error), "the file is damaged: fetch the checkpoint again") from None
-        if not isinstance(content, dict):
-            raise InputError(f"a JSON object in {file}", type(content).__name__, "fetch the checkpoint again")
-        version = content.pop("version", None)
-        if version != SPEC_VERSION:
-            raise InputError(f"{SPEC_FILE} of version {SPEC_VERSION}", f"version {version}", "install the vla0 that wrote it")
-        refuse_unknown(content, (field.name for field in dataclasses.fields(cls)), str(file))
-        try:
-            return cls(**content)
-        except TypeError as error:
-            raise InputError(f"a complete {SPEC_FILE}", str(error), "fetch the checkpoint again") from None
+        return cls.parse(file.read_text(encoding="utf-8"), str(file))
 
 
 def spec_file(embodiment: str = MAIN) -> str:

@@ -22,11 +22,12 @@ from transformers.integrations import TensorBoardCallback
 from vla0 import model as models
 from vla0.adapter import adapted
 from vla0.data import Mixture, Samples, collator
+from vla0.errors import InputError, refuse_unknown
 from vla0.keep import Keeper, Measure, write_whole
 from vla0.prompt import Prompt
 from vla0.recipe import TrainConfig
 from vla0.source import Source
-from vla0.spec import InputError, Spec, refuse_unknown
+from vla0.spec import Spec
 from vla0.tiny import TINY, tiny_model, tiny_processor
 from vla0.trainer import VLA0Trainer, arguments
 

@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from vla0.errors import InputError
 from vla0.prompt import IGNORE
 from vla0.recipe import TrainConfig
-from vla0.spec import InputError
 
 SHARDED = {  # weights, gradients and moments over the processes: FSDP2
     "fsdp": "full_shard auto_wrap",

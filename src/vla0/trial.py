@@ -14,13 +14,14 @@ from vla0.cluster import Cluster
 from vla0.decode.inexact import MODES
 from vla0.ensemble import NONE, steps_used
 from vla0.envs import simulator
+from vla0.errors import InputError
 from vla0.evaluate import EvalConfig, evaluate
 from vla0.model import fingerprint, locate, untrained
 from vla0.parallel import Crew, Predict
 from vla0.policy import VLA0
 from vla0.recipe import build
 from vla0.report import write_report
-from vla0.spec import MAIN, InputError, Spec
+from vla0.spec import MAIN, Spec
 from vla0.table import mean_success, summary
 
 logger = logging.getLogger(__name__)

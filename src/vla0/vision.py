@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 
-from vla0.spec import InputError, Observation, Spec
+from vla0.errors import InputError
+from vla0.spec import Observation, Spec
 
 JITTER = (0.2, 0.2, 0.2, 0.05)  # brightness, contrast, saturation, hue: the published strengths
 _ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from vla0.spec import InputError
+from vla0.errors import InputError
 
 app = typer.Typer(no_args_is_help=True)
 

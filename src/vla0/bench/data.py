@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from vla0.errors import InputError
 from vla0.source import DataConfig, Source, open_dataset
-from vla0.spec import InputError, Observation, Sample, Spec
+from vla0.spec import Observation, Sample, Spec
 
 BASELINE = "plain"
 SIZE, DIMENSIONS, SENTENCE = 256, 7, "move the red block"

@@ -16,10 +16,10 @@ from vla0.codec import ActionCodec, Grammar
 from vla0.decode import Fast, Reference
 from vla0.decode.draft import filled
 from vla0.decode.inexact import MODES, inexact
+from vla0.errors import InputError
 from vla0.policy import VLA0
 from vla0.prompt import Prompt
 from vla0.rollout import rest
-from vla0.spec import InputError
 
 BASELINE = "generate"
 WAYS: dict[str, dict[str, Any] | None] = {  # arguments of Fast; None: transformers' generate with a logits processor

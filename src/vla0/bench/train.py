@@ -21,11 +21,12 @@ from vla0.bench.commands import hush
 from vla0.bench.data import BASELINE, Stock, cameras_of
 from vla0.bench.inputs import build_3b, moving_pictures, product_rate
 from vla0.data import Samples, collator
+from vla0.errors import InputError
 from vla0.model import default_device, load, locate
 from vla0.prompt import Prompt
 from vla0.recipe import LoggingConfig, TrainConfig, TrainingConfig
 from vla0.source import DataConfig, Source
-from vla0.spec import InputError, Sample, Spec
+from vla0.spec import Sample, Spec
 from vla0.tiny import TINY, tiny_model, tiny_processor
 from vla0.trainer import VLA0Trainer, arguments
 

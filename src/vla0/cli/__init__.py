@@ -9,11 +9,11 @@ from rich.logging import RichHandler
 
 from vla0.bench.commands import app as bench_app
 from vla0.bench.commands import hush
-from vla0.cli import prepare, run
+from vla0.cli import act, prepare, run
 from vla0.cli.screen import app, quiet
-from vla0.spec import InputError
+from vla0.errors import InputError
 
-__all__ = ["command", "main", "prepare", "run"]
+__all__ = ["act", "command", "main", "prepare", "run"]
 
 app.add_typer(bench_app, name="bench")
 

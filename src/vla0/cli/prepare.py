@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vla0.cli.screen import app, console, quiet
-from vla0.spec import InputError
+from vla0.errors import InputError
 
 
 @app.command()

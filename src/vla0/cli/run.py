@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from vla0.cli.screen import app, console, quiet
-from vla0.spec import MAIN, InputError
+from vla0.errors import InputError
+from vla0.spec import MAIN
 
 
 @app.command()

@@ -15,7 +15,7 @@ from vla0.codec import Grammar
 from vla0.decode.draft import Tree, drawn
 from vla0.decode.sight import Sight
 from vla0.decode.slots import Replay, Slots
-from vla0.spec import InputError
+from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
 

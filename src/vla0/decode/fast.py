@@ -11,8 +11,8 @@ from vla0.codec import SYMBOLS, Grammar, written
 from vla0.decode.draft import Draft, Expectation, State, Tree, after
 from vla0.decode.engine import Engine
 from vla0.decode.width import width as best_width
+from vla0.errors import InputError
 from vla0.prompt import Prompt
-from vla0.spec import InputError
 
 TAIL = 0.75
 

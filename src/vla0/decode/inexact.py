@@ -7,8 +7,8 @@ import torch
 
 from vla0.decode.engine import supported
 from vla0.decode.fast import Fast
+from vla0.errors import InputError
 from vla0.prompt import Prompt
-from vla0.spec import InputError
 
 ENOUGH = 0.5
 MODES = {

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from vla0.errors import InputError, nearest
 from vla0.rollout import Env
-from vla0.spec import InputError, nearest
 
 # Read when mujoco is imported, which the modules below do.
 os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")

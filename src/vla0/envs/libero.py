@@ -23,7 +23,8 @@ from vla0.envs.libero_files import (
     task_named,
     tasks,
 )
-from vla0.spec import InputError, Observation
+from vla0.errors import InputError
+from vla0.spec import Observation
 
 __all__ = ["ASSETS", "LiberoEnv", "assets", "has_expert", "make_expert", "provenance", "sentence", "task_named", "tasks"]
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from vla0.envs.libero import LiberoEnv
 from vla0.envs.libero_files import has_expert
-from vla0.spec import InputError, Observation
+from vla0.errors import InputError
+from vla0.spec import Observation
 
 OPEN, CLOSED = -1.0, 1.0
 WIDEST = 0.07  # m between the fingers, some to spare; what is wider is held at its rim

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from vla0.arrays import load_arrays
-from vla0.spec import InputError, nearest
+from vla0.errors import InputError, nearest
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ import mujoco
 import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-from vla0.spec import InputError, Observation, nearest
+from vla0.errors import InputError, nearest
+from vla0.spec import Observation
 
 CAMERAS = {"front": "observation.images.front"}  # ours → key in a dataset
 ACTIONS = ("dx", "dy", "dz", "gripper")

@@ -13,11 +13,12 @@ from transformers import AutoProcessor
 from vla0.bench.inputs import product_rate
 from vla0.codec import ActionCodec
 from vla0.doctor import MODELS, TRAINING
+from vla0.errors import InputError
 from vla0.model import default_device, locate
 from vla0.prompt import Prompt
 from vla0.recipe import LoggingConfig, TrainConfig, TrainingConfig, read_config
 from vla0.source import DataConfig, Source, open_dataset
-from vla0.spec import MAIN, InputError, Sample, Spec, offset
+from vla0.spec import MAIN, Sample, Spec, offset
 from vla0.tiny import TINY
 from vla0.train import spec_of, tiny_of
 from vla0.vision import compose

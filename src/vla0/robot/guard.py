@@ -3,13 +3,15 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from vla0.spec import InputError, Observation, Spec, tupled
+from vla0.errors import InputError
+from vla0.spec import Observation, Spec, tupled
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +81,12 @@ class Limits:
 
 
 class Guard:
-    """Passes commands on to a body, or does not.
+    """Passes commands on to a body, or does not; the body is touched through it alone.
 
     start: (D,) where the body is, for limits of change to begin from. live: without it nothing reaches the body, not even
-    a stop: a dry run. hold_s: without a fresh command for so long the
-    body holds; after stop_s it is stopped. Both are looked after by `watch`, whatever else hangs.
+    a stop: a dry run. hold_s: without a fresh command for so long the body holds; after stop_s it is stopped. Both are
+    looked after by `watch`, whatever else hangs: a body that is in the middle of something is waited for, but not longer
+    than grace_s.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Guard:
         live: bool = False,
         hold_s: float = 0.2,
         stop_s: float = 2.0,
+        grace_s: float = 0.1,
         now: Callable[[], float] = time.monotonic,
     ):
         if not 0 < hold_s < stop_s:
@@ -102,64 +106,85 @@ class Guard:
         if start is None and (limits.step or limits.velocity):
             raise InputError("start, for limits of change", "none", "give where the robot is: its first command may be far off")
         self.body, self.limits, self.period_s, self.live, self.now = body, limits, period_s, live, now
-        self.hold_s, self.stop_s = hold_s, stop_s
-        self.lock = threading.RLock()
+        self.hold_s, self.stop_s, self.grace_s = hold_s, stop_s, grace_s
+        self.touching = threading.Lock()  # one at a time talks to the body
+        self.once = threading.Lock()  # taken by whoever stops the body, for good; a signal's handler never waits for it
         self.stopped: str | None = None  # why
-        self.holding = True  # nothing was sent yet
+        self.holding = False
         self.last = None if start is None else np.asarray(start, np.float64)
-        self.fresh_at: float | None = None
+        self.fresh_at: float | None = None  # of the last command, or of the try at the first
         self.sent = self.clipped = self.late = self.holds = 0
+
+    def observe(self) -> Observation:
+        """What the body sees and feels."""
+        with self.touching:
+            return self.body.observe()
 
     def send(self, action: np.ndarray, deadline: float) -> np.ndarray | None:
         """The command that was passed on; None where it came too late, or after the stop. A broken one stops the body."""
-        with self.lock:
-            if self.stopped is not None:
-                return None
-            if self.now() > deadline:
-                self.late += 1
-                return None
-            action = np.asarray(action, np.float64)
-            if action.shape != (len(self.limits.low),) or not np.isfinite(action).all():
-                self.stop(f"a command that is none: {action}")
-                return None
-            try:
-                command = self.limits.safe(action, self.last, self.period_s)
-                if command.shape != action.shape or not np.isfinite(command).all():
-                    raise InputError("a finite action of the workspace's limits", f"{command}", "mend it")
-                if self.live:
-                    self.body.send(command)
-            except Exception as error:  # half-way in a command there is one safe thing to do
-                self.stop(f"{type(error).__name__}: {error}")
-                return None
-            self.clipped += bool(np.any(np.abs(command - action) > 1e-9))
-            self.sent, self.last, self.fresh_at, self.holding = self.sent + 1, command, self.now(), False
-            return command
+        self.fresh_at = self.now() if self.fresh_at is None else self.fresh_at
+        try:
+            with self.touching:  # what stops the body waits here, and nothing is sent behind its back
+                return self._send(action, deadline)
+        except Exception as error:  # half-way in a command there is one safe thing to do
+            self.stop(f"{type(error).__name__}: {error}")
+            return None
+
+    def _send(self, action: np.ndarray, deadline: float) -> np.ndarray | None:
+        if self.stopped is not None:
+            return None
+        if self.now() > deadline:
+            self.late += 1
+            return None
+        action = np.asarray(action, np.float64)
+        if action.shape != (len(self.limits.low),) or not np.isfinite(action).all():
+            raise InputError(f"a command of {len(self.limits.low)} finite numbers", f"{action}", "look at the policy")
+        command = self.limits.safe(action, self.last, self.period_s)
+        if command.shape != action.shape or not np.isfinite(command).all():
+            raise InputError("a finite action of the workspace's limits", f"{command}", "mend it")
+        if self.live:
+            self.body.send(command)
+        self.clipped += bool(np.any(np.abs(command - action) > 1e-9))
+        self.sent, self.last, self.fresh_at, self.holding = self.sent + 1, command, self.now(), False
+        return command
 
     def stop(self, reason: str) -> None:
-        """Ends it, once and for all."""
-        with self.lock:
-            if self.stopped is not None:
-                return
-            self.stopped = reason
-            logger.warning("stopped: %s", reason)
-            if self.live:
-                self.body.stop()
+        """Ends it, once and for all. A body that hangs in a command is stopped over its head."""
+        if not self.once.acquire(blocking=False):
+            return
+        self.stopped = reason
+        logger.warning("stopped: %s", reason)
+        if not self.live:
+            return
+        with self._free():
+            self.body.stop()
 
     def check(self) -> None:
         """Holds, and later stops, where no fresh command has come."""
-        with self.lock:
-            if self.stopped is not None or self.fresh_at is None:
-                return
-            silent = self.now() - self.fresh_at
-            if silent > self.stop_s:
-                self.stop(f"no fresh command for {silent:.2f} s")
-            elif silent > self.hold_s and not self.holding:
-                self.holding, self.holds = True, self.holds + 1
-                if self.live:
-                    try:
-                        self.body.hold()
-                    except Exception as error:
-                        self.stop(f"cannot hold: {type(error).__name__}: {error}")
+        if self.stopped is not None or self.fresh_at is None:
+            return
+        silent = self.now() - self.fresh_at
+        if silent > self.stop_s:
+            self.stop(f"no fresh command for {silent:.2f} s")
+        elif silent > self.hold_s and not self.holding:
+            try:
+                with self._free():
+                    if self.stopped is None and self.now() - self.fresh_at > self.hold_s:
+                        self.holding, self.holds = True, self.holds + 1
+                        if self.live:
+                            self.body.hold()
+            except Exception as error:
+                self.stop(f"cannot hold: {type(error).__name__}: {error}")
+
+    @contextmanager
+    def _free(self) -> Iterator[None]:
+        """The body for oneself, if need be after grace_s without its consent."""
+        free = self.touching.acquire(timeout=self.grace_s)
+        try:
+            yield
+        finally:
+            if free:
+                self.touching.release()
 
     def watch(self, every_s: float = 0.005) -> threading.Event:
         """Checks from a thread of its own, until the event is set that it gives."""
@@ -167,7 +192,10 @@ class Guard:
 
         def work() -> None:
             while not done.wait(every_s):
-                self.check()
+                try:
+                    self.check()
+                except Exception:  # the body cannot even be stopped: its own watchdog has to
+                    logger.exception("the body could not be stopped")
 
         threading.Thread(target=work, daemon=True, name="watchdog").start()
         return done

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from vla0.ensemble import NONE, TemporalEnsemble
+from vla0.errors import InputError
 from vla0.robot.clock import Answer, World
-from vla0.robot.guard import Body, Guard
-from vla0.spec import InputError, Observation
+from vla0.robot.guard import Guard
+from vla0.spec import Observation
 
 logger = logging.getLogger(__name__)
 
@@ -62,21 +63,31 @@ class Report:
     stopped: str | None = None
 
 
+@dataclass(frozen=True)
+class Tick:
+    """One step of the loop, as whoever records or shows it is told."""
+
+    step: int
+    observation: Observation
+    action: np.ndarray | None  # (D,) what the policy wants; None where it says nothing of this step
+    command: np.ndarray | None  # (D,) what was passed on of it, within the limits
+    chunk: np.ndarray | None  # (H, D) the newest prediction
+    age: int  # steps since the chunk's first
+
+
 def drive(
-    body: Body,
     world: World,
     guard: Guard,
     pace: Pace,
     max_steps: int,
-    on_step: Callable[[int, Observation, np.ndarray | None], None] = lambda step, observation, command: None,
+    on_step: Callable[[Tick], None] = lambda tick: None,
     finished: Callable[[], bool] = lambda: False,
 ) -> Report:
     """Acts for `max_steps` ticks, until `finished`, or until the guard is stopped.
 
-    on_step sees each tick's observation and the command that was passed on, None where there was none. An error of the
-    body or a KeyboardInterrupt stops the body and rises.
+    An error of the body or a KeyboardInterrupt stops the body and rises.
     """
-    loop = _Loop(body, world, guard, pace)
+    loop = _Loop(world, guard, pace)
     try:
         while loop.step < max_steps and guard.stopped is None and not finished():
             loop.tick(on_step)
@@ -90,12 +101,13 @@ def drive(
 class _Loop:
     """One run."""
 
-    def __init__(self, body: Body, world: World, guard: Guard, pace: Pace):
-        self.body, self.world, self.guard, self.pace, self.period = body, world, guard, pace, 1 / pace.fps
+    def __init__(self, world: World, guard: Guard, pace: Pace):
+        self.world, self.guard, self.pace, self.period = world, guard, pace, 1 / pace.fps
         averaged = pace.way == "ensemble"
         self.plan = TemporalEnsemble(pace.horizon, 1 if averaged else pace.horizon, pace.weights if averaged else NONE)
         self.asked: tuple[Answer, int, float] | None = None
-        self.latest = -pace.horizon  # step of the observation of the newest chunk
+        self.chunk: np.ndarray | None = None  # the newest
+        self.latest = -pace.horizon  # step that its first action is of
         self.delays: deque[int] = deque(maxlen=8)  # steps that answers took
         self.delay = 1  # that the next may take
         self.report = Report()
@@ -105,19 +117,20 @@ class _Loop:
     def tick(self, on_step) -> None:
         self.world.sleep_until(self.began + self.step * self.period)
         self._take()
-        observation = self.body.observe()
+        observation = self.guard.observe()
         if self.asked is None and self._due():
             self._ask(observation)
             if self.pace.way == "sync":
                 self._wait()
-        command = None
+        action = command = None
         if self.plan.reaches(self.step):
-            command = self.guard.send(self.plan.action(self.step), self.began + (self.step + 1) * self.period)
+            action = self.plan.action(self.step)
+            command = self.guard.send(action, self.began + (self.step + 1) * self.period)
             self.acted = self.step
         else:
             self.report.idle += 1
         self.guard.check()
-        on_step(self.step, observation, command)
+        on_step(Tick(self.step, observation, action, command, self.chunk, self.step - self.latest))
         self.report.steps += 1
         # A tick that has passed by now is not made up for: what was meant for it would come late.
         self.step = max(self.step + 1, math.ceil((self.world.now() - self.began) / self.period - 1e-6))
@@ -174,4 +187,5 @@ class _Loop:
         # Where nothing was executed since the observation, the robot has waited: the chunk begins now, and is not late.
         waited = self.pace.way == "sync" or (self.pace.way == "async" and self.acted < step)
         self.latest = self.step if waited else step
+        self.chunk = chunk
         self.plan.add(chunk, self.latest)

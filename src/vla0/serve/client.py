@@ -12,8 +12,9 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from vla0.errors import InputError
 from vla0.serve.wire import pack, unpack
-from vla0.spec import InputError, Observation
+from vla0.spec import Observation, Spec
 
 
 class NoAnswerError(TimeoutError):
@@ -47,6 +48,13 @@ class RemotePolicy:
         self.owed = self.number = 0
         self.reset_next = True
         self._connect(time.monotonic() + patience_s)
+
+    @property
+    def spec(self) -> Spec:
+        """What the checkpoint says of itself. Raises InputError for a server that does not tell."""
+        if not isinstance(text := self.metadata.get("spec"), str):
+            raise InputError("a server that tells its checkpoint's Spec", self.url, "serve with `vla0 serve`")
+        return Spec.parse(text, self.url)
 
     def predict(self, observation: Observation, timeout_s: float | None = None) -> np.ndarray:
         """(T, D) float32: the next actions. Raises NoAnswerError after the deadline, InputError for what is refused."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vla0.spec import InputError
+from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from vla0.spec import InputError, Observation, Spec
+from vla0.errors import InputError
+from vla0.spec import Observation, Spec
 
 SENTENCE = ("prompt", "instruction", "task")
 STATE = ("state", "observation/state", "observation.state")

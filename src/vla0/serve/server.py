@@ -2,7 +2,6 @@
 
 import asyncio
 import hmac
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -20,13 +19,14 @@ from websockets.http11 import Response
 
 import vla0
 from vla0.ensemble import NONE, TemporalEnsemble, steps_used
+from vla0.errors import InputError
 from vla0.policy import VLA0
 from vla0.serve.door import refuse_open
 from vla0.serve.meters import Meters
 from vla0.serve.request import Request, names, request
 from vla0.serve.session import Session
 from vla0.serve.wire import pack, unpack
-from vla0.spec import InputError, Observation, Spec
+from vla0.spec import Observation, Spec
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ class Server:
             "state": None if spec.state is None else len(spec.state[0]), "horizon": spec.horizon, "dimensions": spec.dimensions,
             "fps": spec.fps, "low": list(spec.low), "high": list(spec.high), "history": spec.history,
             "ensemble": self.weights, "replan": self.replan, "extensions": ["stream", "reset", "number", "committed"],
-            "spec": json.dumps({"image_size": spec.image_size, "depth": spec.depth, "relative": spec.relative}),
+            "spec": spec.text(),
         }  # fmt: skip
 
     async def run(self, host: str, port: int, stop: asyncio.Event, context: Any = None, ready: Any = None) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from vla0.spec import InputError
+from vla0.errors import InputError
 
 KINDS = "biuf"  # of dtypes: booleans, integers, floats; never objects
 DEEPEST = 4  # mappings and lists inside each other

@@ -1,0 +1,110 @@
+"""`vla0 robot`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from vla0.cli.screen import app, console
+from vla0.errors import InputError, nearest
+
+
+@app.command("robot", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def robot(
+    context: typer.Context,
+    instruction: Annotated[str, typer.Option(help="what the robot shall do")],
+    policy_url: Annotated[str, typer.Option(help="of `vla0 serve`")] = "ws://127.0.0.1:8000",
+    kind: Annotated[
+        str | None,
+        typer.Option("--robot", help="LeRobot's type of it, e.g. so101; sim is a simulated arm"),
+    ] = None,
+    live: Annotated[bool, typer.Option("--live", help="really move; without it nothing is sent")] = False,
+    way: Annotated[str, typer.Option(help="sync, async or ensemble")] = "async",
+    replan: Annotated[int | None, typer.Option(help="steps executed of a chunk; default half of it")] = None,
+    weights: Annotated[str, typer.Option(help="of the ensemble, by age: mean, v1 or v2:w")] = "v1",
+    limits: Annotated[Path | None, typer.Option(help="YAML: low, high, step, velocity; default the data's")] = None,
+    camera: Annotated[list[str] | None, typer.Option(help="CAMERA=NAME, the robot's name of it")] = None,
+    episodes: Annotated[int, typer.Option()] = 1,
+    seconds: Annotated[float, typer.Option(help="an episode at most")] = 30.0,
+    reset_s: Annotated[float, typer.Option(help="between episodes, or until the right arrow")] = 10.0,
+    fps: Annotated[float | None, typer.Option(help="of the loop; default the checkpoint's")] = None,
+    resample: Annotated[bool, typer.Option("--resample", help="admit an --fps that is not the checkpoint's")] = False,
+    hold_s: Annotated[float, typer.Option(help="without a command for so long: hold")] = 0.2,
+    stop_s: Annotated[float, typer.Option(help="without a command for so long: stop")] = 2.0,
+    timeout_s: Annotated[float, typer.Option(help="for an answer of the policy")] = 2.0,
+    out: Annotated[Path | None, typer.Option(help="new folder of the recording; default runs/robot/TIME")] = None,
+    record: Annotated[bool, typer.Option(help="record what was done live")] = True,
+    view: Annotated[str | None, typer.Option(help="rerun: window, FILE.rrd or a viewer's URL")] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="file of the server's key")] = None,
+    tls_ca: Annotated[Path | None, typer.Option(help="certificate (PEM) that a wss:// server was signed with")] = None,
+) -> None:
+    """Run a policy on a robot of LeRobot's, or on a simulated arm. A dry run until --live.
+
+    The robot is described as for lerobot-record: --robot.type=so101_follower --robot.port=/dev/ttyACM0
+    --robot.cameras="{front: {type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30}}".
+    Space, esc, q or Ctrl-C stops it; the right arrow ends an episode, the left one forgets it too.
+    """
+    from vla0.robot.arm import make_robot
+    from vla0.robot.session import Session, SessionConfig, place
+    from vla0.serve.client import NoAnswerError, RemotePolicy
+    from vla0.serve.door import secret_of
+
+    words = robot_words(context.args, [parameter.opts[0] for parameter in context.command.params], kind)
+    folder = (out or place()) if record else None
+    config = SessionConfig(
+        instruction, live, way, replan, weights, fps, resample, episodes, seconds, reset_s, hold_s, stop_s, folder, view
+    )
+    pairs = {name: other for name, _, other in (pair.partition("=") for pair in camera or [])}
+    if not all(pairs.values()):
+        raise InputError("--camera CAMERA=NAME", f"{camera}", "give both")
+    arm = make_robot(words)
+    try:
+        policy = RemotePolicy(policy_url, secret_of(api_key_file), timeout_s, certificate=tls_ca)
+    except NoAnswerError as error:
+        raise InputError("a policy that answers", str(error), "start one: vla0 serve --checkpoint DIR") from None
+    try:
+        session = Session(config, arm, policy, pairs, _limits(limits), console.print)
+        console.print(_table(session.body.actions, session.limits))
+        if not live:
+            console.print("dry run: nothing is sent to the robot; give --live once what you see is right")
+        reports = session.run()
+    finally:
+        policy.close()
+    latencies = sorted(latency for report in reports for latency in report.latency_s)
+    if latencies:
+        console.print(f"{len(latencies)} chunks, {latencies[len(latencies) // 2] * 1e3:.0f} ms in the median")
+    if reports and reports[-1].stopped is not None:
+        console.print(f"stopped: {reports[-1].stopped}")
+        raise typer.Exit(1)
+
+
+def robot_words(given: list[str], options: list[str], kind: str | None) -> list[str]:
+    """`--robot.*` words, joined by =; whatever else is not an option is refused with the nearest."""
+    words: list[str] = [f"--robot.type={kind}"] if kind else []
+    open_word = False
+    for word in given:
+        if word.startswith("--robot."):
+            words.append(word)
+        elif open_word and not word.startswith("--"):
+            words[-1] += f"={word}"
+        else:
+            raise InputError("an option of `vla0 robot`, or --robot.*", f"'{word}'", nearest(word, options))
+        open_word = "=" not in words[-1]
+    return words
+
+
+def _limits(file: Path | None) -> Any:
+    if file is None:
+        return None
+    from vla0.recipe import read_yaml
+
+    return read_yaml(file)
+
+
+def _table(actions: list[str], limits: Any) -> Table:
+    table = Table("action", "low", "high", "most a step", "most a second")
+    for d, name in enumerate(actions):
+        each = [None if value is None else value[d] for value in (limits.low, limits.high, limits.step, limits.velocity)]
+        table.add_row(name, *("" if value is None or value >= 1e9 else f"{value:.4g}" for value in each))
+    return table

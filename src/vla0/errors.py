@@ -1,0 +1,31 @@
+"""Errors that teach: what was expected, what came, how to mend it."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Input that cannot be used: says what was expected, what came, and how to mend it."""
+
+    def __init__(self, expected: str, got: str | None = None, remedy: str | None = None):
+        super().__init__(expected, got, remedy)
+
+    def __str__(self) -> str:
+        expected, got, remedy = self.args
+        if got is None:  # torch hands on the error of a worker's process as one text, its traceback before it
+            return expected.rpartition("InputError: ")[2].strip()
+        return f"expected {expected}; got {got}; {remedy}"
+
+
+def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Raises InputError for the first key that is not known, naming the nearest known one."""
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            raise InputError(f"a known key in {where}", f"unknown key '{key}'", nearest(key, known))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The remedy for a word that is not known: the nearest of those that are."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
+    return f"did you mean '{near[0]}'?" if near else "remove it"

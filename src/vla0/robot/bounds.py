@@ -1,0 +1,59 @@
+"""The limits of a robot under a checkpoint: what its demonstrations did, and what a user makes of that."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vla0.errors import InputError, refuse_unknown
+from vla0.robot.arm import LeRobotBody
+from vla0.robot.guard import Limits
+from vla0.spec import Spec
+
+
+def limits_of(spec: Spec, body: LeRobotBody, given: Mapping[str, Any] | None = None) -> Limits:
+    """What commands may be: what the demonstrations did, and of that what `given` narrows or widens.
+
+    given: low, high, step or velocity, each a number for all, a list, or {name of the action: number}.
+    """
+    if not isinstance(given or {}, Mapping):
+        raise InputError("limits: low, high, step, velocity", f"{given!r}", "see `vla0 robot --help`")
+    given = dict(given or {})
+    refuse_unknown(given, ("low", "high", "step", "velocity"), "the limits")
+    found: dict[str, Any] = {"low": list(spec.low), "high": list(spec.high)}
+    for d in spec.relative:  # bounds of differences say nothing of positions: those of the state do
+        bounds = spec.state or ((-math.inf,) * (d + 1), (math.inf,) * (d + 1))
+        found["low"][d], found["high"][d] = bounds[0][d], bounds[1][d]
+    if body.absolute and spec.most_change is not None:
+        found["step"] = [max(change, 1e-6) for change in spec.most_change]
+    for name, value in given.items():
+        found[name] = _each(name, value, body.actions, found.get(name))
+    if not np.isfinite([*found["low"], *found["high"]]).all():
+        raise InputError("limits", f"relative actions {spec.relative} and no state's bounds", "give low and high with --limits")
+    limits = Limits(**found)
+    if (limits.step or limits.velocity) and not body.absolute:
+        raise InputError("no step or velocity", "actions that are no positions of the robot", "leave them out of the limits")
+    return limits
+
+
+def _each(name: str, value: Any, actions: list[str], before: list[float] | None) -> list[float]:
+    if isinstance(value, Mapping):
+        refuse_unknown(value, actions, f"the limits' {name}")
+        before = before or [math.inf if name in ("step", "velocity") else math.nan] * len(actions)
+        value = [value.get(action, old) for action, old in zip(actions, before, strict=True)]
+    elif not isinstance(value, list | tuple):
+        value = [value] * len(actions)
+    if len(value) != len(actions) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
+        raise InputError(f"{name}: a number, {len(actions)} numbers, or numbers by name", f"{value}", f"names are {actions}")
+    return [1e9 if v == math.inf else float(v) for v in value]
+
+
+def refuse_elsewhere(start: np.ndarray, limits: Limits, actions: Sequence[str]) -> None:
+    """Raises InputError where a robot stands far outside of what was demonstrated: most likely other units or calibration."""
+    low, high = np.array(limits.low), np.array(limits.high)
+    beyond = np.maximum(low - start, start - high) > 0.5 * (high - low) + 1e-6
+    if beyond.any():
+        d = int(np.argmax(beyond))
+        expected = f"'{actions[d]}' near {low[d]:.4g}..{high[d]:.4g}, where it was demonstrated"
+        raise InputError(expected, f"{start[d]:.4g}", "move it there, or look at units and calibration")

@@ -1,0 +1,98 @@
+"""What a robot did, as a LeRobot dataset, with what the policy had wanted beside it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla0.errors import InputError
+from vla0.robot.arm import LeRobotBody
+from vla0.robot.loop import Tick
+
+
+class Recorder:
+    """A LeRobotDataset v3.0 at `folder`, which must be new: the robot's own features, and of each step
+
+    prediction (D,): what the policy wanted before the limits. chunk (H * D,): its newest chunk. chunk_age (1,): steps since
+    that chunk's first. `action` is the command that was passed on, or, where none was, the one that the robot keeps.
+    An episode begins with its first command; steps that the loop slept through are filled with the one before.
+    """
+
+    def __init__(self, folder: Path, body: LeRobotBody, fps: float, horizon: int):
+        from datasets.utils.logging import disable_progress_bar
+        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+        from lerobot.utils.feature_utils import hw_to_dataset_features
+
+        from vla0.source import video_backend
+
+        os.environ.setdefault("SVT_LOG", "1")  # the video encoder's greetings
+        disable_progress_bar()
+        if folder.exists():
+            raise InputError("a new folder for the recording", f"'{folder}', which exists", "name another with --out")
+        if fps != round(fps):
+            raise InputError("a whole number of steps a second, as LeRobot's datasets have", f"{fps}", "--no-record")
+        self.body, self.horizon = body, horizon
+        dimensions = len(body.actions)
+        features = hw_to_dataset_features(body.robot.observation_features, "observation")
+        action = {"dtype": "float32", "shape": (dimensions,), "names": list(body.actions)}
+        steps = [f"{name}+{step}" for step in range(horizon) for name in body.actions]
+        features |= {
+            "action": action,
+            "prediction": action,
+            "chunk": {"dtype": "float32", "shape": (len(steps),), "names": steps},
+            "chunk_age": {"dtype": "float32", "shape": (1,), "names": ["steps"]},
+        }
+        self.dataset: Any = LeRobotDataset.create(
+            f"local/{folder.name}", round(fps), features, root=folder, robot_type=body.robot.name,
+            image_writer_threads=4 * max(1, len(body.cameras)), video_backend=video_backend(),
+        )  # fmt: skip
+        self.features = features
+        self.frame: dict[str, Any] | None = None
+        self.step = self.frames = self.episodes = 0
+
+    def tick(self, tick: Tick) -> None:
+        """Takes a step in."""
+        if tick.command is None and self.frame is None:
+            return
+        for _ in range(tick.step - self.step - 1 if self.frame is not None else 0):
+            self._add(self.frame)
+        self.frame, self.step = self._frame(tick), tick.step
+        self._add(self.frame)
+
+    def _frame(self, tick: Tick) -> dict[str, Any]:
+        from lerobot.utils.feature_utils import build_dataset_frame
+
+        frame: dict[str, Any] = build_dataset_frame(self.features, self.body.seen, "observation")
+        last = self.frame or {}
+        action = last.get("action") if tick.command is None else np.asarray(tick.command, np.float32)
+        chunk = np.zeros((self.horizon, len(self.body.actions))) if tick.chunk is None else tick.chunk
+        frame |= {
+            "action": action,
+            "prediction": last.get("prediction", action) if tick.action is None else np.asarray(tick.action, np.float32),
+            "chunk": np.asarray(chunk, np.float32).reshape(-1),
+            "chunk_age": np.array([tick.age], np.float32),
+            "task": tick.observation.instruction,
+        }
+        return frame
+
+    def _add(self, frame: dict[str, Any] | None) -> None:
+        self.dataset.add_frame(dict(frame or {}))
+        self.frames += 1
+
+    def save(self) -> int:
+        """Ends an episode; its frames. One without a command leaves no trace."""
+        count, self.frame, self.frames = self.frames, None, 0
+        if count:
+            self.dataset.save_episode()
+            self.episodes += 1
+        return count
+
+    def discard(self) -> None:
+        """Forgets the episode."""
+        self.dataset.clear_episode_buffer()
+        self.frame, self.frames = None, 0
+
+    def close(self) -> None:
+        """Ends the dataset: it can be read from now on."""
+        self.dataset.finalize()

@@ -1,0 +1,38 @@
+"""A policy of one control rate, executed by a loop of another."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from vla0.spec import Observation
+
+
+class Resampled:
+    """predict: (observation) → chunk (H, D) at `fps`; called, it gives the chunk at `loop_fps`, between the actions linear.
+
+    For actions that are positions: those that are changes would be executed more often, or less. The last one is kept for
+    as long as it was meant to last. What is committed is asked about at the policy's own instants.
+    """
+
+    def __init__(self, predict: Callable[[Observation], np.ndarray], fps: float, loop_fps: float, horizon: int):
+        self.predict, self.fps, self.loop_fps = predict, fps, loop_fps
+        self.horizon = max(1, math.ceil(horizon * loop_fps / fps - 1e-6))  # steps of the loop that a chunk lasts
+
+    def __call__(self, observation: Observation) -> np.ndarray:
+        """(horizon, D) at the loop's rate."""
+        if observation.committed is not None and len(observation.committed):
+            held = math.floor((len(observation.committed) - 1) * self.fps / self.loop_fps + 1e-6) + 1
+            committed = sampled(observation.committed, self.loop_fps, self.fps, held)
+            observation = replace(observation, committed=committed)
+        return sampled(self.predict(observation), self.fps, self.loop_fps, self.horizon)
+
+
+def sampled(actions: np.ndarray, fps: float, other_fps: float, count: int) -> np.ndarray:
+    """(count, D): actions (T, D) of one rate as they are at the instants of another; after the last, the last."""
+    place = np.minimum(np.arange(count) * fps / other_fps, len(actions) - 1)
+    before = np.minimum(np.floor(place + 1e-6).astype(int), len(actions) - 1)
+    after = np.minimum(before + 1, len(actions) - 1)
+    share = np.clip(place - before, 0, 1)[:, None]
+    return (actions[before] * (1 - share) + actions[after] * share).astype(np.asarray(actions).dtype)

@@ -1,0 +1,242 @@
+"""Episodes on a LeRobot Robot: connected, limited, watched, stoppable, recorded."""
+
+import contextlib
+import logging
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla0.errors import InputError
+from vla0.robot.arm import LeRobotBody
+from vla0.robot.bounds import limits_of, refuse_elsewhere
+from vla0.robot.clock import RealWorld
+from vla0.robot.guard import Guard
+from vla0.robot.loop import Pace, Report, Tick, drive
+from vla0.robot.record import Recorder
+from vla0.robot.resample import Resampled
+from vla0.robot.view import View
+from vla0.serve.client import RemotePolicy
+
+logger = logging.getLogger(__name__)
+
+STOP_KEYS = ("space", "esc", "q")
+KEYS = "space, esc or q stops the robot; right ends the episode; left ends it and forgets it"
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    """How episodes are run. None: as the checkpoint was trained."""
+
+    instruction: str
+    live: bool = False
+    way: str = "async"
+    replan: int | None = None
+    weights: str = "v1"
+    fps: float | None = None
+    resample: bool = False
+    episodes: int = 1
+    seconds: float = 30.0  # an episode at most
+    reset_s: float = 10.0  # between episodes
+    hold_s: float = 0.2
+    stop_s: float = 2.0
+    out: Path | None = None  # where episodes are recorded
+    view: str | None = None
+
+    def __post_init__(self):
+        if not self.instruction.strip():
+            raise InputError("a sentence that says what the robot shall do", "none", "give --instruction")
+        if self.episodes < 1 or not (0 < self.seconds < math.inf and 0 <= self.reset_s < math.inf):
+            raise InputError("episodes >= 1, seconds > 0 and reset_s >= 0", f"{self}", "correct them")
+
+
+class Session:
+    """One robot and one policy; `run` does the episodes. told: called with lines for whoever watches."""
+
+    def __init__(self, config: SessionConfig, robot: Any, policy: RemotePolicy, cameras: Mapping[str, str] | None = None,
+                 limits: Mapping[str, Any] | None = None, told: Callable[[str], None] = logger.info):  # fmt: skip
+        spec = policy.spec
+        self.config, self.robot, self.policy, self.told = config, robot, policy, told
+        self.body = LeRobotBody(robot, spec, config.instruction, cameras)
+        self.limits = limits_of(spec, self.body, limits)
+        self.fps = config.fps or spec.fps
+        predict: Callable[..., np.ndarray] = policy.predict
+        horizon = spec.horizon
+        if self.fps != spec.fps:
+            if not config.resample:
+                got = f"a loop of {self.fps:g}"
+                raise InputError(f"{spec.fps:g} steps a second, as the checkpoint", got, "leave --fps out, or give --resample")
+            if not self.body.absolute:
+                raise InputError("actions that are positions, to resample", f"{self.body.actions}", "leave --fps out")
+            predict = Resampled(policy.predict, spec.fps, self.fps, spec.horizon)
+            horizon = predict.horizon
+        for name, camera in (getattr(robot, "cameras", None) or {}).items():
+            rate = getattr(camera, "fps", None)
+            if rate and rate < self.fps:
+                logger.warning("camera '%s' gives %g pictures a second, the loop looks %g times", name, rate, self.fps)
+        self.pace = Pace(self.fps, horizon, config.way, config.replan, config.weights)
+        self.world = RealWorld(predict)
+        self.horizon = horizon
+        self.guard: Guard | None = None
+        self.why: str | None = None  # stopped before or between episodes
+        self.ends, self.forgets = threading.Event(), threading.Event()
+        self.reports: list[Report] = []
+
+    def key(self, name: str) -> None:
+        """What a key does."""
+        if name in STOP_KEYS:
+            self.stop(f"key '{name}'")
+        elif name in ("left", "right", "enter"):
+            if name == "left":
+                self.forgets.set()
+            self.ends.set()
+
+    def stop(self, reason: str) -> None:
+        """Ends the session, at once."""
+        self.why = self.why or reason
+        self.ends.set()
+        if self.guard is not None:
+            self.guard.stop(reason)
+
+    def run(self) -> list[Report]:
+        """Connects, runs the episodes, disconnects. What stopped it is in the last report."""
+        config = self.config
+        began = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._connected())
+            recorder = view = None
+            if config.out is not None and config.live:
+                recorder = Recorder(config.out, self.body, self.fps, self.horizon)
+                stack.callback(recorder.close)
+            if config.view is not None:
+                view = View(config.view, self.body, self.fps)
+                stack.callback(view.close)
+            stack.enter_context(self._listening())
+            for episode in range(config.episodes):
+                if episode and not self._between(episode):
+                    break
+                offset = time.monotonic() - began
+
+                def on_step(tick: Tick, offset: float = offset) -> None:
+                    if recorder is not None:
+                        recorder.tick(tick)
+                    if view is not None:
+                        view.tick(tick, offset)
+
+                try:
+                    self.reports.append(self._episode(on_step))
+                finally:
+                    self._keep(recorder)
+                if self.reports[-1].stopped is not None:
+                    break
+        return self.reports
+
+    def _episode(self, on_step: Callable[[Tick], None]) -> Report:
+        config, spec = self.config, self.body.spec
+        self.ends.clear()
+        self.forgets.clear()
+        self.policy.reset()
+        self.body.frames = {camera: frames.__class__(maxlen=spec.history) for camera, frames in self.body.frames.items()}
+        self._look()
+        start = self.body.position()
+        if start is not None:
+            refuse_elsewhere(start, self.limits, self.body.actions)
+        guard = Guard(self.body, self.limits, 1 / self.fps, start, config.live, config.hold_s, config.stop_s)
+        if self.why is not None:
+            guard.stop(self.why)
+        self.guard = guard
+        watchdog = guard.watch()
+        try:
+            return drive(self.world, guard, self.pace, round(config.seconds * self.fps), on_step, self.ends.is_set)
+        except InputError:
+            raise
+        except Exception as error:  # of a bus, a camera, a full disk: the body is stopped by now
+            text = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            raise InputError("a robot, cameras and a disk that go on", text, "see to it; the robot was stopped") from error
+        finally:
+            watchdog.set()
+            self.told(f"{guard.sent} commands{'' if config.live else ' (dry run: none was sent)'}, {guard.clipped} clipped, "
+                      f"{guard.late} late, {guard.holds} holds")  # fmt: skip
+
+    def _look(self, patience_s: float = 5.0) -> None:
+        """The first look; cameras take a while to wake up."""
+        until = time.monotonic() + patience_s
+        while True:
+            try:
+                self.body.observe()
+                return
+            except TimeoutError as error:
+                if time.monotonic() > until:
+                    raise InputError(
+                        f"pictures of {list(self.body.cameras.values())}", str(error), "look after the cameras"
+                    ) from None
+            time.sleep(0.05)
+
+    def _keep(self, recorder: Recorder | None) -> None:
+        if recorder is None:
+            return
+        if self.forgets.is_set():
+            recorder.discard()
+            self.told("forgotten")
+        elif frames := recorder.save():
+            self.told(f"recorded {frames} frames as episode {recorder.episodes - 1} of {self.config.out}")
+
+    def _between(self, episode: int) -> bool:
+        """Time to put things back; whether to go on."""
+        self.ends.clear()
+        self.told(f"episode {episode + 1} of {self.config.episodes} begins in {self.config.reset_s:g} s, or at the right arrow")
+        self.ends.wait(self.config.reset_s)
+        return self.why is None
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[None]:
+        try:
+            self.robot.connect()
+        except (ConnectionError, ImportError, TimeoutError, OSError) as error:
+            text = str(error).strip().replace("\n", " ")
+            raise InputError("a robot that answers", f"{type(error).__name__}: {text}", "check port, power, cameras") from None
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        """Ends the power, when somebody is there to catch what falls."""
+        with contextlib.suppress(KeyboardInterrupt, EOFError, OSError):
+            if self.config.live and sys.stdin is not None and sys.stdin.isatty():
+                input("the robot keeps its place under power: support it, then press Enter to disconnect it ")
+        self.body.release()
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Keys, where there is a terminal; and a hang-up or SIGTERM is as good as Ctrl-C."""
+        from lerobot.utils.keyboard_input import create_key_listener
+
+        def interrupt(number: int, frame: Any) -> None:
+            self.stop(signal.Signals(number).name)
+            raise KeyboardInterrupt
+
+        main = threading.current_thread() is threading.main_thread()
+        kinds = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)) if main else ()
+        before = {kind: signal.signal(kind, interrupt) for kind in kinds}
+        listener = create_key_listener(self.key, controls_help=KEYS)
+        try:
+            yield
+        finally:
+            if listener is not None:
+                listener.stop()
+            for kind, handler in before.items():
+                signal.signal(kind, handler)
+
+
+def place(folder: Path = Path("runs/robot")) -> Path:
+    """A new folder to record into, named by the time."""
+    return folder / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
