@@ -17,8 +17,9 @@ from transformers import (
     BitsAndBytesConfig,
 )
 
+from vla0.bridge import describe
 from vla0.errors import InputError
-from vla0.spec import SPEC_FILE, Spec
+from vla0.spec import MAIN, SPEC_FILE, Spec
 
 UNWANTED = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # pickles
 
@@ -100,9 +101,7 @@ def save(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     (model if weights is None else shell(model)).save_pretrained(partial, state_dict=weights)
-    processor.save_pretrained(partial)
-    for embodiment, spec in specs.items():
-        spec.save(partial, embodiment)
+    _complete(partial, processor, specs)
     put_in_place(partial, folder)
 
 
@@ -126,10 +125,16 @@ def publish(state: Path, folder: Path, processor: Any, specs: Mapping[str, Spec]
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     link_files(state, partial, lambda file: file.name != "trainer_state.json" and file.suffix in (".safetensors", ".json"))
-    processor.save_pretrained(partial)
-    for embodiment, spec in specs.items():
-        spec.save(partial, embodiment)
+    _complete(partial, processor, specs)
     put_in_place(partial, folder)
+
+
+def _complete(folder: Path, processor: Any, specs: Mapping[str, Spec]) -> None:
+    """All that a folder needs beside the weights."""
+    processor.save_pretrained(folder)
+    for embodiment, spec in specs.items():
+        spec.save(folder, embodiment)
+    describe(folder, specs[MAIN])
 
 
 def link_files(source: Path, folder: Path, kept: Callable[[Path], bool]) -> None:

@@ -147,17 +147,9 @@ class Source:
         fields["state"] = None if self.states is None else _bounds(self.states[: self.first_held_out], self.config.statistics)
         steps = np.abs(np.diff(self.actions, axis=0))[self.start[1:] == self.start[:-1]]
         fields["most_change"] = tuple(float(c) for c in steps.max(axis=0)) if len(steps) else None
-        fields["action_names"] = self._names(self.config.action)
-        fields["state_names"] = None if self.config.state is None else self._names(self.config.state)
+        for name, key in {"action_names": self.config.action, "state_names": self.config.state}.items():
+            fields[name] = None if key is None else names_of(self.dataset.meta.features[key])
         return fields
-
-    def _names(self, key: str) -> tuple[str, ...] | None:
-        """What the dataset calls the numbers of a column, where it says so for each."""
-        names = self.dataset.meta.features[key].get("names")
-        if isinstance(names, Mapping):  # older datasets: {"motors": [...]}
-            names = next(iter(names.values()), None)
-        count = int(np.prod(self.dataset.meta.features[key]["shape"]))
-        return tuple(map(str, names)) if isinstance(names, list | tuple) and len(set(names)) == count else None
 
     def sample(self, row: int, horizon: int, history: int) -> Sample:
         """The Sample of a row: pictures (and their history), state, task, and the chunk that follows."""
@@ -193,6 +185,15 @@ class Source:
             self.dataset.tolerance_s, self.dataset._video_backend, return_uint8=True,
         )  # fmt: skip
         return frames.reshape(len(rows), *frames.shape[-3:]).permute(0, 2, 3, 1).numpy()
+
+
+def names_of(feature: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """What a dataset calls the numbers of a column, where it says so for each."""
+    names: Any = feature.get("names")
+    if isinstance(names, Mapping):  # older datasets: {"motors": [...]}
+        names = next(iter(names.values()), None)
+    each = isinstance(names, list | tuple) and len(set(names)) == int(np.prod(feature["shape"]))
+    return tuple(map(str, names)) if each else None
 
 
 def open_dataset(dataset: str | Path, revision: str | None = None) -> Any:

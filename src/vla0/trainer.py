@@ -1,6 +1,7 @@
 """Plain next-token loss, on transformers' Trainer: logits where they are needed, and what a recipe asks of it."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +37,13 @@ class VLA0Trainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean cross-entropy over the step's labelled tokens."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        # Rows end together (left padding), so the answers are the last `kept` columns.
-        kept = labels.shape[1] - int((labels != IGNORE).any(dim=0).int().argmax())
-        outputs = model(**inputs, logits_to_keep=kept + 1, use_cache=False)
-        logits = outputs.logits[:, :-1]
-        targets = labels[:, -kept:]
+        outputs, logits, targets = answered(model, inputs)
         if model.training:
             with torch.no_grad():
                 written = targets != IGNORE
                 self.right = self.right + ((logits.argmax(-1) == targets) & written).sum()
                 self.written = self.written + written.sum()  # on the device: nothing waits for it before the log
-        # In fp32, a row at a time, and on the way back anew: of 150,000 words fp32 logits would take gigabytes.
-        rows: Any = [checkpoint(_summed, *pair, use_reentrant=False) for pair in zip(logits, targets, strict=True)]
-        loss = torch.stack(rows).sum()
+        loss = summed(logits, targets).sum()
         if num_items_in_batch is None:
             loss = loss / (targets != IGNORE).sum()
         else:
@@ -70,6 +63,23 @@ class VLA0Trainer(Trainer):
         """Held-out rows without augmentation."""
         loader = DataLoader(eval_dataset, self.args.eval_batch_size, collate_fn=self.held_out_collator)
         return self.accelerator.prepare(loader)
+
+
+def answered(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """(the model's output, logits (B, n, V), targets (B, n)) of a batch with labels: of its answers only."""
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")
+    # Rows end together (left padding), so the answers are the last `kept` columns.
+    kept = labels.shape[1] - int((labels != IGNORE).any(dim=0).int().argmax())
+    outputs = model(**inputs, logits_to_keep=kept + 1, use_cache=False)
+    return outputs, outputs.logits[:, :-1], labels[:, -kept:]
+
+
+def summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(B,): cross-entropy, summed over the labelled tokens of each row."""
+    # In fp32, a row at a time, and on the way back anew: of 150,000 words fp32 logits would take gigabytes.
+    rows: Any = [checkpoint(_summed, *pair, use_reentrant=False) for pair in zip(logits, targets, strict=True)]
+    return torch.stack(rows)
 
 
 def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -103,8 +103,9 @@ def serve(
     rate: Annotated[float, typer.Option(help="messages a second of one client, at most")] = 200.0,
     message_mib: Annotated[float, typer.Option(help="size of a message, at most")] = 32.0,
     side: Annotated[int, typer.Option(help="pixels of a picture's side, at most")] = 4096,
+    protocol: Annotated[str, typer.Option(help="openpi, or lerobot for LeRobot's own robot_client (gRPC)")] = "openpi",
 ) -> None:
-    """Act for robots elsewhere, over openpi's websocket protocol. Ctrl-C finishes what was begun."""
+    """Act for robots elsewhere, over openpi's websocket protocol or LeRobot's. Ctrl-C finishes what was begun."""
     from vla0.policy import VLA0
     from vla0.serve.door import refuse_open, secret_of, served
     from vla0.serve.server import Limits, Server, shown
@@ -116,7 +117,19 @@ def serve(
     if not all(pairs.values()):
         raise InputError("--key CAMERA=NAME", f"{key}", "give both")
     limits = Limits(int(message_mib * 2**20), side, clients, rate)
+    if protocol not in ("openpi", "lerobot"):
+        raise InputError("--protocol openpi or lerobot", f"'{protocol}'", "choose one of those")
+    if protocol == "lerobot" and (ensemble != "none" or secret or tls_cert):
+        raise InputError("--protocol lerobot without --ensemble, keys and TLS", "one of them", "its client knows none of it")
     policy = VLA0.from_pretrained(checkpoint, device, embodiment=embodiment)
+    if protocol == "lerobot":
+        try:
+            from vla0.serve.lerobot import LeRobotServer, serve_lerobot
+        except ImportError as error:
+            raise InputError("LeRobot with its gRPC", str(error), "pip install 'vla0[robot]'") from None
+        say = lambda bound: console.print(f"{shown(policy.spec)}\n--server_address={host}:{bound}")  # noqa: E731
+        serve_lerobot(LeRobotServer(policy, limits, pairs), host, port, say)
+        return
     server = Server(policy, limits, pairs, secret, replan, ensemble)
     scheme = "wss" if tls_cert else "ws"
     ready = lambda bound: console.print(f"{shown(policy.spec)}\n{scheme}://{host}:{bound}")  # noqa: E731

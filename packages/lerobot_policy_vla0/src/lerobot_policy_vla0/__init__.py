@@ -1,0 +1,5 @@
+"""VLA-0 as a LeRobot policy. LeRobot imports this, and finds the rest by name."""
+
+from lerobot_policy_vla0.configuration_vla0 import VLA0Config
+
+__all__ = ["VLA0Config"]

@@ -1,0 +1,203 @@
+"""VLA0 behind LeRobot's interface: batches of tensors there, Samples and Observations of the spine here."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+
+import draccus
+import numpy as np
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pretrained import PreTrainedPolicy
+from torch import Tensor
+
+from lerobot_policy_vla0.configuration_vla0 import VLA0Config
+from vla0 import model as models
+from vla0.adapter import LANGUAGE, VISION, Lora, adapted
+from vla0.data import collator
+from vla0.ensemble import TemporalEnsemble
+from vla0.errors import InputError
+from vla0.policy import VLA0
+from vla0.prompt import IGNORE, Prompt
+from vla0.source import names_of
+from vla0.spec import SPEC_FILE, Observation, Sample, Spec
+from vla0.trainer import answered, summed
+
+logger = logging.getLogger(__name__)
+
+ACTION, STATE, PADDED = "action", "observation.state", "action_is_pad"
+
+
+class VLA0Policy(PreTrainedPolicy):
+    """The policy. `self.model` is the unmodified VLM, `self.vla` what writes and reads its text."""
+
+    config_class = VLA0Config  # type: ignore[assignment]
+    name = "vla0"  # type: ignore[assignment]
+    config: VLA0Config
+
+    def __init__(self, config: VLA0Config, vla: VLA0 | None = None, dataset_meta: Any = None, **others: Any):
+        """vla: of a checkpoint; None: config.model_name, to be fine-tuned on the dataset of dataset_meta."""
+        super().__init__(config)
+        if vla is None:
+            spec = Spec.parse(config.spec, "config.spec") if config.spec else spec_of(config, dataset_meta)
+            vla = VLA0(*models.load(models.locate(config.model_name), config.device, torch.float32), spec)
+        _follow(config, vla.spec)
+        self.vla = vla
+        self.model = adapted(vla.model, Lora(), config.freeze_vision_encoder)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.collate = collator([Prompt(vla.spec, vla.processor)], config.augmentation)
+        self.reset()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_name_or_path: str | Path, *, config: Any = None, **others: Any) -> Self:
+        """Of a checkpoint folder or Hub id, whether vla0 or LeRobot saved it; of adapters, the model that they change."""
+        folder = models.locate(pretrained_name_or_path)
+        config = config or PreTrainedConfig.from_pretrained(folder)
+        if (folder / SPEC_FILE).is_file():
+            vla = VLA0.from_pretrained(folder, config.device)
+        else:
+            spec = Spec.parse(config.spec, "config.spec") if config.spec else spec_of(config, others.get("dataset_meta"))
+            vla = VLA0(*models.load(folder, config.device, torch.float32), spec)
+        return cls(config, vla).eval()
+
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The files of a vla0 checkpoint; its config.json is LeRobot's too."""
+        weights = None if state_dict is None else {k.removeprefix("model."): v for k, v in state_dict.items()}
+        with TemporaryDirectory(dir=save_directory.parent) as above:
+            folder = Path(above) / "saved"
+            models.save(folder, self.model, self.vla.processor, self.vla.specs, weights)
+            content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            content |= draccus.encode(self.config, PreTrainedConfig)
+            (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            for file in folder.iterdir():
+                file.replace(save_directory / file.name)
+
+    def get_optim_params(self) -> Any:
+        """What is trained."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def _get_default_peft_targets(self) -> dict[str, Any]:
+        layers = LANGUAGE if self.config.freeze_vision_encoder else f"({LANGUAGE})|({VISION})"
+        return {"target_modules": layers}
+
+    def _validate_peft_config(self, peft_config: Any) -> None:
+        """Adapters learn beside the checkpoint, or beside the model itself."""
+        self.name_or_path = str(self.config.pretrained_path or self.config.model_name)
+
+    def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict[str, float]]:
+        """The loss of the answer's tokens, and the share of them that the model would have written so."""
+        samples = self._samples(batch)
+        seeds = torch.randint(2**31, (len(samples),)).tolist()  # of torch's generator, which LeRobot resumes
+        inputs = self.collate([(sample, (seed,), 0) for sample, seed in zip(samples, seeds, strict=True)])
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        _, logits, targets = answered(self.model, inputs)
+        losses, counts = summed(logits, targets), (targets != IGNORE).sum(dim=1)
+        with torch.no_grad():
+            right = ((logits.argmax(-1) == targets) & (targets != IGNORE)).sum() / counts.sum()
+        told = {"token_accuracy": float(right)}
+        return (losses / counts if reduction == "none" else losses.sum() / counts.sum()), told
+
+    @torch.no_grad()
+    def predict_action_chunk(
+        self, batch: dict[str, Any], inference_delay: int = 0, prev_chunk_left_over: Tensor | None = None, **others: Any
+    ) -> Tensor:
+        """(B, H, D) in the dataset's units.
+
+        With real-time chunking the first `inference_delay` steps are those that will have been executed by then: they
+        are forced, and the model goes on from them.
+        """
+        observations = self._observations(batch)
+        if prev_chunk_left_over is not None and inference_delay > 0:
+            ahead = prev_chunk_left_over.float().cpu().numpy().reshape(-1, self.vla.spec.dimensions)
+            kept = np.flatnonzero(np.abs(ahead).max(axis=1))  # LeRobot fills up with zeros
+            ahead = ahead[: min(inference_delay, self.vla.spec.horizon - 1, kept[-1] + 1 if len(kept) else 0)]
+            if len(ahead):
+                observations = [replace(observation, committed=ahead) for observation in observations]
+        return torch.from_numpy(self.vla.predict_batch(observations))
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Any], **others: Any) -> Tensor:
+        """(B, D): of the chunks that are executed in turn, or averaged."""
+        steps = self.config.n_action_steps or self.config.chunk_size
+        if self.step % steps == 0:
+            chunks = self.vla.predict_batch(self._observations(batch))
+            self.ensemble.add(np.moveaxis(chunks, 0, 1), self.step)  # (H, B, D)
+        action = self.ensemble.action(self.step)
+        self.step += 1
+        return torch.from_numpy(action)
+
+    def reset(self) -> None:
+        """A new episode."""
+        config = self.config
+        self.step = 0
+        steps = config.n_action_steps or config.chunk_size
+        self.ensemble = TemporalEnsemble(config.chunk_size, steps, config.temporal_ensemble, self.vla.spec.ensemble_k)
+
+    def supports_rtc(self) -> bool:
+        """Yes, exactly: see `predict_action_chunk`."""
+        return True
+
+    def _samples(self, batch: dict[str, Any]) -> list[Sample]:
+        actions = batch[ACTION].float().cpu().numpy()
+        padded = batch[PADDED].cpu().numpy() if PADDED in batch else np.zeros(actions.shape[:2], bool)
+        return [Sample(*row) for row in zip(self._observations(batch), actions, ~padded, strict=True)]
+
+    def _observations(self, batch: dict[str, Any]) -> list[Observation]:
+        """One for each row of a batch: pictures in 0..1, channels first, as LeRobot has them."""
+        spec, keys = self.vla.spec, list(self.config.image_features)
+        if missing := [key for key in keys if key not in batch]:
+            found = [key for key in batch if "image" in key]
+            raise InputError(f"pictures '{missing[0]}'", f"{found}", "give --rename_map={name here: that name}")
+        pictures = {camera: _frames(batch[key]) for camera, key in zip(spec.cameras, keys, strict=True)}
+        states = batch[STATE].float().cpu().numpy() if (spec.state or spec.relative) and STATE in batch else None
+        tasks = batch.get("task", "")
+        count = len(next(iter(pictures.values())))
+        tasks = [tasks] * count if isinstance(tasks, str) else list(tasks)
+        return [
+            Observation({camera: frames[row] for camera, frames in pictures.items()}, tasks[row],
+                        None if states is None else states[row])
+            for row in range(count)
+        ]  # fmt: skip
+
+
+def spec_of(config: VLA0Config, meta: Any) -> Spec:
+    """The Spec of a dataset under a config: bounds are the dataset's minima and maxima."""
+    if meta is None:
+        raise InputError("a dataset, for the bounds of actions", "none", "train on one, or give --policy.path=CHECKPOINT")
+    bounds = {key: [np.ravel(meta.stats[key][end]).tolist() for end in ("min", "max")]
+              for key in (ACTION, STATE) if key in meta.stats}  # fmt: skip
+    if config.use_state and STATE not in bounds:
+        raise InputError(f"'{STATE}' for use_state", f"{sorted(meta.features)}", "leave use_state out")
+    low, high = map(tuple, bounds[ACTION])
+    low_state, high_state = map(tuple, bounds.get(STATE, ((), ())))
+    return Spec(
+        low, high, float(meta.fps), tuple(key.rsplit(".", 1)[-1] for key in config.image_features), config.model_name,
+        config.chunk_size, config.action_bins, config.image_size, config.crop, config.tile, system=config.system,
+        state=(low_state, high_state) if config.use_state else None, action_names=names_of(meta.features[ACTION]),
+        state_names=names_of(meta.features[STATE]) if config.use_state else None,
+    )  # fmt: skip
+
+
+def _follow(config: VLA0Config, spec: Spec) -> None:
+    """Makes a config say what the checkpoint does. Raises InputError for what LeRobot's batches cannot give."""
+    if spec.history > 1 or spec.depth:
+        raise InputError("one frame of colours for each camera", "past frames or depth maps", "use vla0's own commands")
+    if config.chunk_size != spec.horizon:
+        raise InputError(f"chunk_size {spec.horizon}, as the checkpoint", f"{config.chunk_size}", "leave chunk_size out")
+    if len(config.image_features) != len(spec.cameras):
+        expected = f"input_features with the cameras {list(spec.cameras)}"
+        raise InputError(expected, f"{list(config.image_features)}", "name them in that order")
+    for name in ("image_size", "crop", "tile", "system"):
+        setattr(config, name, getattr(spec, name))
+    config.action_bins, config.use_state, config.spec = spec.bins, spec.state is not None, spec.text()
+
+
+def _frames(pictures: Tensor) -> np.ndarray:
+    """(B, h, w, 3) uint8 of (B, 3, h, w) in 0..1: the very bytes that LeRobot divided."""
+    if pictures.dtype != torch.uint8:
+        pictures = (pictures * 255).round().clamp(0, 255).to(torch.uint8)
+    return pictures.movedim(-3, -1).cpu().numpy()

@@ -1,0 +1,190 @@
+"""LeRobot's asynchronous inference (gRPC), for its own `robot_client`: one checkpoint, the very pixels that it was trained on.
+
+LeRobot's server resizes pictures before the policy sees them, loads whatever model a client names, and unpickles what
+anybody sends. Here the checkpoint is the server's, pictures go through the spine, and of a pickle only arrays and
+LeRobot's own messages are taken. The protocol knows no key: it is for this machine, or the end of a tunnel.
+"""
+
+import contextlib
+import io
+import logging
+import pickle
+import signal
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from queue import Empty, Queue
+from typing import Any
+
+import grpc
+import numpy as np
+import torch
+from lerobot.async_inference.helpers import RemotePolicyConfig, TimedAction, TimedObservation
+from lerobot.transport import services_pb2, services_pb2_grpc
+
+from vla0.arrays import load_arrays
+from vla0.errors import InputError
+from vla0.rollout import rest
+from vla0.serve.door import LOCAL
+from vla0.serve.request import request
+from vla0.serve.server import Limits, told
+
+logger = logging.getLogger(__name__)
+messages: Any = services_pb2  # generated: its names are not in its text
+
+MESSAGES = {
+    ("lerobot.async_inference.helpers", "RemotePolicyConfig"),
+    ("lerobot.async_inference.helpers", "TimedObservation"),
+    ("lerobot.configs.types", "PolicyFeature"),
+    ("lerobot.configs.types", "FeatureType"),
+}
+PATIENCE_S = 2.0  # that a client waits for actions before it hears that there are none
+
+
+@dataclass
+class Client:
+    """What is remembered of one."""
+
+    features: Mapping[str, Any]
+    renamed: Mapping[str, str]
+    steps: int
+    waiting: Queue = field(default_factory=lambda: Queue(1))  # the newest observation
+    answered: set[int] = field(default_factory=set)
+    last: tuple[int, np.ndarray] | None = None  # step and chunk of the last answer
+    changing: Any = field(default_factory=threading.Lock)
+
+
+class LeRobotServer:
+    """The service, LeRobot's AsyncInference. policy: of a checkpoint; keys: camera → the robot's name of it."""
+
+    def __init__(self, policy: Any, limits: Limits | None = None, keys: Mapping[str, str] | None = None):
+        self.policy, self.limits, self.keys = policy, limits or Limits(), dict(keys or {})
+        self.clients: OrderedDict[str, Client] = OrderedDict()
+        self.model, self.guests = threading.Lock(), threading.Lock()
+
+    def Ready(self, message: Any, context: Any) -> Any:  # noqa: N802
+        """A client begins anew."""
+        with self.guests:
+            self.clients.pop(context.peer(), None)
+        return messages.Empty()
+
+    def SendPolicyInstructions(self, message: Any, context: Any) -> Any:  # noqa: N802
+        """What the client's robot calls its parts, and how many actions it wants. The model is ours, whatever it asks for."""
+        with self._told(context):
+            wanted = _unpacked(message.data, RemotePolicyConfig)
+            renamed = {str(old).rpartition(".")[2]: str(new).rpartition(".")[2] for old, new in wanted.rename_map.items()}
+            steps = min(max(1, int(wanted.actions_per_chunk)), self.policy.spec.horizon)
+            with self.guests:
+                self.clients[context.peer()] = Client(wanted.lerobot_features, renamed, steps)
+                while len(self.clients) > self.limits.clients:
+                    self.clients.popitem(last=False)
+        return messages.Empty()
+
+    def SendObservations(self, parts: Iterator[Any], context: Any) -> Any:  # noqa: N802
+        """Takes the newest observation; one that nobody has asked about yet makes room for it."""
+        with self._told(context):
+            held = io.BytesIO()
+            for part in parts:
+                held.write(part.data)
+                if held.tell() > self.limits.message_bytes:
+                    raise InputError(f"at most {self.limits.message_bytes} bytes", "more", "send smaller pictures")
+            seen, client = _unpacked(held.getvalue(), TimedObservation), self._client(context)
+            if not seen.must_go and seen.timestep in client.answered:
+                return messages.Empty()
+            with client.changing:
+                with contextlib.suppress(Empty):
+                    client.waiting.get_nowait()
+                client.waiting.put_nowait(seen)
+        return messages.Empty()
+
+    def GetActions(self, message: Any, context: Any) -> Any:  # noqa: N802
+        """A chunk for the newest observation, nothing where none comes."""
+        with self._told(context):
+            client = self._client(context)
+            try:
+                seen = client.waiting.get(timeout=PATIENCE_S)
+            except Empty:
+                return messages.Empty()
+            chunk = self._chunk(client, seen)
+            period = 1 / self.policy.spec.fps
+            timed = [
+                TimedAction(seen.timestamp + step * period, seen.timestep + step, torch.from_numpy(action.copy()))
+                for step, action in enumerate(chunk[: client.steps])
+            ]
+            return messages.Actions(data=pickle.dumps(timed))
+        return messages.Empty()
+
+    def _chunk(self, client: Client, seen: TimedObservation) -> np.ndarray:
+        spec, raw = self.policy.spec, dict(seen.observation)
+        message: dict[str, Any] = {client.renamed.get(str(name), str(name)): value for name, value in raw.items()}
+        names = spec.state_names or (client.features.get("observation.state") or {}).get("names")
+        if names and (spec.state or spec.relative):
+            if missing := [name for name in names if name not in raw]:
+                raise InputError(f"the state {list(names)}", f"no '{missing[0]}'", "use the robot of the dataset")
+            message["state"] = np.array([float(raw[name]) for name in names])
+        observation = request(message, spec, self.keys, self.limits.side).observation
+        if client.last is not None and seen.timestep > client.last[0]:
+            # What the last chunk said of it decodes faster and changes nothing.
+            expected = rest(client.last[1], min(seen.timestep - client.last[0], spec.horizon))
+            observation = replace(observation, expected=expected)
+        with self.model:
+            chunk = self.policy.predict_batch([observation])[0]
+        client.answered.add(seen.timestep)
+        client.last = seen.timestep, chunk
+        return chunk
+
+    def _client(self, context: Any) -> Client:
+        with self.guests:
+            if (client := self.clients.get(context.peer())) is None:
+                raise InputError("a client that has told what its robot is", "a stranger", "SendPolicyInstructions first")
+            return client
+
+    @contextlib.contextmanager
+    def _told(self, context: Any) -> Iterator[None]:
+        """An error becomes the client's answer, in words, and hurts nobody else."""
+        try:
+            yield
+        except Exception as error:
+            if context.code() is None:  # not one of gRPC's own
+                context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(told(error)))
+            raise
+
+
+def _unpacked(data: bytes, kind: type) -> Any:
+    """A message of LeRobot's, of which nothing was run. Raises InputError for any other."""
+    found = load_arrays(io.BytesIO(data), "a message", MESSAGES)
+    if not isinstance(found, kind):
+        raise InputError(f"a {kind.__name__}", type(found).__name__, "use the robot_client of LeRobot 0.6.1")
+    if isinstance(found, TimedObservation):
+        if not isinstance(found.observation, Mapping) or not isinstance(found.timestep, int):
+            raise InputError("an observation with its step", f"{type(found.observation).__name__}", "use LeRobot's client")
+    elif not (isinstance(found.lerobot_features, Mapping) and isinstance(found.rename_map, Mapping)):
+        raise InputError("features and a rename_map", "none", "use the robot_client of LeRobot 0.6.1")
+    return found
+
+
+def serve_lerobot(
+    server: LeRobotServer, host: str, port: int, ready: Callable[[int], None], stop: threading.Event | None = None
+) -> None:
+    """Serves until SIGINT or SIGTERM, or until `stop` is set. Raises InputError where it cannot, or must not, listen."""
+    if host not in LOCAL:
+        remedy = "leave --host out, and reach it by a tunnel: ssh -L 8000:127.0.0.1:8000 this-machine"
+        raise InputError(f"{LOCAL[0]}, as LeRobot's protocol knows no key", f"'{host}'", remedy)
+    workers = ThreadPoolExecutor(4 + 2 * min(server.limits.clients, 16), "lerobot")
+    service = grpc.server(workers, options=[("grpc.max_receive_message_length", server.limits.message_bytes)])
+    services_pb2_grpc.add_AsyncInferenceServicer_to_server(server, service)
+    try:
+        bound = service.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise InputError(f"'{host}' port {port} to listen on", str(error), "choose another --port, or end who has it") from None
+    service.start()
+    ended = stop or threading.Event()
+    if stop is None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: ended.set())
+    ready(bound)
+    while not ended.wait(0.2):
+        pass
+    service.stop(PATIENCE_S).wait()
