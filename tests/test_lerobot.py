@@ -18,7 +18,7 @@ from conftest import TASKS, make_observation
 from worlds import JOINTS, Reach, arm_spec
 
 from vla0 import VLA0, InputError
-from vla0.cli.run import serve
+from vla0.cli.act import serve
 from vla0.data import Samples, collator
 from vla0.envs import libero_files
 from vla0.prompt import Prompt
@@ -341,7 +341,7 @@ def test_lerobots_protocol_stays_on_this_machine(tmp_path):
 
     with pytest.raises(InputError, match="tunnel"):
         serve_lerobot(LeRobotServer(Reach()), "0.0.0.0", 0, lambda port: None)
-    for changes, message in (({"ensemble": "v1"}, "its client knows none"), ({"protocol": "grpc"}, "openpi or lerobot")):
+    for changes, message in (({"ensemble": "v1"}, "averages by itself"), ({"protocol": "grpc"}, "--protocol of")):
         with pytest.raises(InputError, match=message):
             serve(str(tmp_path), **{"protocol": "lerobot", **changes})
 

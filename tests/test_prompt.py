@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vla0 import InputError, Observation, Spec
 from vla0.codec import SYMBOLS, ActionCodec
-from vla0.prompt import HIDDEN, IGNORE, Prompt, hide, hide_numbers
+from vla0.prompt import HIDDEN, IGNORE, Prompt, hide, hide_numbers, words
 from vla0.vision import compose
 
 GOLDEN = Path(__file__).parent / "golden" / "libero_prompt.json"
@@ -91,7 +91,7 @@ def test_the_model_takes_what_the_processor_itself_would_give(request, processor
     observations = [make_observation(seed) for seed in range(3)]
     batch = prompt.observe(observations)
     images = [compose(observation, prompt.spec) for observation in observations]
-    text = [prompt.chat(len(o), prompt.words(seen)) for o, seen in zip(images, observations, strict=True)]
+    text = [prompt.chat(len(o), words(seen, prompt.spec)) for o, seen in zip(images, observations, strict=True)]
     expected = own(text=text, images=[image for o in images for image in o], do_resize=False)
     for name in ("pixel_values", "image_grid_thw"):
         np.testing.assert_array_equal(batch[name], expected[name])
@@ -148,14 +148,14 @@ def test_hidden_characters_are_not_labelled(processor):
 def test_the_state_is_written_as_levels_and_clips(processor):
     prompt = Prompt(make_spec(), processor)
     observation = replace(make_observation(0), state=np.array([0.25, 7.0]))
-    assert prompt.words(observation) == "State: 25 100\npush the red block"
-    assert Prompt(make_spec(state=None), processor).words(observation) == "push the red block"
+    assert words(observation, prompt.spec) == "State: 25 100\npush the red block"
+    assert words(observation, make_spec(state=None)) == "push the red block"
 
 
 @pytest.mark.parametrize("instruction", ["", "  ", None])
 def test_an_empty_instruction_is_refused(processor, instruction):
     with pytest.raises(InputError):
-        Prompt(make_spec(), processor).words(replace(make_observation(0), instruction=instruction))
+        words(replace(make_observation(0), instruction=instruction), make_spec())
 
 
 def test_an_image_size_that_the_model_would_resize_is_refused(processor):

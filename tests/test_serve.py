@@ -24,7 +24,7 @@ from hypothesis.extra import numpy as arrays
 from websockets.sync.client import connect
 
 from vla0 import InputError, Observation
-from vla0.cli.run import serve
+from vla0.cli.act import serve
 from vla0.policy import VLA0
 from vla0.serve.client import NoAnswerError, RemotePolicy
 from vla0.serve.request import request

@@ -93,6 +93,18 @@ def written(levels: np.ndarray) -> str:
     return "".join(f"{level} " for level in levels.ravel().tolist())
 
 
+def numerals(bins: int) -> list[list[tuple[int, int]]]:
+    """The decimal numerals of 0..bins: alternatives of digits, each digit from one to another."""
+    digits = [int(digit) for digit in str(bins)]
+    found = [[(0, 0)]] + [[(1, 9)] + [(0, 9)] * more for more in range(len(digits) - 1)]
+    for place, digit in enumerate(digits):  # those as long as `bins`: alike so far, less here, anything after
+        last = place == len(digits) - 1
+        low, high = int(place == 0), digit if last else digit - 1
+        if low <= high:
+            found.append([(d, d) for d in digits[:place]] + [(low, high)] + [(0, 9)] * (len(digits) - place - 1))
+    return found
+
+
 class Grammar:
     """The language of answers: `count` numbers in 0..bins without leading zeros, single spaces, then the end.
 

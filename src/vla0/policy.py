@@ -23,12 +23,16 @@ class VLA0:
     """A VLM that writes actions. `predict` is pure; `act` remembers its chunks until `reset`."""
 
     def __init__(self, vlm: Any, processor: Any, spec: Spec, replan: int = 1, weights: str | Sequence[float] | None = None):
-        self.model, self.processor, self.spec = vlm.eval(), processor, spec
+        self.model: Any = vlm.eval()
+        self.processor, self.spec = processor, spec
         self.specs = {MAIN: spec}  # that `save_pretrained` writes
         self.prompt, self.codec = Prompt(spec, processor), ActionCodec(spec)
         self.decoder, self.mode = decoder(self.model, self.prompt), None
-        averaged = min(-(-spec.horizon // replan), spec.ensemble_k or spec.horizon) > 1
-        self.acting(replan, weights or ("v1" if averaged else ensemble.NONE))
+        self._ready(replan, weights)
+
+    def _ready(self, replan: int, weights: str | Sequence[float] | None) -> Self:
+        averaged = min(-(-self.spec.horizon // replan), self.spec.ensemble_k or self.spec.horizon) > 1
+        return self.acting(replan, weights or ("v1" if averaged else ensemble.NONE))
 
     @classmethod
     def from_pretrained(
@@ -48,19 +52,40 @@ class VLA0:
         policy.specs = {name: Spec.load(folder, name) for name in embodiments(folder)}
         return policy
 
+    @classmethod
+    def remote(cls, base_url: str, spec: Spec | str | Path, **server: Any) -> Self:
+        """The policy of a checkpoint that another engine serves over OpenAI's chat API: vLLM, SGLang, llama.cpp.
+
+        spec: the checkpoint's, its folder or Hub id. server: model, key, engine, timeout_s, extra of vla0.decode.remote.
+        Raises InputError where the server does not answer; TimeoutError or ConnectionError when it stops to.
+        """
+        from vla0.decode.remote import ChatPrompt, Remote
+
+        policy = cls.__new__(cls)
+        policy.spec = spec if isinstance(spec, Spec) else Spec.load(model.locate(spec, weights=False))
+        policy.model = policy.processor = policy.mode = None
+        policy.specs, policy.codec = {MAIN: policy.spec}, ActionCodec(policy.spec)
+        policy.prompt, policy.decoder = ChatPrompt(policy.spec), Remote(base_url, policy.spec, **server)
+        return policy._ready(1, None)
+
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a folder that `from_pretrained` and transformers read."""
+        if self.model is None:
+            raise InputError("weights, to save", "a policy of another's server", "copy the checkpoint that it serves")
         if self.mode is not None:
             raise InputError("the exact policy, to save", f"one made {self.mode}", "save the one that it was made from")
         model.save(path, self.model, self.processor, self.specs)
 
     def eval(self) -> Self:
         """Itself, the model in evaluation mode (it is so from the start)."""
-        self.model.eval()
+        if self.model is not None:
+            self.model.eval()
         return self
 
     def inexact(self, mode: str) -> "VLA0":
         """Another policy of the same weights that decodes faster and may write other numbers: see vla0.decode.inexact."""
+        if self.model is None:
+            raise InputError("weights here", "a policy of another's server", "let that server be inexact")
         other = copy(self)
         other.model, other.decoder = inexact(self.model, self.prompt, mode)
         other.mode = mode

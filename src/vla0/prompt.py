@@ -16,6 +16,17 @@ IGNORE = -100  # a label that the loss leaves out
 HIDDEN = "?"  # an answer's character that the model may not see and need not write
 
 
+def words(observation: Observation, spec: Spec) -> str:
+    """The user's text: the instruction, after the state's levels where the Spec has a state."""
+    if not isinstance(observation.instruction, str) or not observation.instruction.strip():
+        raise InputError("an instruction in words", repr(observation.instruction), "say what the robot shall do")
+    if spec.state is None:
+        return observation.instruction
+    low, high = (np.array(bound) for bound in spec.state)
+    levels = to_levels(state_of(observation, spec, len(low)), low, high, spec.bins)
+    return f"State: {' '.join(map(str, levels.tolist()))}\n{observation.instruction}"
+
+
 class Prompt:
     """Observations (and answers) → what the model takes. `processor` is that of a Qwen2.5-VL style model."""
 
@@ -39,16 +50,6 @@ class Prompt:
                 )
             self.ids[character] = ids[0]
         self.symbol_ids = [self.ids[character] for character in SYMBOLS] + [self.end_id]  # by symbol of vla0.codec
-
-    def words(self, observation: Observation) -> str:
-        """The user's text: the instruction, after the state's levels where the Spec has a state."""
-        if not isinstance(observation.instruction, str) or not observation.instruction.strip():
-            raise InputError("an instruction in words", repr(observation.instruction), "say what the robot shall do")
-        if self.spec.state is None:
-            return observation.instruction
-        low, high = (np.array(bound) for bound in self.spec.state)
-        levels = to_levels(state_of(observation, self.spec, len(low)), low, high, self.spec.bins)
-        return f"State: {' '.join(map(str, levels.tolist()))}\n{observation.instruction}"
 
     def chat(self, count: int, words: str) -> str:
         """The text before the answer: system turn, user turn with `count` images, the assistant's opening."""
@@ -141,7 +142,7 @@ class Prompt:
     ) -> Seen:
         """(images, text before the answer) of an observation."""
         images = compose(observation, self.spec, rng, jitter)
-        return images, self.chat(len(images), self.words(observation))
+        return images, self.chat(len(images), words(observation, self.spec))
 
     def answer_ids(self, answer: str) -> list[int]:
         """The tokens of an answer and its end: one a character, so that hiding some never merges others."""

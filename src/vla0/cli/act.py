@@ -1,13 +1,80 @@
-"""`vla0 robot`."""
+"""Acting for others, and on a robot."""
 
+import importlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from vla0.cli.screen import app, console
+from vla0.cli.screen import app, console, quiet
 from vla0.errors import InputError, nearest
+from vla0.spec import MAIN
+
+PROTOCOLS = ("openpi", "lerobot", "vla-eval")
+
+
+@app.command()
+def serve(
+    checkpoint: Annotated[str, typer.Option(help="checkpoint folder or Hub id")],
+    host: Annotated[str, typer.Option(help="address to listen on; any but this machine's own needs a key")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
+    api_key_file: Annotated[Path | None, typer.Option(help="file of the key that clients have to know")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="certificate (PEM), with its key unless --tls-key is given")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="the certificate's private key (PEM)")] = None,
+    key: Annotated[list[str] | None, typer.Option(help="CAMERA=NAME of its picture in messages; several times")] = None,
+    ensemble: Annotated[str, typer.Option(help="none: whole chunks; mean, v1 or v2:w: ensembled steps")] = "none",
+    replan: Annotated[int, typer.Option(help="steps a client executes per query, where they are ensembled")] = 1,
+    embodiment: Annotated[str, typer.Option(help="of a checkpoint trained on a mixture: whose robot acts")] = MAIN,
+    device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
+    clients: Annotated[int, typer.Option(help="at most, at once")] = 128,
+    rate: Annotated[float, typer.Option(help="messages a second of one client, at most")] = 200.0,
+    message_mib: Annotated[float, typer.Option(help="size of a message, at most")] = 32.0,
+    side: Annotated[int, typer.Option(help="pixels of a picture's side, at most")] = 4096,
+    protocol: Annotated[str, typer.Option(help="openpi; lerobot, its robot_client's gRPC; or vla-eval, a harness")] = "openpi",
+    base_url: Annotated[str | None, typer.Option(help="of another engine that serves the checkpoint: OpenAI's API")] = None,
+    engine: Annotated[str, typer.Option(help="of --base-url: vllm, sglang or llama.cpp")] = "vllm",
+) -> None:
+    """Act for robots elsewhere, over openpi's websocket protocol or another. Ctrl-C finishes what was begun."""
+    from vla0.policy import VLA0
+    from vla0.serve.door import refuse_open, secret_of, served
+    from vla0.serve.server import Limits, Server, shown
+
+    quiet()
+    secret = secret_of(api_key_file)
+    refuse_open(host, secret)
+    pairs = {camera: name for camera, _, name in (pair.partition("=") for pair in key or [])}
+    if not all(pairs.values()):
+        raise InputError("--key CAMERA=NAME", f"{key}", "give both")
+    limits = Limits(int(message_mib * 2**20), side, clients, rate)
+    if protocol not in PROTOCOLS:
+        raise InputError(f"--protocol of {PROTOCOLS}", f"'{protocol}'", "choose one of those")
+    if protocol != "openpi" and (secret or tls_cert):
+        raise InputError(f"--protocol {protocol} without a key or TLS", "one of them", "its clients know none")
+    if protocol == "lerobot" and ensemble != "none":
+        raise InputError("--protocol lerobot without --ensemble", ensemble, "its client averages by itself (aggregate_fn_name)")
+    if base_url is not None:
+        policy = VLA0.remote(base_url, checkpoint, engine=engine)
+    else:
+        policy = VLA0.from_pretrained(checkpoint, device, embodiment=embodiment)
+    if protocol == "openpi":
+        server = Server(policy, limits, pairs, secret, replan, ensemble)
+        scheme = "wss" if tls_cert else "ws"
+        ready = lambda bound: console.print(f"{shown(policy.spec)}\n{scheme}://{host}:{bound}")  # noqa: E731
+        served(server, host, port, tls_cert, tls_key, ready)
+        return
+    kind = "lerobot" if protocol == "lerobot" else "harness"
+    try:
+        own = importlib.import_module(f"vla0.serve.{kind}")
+    except ImportError as error:
+        extra = "robot" if protocol == "lerobot" else "vla-eval"
+        raise InputError(f"what --protocol {protocol} needs", str(error), f"pip install 'vla0[{extra}]'") from None
+    address = "--server_address=" if protocol == "lerobot" else "ws://"
+    say = lambda bound: console.print(f"{shown(policy.spec)}\n{address}{host}:{bound}")  # noqa: E731
+    if protocol == "lerobot":
+        own.serve_lerobot(own.LeRobotServer(policy, limits, pairs), host, port, say)
+    else:
+        own.serve_harness(own.HarnessServer(policy, pairs, replan, ensemble), host, port, say)
 
 
 @app.command("robot", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from vla0.cli.screen import app, console, quiet
-from vla0.errors import InputError
 from vla0.spec import MAIN
 
 
@@ -84,53 +83,3 @@ def evaluate(
     else:
         console.print(table(trial(checkpoint, settings, out, **others)))
         console.print(f"report: {out / 'report.html'}")
-
-
-@app.command()
-def serve(
-    checkpoint: Annotated[str, typer.Option(help="checkpoint folder or Hub id")],
-    host: Annotated[str, typer.Option(help="address to listen on; any but this machine's own needs a key")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
-    api_key_file: Annotated[Path | None, typer.Option(help="file of the key that clients have to know")] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="certificate (PEM), with its key unless --tls-key is given")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="the certificate's private key (PEM)")] = None,
-    key: Annotated[list[str] | None, typer.Option(help="CAMERA=NAME of its picture in messages; several times")] = None,
-    ensemble: Annotated[str, typer.Option(help="none: whole chunks; mean, v1 or v2:w: ensembled steps")] = "none",
-    replan: Annotated[int, typer.Option(help="steps a client executes per query, where they are ensembled")] = 1,
-    embodiment: Annotated[str, typer.Option(help="of a checkpoint trained on a mixture: whose robot acts")] = MAIN,
-    device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
-    clients: Annotated[int, typer.Option(help="at most, at once")] = 128,
-    rate: Annotated[float, typer.Option(help="messages a second of one client, at most")] = 200.0,
-    message_mib: Annotated[float, typer.Option(help="size of a message, at most")] = 32.0,
-    side: Annotated[int, typer.Option(help="pixels of a picture's side, at most")] = 4096,
-    protocol: Annotated[str, typer.Option(help="openpi, or lerobot for LeRobot's own robot_client (gRPC)")] = "openpi",
-) -> None:
-    """Act for robots elsewhere, over openpi's websocket protocol or LeRobot's. Ctrl-C finishes what was begun."""
-    from vla0.policy import VLA0
-    from vla0.serve.door import refuse_open, secret_of, served
-    from vla0.serve.server import Limits, Server, shown
-
-    quiet()
-    secret = secret_of(api_key_file)
-    refuse_open(host, secret)
-    pairs = {camera: name for camera, _, name in (pair.partition("=") for pair in key or [])}
-    if not all(pairs.values()):
-        raise InputError("--key CAMERA=NAME", f"{key}", "give both")
-    limits = Limits(int(message_mib * 2**20), side, clients, rate)
-    if protocol not in ("openpi", "lerobot"):
-        raise InputError("--protocol openpi or lerobot", f"'{protocol}'", "choose one of those")
-    if protocol == "lerobot" and (ensemble != "none" or secret or tls_cert):
-        raise InputError("--protocol lerobot without --ensemble, keys and TLS", "one of them", "its client knows none of it")
-    policy = VLA0.from_pretrained(checkpoint, device, embodiment=embodiment)
-    if protocol == "lerobot":
-        try:
-            from vla0.serve.lerobot import LeRobotServer, serve_lerobot
-        except ImportError as error:
-            raise InputError("LeRobot with its gRPC", str(error), "pip install 'vla0[robot]'") from None
-        say = lambda bound: console.print(f"{shown(policy.spec)}\n--server_address={host}:{bound}")  # noqa: E731
-        serve_lerobot(LeRobotServer(policy, limits, pairs), host, port, say)
-        return
-    server = Server(policy, limits, pairs, secret, replan, ensemble)
-    scheme = "wss" if tls_cert else "ws"
-    ready = lambda bound: console.print(f"{shown(policy.spec)}\n{scheme}://{host}:{bound}")  # noqa: E731
-    served(server, host, port, tls_cert, tls_key, ready)
