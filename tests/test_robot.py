@@ -213,6 +213,19 @@ def test_after_the_stop_nothing_is_sent():
     assert [kind for kind, *_ in arm.diary] == ["send", "stop"]
 
 
+def test_a_body_that_cannot_be_stopped_is_sent_nothing_more(caplog):
+    class Broken(Arm):
+        def stop(self):
+            raise ConnectionError("bus")
+
+    arm = Broken()
+    guard = Guard(arm, LIMITS, 0.05, start=np.zeros(2), live=True, now=lambda: 0.0)
+    guard.stop("a key")
+    assert "could not be stopped" in caplog.text
+    assert guard.send(np.zeros(2), 1.0) is None
+    assert arm.diary == []
+
+
 def test_a_body_that_fails_is_stopped_at_once():
     class Broken(Arm):
         def send(self, action):

@@ -143,7 +143,7 @@ def robot(
         console.print(f"{len(latencies)} chunks, {latencies[len(latencies) // 2] * 1e3:.0f} ms in the median")
     if reports and reports[-1].stopped is not None:
         console.print(f"stopped: {reports[-1].stopped}")
-        raise typer.Exit(1)
+        raise typer.Exit(130 if reports[-1].stopped.startswith("SIG") else 1)
 
 
 def robot_words(given: list[str], options: list[str], kind: str | None) -> list[str]:

@@ -149,15 +149,19 @@ class Guard:
         return command
 
     def stop(self, reason: str) -> None:
-        """Ends it, once and for all. A body that hangs in a command is stopped over its head."""
+        """Ends it, once and for all. A body that hangs in a command is stopped over its head; one that cannot be stopped
+        is said so, and sent nothing more."""
         if not self.once.acquire(blocking=False):
             return
         self.stopped = reason
         logger.warning("stopped: %s", reason)
         if not self.live:
             return
-        with self._free():
-            self.body.stop()
+        try:
+            with self._free():
+                self.body.stop()
+        except Exception:
+            logger.exception("the robot could not be stopped: switch its power off")
 
     def check(self) -> None:
         """Holds, and later stops, where no fresh command has come."""
@@ -192,10 +196,7 @@ class Guard:
 
         def work() -> None:
             while not done.wait(every_s):
-                try:
-                    self.check()
-                except Exception:  # the body cannot even be stopped: its own watchdog has to
-                    logger.exception("the body could not be stopped")
+                self.check()
 
         threading.Thread(target=work, daemon=True, name="watchdog").start()
         return done

@@ -183,11 +183,14 @@ class Session:
     def _keep(self, recorder: Recorder | None) -> None:
         if recorder is None:
             return
-        if self.forgets.is_set():
-            recorder.discard()
-            self.told("forgotten")
-        elif frames := recorder.save():
-            self.told(f"recorded {frames} frames as episode {recorder.episodes - 1} of {self.config.out}")
+        try:
+            if self.forgets.is_set():
+                recorder.discard()
+                self.told("forgotten")
+            elif frames := recorder.save():
+                self.told(f"recorded {frames} frames as episode {recorder.episodes - 1} of {self.config.out}")
+        except Exception as error:  # the robot comes first: it is released whatever becomes of the recording
+            self.told(f"the episode could not be recorded: {type(error).__name__}: {error}")
 
     def _between(self, episode: int) -> bool:
         """Time to put things back; whether to go on."""
@@ -221,8 +224,10 @@ class Session:
         from lerobot.utils.keyboard_input import create_key_listener
 
         def interrupt(number: int, frame: Any) -> None:
+            again = self.why is not None
             self.stop(signal.Signals(number).name)
-            raise KeyboardInterrupt
+            if again:  # the loop has not ended by itself
+                raise KeyboardInterrupt
 
         main = threading.current_thread() is threading.main_thread()
         kinds = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)) if main else ()
