@@ -8,6 +8,8 @@ from vla0.errors import InputError
 from vla0.robot.arm import INSTALL, LeRobotBody
 from vla0.robot.loop import Tick
 
+LINES = {"is": (140, 140, 140), "predicted": (80, 160, 255), "sent": (255, 150, 40)}
+
 
 class View:
     """to: "window" opens rerun's viewer, FILE.rrd is written, rerun+http://... is a viewer elsewhere."""
@@ -21,7 +23,8 @@ class View:
         self.rerun, self.body, self.fps = rerun, body, fps
         cameras = [blueprint.Spatial2DView(origin=f"camera/{camera}", name=camera) for camera in body.cameras]
         joints = [blueprint.TimeSeriesView(origin=f"joint/{name}", name=name) for name in body.actions]
-        layout = blueprint.Horizontal(blueprint.Vertical(*cameras), blueprint.Grid(*joints), column_shares=[1, 2])
+        parts = blueprint.Horizontal(blueprint.Vertical(*cameras), blueprint.Grid(*joints), column_shares=[1, 2])
+        layout = blueprint.Blueprint(parts, collapse_panels=True)
         self.stream = rerun.RecordingStream("vla0 robot")
         if to == "window":
             self.stream.spawn(memory_limit="1GB", default_blueprint=layout)
@@ -33,6 +36,10 @@ class View:
         else:
             raise InputError("window, FILE.rrd or the URL of a viewer", f"'{to}'", "choose one of those")
 
+        for name in body.actions:
+            for line, colour in LINES.items():
+                self.stream.log(f"joint/{name}/{line}", rerun.SeriesLines(colors=colour, widths=2), static=True)
+
     def tick(self, tick: Tick, began: float = 0.0) -> None:
         """Shows a step. began: seconds of the recording at which its episode started."""
         rerun, stream = self.rerun, self.stream
@@ -42,7 +49,7 @@ class View:
             kind = rerun.DepthImage(newest.squeeze()) if newest.shape[-1] == 1 else rerun.Image(newest).compress()
             stream.log(f"camera/{camera}", kind)
         position = self.body.position()
-        for line, values in {"is": position, "predicted": tick.action, "sent": tick.command}.items():
+        for line, values in zip(LINES, (position, tick.action, tick.command), strict=True):
             for name, value in zip(self.body.actions, [] if values is None else values, strict=False):
                 stream.log(f"joint/{name}/{line}", rerun.Scalars(float(value)))
 
