@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASKS, make_observation
+from typer.testing import CliRunner
 from worlds import JOINTS, Reach, arm_spec
 
 from vla0 import VLA0, InputError
+from vla0.cli import app
 from vla0.cli.act import serve
 from vla0.data import Samples, collator
 from vla0.envs import libero_files
@@ -25,6 +27,7 @@ from vla0.prompt import Prompt
 from vla0.rollout import ChunkPolicy
 from vla0.source import DataConfig, Source
 from vla0.tiny import tiny_model, tiny_processor
+from vla0.trainer import answered
 
 pytest.importorskip("lerobot_policy_vla0", reason="the plugin is not installed")
 
@@ -107,11 +110,26 @@ def test_adapters_are_trained_saved_and_go_on(base, dataset, tmp_path, monkeypat
     config = PreTrainedConfig.from_pretrained(output / "checkpoints" / "000006" / "pretrained_model")
     config.pretrained_path = output / "checkpoints" / "000006" / "pretrained_model"
     policy = make_policy(config, ds_meta=LeRobotDataset("local/small", root=dataset).meta)
-    adapted = policy.eval().predict_action_chunk(batch_of(policy, make_observation(0), ("top", "hand"), 3))
-    with policy.disable_adapter():
-        plain = policy.predict_action_chunk(batch_of(policy, make_observation(0), ("top", "hand"), 3))
-    assert adapted.shape == plain.shape == (1, 2, 3)
     assert any(weight.abs().max() > 0 for name, weight in policy.named_parameters() if "lora_B" in name)
+    done = CliRunner().invoke(app, ["convert", str(config.pretrained_path), str(tmp_path / "merged")])
+    assert done.exit_code == 0, done.output
+    ordinary = VLA0.from_pretrained(tmp_path / "merged")
+    batch = policy.collate([(sample, (0,), 0) for sample in policy._samples(training_batch(policy, dataset))])
+    with torch.no_grad():
+        _, adapted, _ = answered(policy.get_base_model().model, batch)
+        _, merged, _ = answered(ordinary.model, batch)
+        with policy.disable_adapter():
+            _, plain, _ = answered(policy.get_base_model().model, batch)
+    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(merged, plain, atol=1e-4, rtol=1e-4)
+
+
+def training_batch(policy, dataset, rows=(0, 3, 5, 9, 14)):
+    """What LeRobot's loader gives a policy to learn from; some rows at an episode's end."""
+    meta = LeRobotDataset("local/small", root=dataset).meta
+    ahead = resolve_delta_timestamps(policy.config, meta)
+    found = LeRobotDataset("local/small", root=dataset, delta_timestamps=ahead, video_backend="pyav")
+    return torch.utils.data.default_collate([found[row] for row in rows])
 
 
 def batch_of(policy, observation, cameras=("front", "wrist"), state=2):
@@ -160,12 +178,8 @@ def test_lerobots_batches_become_the_very_samples_of_the_spine(trained, dataset)
     spec = found.vla.spec
     keys = {camera: f"observation.images.{camera}" for camera in spec.cameras}
     ours = Samples(Source(DataConfig(str(dataset), keys, state="observation.state")), spec)
-    meta = LeRobotDataset("local/small", root=dataset).meta
-    theirs = LeRobotDataset(
-        "local/small", root=dataset, delta_timestamps=resolve_delta_timestamps(found.config, meta), video_backend="pyav"
-    )
-    rows = [0, 3, 5, 9, 14]  # some at an episode's end
-    batch = before(torch.utils.data.default_collate([theirs[row] for row in rows]))
+    rows = (0, 3, 5, 9, 14)
+    batch = before(training_batch(found, dataset, rows))
     samples = found._samples(batch)
     for row, sample in zip(rows, samples, strict=True):
         expected = ours.sample(row)

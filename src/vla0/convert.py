@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoProcessor
 
 from vla0.arrays import load_arrays
+from vla0.bridge import describe
 from vla0.errors import InputError
 from vla0.model import link_files, put_in_place
 from vla0.prompt import Prompt
@@ -39,6 +40,7 @@ def convert(run: str | Path, out: str | Path, vision_id: bool = False, crop: flo
     try:
         link_files(weights, partial, lambda file: file.suffix in KEPT)
         spec.save(partial)
+        describe(partial, spec)
         Prompt(spec, AutoProcessor.from_pretrained(partial))  # refuses a tokenizer that does not fit
         put_in_place(partial, out)
     finally:

@@ -91,16 +91,23 @@ def push(
 
 @app.command()
 def convert(
-    run: Annotated[Path, typer.Argument(help="run folder of the official VLA-0 code")],
+    run: Annotated[Path, typer.Argument(help="run folder of the official VLA-0 code, or adapters of lerobot-train --peft")],
     out: Annotated[Path, typer.Argument(help="new checkpoint folder")],
     vision_id: Annotated[bool, typer.Option(help='"Picture 1: " before an image; the released weights know none')] = False,
     crop: Annotated[float | None, typer.Option(help="where the run's config.yaml does not say, e.g. 0.875")] = None,
 ) -> None:
-    """Turn a run folder of the official VLA-0 code into a checkpoint; the weights are not touched."""
-    from vla0.convert import convert as run_convert
-
+    """Turn a run folder of the official VLA-0 code into a checkpoint, its weights untouched; or merge LeRobot's adapters."""
     quiet()
-    spec = run_convert(run, out, vision_id, crop)
+    if (run / "adapter_config.json").is_file():
+        try:
+            from lerobot_policy_vla0.merging import merge
+        except ImportError as error:
+            raise InputError("the LeRobot plugin", str(error), "pip install ./packages/lerobot_policy_vla0") from None
+        spec = merge(run, out)
+    else:
+        from vla0.convert import convert as run_convert
+
+        spec = run_convert(run, out, vision_id, crop)
     console.print(f"checkpoint: {out}, {spec.horizon} steps of {spec.dimensions} numbers in 0..{spec.bins}")
 
 
