@@ -130,3 +130,10 @@ def test_qwens_own_processor_serves_the_policy(real_processor):
     model = tiny_model(real_processor, width=48, layers=1, heads=3, vision_width=32, vision_layers=1, vision_heads=2)
     policy = VLA0(model, real_processor, make_spec(horizon=2, bins=1000))
     assert policy.predict_batch([make_observation(0)]).shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize("device", ["gpuu", "cuda:99", "meta:x"])
+def test_a_device_that_is_not_there_is_refused(policy, tmp_path, device):
+    policy.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(InputError, match="a torch device of this machine"):
+        VLA0.from_pretrained(tmp_path / "checkpoint", device)

@@ -24,7 +24,7 @@ from hypothesis.extra import numpy as arrays
 from websockets.sync.client import connect
 
 from vla0 import InputError, Observation
-from vla0.cli.act import serve
+from vla0.cli.act import pairs_of, serve
 from vla0.policy import VLA0
 from vla0.serve.client import NoAnswerError, RemotePolicy
 from vla0.serve.request import request
@@ -414,3 +414,32 @@ def test_the_example_of_an_own_robot_runs_against_a_server(policy):
             kind, sent = done.stdout.split(" commands")[0].rpartition(":")[::2]
             assert kind.endswith("live" if live else "dry run")
             assert int(sent) > 10
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"url": "http://127.0.0.1:1"}, "ws://host:port"),
+        ({"url": "127.0.0.1:1"}, "ws://host:port"),
+        ({"url": "ws://127.0.0.1:1", "key": "a secret key\n"}, "a key of one line"),
+    ],
+)
+def test_a_client_that_is_told_nonsense_says_so_at_once_and_keeps_its_key_to_itself(settings, message):
+    with pytest.raises(InputError, match=message) as error:
+        RemotePolicy(**settings)
+    assert "a secret key" not in str(error.value)
+
+
+def test_a_client_takes_observations_alone(policy):
+    with serving(policy) as (url, _):
+        remote = RemotePolicy(url)
+        with pytest.raises(InputError, match="an Observation"):
+            remote.predict({"observation/front": np.zeros((4, 4, 3), np.uint8)})
+        remote.close()
+
+
+@pytest.mark.parametrize("words", [["front"], ["front="], ["front=a", "front=b"], ["front=a", "wrist=a"]])
+def test_cameras_are_renamed_one_to_one(words):
+    with pytest.raises(InputError, match="--key CAMERA=NAME, each once"):
+        pairs_of("--key", words)
+    assert pairs_of("--key", ["front=a", "wrist=b"]) == {"front": "a", "wrist": "b"}

@@ -49,10 +49,10 @@ def load(
     device None: the GPU where there is one. quantization: "nf4" for the language model's weights in 4 bits, on that
     device from the start. Raises InputError where files are missing, truncated or do not fit.
     """
-    remedy = "fetch or train the checkpoint again"
+    remedy, device = "fetch or train the checkpoint again", device_of(device)
     settings: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if quantization is not None:
-        settings |= {"quantization_config": four_bits(dtype), "device_map": {"": str(device or default_device())}}
+        settings |= {"quantization_config": four_bits(dtype), "device_map": {"": str(device)}}
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, **settings)
         model, info = loaded
@@ -64,7 +64,7 @@ def load(
         # transformers would go on with random numbers there.
         lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise InputError(f"all weights in '{folder}'", f"{len(lost)} missing, first {lost[0]}", remedy)
-    return (model if quantization else model.to(device or default_device())), processor
+    return (model if quantization else model.to(device)), processor
 
 
 def four_bits(dtype: str | torch.dtype) -> BitsAndBytesConfig:
@@ -83,6 +83,17 @@ def four_bits(dtype: str | torch.dtype) -> BitsAndBytesConfig:
 def default_device() -> torch.device:
     """The GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(name: str | torch.device | None) -> torch.device:
+    """The device of a name; None: the default. Raises InputError where this machine has none such."""
+    if name is None:
+        return default_device()
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:160]
+        raise InputError("a torch device of this machine", f"'{name}' ({reason})", "leave it out for the default") from None
 
 
 def save(

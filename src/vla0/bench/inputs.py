@@ -75,7 +75,7 @@ def chosen(name: str, device: str | None = None) -> VLA0:
         return VLA0.from_pretrained(name, device)
     spec = Spec((-1.0,) * 7, (1.0,) * 7, 20.0, ("agentview", "wrist"), name)
     processor: Any = tiny_processor([spec.system_text(), "move the red blue green block"])
-    where = torch.device(device or models.default_device())
+    where = models.device_of(device)
     if name == "tiny":
         tiny: Any = tiny_model(processor)
         return VLA0(tiny.to(where), processor, spec)

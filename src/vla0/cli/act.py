@@ -18,7 +18,7 @@ PROTOCOLS = ("openpi", "lerobot", "vla-eval")
 def serve(
     checkpoint: Annotated[str, typer.Option(help="checkpoint folder or Hub id")],
     host: Annotated[str, typer.Option(help="address to listen on; any but this machine's own needs a key")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
     api_key_file: Annotated[Path | None, typer.Option(help="file of the key that clients have to know")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="certificate (PEM), with its key unless --tls-key is given")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="the certificate's private key (PEM)")] = None,
@@ -43,9 +43,7 @@ def serve(
     quiet()
     secret = secret_of(api_key_file)
     refuse_open(host, secret)
-    pairs = {camera: name for camera, _, name in (pair.partition("=") for pair in key or [])}
-    if not all(pairs.values()):
-        raise InputError("--key CAMERA=NAME", f"{key}", "give both")
+    pairs = pairs_of("--key", key or [])
     limits = Limits(int(message_mib * 2**20), side, clients, rate)
     if protocol not in PROTOCOLS:
         raise InputError(f"--protocol of {PROTOCOLS}", f"'{protocol}'", "choose one of those")
@@ -122,9 +120,7 @@ def robot(
     config = SessionConfig(
         instruction, live, way, replan, weights, fps, resample, episodes, seconds, reset_s, hold_s, stop_s, folder, view
     )
-    pairs = {name: other for name, _, other in (pair.partition("=") for pair in camera or [])}
-    if not all(pairs.values()):
-        raise InputError("--camera CAMERA=NAME", f"{camera}", "give both")
+    pairs = pairs_of("--camera", camera or [])
     arm = make_robot(words)
     try:
         policy = RemotePolicy(policy_url, secret_of(api_key_file), timeout_s, certificate=tls_ca)
@@ -144,6 +140,15 @@ def robot(
     if reports and reports[-1].stopped is not None:
         console.print(f"stopped: {reports[-1].stopped}")
         raise typer.Exit(130 if reports[-1].stopped.startswith("SIG") else 1)
+
+
+def pairs_of(option: str, given: list[str]) -> dict[str, str]:
+    """{camera: name} of CAMERA=NAME words; each camera and each name once."""
+    pairs = {camera: name for camera, _, name in (word.partition("=") for word in given)}
+    once = len(pairs) == len(set(pairs.values())) == len(given)
+    if not once or not all(camera and name for camera, name in pairs.items()):
+        raise InputError(f"{option} CAMERA=NAME, each once", f"{given}", "give both of each")
+    return pairs
 
 
 def robot_words(given: list[str], options: list[str], kind: str | None) -> list[str]:

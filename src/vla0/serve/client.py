@@ -38,6 +38,10 @@ class RemotePolicy:
         certificate: str | Path | None = None,
     ):
         self.url, self.timeout_s = url, timeout_s
+        if not url.startswith(("ws://", "wss://")):
+            raise InputError("ws://host:port or wss://host:port", f"'{url}'", "give the address that `vla0 serve` shows")
+        if key is not None and (not key.isascii() or not key.isprintable()):
+            raise InputError("a key of one line of ASCII", "another", "strip what the file holds beside it")
         if certificate is not None and not Path(certificate).is_file():
             raise InputError("the server's certificate (PEM)", f"no file '{certificate}'", "name another")
         self.context = ssl.create_default_context(cafile=certificate) if url.startswith("wss:") else None
@@ -79,6 +83,10 @@ class RemotePolicy:
         self.connection = None
 
     def _ask(self, observation: Observation, stream: bool, timeout_s: float | None) -> Iterator[np.ndarray]:
+        if not isinstance(observation, Observation):
+            raise InputError(
+                "an Observation (vla0.spec)", type(observation).__name__, "Observation(images, instruction, state)"
+            )
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         given = False
         with self.lock:
@@ -153,7 +161,9 @@ class RemotePolicy:
                 return
             except InvalidStatus as error:
                 if error.response.status_code in (401, 403):
-                    raise InputError(f"a key that {self.url} knows", "another or none", "pass key=") from None
+                    raise InputError(
+                        f"a key that {self.url} knows", "another or none", "pass key=, or --api-key-file"
+                    ) from None
                 reason = str(error)
             except (OSError, InvalidHandshake, ConnectionClosed, TimeoutError) as error:
                 reason = f"{type(error).__name__}: {error}"
