@@ -215,11 +215,13 @@ def read_until(terminal, *marks_and_limit) -> str:
         ({"action_names": JOINTS[:4], "low": (0.0,) * 4, "high": (1.0,) * 4, "most_change": None}, {}, "alone; got also"),
         ({"fps": 30.0}, {"fps": 20.0}, "give --resample"),
         ({}, {"way": "fast"}, "a way of"),
+        ({}, {"fps": 0.0}, "fps of 0.1 or more; got 0"),
+        ({}, {"seconds": -1.0}, "seconds of 0.1 or more; got -1"),
         ({}, {"limits": {"lo": 1.0}}, "did you mean 'low'"),
         ({}, {"limits": {"low": {"gripper": 1.0}}}, "did you mean 'gripper.pos'"),
         ({}, {"limits": {"low": [1.0, 2.0]}}, "6 numbers"),
         ({}, {"cameras": {"side": "front"}}, "cameras of the checkpoint"),
-        ({"low": (200.0,) * 6, "high": (300.0,) * 6}, {}, "where it was demonstrated"),
+        ({"low": (200.0,) * 6, "high": (300.0,) * 6}, {}, "near 200..300, its limits"),
     ],
 )
 def test_a_checkpoint_of_another_robot_is_refused_before_it_moves(arm, spec, config, message):

@@ -443,3 +443,17 @@ def test_cameras_are_renamed_one_to_one(words):
     with pytest.raises(InputError, match="--key CAMERA=NAME, each once"):
         pairs_of("--key", words)
     assert pairs_of("--key", ["front=a", "wrist=b"]) == {"front": "a", "wrist": "b"}
+
+
+def test_a_client_says_itself_what_the_server_will_not_take(policy):
+    with serving(policy, limits=Limits(message_bytes=20_000)) as (url, _):
+        remote = RemotePolicy(url)
+        assert remote.predict(make_observation(0)).shape == (3, 3)
+        seen = make_observation(0)
+        with pytest.raises(InputError, match="give 'wrist', in the checkpoint's own names"):
+            remote.predict(replace(seen, images={"front": seen.images["front"], "hand": seen.images["wrist"]}))
+        large = {camera: np.zeros((200, 200, 3), np.uint8) for camera in seen.images}
+        with pytest.raises(InputError, match="send smaller pictures"):
+            remote.predict(replace(seen, images=large))
+        assert remote.predict(seen).shape == (3, 3)
+        remote.close()

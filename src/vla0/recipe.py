@@ -143,8 +143,8 @@ def read_yaml(file: str | Path, overrides: Sequence[str] = ()) -> Any:
     try:
         merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except FileNotFoundError:
-        raise InputError("a YAML file", f"'{file}', which is not there", "recipes are in configs/") from None
+    except OSError as error:
+        raise InputError("a YAML file", f"'{file}' ({error.strerror})", "name another; recipes are in configs/") from None
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise InputError(f"YAML in '{file}' and key=value", str(error).splitlines()[0], "correct it") from None
 

@@ -109,6 +109,7 @@ def robot(
     The robot is described as for lerobot-record: --robot.type=so101_follower --robot.port=/dev/ttyACM0
     --robot.cameras="{front: {type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30}}".
     Space, esc, q or Ctrl-C stops it; the right arrow ends an episode, the left one forgets it too.
+    A limits file says for example `step: 3` for all actions, `velocity: [30, 30, 30, 30, 30, 90]`, or `low: {gripper.pos: 10}`.
     """
     from vla0.robot.arm import make_robot
     from vla0.robot.session import Session, SessionConfig, place
@@ -138,7 +139,6 @@ def robot(
     if latencies:
         console.print(f"{len(latencies)} chunks, {latencies[len(latencies) // 2] * 1e3:.0f} ms in the median")
     if reports and reports[-1].stopped is not None:
-        console.print(f"stopped: {reports[-1].stopped}")
         raise typer.Exit(130 if reports[-1].stopped.startswith("SIG") else 1)
 
 

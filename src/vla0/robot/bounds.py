@@ -55,5 +55,5 @@ def refuse_elsewhere(start: np.ndarray, limits: Limits, actions: Sequence[str]) 
     beyond = np.maximum(low - start, start - high) > 0.5 * (high - low) + 1e-6
     if beyond.any():
         d = int(np.argmax(beyond))
-        expected = f"'{actions[d]}' near {low[d]:.4g}..{high[d]:.4g}, where it was demonstrated"
-        raise InputError(expected, f"{start[d]:.4g}", "move it there, or look at units and calibration")
+        expected = f"'{actions[d]}' near {low[d]:.4g}..{high[d]:.4g}, its limits"
+        raise InputError(expected, f"{start[d]:.4g}", "move it there; look at units, calibration and --limits")

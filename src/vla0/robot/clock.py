@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +12,8 @@ from vla0.spec import Observation
 
 class Answer(Protocol):
     """A chunk that is on its way."""
+
+    done_at: float  # seconds, once it is there
 
     def done(self) -> bool:
         """Whether it is there, or failed."""
@@ -57,9 +59,11 @@ class RealWorld:
         """Sleeps."""
         time.sleep(max(0.0, moment - time.monotonic()))
 
-    def ask(self, observation: Observation) -> Future:
+    def ask(self, observation: Observation) -> Any:
         """Begins to ask."""
-        return self.thread.submit(self.predict, observation)
+        answer: Any = self.thread.submit(self.predict, observation)
+        answer.add_done_callback(lambda answer: setattr(answer, "done_at", time.monotonic()))
+        return answer
 
     def wait(self, answer: Any, until: float) -> None:
         """Waits."""
@@ -104,11 +108,11 @@ class Later:
     """An answer of a simulated world."""
 
     def __init__(self, world: SimulatedWorld, ready_at: float, observation: Observation):
-        self.world, self.ready_at, self.observation = world, ready_at, observation
+        self.world, self.done_at, self.observation = world, ready_at, observation
 
     def done(self) -> bool:
         """Whether its time has come."""
-        return self.world.time >= self.ready_at - 1e-9
+        return self.world.time >= self.done_at - 1e-9
 
     def result(self) -> np.ndarray:
         """The chunk."""

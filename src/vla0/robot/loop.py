@@ -95,6 +95,8 @@ def drive(
         guard.stop(f"{type(error).__name__}: {error}")
         raise
     loop.report.stopped = guard.stopped
+    if guard.stopped is not None and loop.asked is not None:
+        logger.warning("the policy was asked %.1f s ago and has not answered", world.now() - loop.asked[2])
     return loop.report
 
 
@@ -177,7 +179,7 @@ class _Loop:
             self.report.failures += 1
             logger.warning("no chunk: %s", error)
             return
-        self.report.latency_s.append(self.world.now() - at)
+        self.report.latency_s.append(getattr(answer, "done_at", self.world.now()) - at)
         # The most of the last few, so that what is committed reaches as far as the answer will need.
         self.delays.append(self.step - step)
         self.delay = max(1, *self.delays)

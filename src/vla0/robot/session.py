@@ -54,8 +54,10 @@ class SessionConfig:
     def __post_init__(self):
         if not self.instruction.strip():
             raise InputError("a sentence that says what the robot shall do", "none", "give --instruction")
-        if self.episodes < 1 or not (0 < self.seconds < math.inf and 0 <= self.reset_s < math.inf):
-            raise InputError("episodes >= 1, seconds > 0 and reset_s >= 0", f"{self}", "correct them")
+        for name, least in {"episodes": 1, "seconds": 0.1, "reset_s": 0, "fps": 0.1}.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise InputError(f"{name} of {least:g} or more", f"{value:g}", "correct it")
 
 
 class Session:
@@ -67,7 +69,7 @@ class Session:
         self.config, self.robot, self.policy, self.told = config, robot, policy, told
         self.body = LeRobotBody(robot, spec, config.instruction, cameras)
         self.limits = limits_of(spec, self.body, limits)
-        self.fps = config.fps or spec.fps
+        self.fps = spec.fps if config.fps is None else config.fps
         predict: Callable[..., np.ndarray] = policy.predict
         horizon = spec.horizon
         if self.fps != spec.fps:

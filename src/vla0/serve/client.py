@@ -16,13 +16,15 @@ from vla0.errors import InputError
 from vla0.serve.wire import pack, unpack
 from vla0.spec import Observation, Spec
 
+TOO_BIG = 1009  # why a server closes a connection: RFC 6455
+
 
 class NoAnswerError(TimeoutError):
     """No fresh answer before the deadline. What comes later is dropped."""
 
 
 class RemotePolicy:
-    """A policy on another machine. `predict` as VLA0's; late answers are dropped, lost connections made again.
+    """A policy on another machine: Observation in, chunk out. Late answers are dropped, lost connections made again.
 
     url: ws://host:port or wss://. certificate: to trust where nobody known has signed it. timeout_s: from an observation
     to its chunk. patience_s: for the first connection.
@@ -97,8 +99,10 @@ class RemotePolicy:
                         given = True
                         yield part
                     return
-                except ConnectionClosed:  # the observation is still fresh: once more, until the deadline
+                except ConnectionClosed as lost:  # the observation is still fresh: once more, until the deadline
                     self.connection = None
+                    if lost.rcvd is not None and lost.rcvd.code == TOO_BIG:
+                        raise InputError(f"a message that {self.url} takes", "a larger one", "send smaller pictures") from None
                     if given:  # half a stream has been used: another would not continue it
                         raise NoAnswerError(f"{self.url} was lost in the middle of an answer") from None
                     time.sleep(0.02)
@@ -110,6 +114,9 @@ class RemotePolicy:
         message: dict[str, Any] = {"images": dict(observation.images), "prompt": observation.instruction}
         names = self.metadata.get("cameras")
         if isinstance(names, Mapping):
+            if missing := [camera for camera in names if camera not in observation.images]:
+                got = f"{list(observation.images)}"
+                raise InputError(f"pictures of {list(names)}", got, f"give '{missing[0]}', in the checkpoint's own names")
             message |= {names[camera]: frame for camera, frame in message.pop("images").items() if camera in names}
         if observation.state is not None:
             message["state"] = np.asarray(observation.state, np.float64)
@@ -152,7 +159,7 @@ class RemotePolicy:
         while (left := deadline - time.monotonic()) > 0:
             try:
                 own = connect(
-                    self.url, compression=None, max_size=None, additional_headers=self.headers, open_timeout=left,
+                    self.url, compression=None, max_size=None, additional_headers=self.headers, open_timeout=left, close_timeout=1,
                     ssl=self.context,
                 )  # fmt: skip
                 connection = self.held.enter_context(own)
