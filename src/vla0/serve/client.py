@@ -159,8 +159,8 @@ class RemotePolicy:
         while (left := deadline - time.monotonic()) > 0:
             try:
                 own = connect(
-                    self.url, compression=None, max_size=None, additional_headers=self.headers, open_timeout=left, close_timeout=1,
-                    ssl=self.context,
+                    self.url, compression=None, max_size=None, additional_headers=self.headers, open_timeout=left,
+                    close_timeout=1, ssl=self.context,
                 )  # fmt: skip
                 connection = self.held.enter_context(own)
                 self.metadata = unpack(bytes(connection.recv(timeout=max(0.0, deadline - time.monotonic()), decode=False)))
