@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TASKS, make_observation
+from conftest import TASKS, make_dataset, make_observation
 from typer.testing import CliRunner
 from worlds import JOINTS, Reach, arm_spec
 
@@ -233,6 +233,17 @@ def test_real_time_chunks_go_on_from_what_will_have_been_executed(policy, plugge
 def test_settings_that_contradict_a_checkpoint_are_refused(plugged, changes, message):
     with pytest.raises(Exception, match=message):
         opened(plugged[3], **changes)
+
+
+def test_a_checkpoint_that_learns_from_another_dataset_says_what_it_clips(trained, dataset, tmp_path, caplog):
+    folder = trained / "last" / "pretrained_model"
+    config = PreTrainedConfig.from_pretrained(folder)
+    config.pretrained_path = folder
+    for other, clipped in ((dataset, False), (make_dataset(tmp_path / "longer", lengths=(9, 12, 9)), True)):
+        caplog.clear()
+        policy = make_policy(config, ds_meta=LeRobotDataset("local/small", root=other).meta)
+        assert ("are clipped" in caplog.text) == clipped
+        assert next(policy.parameters()).dtype == torch.float32
 
 
 def test_a_camera_of_another_name_is_refused_with_the_remedy(plugged):

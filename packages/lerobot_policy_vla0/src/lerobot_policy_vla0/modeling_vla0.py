@@ -55,12 +55,13 @@ class VLA0Policy(PreTrainedPolicy):
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, *, config: Any = None, **others: Any) -> Self:
         """Of a checkpoint folder or Hub id, whether vla0 or LeRobot saved it; of adapters, the model that they change."""
-        folder = models.locate(pretrained_name_or_path)
+        folder, meta = models.locate(pretrained_name_or_path), others.get("dataset_meta")
         config = config or PreTrainedConfig.from_pretrained(folder)
-        if (folder / SPEC_FILE).is_file():
-            vla = VLA0.from_pretrained(folder, config.device)
+        if (folder / SPEC_FILE).is_file():  # to be trained in fp32, whatever it was saved as
+            vla = VLA0.from_pretrained(folder, config.device, "auto" if meta is None else torch.float32)
+            _warn_of_clipping(vla.spec, meta)
         else:
-            spec = Spec.parse(config.spec, "config.spec") if config.spec else spec_of(config, others.get("dataset_meta"))
+            spec = Spec.parse(config.spec, "config.spec") if config.spec else spec_of(config, meta)
             vla = VLA0(*models.load(folder, config.device, torch.float32), spec)
         return cls(config, vla).eval()
 
@@ -180,6 +181,17 @@ def spec_of(config: VLA0Config, meta: Any) -> Spec:
         state=(low_state, high_state) if config.use_state else None, action_names=names_of(meta.features[ACTION]),
         state_names=names_of(meta.features[STATE]) if config.use_state else None,
     )  # fmt: skip
+
+
+def _warn_of_clipping(spec: Spec, meta: Any) -> None:
+    """A checkpoint keeps its bounds when it learns from another dataset."""
+    if meta is not None and ACTION in meta.stats:
+        low, high = (np.ravel(meta.stats[ACTION][end]) for end in ("min", "max"))
+        beyond = np.flatnonzero((low < np.array(spec.low) - 1e-6) | (high > np.array(spec.high) + 1e-6))
+        beyond = [d for d in beyond.tolist() if d not in spec.relative]
+        if beyond:
+            text = "actions %s of this dataset leave the checkpoint's bounds and are clipped; for bounds of its own: %s"
+            logger.warning(text, beyond, "--policy.type=vla0 --policy.model_name=CHECKPOINT")
 
 
 def _follow(config: VLA0Config, spec: Spec) -> None:
