@@ -5,6 +5,7 @@ import pty
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -168,6 +169,25 @@ def test_the_command_records_what_was_sent_beside_what_was_predicted(tmp_path):
     assert "recorded" in done.stdout
 
 
+def test_a_viewer_that_takes_nothing_keeps_nobody_waiting(arm, caplog):
+    """It listens and never reads: rerun itself would wait for it without end."""
+    silent = socket.create_server(("127.0.0.1", 0))
+    with serving(Reach()) as (url, _):
+        current = session(arm, url, seconds=1.5, view=f"rerun+http://127.0.0.1:{silent.getsockname()[1]}/proxy")
+        (report,) = current.run()
+    assert report.steps >= 25
+    assert len(arm.diary) >= 20
+    assert "has not taken everything" in caplog.text
+    silent.close()
+
+
+@pytest.mark.parametrize("to", ["rerun+http://127.0.0.1:9/proxy", "screen"])
+def test_a_viewer_that_is_not_there_is_said_so_before_the_arm_moves(arm, to):
+    with serving(Reach()) as (url, _), pytest.raises(InputError, match="viewer"):
+        session(arm, url, view=to).run()
+    assert not arm.is_connected
+
+
 @pytest.mark.parametrize("how", ["key", pytest.param("SIGTERM", marks=pytest.mark.slow)])
 def test_a_key_or_a_signal_stops_the_arm_at_once(tmp_path, how):
     """In a terminal of its own, as whoever stands beside the arm has one."""
@@ -202,6 +222,35 @@ def read_until(terminal, *marks_and_limit) -> str:
             except OSError:  # the other end is closed
                 break
     return text
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_words(arm, tmp_path):
+    (tmp_path / "file").write_text("")
+    with serving(Reach()) as (url, _), pytest.raises(InputError, match="--out"):
+        session(arm, url, out=tmp_path / "file" / "recorded").run()
+    assert arm.diary == []
+    assert not arm.is_connected
+
+
+@pytest.mark.slow
+def test_ctrl_c_twice_in_a_hurry_loses_no_episode(tmp_path):
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    out = tmp_path / "recorded"
+    with serving(Reach()) as (url, _):
+        process = subprocess.Popen(
+            command_line(url, "--live", "--seconds", "30", "--out", str(out)), stdout=subprocess.PIPE, text=True
+        )
+        while not (out / "meta" / "info.json").exists():
+            time.sleep(0.05)
+        time.sleep(1.5)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.1)
+        text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "recorded" in text
+    assert LeRobotDataset("local/recorded", root=out, video_backend="pyav").meta.total_episodes == 1
 
 
 @pytest.mark.parametrize(

@@ -321,8 +321,8 @@ def test_a_certificate_is_shown_and_checked(policy, tmp_path):
         process.stdout.readline()
         url = process.stdout.readline().strip()
         assert url.startswith("wss://")
-        with pytest.raises(NoAnswerError, match="certificate"):
-            RemotePolicy(url, patience_s=0.5)
+        with pytest.raises(InputError, match="certificate"):
+            RemotePolicy(url)
         remote = RemotePolicy(url, certificate=cert)
         expected = policy.predict_batch([make_observation(0)])[0]
         np.testing.assert_array_equal(remote.predict(make_observation(0), timeout_s=10), expected)
@@ -422,6 +422,7 @@ def test_the_example_of_an_own_robot_runs_against_a_server(policy):
         ({"url": "http://127.0.0.1:1"}, "ws://host:port"),
         ({"url": "127.0.0.1:1"}, "ws://host:port"),
         ({"url": "ws://127.0.0.1:1", "key": "a secret key\n"}, "a key of one line"),
+        ({"url": "ws://127.0.0.1:1", "timeout_s": 0.0}, "timeout_s > 0"),
     ],
 )
 def test_a_client_that_is_told_nonsense_says_so_at_once_and_keeps_its_key_to_itself(settings, message):

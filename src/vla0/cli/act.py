@@ -1,6 +1,7 @@
 """Acting for others, and on a robot."""
 
 import importlib
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,12 +113,12 @@ def robot(
     A limits file says for example `step: 3` for all actions, `velocity: [30, 30, 30, 30, 30, 90]`, or `low: {gripper.pos: 10}`.
     """
     from vla0.robot.arm import make_robot
-    from vla0.robot.session import Session, SessionConfig, place
+    from vla0.robot.session import Session, SessionConfig
     from vla0.serve.client import NoAnswerError, RemotePolicy
     from vla0.serve.door import secret_of
 
     words = robot_words(context.args, [parameter.opts[0] for parameter in context.command.params], kind)
-    folder = (out or place()) if record else None
+    folder = (out or Path(f"runs/robot/{datetime.now():%Y-%m-%d_%H-%M-%S}")) if record else None
     config = SessionConfig(
         instruction, live, way, replan, weights, fps, resample, episodes, seconds, reset_s, hold_s, stop_s, folder, view
     )

@@ -43,10 +43,13 @@ class Recorder:
             "chunk": {"dtype": "float32", "shape": (len(steps),), "names": steps},
             "chunk_age": {"dtype": "float32", "shape": (1,), "names": ["steps"]},
         }
-        self.dataset: Any = LeRobotDataset.create(
-            f"local/{folder.name}", round(fps), features, root=folder, robot_type=body.robot.name,
-            image_writer_threads=4 * max(1, len(body.cameras)), video_backend=video_backend(),
-        )  # fmt: skip
+        try:
+            self.dataset: Any = LeRobotDataset.create(
+                f"local/{folder.name}", round(fps), features, root=folder, robot_type=body.robot.name,
+                image_writer_threads=4 * max(1, len(body.cameras)), video_backend=video_backend(),
+            )  # fmt: skip
+        except OSError as error:
+            raise InputError("a folder that can be made for the recording", f"{error}", "name another with --out") from None
         self.features = features
         self.frame: dict[str, Any] | None = None
         self.step = self.frames = self.episodes = 0

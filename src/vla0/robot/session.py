@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +88,7 @@ class Session:
         self.horizon = horizon
         self.guard: Guard | None = None
         self.why: str | None = None  # stopped before or between episodes
+        self.saving = False
         self.ends, self.forgets = threading.Event(), threading.Event()
         self.reports: list[Report] = []
 
@@ -113,14 +113,14 @@ class Session:
         config = self.config
         began = time.monotonic()
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._connected())
             recorder = view = None
+            if config.view is not None:
+                view = View(config.view, self.body, self.fps)
+                stack.callback(view.close)  # after the robot is released, whatever a viewer takes its time for
+            stack.enter_context(self._connected())
             if config.out is not None and config.live:
                 recorder = Recorder(config.out, self.body, self.fps, self.horizon)
                 stack.callback(recorder.close)
-            if config.view is not None:
-                view = View(config.view, self.body, self.fps)
-                stack.callback(view.close)
             stack.enter_context(self._listening())
             for episode in range(config.episodes):
                 if episode and not self._between(episode):
@@ -172,19 +172,18 @@ class Session:
         """The first look; cameras take a while to wake up."""
         until = time.monotonic() + patience_s
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):
                 self.body.observe()
                 return
-            except TimeoutError as error:
-                if time.monotonic() > until:
-                    raise InputError(
-                        f"pictures of {list(self.body.cameras.values())}", str(error), "look after the cameras"
-                    ) from None
+            if time.monotonic() > until:
+                names = list(self.body.cameras.values())
+                raise InputError(f"pictures of {names}", f"none in {patience_s:g} s", "look after the cameras")
             time.sleep(0.05)
 
     def _keep(self, recorder: Recorder | None) -> None:
         if recorder is None:
             return
+        self.saving = True
         try:
             if self.forgets.is_set():
                 recorder.discard()
@@ -193,6 +192,7 @@ class Session:
                 self.told(f"recorded {frames} frames as episode {recorder.episodes - 1} of {self.config.out}")
         except Exception as error:  # the robot comes first: it is released whatever becomes of the recording
             self.told(f"the episode could not be recorded: {type(error).__name__}: {error}")
+        self.saving = False
 
     def _between(self, episode: int) -> bool:
         """Time to put things back; whether to go on."""
@@ -225,10 +225,14 @@ class Session:
         """Keys, where there is a terminal; and a hang-up or SIGTERM is as good as Ctrl-C."""
         from lerobot.utils.keyboard_input import create_key_listener
 
+        pressed: list[float] = []
+
         def interrupt(number: int, frame: Any) -> None:
-            again = self.why is not None
+            pressed.append(time.monotonic())
             self.stop(signal.Signals(number).name)
-            if again:  # the loop has not ended by itself
+            if self.saving and len(pressed) < 4:
+                self.told(f"the robot has stopped, and the episode is being saved; {4 - len(pressed)} times more give it up")
+            elif pressed[-1] - pressed[0] > 1.0:  # the loop has not ended by itself
                 raise KeyboardInterrupt
 
         main = threading.current_thread() is threading.main_thread()
@@ -242,8 +246,3 @@ class Session:
                 listener.stop()
             for kind, handler in before.items():
                 signal.signal(kind, handler)
-
-
-def place(folder: Path = Path("runs/robot")) -> Path:
-    """A new folder to record into, named by the time."""
-    return folder / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

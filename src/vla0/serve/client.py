@@ -40,6 +40,8 @@ class RemotePolicy:
         certificate: str | Path | None = None,
     ):
         self.url, self.timeout_s = url, timeout_s
+        if not 0 < timeout_s < float("inf"):
+            raise InputError("timeout_s > 0", f"{timeout_s}", "it is how long an answer may take, seconds")
         if not url.startswith(("ws://", "wss://")):
             raise InputError("ws://host:port or wss://host:port", f"'{url}'", "give the address that `vla0 serve` shows")
         if key is not None and (not key.isascii() or not key.isprintable()):
@@ -172,6 +174,9 @@ class RemotePolicy:
                         f"a key that {self.url} knows", "another or none", "pass key=, or --api-key-file"
                     ) from None
                 reason = str(error)
+            except ssl.SSLCertVerificationError as error:
+                got = error.verify_message
+                raise InputError(f"a certificate of {self.url} that is trusted", got, "pass certificate= or --tls-ca") from None
             except (OSError, InvalidHandshake, ConnectionClosed, TimeoutError) as error:
                 reason = f"{type(error).__name__}: {error}"
             time.sleep(min(wait_s, max(0.0, deadline - time.monotonic())))
