@@ -105,6 +105,8 @@ def test_adapters_are_trained_saved_and_go_on(base, dataset, tmp_path, monkeypat
     lerobot_train_with(monkeypatch, *words(base, dataset, output, "--peft.method_type=LORA", "--peft.r=4"))
     folder = output / "checkpoints" / "last" / "pretrained_model"
     assert (folder / "adapter_model.safetensors").stat().st_size < 1e5
+    with pytest.raises(InputError, match="vla0 convert"):
+        VLA0.from_pretrained(folder)
     assert not (folder / "model.safetensors").exists()
     lerobot_train_with(monkeypatch, f"--config_path={folder / 'train_config.json'}", "--resume=true", "--steps=6")
     config = PreTrainedConfig.from_pretrained(output / "checkpoints" / "000006" / "pretrained_model")
@@ -228,7 +230,7 @@ def test_real_time_chunks_go_on_from_what_will_have_been_executed(policy, plugge
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"chunk_size": 2}, "chunk_size 3"), ({"n_action_steps": 9}, "n_action_steps|instantiate"), ({"temporal_ensemble": "v1"}, "do nothing|instantiate")],
+    [({"chunk_size": 2}, "chunk_size 3"), ({"n_action_steps": 9}, "n_action_steps in 1..3"), ({"temporal_ensemble": "v1"}, "do nothing"), ({"temporal_ensemble": "v9"}, "an ensemble")],
 )  # fmt: skip
 def test_settings_that_contradict_a_checkpoint_are_refused(plugged, changes, message):
     with pytest.raises(Exception, match=message):
@@ -244,6 +246,14 @@ def test_a_checkpoint_that_learns_from_another_dataset_says_what_it_clips(traine
         policy = make_policy(config, ds_meta=LeRobotDataset("local/small", root=other).meta)
         assert ("are clipped" in caplog.text) == clipped
         assert next(policy.parameters()).dtype == torch.float32
+
+
+def test_a_checkpoint_of_another_robot_is_refused(trained, tmp_path):
+    config = PreTrainedConfig.from_pretrained(trained / "last" / "pretrained_model")
+    config.pretrained_path = trained / "last" / "pretrained_model"
+    other = make_dataset(tmp_path / "other", dimensions=4)
+    with pytest.raises(InputError, match="actions of 3 numbers"):
+        make_policy(config, ds_meta=LeRobotDataset("local/small", root=other).meta)
 
 
 def test_a_camera_of_another_name_is_refused_with_the_remedy(plugged):

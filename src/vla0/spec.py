@@ -146,7 +146,9 @@ class Spec:
             known = [name for name in embodiments(folder) if name != MAIN]
             raise InputError(f"an embodiment of '{folder}': {known}", f"'{embodiment}'", "choose one of those, or none")
         if not file.is_file():
-            raise InputError(f"a checkpoint folder with {SPEC_FILE}", f"'{folder}' without it", "train one with `vla0 train`")
+            adapters = (Path(folder) / "adapter_config.json").is_file()
+            remedy = "merge these adapters: `vla0 convert`" if adapters else "train one with `vla0 train`"
+            raise InputError(f"a checkpoint folder with {SPEC_FILE}", f"'{folder}' without it", remedy)
         return cls.parse(file.read_text(encoding="utf-8"), str(file))
 
 

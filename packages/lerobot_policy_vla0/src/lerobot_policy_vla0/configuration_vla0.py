@@ -13,7 +13,7 @@ from lerobot.optim import AdamWConfig
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
 from vla0.data import Augmentation
-from vla0.ensemble import NONE, TemporalEnsemble
+from vla0.ensemble import NONE
 from vla0.spec import SYSTEM, Spec
 
 
@@ -45,13 +45,6 @@ class VLA0Config(PreTrainedConfig):
     normalization_mapping: dict[str, NormalizationMode] = field(
         default_factory=lambda: dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        steps = self.n_action_steps or self.chunk_size
-        if not 1 <= steps <= self.chunk_size:
-            raise ValueError(f"n_action_steps must be in 1..{self.chunk_size} (chunk_size), got {self.n_action_steps}")
-        TemporalEnsemble(self.chunk_size, steps, self.temporal_ensemble)  # refused where it would do nothing
 
     @property
     def observation_delta_indices(self) -> None:

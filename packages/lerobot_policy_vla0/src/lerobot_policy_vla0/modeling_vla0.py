@@ -59,7 +59,7 @@ class VLA0Policy(PreTrainedPolicy):
         config = config or PreTrainedConfig.from_pretrained(folder)
         if (folder / SPEC_FILE).is_file():  # to be trained in fp32, whatever it was saved as
             vla = VLA0.from_pretrained(folder, config.device, "auto" if meta is None else torch.float32)
-            _warn_of_clipping(vla.spec, meta)
+            _compare(vla.spec, meta)
         else:
             spec = Spec.parse(config.spec, "config.spec") if config.spec else spec_of(config, meta)
             vla = VLA0(*models.load(folder, config.device, torch.float32), spec)
@@ -136,6 +136,8 @@ class VLA0Policy(PreTrainedPolicy):
         config = self.config
         self.step = 0
         steps = config.n_action_steps or config.chunk_size
+        if not 1 <= steps <= config.chunk_size:
+            raise InputError(f"n_action_steps in 1..{config.chunk_size} (chunk_size)", f"{steps}", "leave it out for all")
         self.ensemble = TemporalEnsemble(config.chunk_size, steps, config.temporal_ensemble, self.vla.spec.ensemble_k)
 
     def supports_rtc(self) -> bool:
@@ -183,10 +185,13 @@ def spec_of(config: VLA0Config, meta: Any) -> Spec:
     )  # fmt: skip
 
 
-def _warn_of_clipping(spec: Spec, meta: Any) -> None:
+def _compare(spec: Spec, meta: Any) -> None:
     """A checkpoint keeps its bounds when it learns from another dataset."""
     if meta is not None and ACTION in meta.stats:
         low, high = (np.ravel(meta.stats[ACTION][end]) for end in ("min", "max"))
+        if len(low) != spec.dimensions:
+            remedy = "for another robot: --policy.type=vla0 --policy.model_name=CHECKPOINT"
+            raise InputError(f"actions of {spec.dimensions} numbers, as the checkpoint", f"{len(low)} in the dataset", remedy)
         beyond = np.flatnonzero((low < np.array(spec.low) - 1e-6) | (high > np.array(spec.high) + 1e-6))
         beyond = [d for d in beyond.tolist() if d not in spec.relative]
         if beyond:
