@@ -232,6 +232,18 @@ def test_a_folder_that_cannot_be_made_is_refused_in_words(arm, tmp_path):
     assert not arm.is_connected
 
 
+def test_a_server_that_averages_already_is_refused(arm):
+    with serving(Reach(), ensemble="v1") as (url, _), pytest.raises(InputError, match="serve without --ensemble"):
+        session(arm, url)
+
+
+def test_a_session_in_which_no_command_came_is_no_success(arm):
+    with serving(Reach(latency_s=lambda query: 2.0)) as (url, _):
+        (report,) = session(arm, url, seconds=1.0).run()
+    assert report.stopped == "no command ever came"
+    assert arm.diary == []
+
+
 @pytest.mark.slow
 def test_ctrl_c_twice_in_a_hurry_loses_no_episode(tmp_path):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -351,7 +363,8 @@ def test_words_of_a_robot_are_told_from_misspelt_options():
         (["--robot.type=so101"], "port"),
         (["--robot.type=sim", "--robot.colour=red"], "--robot.colour"),
         (["--robot.type=sim", "--robot.width=9"], "pixels"),
-        ([], "robot"),
+        ([], "give --robot sim"),
+        (["--robot.type=so101", "--robot.port=x", "--robot.cameras={front: "], "expected the node content"),
     ],
 )
 def test_a_robot_that_is_not_described_rightly_is_refused_in_words(words, message):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,10 @@ def test_what_a_benchmark_lacks_is_said_in_words(policy):
     assert server.get_observation_params()["send_wrist_image"]
     with pytest.raises(InputError, match="no key"):
         serve_harness(server, "0.0.0.0", 0)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="choose another --port"):
+        serve_harness(server, "127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(InputError, match="name those of the checkpoint"):
+        HarnessServer(policy, {"side": "x"})
     with pytest.raises(InputError, match="do nothing"):
         HarnessServer(policy, replan=3, ensemble="v1")
 

@@ -376,9 +376,14 @@ def test_lerobots_protocol_stays_on_this_machine(tmp_path):
 
     with pytest.raises(InputError, match="tunnel"):
         serve_lerobot(LeRobotServer(Reach()), "0.0.0.0", 0, lambda port: None)
-    for changes, message in (({"ensemble": "v1"}, "averages by itself"), ({"protocol": "grpc"}, "--protocol of")):
+    (tmp_path / "key").write_text("0123456789abcdef")
+    for changes, message in (
+        ({"ensemble": "v1"}, "averages by itself"),
+        ({"protocol": "grpc"}, "--protocol of"),
+        ({"api_key_file": tmp_path / "key"}, "without a key"),
+    ):
         with pytest.raises(InputError, match=message):
-            serve(str(tmp_path), **{"protocol": "lerobot", **changes})
+            serve(str(tmp_path), **{"protocol": "lerobot", "port": 0, **changes})
 
 
 def script(tmp_path, module, call):

@@ -148,6 +148,8 @@ class Spec:
         if not file.is_file():
             adapters = (Path(folder) / "adapter_config.json").is_file()
             remedy = "merge these adapters: `vla0 convert`" if adapters else "train one with `vla0 train`"
+            if (Path(folder) / "best" / SPEC_FILE).is_file():
+                remedy = f"it is a run: name '{Path(folder) / 'best'}'"
             raise InputError(f"a checkpoint folder with {SPEC_FILE}", f"'{folder}' without it", remedy)
         return cls.parse(file.read_text(encoding="utf-8"), str(file))
 

@@ -49,7 +49,7 @@ def _frames(observation: Observation, camera: str, history: int, span: Sequence[
     """(history, h, w, 3) uint8: a camera's frames, checked. span: near and far of depth maps, in metres."""
     if camera not in observation.images:
         got = f"cameras {sorted(observation.images)}"
-        raise InputError(f"camera '{camera}'", got, "pass images={camera: array} for each of the checkpoint's cameras")
+        raise InputError(f"camera '{camera}'", got, "give {camera: array} with each of the checkpoint's cameras")
     frames = np.asarray(observation.images[camera])
     if span is not None:
         frames = _depths(frames, camera, history)

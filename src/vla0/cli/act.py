@@ -38,12 +38,14 @@ def serve(
 ) -> None:
     """Act for robots elsewhere, over openpi's websocket protocol or another. Ctrl-C finishes what was begun."""
     from vla0.policy import VLA0
-    from vla0.serve.door import refuse_open, secret_of, served
+    from vla0.serve.door import refuse_open, refuse_taken, secret_of, served
     from vla0.serve.server import Limits, Server, shown
 
     quiet()
     secret = secret_of(api_key_file)
-    refuse_open(host, secret)
+    if protocol == "openpi":
+        refuse_open(host, secret)
+    refuse_taken(host, port)
     pairs = pairs_of("--key", key or [])
     limits = Limits(int(message_mib * 2**20), side, clients, rate)
     if protocol not in PROTOCOLS:
@@ -95,7 +97,7 @@ def robot(
     seconds: Annotated[float, typer.Option(help="an episode at most")] = 30.0,
     reset_s: Annotated[float, typer.Option(help="between episodes, or until the right arrow")] = 10.0,
     fps: Annotated[float | None, typer.Option(help="of the loop; default the checkpoint's")] = None,
-    resample: Annotated[bool, typer.Option("--resample", help="admit an --fps that is not the checkpoint's")] = False,
+    resample: Annotated[bool, typer.Option("--resample", help="admit another --fps: linear between positions")] = False,
     hold_s: Annotated[float, typer.Option(help="without a command for so long: hold")] = 0.2,
     stop_s: Annotated[float, typer.Option(help="without a command for so long: stop")] = 2.0,
     timeout_s: Annotated[float, typer.Option(help="for an answer of the policy")] = 2.0,

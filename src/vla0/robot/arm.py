@@ -47,6 +47,8 @@ def make_robot(words: Sequence[str]) -> Any:
     class Command:
         robot: RobotConfig
 
+    if not any(word.startswith("--robot.type=") for word in words):
+        raise InputError("a robot", "none", "give --robot sim, or --robot.type=... as for lerobot-record")
     words = [_whole_type(word, RobotConfig.get_known_choices()) for word in words]
     told = io.StringIO()
     try:
@@ -60,7 +62,7 @@ def make_robot(words: Sequence[str]) -> Any:
         text = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
         raise InputError("a robot that LeRobot can make", text, f"correct --robot.*, or {INSTALL}") from None
     except Exception as error:  # draccus has errors of its own kinds
-        raise InputError("--robot.* as for lerobot-record", str(error).strip().splitlines()[-1][:300], "correct it") from None
+        raise InputError("--robot.* as for lerobot-record", " ".join(str(error).split())[:300], "correct it") from None
 
 
 def _whole_type(word: str, known: Mapping[str, Any]) -> str:

@@ -56,4 +56,4 @@ def refuse_elsewhere(start: np.ndarray, limits: Limits, actions: Sequence[str]) 
     if beyond.any():
         d = int(np.argmax(beyond))
         expected = f"'{actions[d]}' near {low[d]:.4g}..{high[d]:.4g}, its limits"
-        raise InputError(expected, f"{start[d]:.4g}", "move it there; look at units, calibration and --limits")
+        raise InputError(expected, f"{round(float(start[d]), 3):g}", "move it there; look at units, calibration and --limits")

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import signal
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from vla0.robot.arm import LeRobotBody
 from vla0.robot.bounds import limits_of, refuse_elsewhere
 from vla0.robot.clock import RealWorld
 from vla0.robot.guard import Guard
+from vla0.robot.keys import STOP_KEYS, listening
 from vla0.robot.loop import Pace, Report, Tick, drive
 from vla0.robot.record import Recorder
 from vla0.robot.resample import Resampled
@@ -26,9 +26,6 @@ from vla0.robot.view import View
 from vla0.serve.client import RemotePolicy
 
 logger = logging.getLogger(__name__)
-
-STOP_KEYS = ("space", "esc", "q")
-KEYS = "space, esc or q stops the robot; right ends the episode; left ends it and forgets it"
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,9 @@ class Session:
     def __init__(self, config: SessionConfig, robot: Any, policy: RemotePolicy, cameras: Mapping[str, str] | None = None,
                  limits: Mapping[str, Any] | None = None, told: Callable[[str], None] = logger.info):  # fmt: skip
         spec = policy.spec
+        if (averaged := policy.metadata.get("ensemble", "none")) != "none":
+            got = f"ensembled steps ({averaged})"
+            raise InputError("a server of whole chunks", got, "serve without --ensemble; `vla0 robot --way ensemble` averages")
         self.config, self.robot, self.policy, self.told = config, robot, policy, told
         self.body = LeRobotBody(robot, spec, config.instruction, cameras)
         self.limits = limits_of(spec, self.body, limits)
@@ -121,7 +121,7 @@ class Session:
             if config.out is not None and config.live:
                 recorder = Recorder(config.out, self.body, self.fps, self.horizon)
                 stack.callback(recorder.close)
-            stack.enter_context(self._listening())
+            stack.enter_context(listening(self))
             for episode in range(config.episodes):
                 if episode and not self._between(episode):
                     break
@@ -157,7 +157,13 @@ class Session:
         self.guard = guard
         watchdog = guard.watch()
         try:
-            return drive(self.world, guard, self.pace, round(config.seconds * self.fps), on_step, self.ends.is_set)
+            report = drive(self.world, guard, self.pace, round(config.seconds * self.fps), on_step, self.ends.is_set)
+            if guard.sent == 0 and report.stopped is None and not self.ends.is_set():
+                report.stopped = "no command ever came"
+                logger.warning(
+                    "no command ever came of %d queries, %d of them refused or lost", report.queries, report.failures
+                )
+            return report
         except InputError:
             raise
         except Exception as error:  # of a bus, a camera, a full disk: the body is stopped by now
@@ -219,30 +225,3 @@ class Session:
             if self.config.live and sys.stdin is not None and sys.stdin.isatty():
                 input("the robot keeps its place under power: support it, then press Enter to disconnect it ")
         self.body.release()
-
-    @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Keys, where there is a terminal; and a hang-up or SIGTERM is as good as Ctrl-C."""
-        from lerobot.utils.keyboard_input import create_key_listener
-
-        pressed: list[float] = []
-
-        def interrupt(number: int, frame: Any) -> None:
-            pressed.append(time.monotonic())
-            self.stop(signal.Signals(number).name)
-            if self.saving and len(pressed) < 4:
-                self.told(f"the robot has stopped, and the episode is being saved; {4 - len(pressed)} times more give it up")
-            elif pressed[-1] - pressed[0] > 1.0:  # the loop has not ended by itself
-                raise KeyboardInterrupt
-
-        main = threading.current_thread() is threading.main_thread()
-        kinds = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)) if main else ()
-        before = {kind: signal.signal(kind, interrupt) for kind in kinds}
-        listener = create_key_listener(self.key, controls_help=KEYS)
-        try:
-            yield
-        finally:
-            if listener is not None:
-                listener.stop()
-            for kind, handler in before.items():
-                signal.signal(kind, handler)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+import socket
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,14 @@ def refuse_open(host: str, key: str | None) -> None:
     """Raises InputError where strangers could move the robot."""
     if host not in LOCAL and not key:
         raise InputError(f"--api-key-file to listen on '{host}'", "no key", f"give one, or stay on {LOCAL[0]}")
+
+
+def refuse_taken(host: str, port: int) -> None:
+    """Raises InputError where nobody can listen, before a large model is loaded."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise InputError(f"'{host}' port {port} to listen on", str(error), "choose another --port, or end who has it") from None
 
 
 def secret_of(file: Path | None) -> str | None:

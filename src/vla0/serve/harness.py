@@ -15,7 +15,7 @@ from vla_eval.specs import IMAGE_RGB, LANGUAGE, RAW, DimSpec
 
 from vla0.ensemble import NONE, TemporalEnsemble, steps_used
 from vla0.errors import InputError
-from vla0.serve.door import LOCAL
+from vla0.serve.door import LOCAL, refuse_taken
 from vla0.serve.request import request
 from vla0.serve.session import Session
 
@@ -30,6 +30,8 @@ class HarnessServer(PredictModelServer):
         self.policy, self.keys, self.replan, self.weights = policy, dict(keys or {}), replan, ensemble
         self.sessions: dict[str, Session] = {}
         self._session()  # refuses what it must before anybody comes
+        if unknown := [camera for camera in self.keys if camera not in policy.spec.cameras]:
+            raise InputError(f"cameras of {policy.spec.cameras}", f"'{unknown[0]}'", "name those of the checkpoint")
         self.steps = steps_used(policy.spec.horizon, replan, ensemble)
 
     def _session(self) -> Session:
@@ -90,7 +92,5 @@ def serve_harness(server: HarnessServer, host: str, port: int, ready: Callable[[
         async with anyio.create_task_group() as group:
             ready(await group.start(serve_async, server, host, port))
 
-    try:
-        anyio.run(serving)
-    except OSError as error:
-        raise InputError(f"'{host}' port {port} to listen on", str(error), "choose another --port, or end who has it") from None
+    refuse_taken(host, port)
+    anyio.run(serving)

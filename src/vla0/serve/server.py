@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -45,7 +45,7 @@ class Limits:
 
     def __post_init__(self):
         if min(self.message_bytes, self.side, self.clients, self.rate, self.batch) < 1:
-            raise InputError("limits of one at least", f"{self}", "give numbers from 1")
+            raise InputError("limits of one at least", f"{asdict(self)}", "give numbers from 1")
 
 
 class Server:
