@@ -330,6 +330,8 @@ def test_overrides_go_over_the_file_and_deeper(tmp_path):
             read_config(TrainConfig, file, bad)
     with pytest.raises(InputError, match="not there"):
         read_config(TrainConfig, tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="a YAML file"):
+        read_config(TrainConfig, tmp_path)
     file.write_text("a: [")
     with pytest.raises(InputError):
         read_config(TrainConfig, file)

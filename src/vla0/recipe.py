@@ -144,7 +144,8 @@ def read_yaml(file: str | Path, overrides: Sequence[str] = ()) -> Any:
         merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OSError as error:
-        raise InputError("a YAML file", f"'{file}' ({error.strerror})", "name another; recipes are in configs/") from None
+        reason = "which is not there" if isinstance(error, FileNotFoundError) else error.strerror
+        raise InputError("a YAML file", f"'{file}', {reason}", "name another; recipes are in configs/") from None
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise InputError(f"YAML in '{file}' and key=value", str(error).splitlines()[0], "correct it") from None
 
