@@ -92,9 +92,8 @@ def tried(way: str, latency_s: float, goals: int) -> tuple[int, float, float]:
     loop.call_soon_threadsafe(stop.set)
     server.join()
     times = [at for at, _ in arm.diary]
-    report = session.reports[0]
     ticks = config.seconds * policy.spec.fps
-    return len(reached & set(range(goals))), 1 - len(times) / ticks, float(np.diff(times).max()) if report.steps else np.inf
+    return len(reached & set(range(goals))), 1 - len(times) / ticks, float(np.diff(times).max()) if len(times) > 1 else np.inf
 
 
 def run(

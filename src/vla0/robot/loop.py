@@ -17,6 +17,9 @@ from vla0.spec import Observation
 logger = logging.getLogger(__name__)
 
 WAYS = ("sync", "async", "ensemble")
+# Of a chunk of H steps whose answer takes d, asked for while another is executed, H - d are left, in d ticks; asked for
+# when nothing is left, all H, in H + d. From this d / H on the robot moves more of the time if it waits.
+SLOW = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class Pace:
 
     way: "sync" observes, waits, executes `replan` steps of the chunk, again. "async" asks for the next chunk while it
     executes, committed to the steps that will have passed when it comes: the model goes on from them; what comes when
-    the robot had to wait begins when it comes. "ensemble" asks as often as answers come and averages all chunks that
-    reach an instant.
+    the robot had to wait begins when it comes, and an answer that takes most of a chunk is waited for. "ensemble" asks
+    as often as answers come and averages all chunks that reach an instant.
     """
 
     fps: float  # of the checkpoint
@@ -140,6 +143,8 @@ class _Loop:
     def _due(self) -> bool:
         if self.pace.way == "ensemble":
             return True
+        if self.delay > SLOW * self.pace.horizon:
+            return not self.plan.reaches(self.step)
         return self.step - self.latest >= self.pace.executed or not self.plan.reaches(self.step)
 
     def _ask(self, observation: Observation) -> None:
