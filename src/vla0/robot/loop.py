@@ -143,7 +143,7 @@ class _Loop:
     def _due(self) -> bool:
         if self.pace.way == "ensemble":
             return True
-        if self.delay > SLOW * self.pace.horizon:
+        if self.pace.way == "async" and self.delay > SLOW * self.pace.horizon:
             return not self.plan.reaches(self.step)
         return self.step - self.latest >= self.pace.executed or not self.plan.reaches(self.step)
 
