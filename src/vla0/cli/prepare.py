@@ -102,7 +102,7 @@ def convert(
         try:
             from lerobot_policy_vla0.merging import merge
         except ImportError as error:
-            raise InputError("the LeRobot plugin", str(error), "pip install ./packages/lerobot_policy_vla0") from None
+            raise InputError("the LeRobot plugin", str(error), "install packages/lerobot_policy_vla0") from None
         spec = merge(run, out)
     else:
         from vla0.convert import convert as run_convert
