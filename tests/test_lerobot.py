@@ -374,6 +374,8 @@ def test_a_hostile_message_runs_nothing_and_hurts_nobody(lerobot_server, tmp_pat
 def test_lerobots_protocol_stays_on_this_machine(tmp_path):
     from vla0.serve.lerobot import LeRobotServer, serve_lerobot
 
+    with pytest.raises(InputError, match="name those of the checkpoint"):
+        LeRobotServer(Reach(), keys={"side": "x"})
     with pytest.raises(InputError, match="tunnel"):
         serve_lerobot(LeRobotServer(Reach()), "0.0.0.0", 0, lambda port: None)
     (tmp_path / "key").write_text("0123456789abcdef")

@@ -16,7 +16,7 @@ from vla_eval.specs import IMAGE_RGB, LANGUAGE, RAW, DimSpec
 from vla0.ensemble import NONE, TemporalEnsemble, steps_used
 from vla0.errors import InputError
 from vla0.serve.door import LOCAL, refuse_taken
-from vla0.serve.request import request
+from vla0.serve.request import refuse_other_cameras, request
 from vla0.serve.session import Session
 
 SIDE = 4096  # pixels of a picture
@@ -30,8 +30,7 @@ class HarnessServer(PredictModelServer):
         self.policy, self.keys, self.replan, self.weights = policy, dict(keys or {}), replan, ensemble
         self.sessions: dict[str, Session] = {}
         self._session()  # refuses what it must before anybody comes
-        if unknown := [camera for camera in self.keys if camera not in policy.spec.cameras]:
-            raise InputError(f"cameras of {policy.spec.cameras}", f"'{unknown[0]}'", "name those of the checkpoint")
+        refuse_other_cameras(self.keys, policy.spec)
         self.steps = steps_used(policy.spec.horizon, replan, ensemble)
 
     def _session(self) -> Session:

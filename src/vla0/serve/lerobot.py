@@ -28,7 +28,7 @@ from vla0.arrays import load_arrays
 from vla0.errors import InputError
 from vla0.rollout import rest
 from vla0.serve.door import LOCAL
-from vla0.serve.request import request
+from vla0.serve.request import refuse_other_cameras, request
 from vla0.serve.server import Limits, told
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class LeRobotServer:
 
     def __init__(self, policy: Any, limits: Limits | None = None, keys: Mapping[str, str] | None = None):
         self.policy, self.limits, self.keys = policy, limits or Limits(), dict(keys or {})
+        refuse_other_cameras(self.keys, policy.spec)
         self.clients: OrderedDict[str, Client] = OrderedDict()
         self.model, self.guests = threading.Lock(), threading.Lock()
 

@@ -53,6 +53,12 @@ def request(message: Mapping[str, Any], spec: Spec, keys: Mapping[str, str], mos
     return Request(seen, **own)
 
 
+def refuse_other_cameras(keys: Mapping[str, str], spec: Spec) -> None:
+    """Raises InputError where `keys` names a camera that the checkpoint does not have."""
+    if unknown := [camera for camera in keys if camera not in spec.cameras]:
+        raise InputError(f"cameras of {spec.cameras}", f"'{unknown[0]}'", "name those of the checkpoint")
+
+
 def names(camera: str) -> Iterator[str]:
     """What a camera's picture may be called in a message."""
     for pattern in ("observation/{}", "observation/{}_image", "observation.images.{}", "observation/images/{}", "{}"):

@@ -23,7 +23,7 @@ from vla0.errors import InputError
 from vla0.policy import VLA0
 from vla0.serve.door import refuse_open
 from vla0.serve.meters import Meters
-from vla0.serve.request import Request, names, request
+from vla0.serve.request import Request, names, refuse_other_cameras, request
 from vla0.serve.session import Session
 from vla0.serve.wire import pack, unpack
 from vla0.spec import Observation, Spec
@@ -67,8 +67,7 @@ class Server:
         self.policy, self.limits, self.keys, self.key = policy, limits or Limits(), keys or {}, key
         self.replan, self.weights = replan, ensemble
         spec = policy.spec
-        if unknown := [camera for camera in self.keys if camera not in spec.cameras]:
-            raise InputError(f"cameras of {spec.cameras}", f"'{unknown[0]}'", "name those of the checkpoint")
+        refuse_other_cameras(self.keys, spec)
         self._session()  # refuses what it must before anybody comes
         self.steps = None if ensemble == NONE else steps_used(spec.horizon, replan, ensemble)
         self.meters = Meters()
