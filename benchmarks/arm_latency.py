@@ -1,55 +1,60 @@
-"""Latency on the simulated arm, in real time, over a socket: a script instead of a model, so that only the loop is measured.
+"""Latency on the simulated arm, in real time, over a socket, with a server in a process of its own.
 
-python benchmarks/arm_latency.py
+python benchmarks/arm_latency.py                                  # a script instead of a model: only the loop is measured
+python benchmarks/arm_latency.py --checkpoint runs/arm/train/last # a policy: tasks solved
 
-Every two seconds the arm is to be somewhere else. The script sees where it is and which goal is shown, and answers after
-the latency with a chunk of 8 steps at 20 Hz, four degrees a step at most. A goal is reached if the arm comes within six
-degrees of it in all joints while it is shown.
+The script: every two seconds the arm is to be somewhere else. It sees where the arm is and which goal is shown, and answers
+after the latency with a chunk of 8 steps at 20 Hz, four degrees a step at most. A goal is reached if the arm comes within six
+degrees of it in all joints while it is shown. The policy: its latency comes on top of the time that it takes itself; an
+episode of `vla0 eval --env arm`'s seeds is solved when the fingertips touch what the sentence names, failed after 5 s.
 """
 
 import asyncio
 import logging
+import multiprocessing
+import os
 import threading
 import time
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.console import Console
 
+from vla0.envs.arm import ACTIONS, FIRST_SEED, IMAGE_SIZE, RANGES, TASKS, sentence
 from vla0.robot.arm import make_robot
 from vla0.robot.loop import WAYS
 from vla0.robot.session import Session, SessionConfig
-from vla0.robot.simulatedarm import JOINTS, RANGES
 from vla0.serve.client import RemotePolicy
-from vla0.serve.server import Server
 from vla0.spec import Observation, Spec
 
-NAMES = tuple(f"{joint}.pos" for joint in JOINTS)
 SHOWN_S, NEAR = 2.0, 6.0  # a goal is shown for so long; degrees
+LASTS_S = 5.0  # an episode of a policy
 LOW, HIGH = np.array(RANGES).T
+
+
+def goal(at: float, began: float) -> np.ndarray:
+    """Where the script wants the arm at an instant."""
+    rng = np.random.default_rng([7, max(0, int((at - began) / SHOWN_S))])
+    return np.r_[rng.uniform(-35, 35), rng.uniform(-20, 20, 3), rng.uniform(-30, 30), rng.uniform(10, 60)]
 
 
 class Script:
     """What a server needs of a policy."""
 
-    def __init__(self, latency_s: float):
-        self.latency_s, self.began = latency_s, time.monotonic()
+    def __init__(self, began: Any):
+        self.began = began
         self.spec = Spec(
             tuple(LOW), tuple(HIGH), 20.0, ("front", "wrist"), "none", image_size=56, state=(tuple(LOW), tuple(HIGH)),
-            action_names=NAMES, state_names=NAMES, most_change=(8.0,) * 6,
+            action_names=ACTIONS, state_names=ACTIONS, most_change=(8.0,) * 6,
         )  # fmt: skip
 
-    def goal(self, at: float) -> np.ndarray:
-        """Where the arm is to be at an instant."""
-        rng = np.random.default_rng([7, max(0, int((at - self.began) / SHOWN_S))])
-        return np.r_[rng.uniform(-35, 35), rng.uniform(-20, 20, 3), rng.uniform(-30, 30), rng.uniform(10, 60)]
-
     def predict_batch(self, observations: list[Observation], steps: int | None = None) -> np.ndarray:
-        """A chunk each, after the latency."""
-        seen = time.monotonic()
-        time.sleep(self.latency_s)
-        return np.stack([self._chunk(observation, self.goal(seen)) for observation in observations])
+        """A chunk each."""
+        now = goal(time.monotonic(), self.began.value)
+        return np.stack([self._chunk(observation, now) for observation in observations])
 
     def _chunk(self, observation: Observation, goal: np.ndarray) -> np.ndarray:
         begun = np.zeros((0, 6)) if observation.committed is None else observation.committed
@@ -60,56 +65,125 @@ class Script:
         return np.array(chunk, np.float32)
 
 
-def tried(way: str, latency_s: float, goals: int) -> tuple[int, float, float]:
-    """(goals reached, share of the ticks without a command, longest time between two commands in s)."""
-    policy, ports, loops = Script(latency_s), [], []
+def served(checkpoint: str | None, latency_s: Any, began: Any, ports: Any) -> None:
+    """The server's process."""
+    from vla0.serve.server import Server
 
-    async def serving() -> None:
-        stop = asyncio.Event()
-        loops.append((asyncio.get_running_loop(), stop))
-        await Server(policy).run("127.0.0.1", 0, stop, ready=ports.append)  # type: ignore[arg-type]
+    policy: Any = Script(began)
+    if checkpoint is not None:
+        from vla0.policy import VLA0
 
-    server = threading.Thread(target=lambda: asyncio.run(serving()))
-    server.start()
-    while not ports:
-        time.sleep(0.01)
-    arm: Any = make_robot(["--robot.type=sim", "--robot.width=64", "--robot.height=48"])
-    config = SessionConfig("reach", live=True, way=way, seconds=goals * SHOWN_S, stop_s=5.0, hold_s=1.0)
-    remote = RemotePolicy(f"ws://127.0.0.1:{ports[0]}")
-    session = Session(config, arm, remote, told=lambda line: None)
+        policy = VLA0.from_pretrained(checkpoint)
+    at_once = policy.predict_batch
+
+    def late(observations: list[Observation], *others: Any, **named: Any) -> np.ndarray:
+        chunks = at_once(observations, *others, **named)
+        time.sleep(latency_s.value)
+        return chunks
+
+    policy.predict_batch = late
+    asyncio.run(Server(policy).run("127.0.0.1", 0, asyncio.Event(), ready=ports.put))
+
+
+@dataclass
+class Tally:
+    """What came of the runs of one cell."""
+
+    done: int = 0
+    of: int = 0
+    seconds: list[float] = field(default_factory=list)  # of the solved episodes
+    ticks: float = 0.0
+    commands: int = 0
+    pause_s: float = 0.0  # the longest between two commands
+
+    def add(self, arm: Any, lasted_s: float, fps: float) -> None:
+        """Counts the commands of a session."""
+        times = [at for at, _ in arm.diary]
+        self.ticks, self.commands = self.ticks + lasted_s * fps, self.commands + len(times)
+        self.pause_s = max(self.pause_s, float(np.diff(times).max()) if len(times) > 1 else lasted_s)
+
+    def __str__(self) -> str:
+        took = f" in {np.median(self.seconds):.1f} s" if self.seconds else ""
+        idle = max(0.0, 1 - self.commands / self.ticks)
+        return f"{self.done} of {self.of}{took}, {idle:.0%} idle, {self.pause_s * 1e3:.0f} ms"
+
+
+def watched(session: Session, arm: Any) -> tuple[threading.Thread, float]:
+    """The session's thread, and when its first command went out."""
     thread = threading.Thread(target=session.run)
     thread.start()
     while not arm.diary and thread.is_alive():
         time.sleep(0.001)
-    policy.began, reached = time.monotonic(), set()
+    return thread, time.monotonic()
+
+
+def followed(url: str, way: str, goals: int, began: Any) -> Tally:
+    """The script's goals."""
+    arm: Any = make_robot(["--robot.type=sim", "--robot.width=64", "--robot.height=48"])
+    config = SessionConfig("reach", live=True, way=way, seconds=goals * SHOWN_S, stop_s=5.0, hold_s=1.0)
+    remote = RemotePolicy(url)
+    thread, began.value = watched(Session(config, arm, remote, told=lambda line: None), arm)
+    reached = set()
     while thread.is_alive():
         now = time.monotonic()
-        if np.abs(arm.joints - policy.goal(now)).max() < NEAR:
-            reached.add(int((now - policy.began) / SHOWN_S))
+        if np.abs(arm.joints - goal(now, began.value)).max() < NEAR:
+            reached.add(int((now - began.value) / SHOWN_S))
         time.sleep(0.01)
     remote.close()
-    loop, stop = loops[0]
-    loop.call_soon_threadsafe(stop.set)
-    server.join()
-    times = [at for at, _ in arm.diary]
-    ticks = config.seconds * policy.spec.fps
-    return len(reached & set(range(goals))), 1 - len(times) / ticks, float(np.diff(times).max()) if len(times) > 1 else np.inf
+    tally = Tally(len(reached & set(range(goals))), goals)
+    tally.add(arm, config.seconds, 20.0)
+    return tally
+
+
+def solved(url: str, way: str, episodes: int) -> Tally:
+    """A policy's episodes, `episodes` of each task."""
+    tally, size = Tally(), f"{IMAGE_SIZE}"
+    for task in TASKS:
+        for seed in range(FIRST_SEED, FIRST_SEED + episodes):
+            arm: Any = make_robot(
+                ["--robot.type=sim", f"--robot.width={size}", f"--robot.height={size}", f"--robot.seed={seed}"]
+            )
+            config = SessionConfig(sentence(task), live=True, way=way, seconds=LASTS_S, stop_s=5.0, hold_s=1.0)
+            remote = RemotePolicy(url)
+            session = Session(config, arm, remote, told=lambda line: None)
+            began = time.monotonic()
+            thread, first = watched(session, arm)
+            while thread.is_alive() and task not in arm.touched:
+                time.sleep(0.005)
+            lasted = time.monotonic() - first if arm.diary else time.monotonic() - began
+            if thread.is_alive():
+                tally.done += 1
+                tally.seconds.append(lasted)
+                session.key("right")
+            thread.join()
+            tally.of += 1
+            tally.add(arm, lasted, remote.spec.fps)
+            remote.close()
+    return tally
 
 
 def run(
+    checkpoint: Annotated[Path | None, typer.Option()] = None,
     latency_ms: Annotated[list[int], typer.Option()] = [0, 50, 100, 200, 300, 500],  # noqa: B006
-    goals: Annotated[int, typer.Option()] = 10,
+    goals: Annotated[int, typer.Option(help="of the script")] = 10,
+    episodes: Annotated[int, typer.Option(help="of a policy, for each task")] = 8,
 ) -> None:
-    """Print a row for each latency: goals reached, ticks without a command, the longest pause."""
+    """Print a row for each latency: what was done, ticks without a command, the longest pause."""
     logging.getLogger("lerobot").setLevel(logging.ERROR)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("spawn")
+    latency, began, ports = context.Value("d", 0.0), context.Value("d", time.monotonic()), context.Queue()
+    name = None if checkpoint is None else str(checkpoint)
+    server = context.Process(target=served, args=(name, latency, began, ports), daemon=True)
+    server.start()
+    url = f"ws://127.0.0.1:{ports.get(timeout=120)}"
     console = Console()
     console.print("latency", *WAYS, sep=" | ")
-    for latency in latency_ms:
-        cells = []
-        for way in WAYS:
-            reached, idle, pause = tried(way, latency / 1e3, goals)
-            cells.append(f"{reached} of {goals}, {max(0.0, idle):.0%} idle, {pause * 1e3:.0f} ms")
-        console.print(f"{latency} ms", *cells, sep=" | ")
+    for added in latency_ms:
+        latency.value = added / 1e3
+        cells = [followed(url, way, goals, began) if checkpoint is None else solved(url, way, episodes) for way in WAYS]
+        console.print(f"{added} ms", *cells, sep=" | ")
+    server.terminate()
 
 
 if __name__ == "__main__":

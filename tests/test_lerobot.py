@@ -392,7 +392,7 @@ def script(tmp_path, module, call):
     """LeRobot's command, once the simulated arm has a name there."""
     file = tmp_path / "command.py"
     counting = (
-        "import atexit\nimport vla0.envs\nfrom vla0.robot.simulatedarm import SimulatedArm\n"
+        "import atexit\nfrom vla0.robot.simulatedarm import SimulatedArm\n"
         "send, moved = SimulatedArm.send_action, []\n"
         "SimulatedArm.send_action = lambda self, action: (moved.append(action), send(self, action))[1]\n"
         "atexit.register(lambda: print('moved', len(moved), 'times'))\n"

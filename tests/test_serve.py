@@ -347,6 +347,16 @@ def test_what_cannot_be_served_is_refused_before_it_is(policy, tmp_path):
         with pytest.raises(InputError, match=message):
             serve(str(tmp_path / "checkpoint"), **settings)
     taken.close()
+    (tmp_path / "bare").mkdir()
+    policy.spec.save(tmp_path / "bare")  # no weights: these are refused before any are loaded
+    for settings, message in (
+        ({"key": ["side=x"]}, "name those of the checkpoint"),
+        ({"host": "0.0.0.0", "protocol": "vla-eval"}, "vla-eval's protocol knows no key"),
+        ({"host": "0.0.0.0", "protocol": "lerobot"}, "tunnel"),
+        ({"embodiment": "nobody", "base_url": "http://127.0.0.1:9"}, "an embodiment"),
+    ):
+        with pytest.raises(InputError, match=message):
+            serve(str(tmp_path / "bare"), **settings)
 
 
 def test_the_client_needs_no_torch(tmp_path):

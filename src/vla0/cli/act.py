@@ -10,7 +10,7 @@ from rich.table import Table
 
 from vla0.cli.screen import app, console, quiet
 from vla0.errors import InputError, nearest
-from vla0.spec import MAIN
+from vla0.spec import MAIN, Spec
 
 PROTOCOLS = ("openpi", "lerobot", "vla-eval")
 
@@ -37,25 +37,28 @@ def serve(
     engine: Annotated[str, typer.Option(help="of --base-url: vllm, sglang or llama.cpp")] = "vllm",
 ) -> None:
     """Act for robots elsewhere, over openpi's websocket protocol or another. Ctrl-C finishes what was begun."""
+    from vla0.model import locate
     from vla0.policy import VLA0
     from vla0.serve.door import refuse_open, refuse_taken, secret_of, served
+    from vla0.serve.request import refuse_other_cameras
     from vla0.serve.server import Limits, Server, shown
 
     quiet()
     secret = secret_of(api_key_file)
-    if protocol == "openpi":
-        refuse_open(host, secret)
-    refuse_taken(host, port)
     pairs = pairs_of("--key", key or [])
     limits = Limits(int(message_mib * 2**20), side, clients, rate)
     if protocol not in PROTOCOLS:
         raise InputError(f"--protocol of {PROTOCOLS}", f"'{protocol}'", "choose one of those")
+    refuse_open(host, secret, protocol)
+    refuse_taken(host, port)
     if protocol != "openpi" and (secret or tls_cert):
         raise InputError(f"--protocol {protocol} without a key or TLS", "one of them", "its clients know none")
     if protocol == "lerobot" and ensemble != "none":
         raise InputError("--protocol lerobot without --ensemble", ensemble, "its client averages by itself (aggregate_fn_name)")
+    spec = Spec.load(locate(checkpoint, weights=False), embodiment)
+    refuse_other_cameras(pairs, spec)  # before a large model is loaded
     if base_url is not None:
-        policy = VLA0.remote(base_url, checkpoint, engine=engine)
+        policy = VLA0.remote(base_url, spec, engine=engine)
     else:
         policy = VLA0.from_pretrained(checkpoint, device, embodiment=embodiment)
     if protocol == "openpi":

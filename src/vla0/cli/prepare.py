@@ -11,7 +11,7 @@ from vla0.errors import InputError
 
 @app.command()
 def collect(
-    env: Annotated[str, typer.Argument(help="metaworld or libero")],
+    env: Annotated[str, typer.Argument(help="metaworld, libero or arm")],
     out: Annotated[Path, typer.Option(help="new folder for the LeRobot dataset")],
     task: Annotated[list[str] | None, typer.Option(help="task to demonstrate; give it several times for several tasks")] = None,
     suite: Annotated[str | None, typer.Option(help="LIBERO: all tasks of spatial, object, goal, long or all four")] = None,

@@ -33,7 +33,7 @@ def evaluate(
     embodiment: Annotated[str, typer.Option(help="of a checkpoint trained on a mixture: whose robot acts")] = MAIN,
     task: Annotated[list[str] | None, typer.Option(help="task to try; give it several times for several tasks")] = None,
     suite: Annotated[str | None, typer.Option(help="LIBERO: all tasks of spatial, object, goal, long or all four")] = None,
-    env: Annotated[str, typer.Option(help="metaworld or libero")] = "metaworld",
+    env: Annotated[str, typer.Option(help="metaworld, libero or arm")] = "metaworld",
     episodes: Annotated[int, typer.Option(help="episodes for each task, on unseen seeds")] = 20,
     out: Annotated[Path | None, typer.Option(help="folder of the results; default beside the checkpoint")] = None,
     replan: Annotated[int, typer.Option(help="steps executed per query")] = 1,

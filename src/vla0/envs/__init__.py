@@ -18,17 +18,17 @@ from vla0.rollout import Env
 os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
 os.environ.setdefault("LP_NUM_THREADS", "0")  # Mesa in software: a thread beside each simulator only slows it down
 
-ENVS = ("metaworld", "libero")
+ENVS = {"metaworld": "metaworld", "libero": "libero", "arm": "robot"}  # → the extra whose packages it needs
 
 
 def simulator(env: str) -> ModuleType:
     """The module of a simulator. Raises InputError for an unknown name, or where its packages are missing."""
     if env not in ENVS:
-        raise InputError(f"env of {ENVS}", f"'{env}'", nearest(env, ENVS))
+        raise InputError(f"env of {tuple(ENVS)}", f"'{env}'", nearest(env, ENVS))
     try:
         return importlib.import_module(f"vla0.envs.{env}")
     except ImportError as error:
-        raise InputError(f"the packages of {env}", str(error), f"pip install 'vla0[{env}]'") from None
+        raise InputError(f"the packages of {env}", str(error), f"pip install 'vla0[{ENVS[env]}]'") from None
 
 
 def make(
@@ -45,6 +45,8 @@ def make(
     size = image_size or module.IMAGE_SIZE
     if env == "libero":
         return module.LiberoEnv(task, size, max_steps, quick)
+    if env == "arm":
+        return module.ArmEnv(task, size, max_steps or module.STEPS)
     return module.MetaWorldEnv(task, size, max_steps or module.STEPS, start, fps)
 
 

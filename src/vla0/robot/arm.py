@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from vla0.envs import simulator
 from vla0.errors import InputError, nearest
 from vla0.spec import Observation, Spec
 
@@ -36,8 +37,10 @@ def make_robot(words: Sequence[str]) -> Any:
 
     import lerobot.robots
 
-    import vla0.robot.simulatedarm  # noqa: F401
-
+    if "--robot.type=sim" in words:
+        simulator("arm")  # says what it needs
+    with contextlib.suppress(ImportError):
+        import vla0.robot.simulatedarm  # noqa: F401
     for module in pkgutil.iter_modules(lerobot.robots.__path__):
         with contextlib.suppress(ImportError):  # one whose driver is not installed cannot be chosen
             importlib.import_module(f"lerobot.robots.{module.name}")

@@ -14,10 +14,16 @@ from vla0.errors import InputError
 logger = logging.getLogger(__name__)
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+KEYLESS = {  # protocols that know no key → how to do without another address
+    "lerobot": "leave --host out, and reach it by a tunnel: ssh -L 8000:127.0.0.1:8000 this-machine",
+    "vla-eval": "leave --host out: vla-eval's containers share this machine's network",
+}
 
 
-def refuse_open(host: str, key: str | None) -> None:
+def refuse_open(host: str, key: str | None = None, protocol: str = "openpi") -> None:
     """Raises InputError where strangers could move the robot."""
+    if host not in LOCAL and protocol in KEYLESS:
+        raise InputError(f"{LOCAL[0]}, as {protocol}'s protocol knows no key", f"'{host}'", KEYLESS[protocol])
     if host not in LOCAL and not key:
         raise InputError(f"--api-key-file to listen on '{host}'", "no key", f"give one, or stay on {LOCAL[0]}")
 
@@ -27,7 +33,12 @@ def refuse_taken(host: str, port: int) -> None:
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
-        raise InputError(f"'{host}' port {port} to listen on", str(error), "choose another --port, or end who has it") from None
+        raise not_free(host, port, error) from None
+
+
+def not_free(host: str, port: int, error: Exception) -> InputError:
+    """The error of a port that somebody else has."""
+    return InputError(f"'{host}' port {port} to listen on", str(error), "choose another --port, or end who has it")
 
 
 def secret_of(file: Path | None) -> str | None:
@@ -71,4 +82,4 @@ def served(
     try:
         asyncio.run(serving())
     except OSError as error:
-        raise InputError(f"'{host}' port {port} to listen on", str(error), "choose another --port, or end who has it") from None
+        raise not_free(host, port, error) from None

@@ -14,8 +14,7 @@ from vla_eval.model_servers.serve import serve_async
 from vla_eval.specs import IMAGE_RGB, LANGUAGE, RAW, DimSpec
 
 from vla0.ensemble import NONE, TemporalEnsemble, steps_used
-from vla0.errors import InputError
-from vla0.serve.door import LOCAL, refuse_taken
+from vla0.serve.door import refuse_open, refuse_taken
 from vla0.serve.request import refuse_other_cameras, request
 from vla0.serve.session import Session
 
@@ -83,9 +82,7 @@ class HarnessServer(PredictModelServer):
 
 def serve_harness(server: HarnessServer, host: str, port: int, ready: Callable[[int], None] = lambda port: None) -> None:
     """Serves until it is interrupted. Raises InputError where it cannot, or must not, listen."""
-    if host not in LOCAL:
-        remedy = "leave --host out: vla-eval's containers share this machine's network"
-        raise InputError(f"{LOCAL[0]}, as vla-eval's protocol knows no key", f"'{host}'", remedy)
+    refuse_open(host, protocol="vla-eval")
 
     async def serving() -> None:
         async with anyio.create_task_group() as group:

@@ -27,7 +27,7 @@ from lerobot.transport import services_pb2, services_pb2_grpc
 from vla0.arrays import load_arrays
 from vla0.errors import InputError
 from vla0.rollout import rest
-from vla0.serve.door import LOCAL
+from vla0.serve.door import not_free, refuse_open
 from vla0.serve.request import refuse_other_cameras, request
 from vla0.serve.server import Limits, told
 
@@ -170,16 +170,14 @@ def serve_lerobot(
     server: LeRobotServer, host: str, port: int, ready: Callable[[int], None], stop: threading.Event | None = None
 ) -> None:
     """Serves until SIGINT or SIGTERM, or until `stop` is set. Raises InputError where it cannot, or must not, listen."""
-    if host not in LOCAL:
-        remedy = "leave --host out, and reach it by a tunnel: ssh -L 8000:127.0.0.1:8000 this-machine"
-        raise InputError(f"{LOCAL[0]}, as LeRobot's protocol knows no key", f"'{host}'", remedy)
+    refuse_open(host, protocol="lerobot")
     workers = ThreadPoolExecutor(4 + 2 * min(server.limits.clients, 16), "lerobot")
     service = grpc.server(workers, options=[("grpc.max_receive_message_length", server.limits.message_bytes)])
     services_pb2_grpc.add_AsyncInferenceServicer_to_server(server, service)
     try:
         bound = service.add_insecure_port(f"{host}:{port}")
     except RuntimeError as error:
-        raise InputError(f"'{host}' port {port} to listen on", str(error), "choose another --port, or end who has it") from None
+        raise not_free(host, port, error) from None
     service.start()
     ended = stop or threading.Event()
     if stop is None:
