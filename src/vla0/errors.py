@@ -12,7 +12,7 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         expected, got, remedy = self.args
-        if got is None:  # torch hands on the error of a worker's process as one text, its traceback before it
+        if got is None:  # one text: another machine's error, or a worker's, which torch hands on behind its traceback
             return expected.rpartition("InputError: ")[2].strip()
         return f"expected {expected}; got {got}; {remedy}"
 

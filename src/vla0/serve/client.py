@@ -150,7 +150,7 @@ class RemotePolicy:
             if self.owed > 0:
                 continue  # to an observation that is old by now
             if answer is None:
-                raise InputError(f"an observation that {self.url} takes", str(found)[:500], "correct it")
+                raise InputError(f"{self.url} refuses: {str(found)[-500:]}")
             yield np.asarray(answer["actions"], np.float32)
             return
 
