@@ -23,7 +23,7 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from vla0.envs.arm import ACTIONS, FIRST_SEED, IMAGE_SIZE, RANGES, TASKS, sentence
+from vla0.envs.arm import ACTIONS, FIRST_SEED, RANGES, sentence
 from vla0.robot.arm import make_robot
 from vla0.robot.loop import WAYS
 from vla0.robot.session import Session, SessionConfig
@@ -135,14 +135,12 @@ def followed(url: str, way: str, goals: int, began: Any) -> Tally:
     return tally
 
 
-def solved(url: str, way: str, episodes: int) -> Tally:
+def solved(url: str, way: str, tasks: list[str], episodes: int) -> Tally:
     """A policy's episodes, `episodes` of each task."""
-    tally, size = Tally(), f"{IMAGE_SIZE}"
-    for task in TASKS:
+    tally = Tally()
+    for task in tasks:
         for seed in range(FIRST_SEED, FIRST_SEED + episodes):
-            arm: Any = make_robot(
-                ["--robot.type=sim", f"--robot.width={size}", f"--robot.height={size}", f"--robot.seed={seed}"]
-            )
+            arm: Any = make_robot(["--robot.type=sim", f"--robot.seed={seed}"])
             config = SessionConfig(sentence(task), live=True, way=way, seconds=LASTS_S, stop_s=5.0, hold_s=1.0)
             remote = RemotePolicy(url)
             session = Session(config, arm, remote, told=lambda line: None)
@@ -166,7 +164,8 @@ def run(
     checkpoint: Annotated[Path | None, typer.Option()] = None,
     latency_ms: Annotated[list[int], typer.Option()] = [0, 50, 100, 200, 300, 500],  # noqa: B006
     goals: Annotated[int, typer.Option(help="of the script")] = 10,
-    episodes: Annotated[int, typer.Option(help="of a policy, for each task")] = 8,
+    task: Annotated[list[str], typer.Option(help="of a policy")] = ["touch-cube"],  # noqa: B006
+    episodes: Annotated[int, typer.Option(help="of each task")] = 12,
 ) -> None:
     """Print a row for each latency: what was done, ticks without a command, the longest pause."""
     logging.getLogger("lerobot").setLevel(logging.ERROR)
@@ -181,7 +180,7 @@ def run(
     console.print("latency", *WAYS, sep=" | ")
     for added in latency_ms:
         latency.value = added / 1e3
-        cells = [followed(url, way, goals, began) if checkpoint is None else solved(url, way, episodes) for way in WAYS]
+        cells = [followed(url, way, goals, began) if checkpoint is None else solved(url, way, task, episodes) for way in WAYS]
         console.print(f"{added} ms", *cells, sep=" | ")
     server.terminate()
 

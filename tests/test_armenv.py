@@ -34,7 +34,7 @@ def test_a_seed_names_an_episode(world):
     assert np.abs(one.state - other.state).max() > 1
 
 
-def test_the_expert_touches_what_random_goals_do_not(world):
+def test_the_expert_touches_what_random_goals_seldom_do(world):
     class Random:
         def reset(self):
             self.rng = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def test_the_expert_touches_what_random_goals_do_not(world):
             return self.rng.uniform(*np.array(RANGES).T)
 
     assert sum(rollout(world, ArmExpert(world), seed).success for seed in range(10)) >= 9
-    assert not any(rollout(world, Random(), seed).success for seed in range(3))
+    assert sum(rollout(world, Random(), seed).success for seed in range(10)) <= 4
 
 
 def test_the_arm_goes_where_it_is_told(world):

@@ -30,7 +30,7 @@ FIRST_SEED = 10_000  # of an evaluation: what is tested was never seen
 NOISE = (0.3, 3.0)  # share of a demonstration's steps that are disturbed, and how much, degrees
 TASKS = {"touch-cube": "touch the red cube", "touch-mark": "touch the blue mark"}
 UP = np.array([0.0, 0.0, 1.0])
-NEAR = 0.02  # m from the fingertips to what they touch
+NEAR = 0.025  # m from the fingertips to what they touch
 OPEN = math.radians(100)  # of the jaw at 100
 SHOULDER, UPPER, FOREARM, HAND = 0.12, 0.12, 0.13, 0.13  # m: its height; lengths, the last to between the fingertips
 WORLD = """
@@ -119,7 +119,7 @@ class World:
         """The arm, the cube and the mark at rest where the seed puts them."""
         rng = np.random.default_rng([seed, 2])
         mujoco.mj_resetData(self.model, self.data)
-        joints = np.r_[rng.uniform(-40, 40), rng.uniform(-15, 15, 3), rng.uniform(-10, 10), rng.uniform(10, 50)]
+        joints = np.r_[rng.uniform(-25, 25), rng.uniform(-15, 15, 3), rng.uniform(-5, 5), rng.uniform(10, 30)]
         side = rng.choice([-1, 1])  # the cube at one, the mark at the other
         for sign, at in ((side, self.data.qpos), (-side, self.data.mocap_pos[0])):
             angle, far = math.radians(sign * rng.uniform(10, 45)), rng.uniform(0.16, 0.24)
@@ -195,7 +195,7 @@ class ArmEnv:
 class ArmExpert:
     """Goes above the thing, then down to it: of where it is now alone, so that a picture shows its reasons."""
 
-    STEP, ABOVE, PITCH, GRIP = 4.0, 0.05, 150.0, 20.0  # degrees a step at most; m; of the hand, 180 is down; of the gripper
+    STEP, ABOVE, PITCH, GRIP = 6.0, 0.05, 150.0, 20.0  # degrees a step at most; m; of the hand, 180 is down; of the gripper
 
     def __init__(self, env: ArmEnv):
         self.env = env

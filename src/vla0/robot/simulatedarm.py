@@ -24,8 +24,8 @@ class SimulatedArmConfig(RobotConfig):
     `--robot.seed`: of where arm, cube and mark are at the start, as in `vla0 eval --env arm`; none: upright.
     """
 
-    width: int = 160
-    height: int = 120
+    width: int = 112
+    height: int = 112
     camera_fps: float = 20.0
     seed: int | None = None
 
