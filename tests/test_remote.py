@@ -64,11 +64,17 @@ class Engine:
 
 
 @contextmanager
-def engine(policy, answer=None):
-    """(base_url, engine). answer: instead of the model's, (status, body) of any request."""
+def engine(policy, answer=None, repeats=False, once=False):
+    """(base_url, engine). answer: instead of the model's, (status, body) of any request.
+
+    As llama.cpp does: repeats what was begun; answers but `once` on a connection.
+    """
     own = Engine(policy)
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        answered = 0
+
         def log_message(self, *args):
             pass
 
@@ -84,13 +90,19 @@ def engine(policy, answer=None):
 
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.answered += 1
+            if once and self.answered > 1:
+                self.close_connection = True
+                return None
             own.requests.append((dict(self.headers), request))
             if answer is not None:
                 return self.reply(answer[0], answer[1].encode())
             with own.lock:
                 written = list(own.write(request))
             if not request.get("stream"):
-                return self.reply(200, json.dumps({"choices": [{"message": {"content": "".join(written)}}]}).encode())
+                last = request["messages"][-1]
+                text = (last["content"] if repeats and last["role"] == "assistant" else "") + "".join(written)
+                return self.reply(200, json.dumps({"choices": [{"message": {"content": text}}]}).encode())
             lines = [f"data: {json.dumps({'choices': [{'delta': {'content': symbol}}]})}\n\n" for symbol in written]
             return self.reply(200, "".join([*lines, "data: [DONE]\n\n"]).encode(), "text/event-stream")
 
@@ -130,6 +142,23 @@ def test_a_remote_chunk_goes_on_from_what_is_committed(both):
         np.testing.assert_array_equal(there.predict_batch([seen]), here.predict_batch([seen]))
         np.testing.assert_array_equal(list(there.predict_stream(seen)), list(here.predict_stream(seen)))
     assert own.requests[-1][1]["continue_final_message"]
+
+
+def test_a_server_may_repeat_what_was_begun(policy):
+    chunk = policy.predict_batch([make_observation(0)])[0]
+    seen = replace(make_observation(0), committed=chunk[:1] + np.float32(0.2))
+    with engine(policy, repeats=True) as (url, _):
+        np.testing.assert_array_equal(VLA0.remote(url, policy.spec).predict_batch([seen]), policy.predict_batch([seen]))
+    other = json.dumps({"choices": [{"message": {"content": "7 7"}}]})
+    with engine(policy, (200, other)) as (url, _), pytest.raises(InputError, match="goes on after"):
+        VLA0.remote(url, policy.spec).predict_batch([seen])
+
+
+def test_a_connection_that_the_server_ends_costs_no_answer(policy):
+    with engine(policy, once=True) as (url, _):
+        there, expected = VLA0.remote(url, policy.spec), policy.predict_batch([make_observation(0)])
+        for _ in range(3):
+            np.testing.assert_array_equal(there.predict_batch([make_observation(0)]), expected)
 
 
 def test_a_remote_policy_acts_in_the_loop(both):

@@ -76,7 +76,8 @@ class Remote:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.url = base_url.rstrip("/").removesuffix("/v1") + "/v1"
         try:
-            self.client = httpx.Client(headers=headers, timeout=timeout_s)
+            # No connection is kept: servers close those after a time or a hundred requests, some in the middle of the next.
+            self.client = httpx.Client(headers=headers, timeout=timeout_s, limits=httpx.Limits(max_keepalive_connections=0))
             self.model = model or self._json(self.client.get(f"{self.url}/models"))["data"][0]["id"]
         except (httpx.HTTPError, httpx.InvalidURL, LookupError, TypeError) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -102,7 +103,7 @@ class Remote:
     ) -> Iterator[list[np.ndarray]]:
         """The steps so far, whenever there is one more. Of one observation."""
         (chat,) = batch
-        steps, text, given = chunk_size or self.spec.horizon, chat.begun.rstrip(" "), 0
+        steps, told, given = chunk_size or self.spec.horizon, "", 0
         request = self._request(chat, steps) | {"stream": True}
         with self._explained(), self.client.stream("POST", f"{self.url}/chat/completions", json=request) as response:
             if response.status_code != 200:
@@ -112,18 +113,19 @@ class Remote:
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):
-                    text += choice["delta"].get("content") or ""
+                    told += choice["delta"].get("content") or ""
+                text = _joined(chat.begun, told)
                 whole = text.count(" ") // self.spec.dimensions
                 if given < whole < steps:
                     given = whole
                     yield [self._read(" ".join(text.split(" ")[: whole * self.spec.dimensions]), whole)]
-        yield [self._read(text, steps)]
+        yield [self._read(_joined(chat.begun, told), steps)]
 
     def _answer(self, chat: Chat, chunk_size: int | None) -> np.ndarray:
         steps = chunk_size or self.spec.horizon
         with self._explained():
             reply = self._json(self.client.post(f"{self.url}/chat/completions", json=self._request(chat, steps)))
-            return self._read(chat.begun.rstrip(" ") + reply["choices"][0]["message"]["content"], steps)
+            return self._read(_joined(chat.begun, reply["choices"][0]["message"]["content"]), steps)
 
     def _request(self, chat: Chat, steps: int) -> dict[str, Any]:
         """Greedy, nothing of the checkpoint's sampling settings, and exactly the numbers that are missing."""
@@ -168,6 +170,18 @@ class Remote:
             raise ConnectionError(f"{self.url}: {type(error).__name__}: {error}") from None
         except (KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
             raise InputError("a completion as OpenAI's", f"{type(error).__name__}: {error}", REMEDY) from None
+
+
+def _joined(begun: str, told: str) -> str:
+    """The whole text; llama.cpp repeats what was begun, where it does not stream."""
+    if not isinstance(told, str):
+        raise TypeError(f"no text but {told!r}")
+    begun = begun.rstrip(" ")
+    if not begun or told.startswith(f"{begun} "):
+        return told
+    if told and not told.startswith(" "):
+        raise InputError(f"an answer that goes on after '{begun}'", f"'{told[:100]}'", "use another version of the server")
+    return begun + told
 
 
 def _regex(bins: int, count: int, after: bool, closed: bool) -> str:
