@@ -96,9 +96,9 @@ class Tally:
     commands: int = 0
     pause_s: float = 0.0  # the longest between two commands
 
-    def add(self, arm: Any, lasted_s: float, fps: float) -> None:
-        """Counts the commands of a session."""
-        times = [at for at, _ in arm.diary]
+    def add(self, arm: Any, began: float, lasted_s: float, fps: float) -> None:
+        """Counts the commands of a session, until it had done what it should."""
+        times = [at for at, _ in arm.diary if at <= began + lasted_s]
         self.ticks, self.commands = self.ticks + lasted_s * fps, self.commands + len(times)
         self.pause_s = max(self.pause_s, float(np.diff(times).max()) if len(times) > 1 else lasted_s)
 
@@ -131,7 +131,7 @@ def followed(url: str, way: str, goals: int, began: Any) -> Tally:
         time.sleep(0.01)
     remote.close()
     tally = Tally(len(reached & set(range(goals))), goals)
-    tally.add(arm, config.seconds, 20.0)
+    tally.add(arm, began.value, config.seconds, 20.0)
     return tally
 
 
@@ -144,18 +144,17 @@ def solved(url: str, way: str, tasks: list[str], episodes: int) -> Tally:
             config = SessionConfig(sentence(task), live=True, way=way, seconds=LASTS_S, stop_s=5.0, hold_s=1.0)
             remote = RemotePolicy(url)
             session = Session(config, arm, remote, told=lambda line: None)
-            began = time.monotonic()
-            thread, first = watched(session, arm)
+            thread, began = watched(session, arm)
             while thread.is_alive() and task not in arm.touched:
                 time.sleep(0.005)
-            lasted = time.monotonic() - first if arm.diary else time.monotonic() - began
+            lasted = time.monotonic() - began if arm.diary else LASTS_S
             if thread.is_alive():
                 tally.done += 1
                 tally.seconds.append(lasted)
                 session.key("right")
             thread.join()
             tally.of += 1
-            tally.add(arm, lasted, remote.spec.fps)
+            tally.add(arm, began, lasted, remote.spec.fps)
             remote.close()
     return tally
 
@@ -181,8 +180,9 @@ def run(
     for added in latency_ms:
         latency.value = added / 1e3
         cells = [followed(url, way, goals, began) if checkpoint is None else solved(url, way, task, episodes) for way in WAYS]
-        console.print(f"{added} ms", *cells, sep=" | ")
+        console.print(f"{added} ms", *map(str, cells), sep=" | ")
     server.terminate()
+    server.join()
 
 
 if __name__ == "__main__":
