@@ -13,8 +13,8 @@ import asyncio
 import logging
 import multiprocessing
 import os
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +33,7 @@ from vla0.spec import Observation, Spec
 SHOWN_S, NEAR = 2.0, 6.0  # a goal is shown for so long; degrees
 LASTS_S = 5.0  # an episode of a policy
 LOW, HIGH = np.array(RANGES).T
+THREAD = ThreadPoolExecutor(1)
 
 
 def goal(at: float, began: float) -> np.ndarray:
@@ -108,13 +109,12 @@ class Tally:
         return f"{self.done} of {self.of}{took}, {idle:.0%} idle, {self.pause_s * 1e3:.0f} ms"
 
 
-def watched(session: Session, arm: Any) -> tuple[threading.Thread, float]:
-    """The session's thread, and when its first command went out."""
-    thread = threading.Thread(target=session.run)
-    thread.start()
-    while not arm.diary and thread.is_alive():
+def watched(session: Session, arm: Any) -> tuple[Future, float]:
+    """The session, which runs, and when its first command went out."""
+    running = THREAD.submit(session.run)
+    while not arm.diary and not running.done():
         time.sleep(0.001)
-    return thread, time.monotonic()
+    return running, time.monotonic()
 
 
 def followed(url: str, way: str, goals: int, began: Any) -> Tally:
@@ -122,13 +122,14 @@ def followed(url: str, way: str, goals: int, began: Any) -> Tally:
     arm: Any = make_robot(["--robot.type=sim", "--robot.width=64", "--robot.height=48"])
     config = SessionConfig("reach", live=True, way=way, seconds=goals * SHOWN_S, stop_s=5.0, hold_s=1.0)
     remote = RemotePolicy(url)
-    thread, began.value = watched(Session(config, arm, remote, told=lambda line: None), arm)
+    running, began.value = watched(Session(config, arm, remote, told=lambda line: None), arm)
     reached = set()
-    while thread.is_alive():
+    while not running.done():
         now = time.monotonic()
         if np.abs(arm.joints - goal(now, began.value)).max() < NEAR:
             reached.add(int((now - began.value) / SHOWN_S))
         time.sleep(0.01)
+    running.result()
     remote.close()
     tally = Tally(len(reached & set(range(goals))), goals)
     tally.add(arm, began.value, config.seconds, 20.0)
@@ -144,15 +145,15 @@ def solved(url: str, way: str, tasks: list[str], episodes: int) -> Tally:
             config = SessionConfig(sentence(task), live=True, way=way, seconds=LASTS_S, stop_s=5.0, hold_s=1.0)
             remote = RemotePolicy(url)
             session = Session(config, arm, remote, told=lambda line: None)
-            thread, began = watched(session, arm)
-            while thread.is_alive() and task not in arm.touched:
+            running, began = watched(session, arm)
+            while not running.done() and task not in arm.touched:
                 time.sleep(0.005)
             lasted = time.monotonic() - began if arm.diary else LASTS_S
-            if thread.is_alive():
+            if not running.done():
                 tally.done += 1
                 tally.seconds.append(lasted)
                 session.key("right")
-            thread.join()
+            running.result()
             tally.of += 1
             tally.add(arm, began, lasted, remote.spec.fps)
             remote.close()

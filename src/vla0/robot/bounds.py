@@ -52,7 +52,8 @@ def _each(name: str, value: Any, actions: list[str], before: list[float] | None)
 def refuse_elsewhere(start: np.ndarray, limits: Limits, actions: Sequence[str]) -> None:
     """Raises InputError where a robot stands far outside of what was demonstrated: most likely other units or calibration."""
     low, high = np.array(limits.low), np.array(limits.high)
-    beyond = np.maximum(low - start, start - high) > 0.5 * (high - low) + 1e-6
+    # A demonstration may begin outside of where its actions led, by a step or so.
+    beyond = np.maximum(low - start, start - high) > 0.5 * (high - low) + np.array(limits.step or 0.0) + 1e-6
     if beyond.any():
         d = int(np.argmax(beyond))
         expected = f"'{actions[d]}' near {low[d]:.4g}..{high[d]:.4g}, its limits"
