@@ -22,7 +22,8 @@ import vla0.envs  # noqa: F401  says how MuJoCo draws
 from vla0 import InputError, Observation
 from vla0.cli.act import robot_words
 from vla0.robot.arm import LeRobotBody, make_robot
-from vla0.robot.bounds import limits_of
+from vla0.robot.bounds import limits_of, refuse_elsewhere
+from vla0.robot.guard import Limits
 from vla0.robot.resample import Resampled, sampled
 from vla0.robot.session import Session, SessionConfig
 from vla0.serve.client import RemotePolicy
@@ -289,6 +290,15 @@ def test_a_checkpoint_of_another_robot_is_refused_before_it_moves(arm, spec, con
     with serving(Reach(arm_spec(**spec))) as (url, _), pytest.raises(InputError, match=message):
         session(arm, url, **config).run()
     assert arm.diary == []
+
+
+def test_a_demonstration_may_begin_a_step_outside_of_where_its_actions_led():
+    limits = Limits((16.0,), (24.0,), step=(5.0,))
+    for start in (7.5, 32.5):
+        refuse_elsewhere(np.array([start]), limits, ["gripper.pos"])
+    for start in (6.5, 33.5):
+        with pytest.raises(InputError, match="its limits"):
+            refuse_elsewhere(np.array([start]), limits, ["gripper.pos"])
 
 
 def test_relative_actions_are_bounded_by_the_states_of_the_demonstrations(arm):
