@@ -63,6 +63,8 @@ def test_the_expert_knows_which_joints_reach_a_place(world):
         for _ in range(25):
             world.step(expert.reach(np.array(place)))
         assert np.linalg.norm(world.world.data.site("tip").xpos - place) < 0.01
+    for place in ([0.065, 0.0, 0.0074], [5.0, 0.0, 0.0]):  # under its shoulder, and out of reach: as near as it can
+        assert np.isfinite(expert.reach(np.array(place))).all()
 
 
 def test_demonstrations_name_what_the_robot_has(tmp_path):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from vla0.errors import InputError, nearest
 from vla0.rollout import Env
@@ -29,6 +30,18 @@ def simulator(env: str) -> ModuleType:
         return importlib.import_module(f"vla0.envs.{env}")
     except ImportError as error:
         raise InputError(f"the packages of {env}", str(error), f"pip install 'vla0[{ENVS[env]}]'") from None
+
+
+def renderer(model: Any, height: int, width: int) -> Any:
+    """MuJoCo's, of pictures of that size. Raises InputError where nothing can be drawn."""
+    import mujoco
+
+    mujoco: Any  # its names come from a binary
+    try:
+        return mujoco.Renderer(model, height, width)
+    except (mujoco.FatalError, RuntimeError, AttributeError) as error:
+        remedy = "set MUJOCO_GL=egl before mujoco is imported, and see `make rendering`"
+        raise InputError("OpenGL to draw with", f"{error} (MUJOCO_GL={os.environ.get('MUJOCO_GL')})", remedy) from error
 
 
 def make(

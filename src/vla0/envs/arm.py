@@ -12,6 +12,7 @@ from typing import Any
 import mujoco
 import numpy as np
 
+from vla0.envs import renderer
 from vla0.errors import InputError, nearest
 from vla0.spec import Observation
 
@@ -112,7 +113,7 @@ class World:
     def __init__(self, height: int, width: int):
         self.model = mujoco.MjModel.from_xml_string(WORLD)
         self.data = mujoco.MjData(self.model)
-        self.renderer = mujoco.Renderer(self.model, height, width)
+        self.renderer = renderer(self.model, height, width)
         mujoco.mj_forward(self.model, self.data)
 
     def place(self, seed: int) -> None:
@@ -217,7 +218,7 @@ class ArmExpert:
         pitch = math.radians(self.PITCH)
         along = math.hypot(place[0], place[1]) - HAND * math.sin(pitch)
         up = place[2] - HAND * math.cos(pitch) - SHOULDER
-        far = min(math.hypot(along, up), UPPER + FOREARM - 1e-6)
+        far = min(max(math.hypot(along, up), 0.03), UPPER + FOREARM - 1e-6)  # no nearer, no further can it bend
         inner = math.acos((UPPER**2 + far**2 - FOREARM**2) / (2 * UPPER * far))
         bend = math.pi - math.acos((UPPER**2 + FOREARM**2 - far**2) / (2 * UPPER * FOREARM))
         lift = math.atan2(along, up) - inner

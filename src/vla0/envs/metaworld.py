@@ -1,6 +1,5 @@
 """Meta-World 3.0.0 on MuJoCo as an Env, its scripted experts, and a sentence for each task."""
 
-import os
 import warnings
 from functools import cache
 from importlib import metadata
@@ -10,6 +9,7 @@ import mujoco
 import numpy as np
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
+from vla0.envs import renderer
 from vla0.errors import InputError, nearest
 from vla0.spec import Observation
 
@@ -87,12 +87,7 @@ class MetaWorldEnv:
         self.env._partially_observable = False
         self.hand = np.array(self.env.hand_init_pos, np.float64)
         self.env.model.vis.quality.offsamples = 0
-        try:
-            self.renderer = mujoco.Renderer(self.env.model, image_size, image_size)
-        except (mujoco.FatalError, RuntimeError, AttributeError) as error:  # type: ignore[attr-defined]
-            backend = os.environ.get("MUJOCO_GL")
-            remedy = "set MUJOCO_GL=egl before mujoco is imported, and see `make rendering`"
-            raise InputError("OpenGL to draw with", f"{error} (MUJOCO_GL={backend})", remedy) from error
+        self.renderer = renderer(self.env.model, image_size, image_size)
         for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):  # type: ignore[attr-defined]
             self.renderer.scene.flags[flag] = 0
         self.camera = mujoco.MjvCamera()  # type: ignore[attr-defined]
