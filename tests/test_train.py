@@ -245,7 +245,25 @@ def test_the_loss_is_the_models_own(dataset, tmp_path):
     batch, trainer = batch_and_trainer(dataset, tmp_path)
     with torch.no_grad():
         expected = trainer.model(**batch).loss
-        torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected)
+        torch.testing.assert_close(trainer.compute_loss(trainer.model.train(), batch), expected)
+
+
+def test_the_loss_of_held_out_rows_does_not_depend_on_how_they_are_batched(dataset, tmp_path):
+    batch, trainer = batch_and_trainer(dataset, tmp_path, augmentation={"mask": "number", "mask_most": 0.9, "mask_none": 0.0})
+    counts = (batch["labels"] != IGNORE).sum(1)
+    assert len(set(counts.tolist())) > 1  # else any mean would do
+    patches = batch["image_grid_thw"].prod(1).cumsum(0).tolist()
+    images = len(batch["image_grid_thw"]) // len(counts)
+    alone = []
+    with torch.no_grad():
+        for row in range(len(counts)):
+            own = {key: value[row : row + 1] for key, value in batch.items() if len(value) == len(counts)}
+            grids = batch["image_grid_thw"][row * images : (row + 1) * images]
+            first, last = ([0, *patches][row * images], [0, *patches][(row + 1) * images])
+            own |= {"image_grid_thw": grids, "pixel_values": batch["pixel_values"][first:last]}
+            alone.append(trainer.compute_loss(trainer.model.eval(), own))
+        together = trainer.compute_loss(trainer.model.eval(), batch)
+    torch.testing.assert_close(torch.stack(alone).mean(), together, rtol=1e-4, atol=1e-5)
 
 
 def test_logits_are_computed_only_where_there_are_labels(dataset, tmp_path):

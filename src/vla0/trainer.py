@@ -36,15 +36,18 @@ class VLA0Trainer(Trainer):
         self.model_accepts_loss_kwargs = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean cross-entropy over the step's labelled tokens."""
+        """Mean cross-entropy over the step's labelled tokens; of held-out rows over each one's, then over rows."""
         outputs, logits, targets = answered(model, inputs)
         if model.training:
             with torch.no_grad():
                 written = targets != IGNORE
                 self.right = self.right + ((logits.argmax(-1) == targets) & written).sum()
                 self.written = self.written + written.sum()  # on the device: nothing waits for it before the log
-        loss = summed(logits, targets).sum()
-        if num_items_in_batch is None:
+        each = summed(logits, targets)
+        loss = each.sum()
+        if not model.training:  # the same however rows are batched
+            loss = (each / (targets != IGNORE).sum(1).clamp(min=1)).mean()
+        elif num_items_in_batch is None:
             loss = loss / (targets != IGNORE).sum()
         else:
             # The count is that of all processes, whose gradients are then averaged.
