@@ -256,6 +256,7 @@ def test_the_loss_of_held_out_rows_does_not_depend_on_how_they_are_batched(datas
     images = len(batch["image_grid_thw"]) // len(counts)
     alone = []
     with torch.no_grad():
+        trainer.model.get_input_embeddings().weight.mul_(30)  # tokens of very different losses
         for row in range(len(counts)):
             own = {key: value[row : row + 1] for key, value in batch.items() if len(value) == len(counts)}
             grids = batch["image_grid_thw"][row * images : (row + 1) * images]
