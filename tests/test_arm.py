@@ -78,6 +78,16 @@ def test_whatever_a_policy_says_and_when_no_command_leaves_the_limits(arm):
     assert report.queries > 3
 
 
+def test_a_dry_run_says_what_it_would_have_sent(arm):
+    told = []
+    with serving(Reach()) as (url, _):
+        current = session(arm, url, live=False, seconds=1.0)
+        current.told = told.append
+        current.run()
+    lines = [line for line in told if "would have gone" in line]
+    assert [line.split()[0] for line in lines] == list(JOINTS)
+
+
 def test_a_dry_run_sends_nothing(arm):
     with serving(Reach()) as (url, _):
         current = session(arm, url, live=False, seconds=1.0)
@@ -282,6 +292,11 @@ def test_ctrl_c_twice_in_a_hurry_loses_no_episode(tmp_path):
         ({}, {"limits": {"lo": 1.0}}, "did you mean 'low'"),
         ({}, {"limits": {"low": {"gripper": 1.0}}}, "did you mean 'gripper.pos'"),
         ({}, {"limits": {"low": [1.0, 2.0]}}, "6 numbers"),
+        (
+            {},
+            {"limits": {"low": {"gripper.pos": 30.0}, "high": {"gripper.pos": 20.0}}},
+            "low <= high of 'gripper.pos'; got 30 and 20",
+        ),
         ({}, {"cameras": {"side": "front"}}, "cameras of the checkpoint"),
         ({"low": (200.0,) * 6, "high": (300.0,) * 6}, {}, "near 200..300, its limits"),
     ],

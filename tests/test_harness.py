@@ -86,7 +86,8 @@ def test_vla_evals_own_client_runs_against_the_command(tmp_path):
         "--port",
         "0",
     ]
-    server = subprocess.Popen([sys.executable, "-m", "vla0.cli", *words], stdout=subprocess.PIPE, text=True)
+    ignoring = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); from vla0.cli import main; main()"  # as in a shell's `&`
+    server = subprocess.Popen([sys.executable, "-c", ignoring, *words], stdout=subprocess.PIPE, text=True)
     try:
         address = next(line for line in server.stdout if "ws://" in line).strip()
         params = {"tasks": ["drawer-close-v3"], "max_steps": 12}
@@ -112,4 +113,5 @@ def test_vla_evals_own_client_runs_against_the_command(tmp_path):
         assert "failure_reason" not in episode, episode
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(20)
+        ended = server.wait(20)
+    assert ended == 0

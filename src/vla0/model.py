@@ -34,7 +34,8 @@ def locate(path: str | Path, weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(str(path), ignore_patterns=UNWANTED if weights else [*UNWANTED, "*.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        local = str(path).startswith(("/", ".", "~")) or str(path).count("/") != 1
+        reason = "no such folder" if local else str(error).strip().splitlines()[0]
         raise InputError("a checkpoint folder or Hub id", f"'{path}' ({reason})", "check the path or the connection") from None
 
 

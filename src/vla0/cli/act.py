@@ -129,6 +129,7 @@ def robot(
     )
     pairs = pairs_of("--camera", camera or [])
     arm = make_robot(words)
+    console.print(f"asking {policy_url}")
     try:
         policy = RemotePolicy(policy_url, secret_of(api_key_file), timeout_s, certificate=tls_ca)
     except NoAnswerError as error:
@@ -177,6 +178,8 @@ def _limits(file: Path | None) -> Any:
         return None
     from vla0.recipe import read_yaml
 
+    if not file.is_file():
+        raise InputError("a file of limits", f"'{file}', which is not there", "write one: `vla0 robot --help`")
     return read_yaml(file)
 
 

@@ -76,5 +76,6 @@ def named(env: str, tasks: Sequence[str] | None, suite: str | None, assets: Path
     else:
         found = tuple(tasks or ())
     if not found:
-        raise InputError("--task or --suite", "neither", "name what to do, e.g. --task drawer-close-v3 or --suite object")
+        example = {"metaworld": "--task drawer-close-v3", "libero": "--suite object", "arm": "--task touch-cube"}[env]
+        raise InputError("--task or --suite (LIBERO's)", "neither", f"name what to do, e.g. {example}")
     return tuple(dict.fromkeys(found))

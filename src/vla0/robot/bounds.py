@@ -31,6 +31,9 @@ def limits_of(spec: Spec, body: LeRobotBody, given: Mapping[str, Any] | None = N
         found[name] = _each(name, value, body.actions, found.get(name))
     if not np.isfinite([*found["low"], *found["high"]]).all():
         raise InputError("limits", f"relative actions {spec.relative} and no state's bounds", "give low and high with --limits")
+    for action, low, high in zip(body.actions, found["low"], found["high"], strict=True):
+        if low > high:
+            raise InputError(f"low <= high of '{action}'", f"{low:g} and {high:g}", "correct --limits")
     limits = Limits(**found)
     if (limits.step or limits.velocity) and not body.absolute:
         raise InputError("no step or velocity", "actions that are no positions of the robot", "leave them out of the limits")

@@ -53,7 +53,8 @@ class Limits:
             if value is not None and (len(value) != len(self.low) or not np.isfinite(value).all()):
                 raise InputError(f"{name}: {len(self.low)} finite numbers", f"{value}", "one for each dimension of the action")
         if not all(a <= b for a, b in zip(self.low, self.high, strict=True)):
-            raise InputError("low <= high", f"{self.low}, {self.high}", "exchange them")
+            d = next(d for d, (a, b) in enumerate(zip(self.low, self.high, strict=True)) if a > b)
+            raise InputError("low <= high", f"{self.low[d]:g} and {self.high[d]:g} of action {d}", "exchange them")
         for name in ("step", "velocity"):
             if getattr(self, name) is not None and min(getattr(self, name)) <= 0:
                 raise InputError(f"{name} > 0", f"{getattr(self, name)}", "leave it out for no limit")

@@ -125,9 +125,11 @@ class Session:
             for episode in range(config.episodes):
                 if episode and not self._between(episode):
                     break
-                offset = time.monotonic() - began
+                offset, commands = time.monotonic() - began, []
 
-                def on_step(tick: Tick, offset: float = offset) -> None:
+                def on_step(tick: Tick, offset: float = offset, commands: list = commands) -> None:
+                    if not config.live and tick.action is not None and tick.command is not None:
+                        commands.append((tick.action, tick.command))
                     if recorder is not None:
                         recorder.tick(tick)
                     if view is not None:
@@ -137,6 +139,7 @@ class Session:
                     self.reports.append(self._episode(on_step))
                 finally:
                     self._keep(recorder)
+                    self._tell(commands)
                 if self.reports[-1].stopped is not None:
                     break
         return self.reports
@@ -173,6 +176,15 @@ class Session:
             watchdog.set()
             self.told(f"{guard.sent} commands{'' if config.live else ' (dry run: none was sent)'}, {guard.clipped} clipped, "
                       f"{guard.late} late, {guard.holds} holds")  # fmt: skip
+
+    def _tell(self, commands: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """What a dry run would have sent."""
+        if commands:
+            wanted, sent = (np.array(each) for each in zip(*commands, strict=True))
+            clipped = (np.abs(wanted - sent) > 1e-9).sum(axis=0)
+            for d, name in enumerate(self.body.actions):
+                least, most = sent[:, d].min(), sent[:, d].max()
+                self.told(f"  {name} would have gone {least:.4g}..{most:.4g}, {clipped[d]} of {len(sent)} clipped")
 
     def _look(self, patience_s: float = 5.0) -> None:
         """The first look; cameras take a while to wake up."""

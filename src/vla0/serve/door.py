@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 KEYLESS = {  # protocols that know no key → how to do without another address
-    "lerobot": "leave --host out, and reach it by a tunnel: ssh -L 8000:127.0.0.1:8000 this-machine",
+    "lerobot": "leave --host out, and reach it by a tunnel: ssh -L PORT:127.0.0.1:PORT this-machine",
     "vla-eval": "leave --host out: vla-eval's containers share this machine's network",
 }
 

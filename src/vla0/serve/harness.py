@@ -4,6 +4,7 @@ A harness asks for one action at a time. With an ensemble each is averaged here,
 ensembling never comes into play where it asks again only once a chunk has been executed.
 """
 
+import signal
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -85,8 +86,12 @@ def serve_harness(server: HarnessServer, host: str, port: int, ready: Callable[[
     refuse_open(host, protocol="vla-eval")
 
     async def serving() -> None:
-        async with anyio.create_task_group() as group:
-            ready(await group.start(serve_async, server, host, port))
+        # Received here, else a SIGINT does nothing where a shell has started it in the background, which ignores them.
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+            async with anyio.create_task_group() as group:
+                ready(await group.start(serve_async, server, host, port))
+                async for _ in signals:
+                    group.cancel_scope.cancel()
 
     refuse_taken(host, port)
     anyio.run(serving)
