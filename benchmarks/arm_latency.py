@@ -130,9 +130,9 @@ def followed(url: str, way: str, goals: int, began: Any) -> Tally:
             reached.add(int((now - began.value) / SHOWN_S))
         time.sleep(0.01)
     running.result()
-    remote.close()
     tally = Tally(len(reached & set(range(goals))), goals)
-    tally.add(arm, began.value, config.seconds, 20.0)
+    tally.add(arm, began.value, config.seconds, remote.spec.fps)
+    remote.close()
     return tally
 
 

@@ -107,6 +107,11 @@ def has_expert(task: str) -> bool:
     return True
 
 
+def within(goal: np.ndarray) -> np.ndarray:
+    """Joint positions (6,), clipped to what the servos can do."""
+    return np.clip(goal, *np.array(RANGES).T)
+
+
 class World:
     """Arm, table and what lies on it. Joints in degrees, places in metres."""
 
@@ -130,7 +135,7 @@ class World:
 
     def command(self, goal: np.ndarray) -> None:
         """Where the servos shall go (6,), clipped to what they can do."""
-        self.data.ctrl[:] = _radians(np.clip(goal, *np.array(RANGES).T))
+        self.data.ctrl[:] = _radians(within(goal))
 
     def until(self, seconds: float) -> None:
         """On to that time of its own."""

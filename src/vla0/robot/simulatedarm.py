@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from lerobot.robots import Robot, RobotConfig
 
-from vla0.envs.arm import CAMERAS, JOINTS, RANGES, TASKS, World
+from vla0.envs.arm import ACTIONS, CAMERAS, TASKS, World, within
 from vla0.errors import InputError
 
 
@@ -55,7 +55,7 @@ class SimulatedArm(Robot):
     @property
     def action_features(self) -> dict[str, Any]:
         """Goal positions."""
-        return {f"{joint}.pos": float for joint in JOINTS}
+        return dict.fromkeys(ACTIONS, float)
 
     @property
     def is_connected(self) -> bool:
@@ -95,18 +95,18 @@ class SimulatedArm(Robot):
         """Joints and the newest pictures. Raises TimeoutError as LeRobot's cameras do: nothing for half a second."""
         self._awake()
         with self.lock:
-            seen: dict[str, Any] = {f"{joint}.pos": float(v) for joint, v in zip(JOINTS, self.joints, strict=True)}
+            seen: dict[str, Any] = {name: float(v) for name, v in zip(ACTIONS, self.joints, strict=True)}
             return seen | {name: eye.read_latest() for name, eye in self.cameras.items()}
 
     def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
         """Goal positions, clipped to what the servos can do."""
         self._awake()
-        wanted = np.array([float(action[f"{joint}.pos"]) for joint in JOINTS])
-        goal = np.clip(wanted, *np.array(RANGES).T)
+        wanted = np.array([float(action[name]) for name in ACTIONS])
+        goal = within(wanted)
         with self.lock:
             self.goal = goal
             self.diary.append((time.monotonic(), wanted))
-        return {f"{joint}.pos": float(v) for joint, v in zip(JOINTS, goal, strict=True)}
+        return {name: float(v) for name, v in zip(ACTIONS, goal, strict=True)}
 
     def _awake(self) -> None:
         if not self.is_connected:
