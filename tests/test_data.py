@@ -5,10 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from accelerate.data_loader import BatchSamplerShard
 from conftest import TASKS, frame_of, make_dataset, make_spec
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
 
 from vla0 import InputError
-from vla0.data import Augmentation, Samples, collator
+from vla0.data import Augmentation, Order, Samples, collator
 from vla0.prompt import IGNORE, Prompt
 from vla0.source import DataConfig, Source
 
@@ -259,3 +263,24 @@ def test_v21_reads_the_same_after_the_command_that_the_error_names(tmp_path):
         one, other = (source.sample(row, 2, 1) for source in (converted, whole))
         assert one.observation.instruction == other.observation.instruction
         np.testing.assert_array_equal(one.observation.images["front"], other.observation.images["front"])
+
+
+@given(rows=st.integers(1, 60), batch=st.integers(1, 7), processes=st.integers(2, 5), epoch=st.integers(0, 3))
+def test_all_processes_together_take_each_row_once_an_epoch(rows, batch, processes, epoch):
+    taken = []
+    for process in range(processes):
+        order = Order(range(rows), batch * processes, seed=3)
+        order.set_epoch(epoch)
+        shard = BatchSamplerShard(BatchSampler(order, batch, drop_last=False), processes, process)
+        taken.append([row for own in shard for row in own])
+    assert len({len(own) for own in taken}) == 1
+    assert sorted(row for own in taken for row in own if row >= 0) == list(range(rows))
+
+
+def test_a_row_that_fills_a_batch_counts_nothing(dataset, processor):
+    source = source_of(dataset)
+    spec = spec_of(source)
+    samples = Samples(source, spec)
+    batch = collator([Prompt(spec, processor)], Augmentation())([samples[3], samples[-1]])
+    assert (batch["labels"][0] != IGNORE).any()
+    assert (batch["labels"][1] == IGNORE).all()

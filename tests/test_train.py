@@ -196,6 +196,14 @@ def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(dataset, 
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
 
 
+def test_at_an_epochs_end_processes_take_each_row_once(dataset, tmp_path):
+    """Of fifteen rows in batches of fourteen the last is one row, and one of the processes has none."""
+    steps = {"num_steps": 3, "save_every_n_steps": 3}
+    main(config_of(dataset, tmp_path / "one", batch_size=14, **steps))
+    launched(make_recipe(dataset, tmp_path / "two", batch_size=7, **steps), tmp_path)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+
+
 def test_what_lies_beside_old_checkpoints_is_left_alone(dataset, tmp_path):
     def evaluated(policy, folder):
         (tmp_path / "run" / f"{folder.name}-eval").mkdir()

@@ -1,21 +1,24 @@
 """Samples → Batch: which row comes when, what is added at random, and the collation of both."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 
 from vla0.codec import ActionCodec
 from vla0.errors import InputError
-from vla0.prompt import Prompt, hide, hide_numbers
+from vla0.prompt import IGNORE, Prompt, hide, hide_numbers
 from vla0.source import Source
 from vla0.spec import Sample, Spec, offset, tupled
 from vla0.vision import JITTER
 
-Drawn = tuple[Sample, Sequence[int], int]  # a Sample, the seed of its augmentation, and its dataset's place in a mixture
+# A Sample, the seed of its augmentation (None: it only fills a batch), and its dataset's place in a mixture.
+Drawn = tuple[Sample, Sequence[int] | None, int]
 
 
 class Samples(torch.utils.data.Dataset):
@@ -36,7 +39,8 @@ class Samples(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Drawn:
-        return self.sample(index), (self.seed, self.epoch, self.rows[index]), 0
+        seed = None if index < 0 else (self.seed, self.epoch, self.rows[index])
+        return self.sample(index), seed, 0
 
     def sample(self, index: int) -> Sample:
         """The Sample of one of the rows."""
@@ -74,7 +78,30 @@ class Mixture(torch.utils.data.Dataset):
         turn, row = divmod(place, len(part))
         if (turn + 1) * len(part) > self.counts[which]:
             row = int(_order(len(part), self.seed, self.epoch, which)[row])
-        return part.sample(row), (self.seed, self.epoch, index), self.places[which]
+        seed = None if index < 0 else (self.seed, self.epoch, index)
+        return part.sample(row), seed, self.places[which]
+
+
+class Order(torch.utils.data.Sampler[int]):
+    """An epoch's rows, each once and in an order of its own, filled up to whole batches of all processes.
+
+    What fills is numbered -1: a row whose answer counts nothing. accelerate would repeat rows instead, and count them.
+    """
+
+    def __init__(self, rows: Any, batch: int, seed: int = 0):
+        """rows: of a length. batch: what all processes together take in one pass; 1 where there is one process."""
+        self.rows = SeedableRandomSampler(rows, generator=torch.Generator(), data_seed=seed)
+        self.fill = -len(rows) % batch
+
+    def __len__(self) -> int:
+        return len(self.rows) + self.fill
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.rows
+        yield from [-1] * self.fill
+
+    def set_epoch(self, epoch: int) -> None:
+        self.rows.set_epoch(epoch)
 
 
 @lru_cache(maxsize=16)
@@ -117,9 +144,11 @@ def _collate(drawn: Sequence[Drawn], prompts: Sequence[Prompt], augmentation: Au
     for sample, seed, which in drawn:
         prompt = prompts[which]
         codec = ActionCodec(prompt.spec)
-        rng = None if augmentation is None else np.random.default_rng(seed)
+        rng = None if augmentation is None or seed is None else np.random.default_rng(seed)
         text = codec.write(codec.encode(sample.actions - offset(sample.observation, prompt.spec)))
         text = hide_numbers(text, np.repeat(~sample.valid, prompt.spec.dimensions))  # nothing to learn after the end
         answers.append(hide(text, rng, settings.mask, settings.mask_most, settings.mask_none))
         seen.append(prompt.see(sample.observation, rng, settings.jitter))
-    return prompts[0].gather(seen, answers)
+    batch = prompts[0].gather(seen, answers)
+    batch["labels"][[seed is None for _, seed, _ in drawn]] = IGNORE
+    return batch

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from vla0.data import Order
 from vla0.errors import InputError
 from vla0.prompt import IGNORE
 from vla0.recipe import TrainConfig
@@ -55,6 +56,11 @@ class VLA0Trainer(Trainer):
             loss = loss / num_items_in_batch * share
         return (loss, outputs) if return_outputs else loss
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        """Rows as they come in an epoch."""
+        processes = self.args.world_size
+        return Order(self.train_dataset, self.args.train_batch_size * processes if processes > 1 else 1, self.args.seed)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the share of tokens that the model would have written so, on this process."""
         if "loss" in logs and self.written:
@@ -73,7 +79,8 @@ def answered(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, torch
     inputs = dict(inputs)
     labels = inputs.pop("labels")
     # Rows end together (left padding), so the answers are the last `kept` columns.
-    kept = labels.shape[1] - int((labels != IGNORE).any(dim=0).int().argmax())
+    labelled = (labels != IGNORE).any(dim=0)
+    kept = labels.shape[1] - int(labelled.int().argmax()) if labelled.any() else 1
     outputs = model(**inputs, logits_to_keep=kept + 1, use_cache=False)
     return outputs, outputs.logits[:, :-1], labels[:, -kept:]
 
