@@ -23,7 +23,7 @@ from vla0.table import mean_success, read_episodes, summary, wilson
 BASE = "masked numbers"
 MASKS = {BASE: ["augmentation.mask=number"], "masked characters": ["augmentation.mask=character"]}
 MASKS |= {"no masking": ["augmentation.mask=none"]}
-ACTED = {"ensembling v1": "v1", "ensembling mean": "mean"}  # how the first row acts otherwise; rows act by the newest chunk
+ACTED = {"ensembling v1": ["--ensemble", "v1"], "ensembling mean": ["--ensemble", "mean"]}
 console = Console()
 
 
@@ -37,6 +37,7 @@ class Plan:
     acting: list[str]
     overrides: list[str]  # of all rows
     rows: dict[str, list[str]]  # row: what differs from the recipe
+    acted: dict[str, list[str]]  # how the first row acts otherwise; rows act by the newest chunk
 
 
 STATE = "data.state=observation.state"
@@ -47,12 +48,15 @@ PLANS = {
         acting=["--replan", "1", "--start", "above", "--max-steps", "50"],  # as the demo does
         overrides=[],
         rows={**MASKS, "with the state": [STATE], "with the state, relative": [STATE, "data.relative=[0,1,2]"]},
+        acted=ACTED,
     ),
     "libero": Plan(
         config=Path("configs/libero_tiny.yaml"), steps=1000, tasks=["object/0"],
         acting=["--env", "libero", "--replan", "2", "--workers", "1"],
         overrides=["training.precision=bf16"],  # 1.6 times faster on a CPU that has it
         rows={**MASKS, "without the state": ["data.state=null"], "relative to the state": ["data.relative=[0,1,2]"]},
+        # Its chunks have two steps: to overlap, each has to be left after one.
+        acted={name: [*words, "--replan", "1"] for name, words in {"newest chunk of each step": [], **ACTED}.items()},
     ),
 }  # fmt: skip
 
@@ -76,11 +80,11 @@ def run(
             settings = [f"logging.output_dir={folder}", f"data.dataset={dataset}", f"training.seed={own}"]
             settings += [f"{key}={steps or plan.steps}" for key in ("training.num_steps", "logging.save_every_n_steps")]
             vla0("train", "--config", plan.config, *settings, *plan.overrides, *overrides)
-            for how, ensemble in {name: "none", **(ACTED if name == BASE else {})}.items():
+            for how, acting in {name: [], **(plan.acted if name == BASE else {})}.items():
                 tasks = [word for task in plan.tasks for word in ("--task", task)]
-                words = [*tasks, "--episodes", episodes, *plan.acting, "--ensemble", ensemble]
+                words = [*tasks, "--episodes", episodes, *plan.acting, "--ensemble", "none", *acting]
                 vla0("eval", "--checkpoint", folder / "last", *words, "--out", out / f"{file_of(how)}-{own}-eval")
-        console.print(table(out, [*plan.rows, *ACTED]))
+        console.print(table(out, [*plan.rows, *plan.acted]))
 
 
 def file_of(row: str) -> str:
