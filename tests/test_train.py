@@ -466,6 +466,33 @@ command("train")
 """
 
 
+FUSED = """
+from transformers.integrations.liger import apply_liger_kernel
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+from vla0.tiny import tiny_model, tiny_processor
+from vla0.trainer import LIGER
+model, rotary = tiny_model(tiny_processor(["push"])), modeling.apply_multimodal_rotary_pos_emb
+layer, before, eps = model.model.language_model.layers[0], model.forward, model.model.language_model.norm.variance_epsilon
+apply_liger_kernel(model, LIGER)
+assert "liger" in layer.mlp.forward.__module__ and "liger" in layer.input_layernorm.forward.__module__
+assert layer.input_layernorm.variance_epsilon == eps
+assert model.forward == before and modeling.apply_multimodal_rotary_pos_emb is rotary
+"""
+
+
+@pytest.mark.slow  # torch and transformers once more, in a process whose norms may change
+def test_liger_fuses_norms_and_leaves_the_loss_and_other_models_alone():
+    pytest.importorskip("liger_kernel")
+    subprocess.run([sys.executable, "-c", FUSED], check=True, timeout=300)
+
+
+def test_liger_is_refused_without_a_gpu(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="no GPU"):
+        main(config_of(dataset, tmp_path / "run", liger=True))
+    assert not (tmp_path / "run").exists()
+
+
 def test_wandb_gets_what_tensorboard_gets(dataset, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")

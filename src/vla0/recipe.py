@@ -65,6 +65,7 @@ class TrainingConfig:
     max_grad_norm: float = 0.0  # 0 leaves the gradient alone
     optimizer: str = "adamw_torch_fused"  # a name of transformers' optimisers; adamw_8bit needs bitsandbytes
     gradient_checkpointing: bool = False  # less memory, more time
+    liger: bool = False  # Liger's fused norms and SwiGLU, on GPUs; the loss is computed in parts anyway
     shard: bool = False  # over the processes of torchrun or accelerate: FSDP2
     precision: str = "bf16"  # or "fp32"; fp16 diverges
     seed: int = 0

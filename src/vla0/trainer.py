@@ -22,6 +22,8 @@ SHARDED = {  # weights, gradients and moments over the processes: FSDP2
         "transformer_layer_cls_to_wrap": ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"],
     },
 }
+# Only what is of one model: another rotary embedding would be that of all models in the process.
+LIGER = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 class VLA0Trainer(Trainer):
@@ -103,6 +105,9 @@ def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -
     for name in followers:
         if importlib.util.find_spec(name) is None:
             raise InputError(f"{name}, for logging.{name}", "no such package", f"pip install {name}, or leave that out")
+    if training.liger and not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
+        got = "no such package" if torch.cuda.is_available() else "no GPU"
+        raise InputError("a GPU and liger-kernel, for training.liger", got, "pip install 'vla0[liger]', or leave that out")
     projects = [chosen for chosen in followers.values() if isinstance(chosen, str)]
     settings = dict(
         output_dir=str(output / "state"), max_steps=steps,
@@ -113,6 +118,7 @@ def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -
         max_grad_norm=training.max_grad_norm, optim=training.optimizer,
         gradient_checkpointing=training.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
+        use_liger_kernel=training.liger, liger_kernel_config=LIGER,
         bf16=training.precision == "bf16", seed=training.seed, dataloader_num_workers=config.data.num_workers,
         logging_steps=logging.log_every_n_steps, save_steps=logging.steps("save", per_epoch, 500), save_total_limit=2,
         remove_unused_columns=False, label_names=["labels"], prediction_loss_only=True,
