@@ -62,6 +62,13 @@ def test_the_report_says_what_was_published_and_what_spoils_a_comparison(evaluat
     assert "are stand-ins" not in write_report(evaluated).read_text()
 
 
+def test_the_report_says_what_a_control_was_given(evaluated):
+    log = evaluated / "episodes.jsonl"
+    assert "black pictures" not in write_report(evaluated).read_text()
+    log.write_text(log.read_text().replace('"policy": "policy"', '"policy": "blank"'))
+    assert "black pictures" in write_report(evaluated).read_text()
+
+
 def test_a_report_of_nothing_is_refused(tmp_path):
     with pytest.raises(InputError, match="vla0 eval"):
         write_report(tmp_path)

@@ -12,6 +12,12 @@ import numpy as np
 from vla0.errors import InputError
 from vla0.table import PUBLISHED, mean_success, read_episodes, suites, summary
 
+CONTROLS = {  # policies to compare with, and what the page says of them
+    "blank": "The policy was given black pictures; the videos show what was there. ",
+    "exchanged": "The policy was given the next task's sentence. ",
+    "random": "Uniform actions between the bounds. ",
+    "untrained": "The same architecture before training. ",
+}
 SHOWN = 6  # episodes of each policy and task that the page holds; the others stay in videos/
 
 STYLE = """
@@ -93,7 +99,8 @@ def _section(out: Path, policy: str, task: str, lines: Sequence[Mapping[str, Any
     figures = "".join(_figure(out, line) for line in shown)
     errors = "".join(f"<p class=no>seed {line['seed']}: {escape(line['error'])}</p>" for line in lines if line["error"])
     return (
-        f"<h2>{escape(policy)}: {escape(task)}</h2><p>{len(shown)} of {len(ended)} episodes, failures first; "
+        f"<h2>{escape(policy)}: {escape(task)}</h2><p>{CONTROLS.get(policy, '')}"
+        f"{len(shown)} of {len(ended)} episodes, failures first; "
         f"the others are in videos/. Below a video each action dimension over time: executed in blue, predicted chunks "
         f"in orange.</p><div class=grid>{figures}</div>{errors}"
     )

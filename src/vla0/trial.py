@@ -20,13 +20,12 @@ from vla0.model import fingerprint, locate, untrained
 from vla0.parallel import Crew, Predict
 from vla0.policy import VLA0
 from vla0.recipe import build
-from vla0.report import write_report
+from vla0.report import CONTROLS, write_report
 from vla0.spec import MAIN, Spec
 from vla0.table import mean_success, summary
 
 logger = logging.getLogger(__name__)
 
-CONTROLS = ("blank", "exchanged", "random", "untrained")
 ROWS = {  # of the ablation: steps executed per query (None: the whole chunk, 8 of the published model), ensemble
     "ensembling v1": (1, "v1"),
     "ensembling mean": (1, "mean"),
@@ -53,7 +52,7 @@ def trial(
     inexact: modes of vla0.decode.inexact, tried beside the policy, each under its name. ray: "local" or the address of a
     cluster. Raises InputError where the checkpoint does not fit, or episodes were given up.
     """
-    for kind, given, known in (("control", control, CONTROLS), ("mode", inexact, tuple(MODES))):
+    for kind, given, known in (("control", control, tuple(CONTROLS)), ("mode", inexact, tuple(MODES))):
         if wrong := [name for name in given if name not in known]:
             raise InputError(f"a {kind} of {known}", f"'{wrong[0]}'", "choose one of those")
     policy = VLA0.from_pretrained(checkpoint, device if ray is None else "cpu", embodiment=embodiment)
