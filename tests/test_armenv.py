@@ -78,7 +78,8 @@ def test_demonstrations_name_what_the_robot_has(tmp_path):
     assert set(fields["cameras"]) <= set(robot.observation_features)
 
 
-def test_the_robot_of_a_seed_begins_as_its_episode_does():
+def test_the_robot_of_a_seed_begins_as_its_episode_does(caplog):
+    caplog.set_level("INFO", "vla0")
     env = make_env(EvalConfig(("touch-cube",), "arm", image_size=112), "touch-cube")
     begun = env.reset(10_003)
     robot = make_robot(["--robot.type=sim", "--robot.width=112", "--robot.height=112", "--robot.seed=10003"])
@@ -99,6 +100,7 @@ def test_the_robot_of_a_seed_begins_as_its_episode_does():
             time.sleep(0.01)
     assert robot.touched == {"touch-cube"}
     robot.disconnect()
+    assert caplog.text.count("touch-cube: done") == 1
 
 
 def test_an_unknown_task_is_refused():

@@ -3,6 +3,7 @@
 The world of vla0.envs.arm, whose physics and cameras run here in a thread of their own, whatever the program does.
 """
 
+import logging
 import math
 import threading
 import time
@@ -14,6 +15,8 @@ from lerobot.robots import Robot, RobotConfig
 
 from vla0.envs.arm import ACTIONS, CAMERAS, TASKS, World, within
 from vla0.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 @RobotConfig.register_subclass("sim")
@@ -119,7 +122,7 @@ class SimulatedArm(Robot):
             if self.config.seed is not None:
                 world.place(self.config.seed)
             self.goal = world.joints()
-            began, drawn = time.monotonic(), -math.inf
+            began, drawn, told = time.monotonic(), -math.inf, set()
             while not self.ended.is_set():
                 with self.lock:
                     world.command(self.goal)
@@ -131,6 +134,9 @@ class SimulatedArm(Robot):
                 with self.lock:
                     self.joints = world.joints()
                     self.touched = set(filter(world.touched, TASKS))
+                for task in self.touched - told:
+                    logger.info("%s: done %.1f s after the arm was connected", task, time.monotonic() - began)
+                told |= self.touched
                 self.ready.set()
                 time.sleep(0.002)
             world.close()
