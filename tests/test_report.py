@@ -69,6 +69,16 @@ def test_the_report_says_what_a_control_was_given(evaluated):
     assert "black pictures" in write_report(evaluated).read_text()
 
 
+@pytest.mark.parametrize(("alike", "said"), [(20, True), (19, False)])
+def test_the_report_says_that_a_failure_ended_stuck(evaluated, alike, said):
+    actions = np.r_[np.arange(10.0), np.full(alike, 7.0)][:, None]
+    for seed in range(3):  # the solved ones too
+        np.savez(
+            evaluated / f"videos/policy_reach_{seed}.npz", actions=actions, queries=np.array([0]), chunks=actions[None, :4]
+        )
+    assert write_report(evaluated).read_text().count(f"the last {alike} actions alike") == said
+
+
 def test_a_report_of_nothing_is_refused(tmp_path):
     with pytest.raises(InputError, match="vla0 eval"):
         write_report(tmp_path)

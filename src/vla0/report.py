@@ -19,6 +19,7 @@ CONTROLS = {  # policies to compare with, and what the page says of them
     "untrained": "The same architecture before training. ",
 }
 SHOWN = 6  # episodes of each policy and task that the page holds; the others stay in videos/
+STUCK = 20  # the same action so often at a failure's end is worth saying
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#1c2330;background:#fff}
@@ -110,10 +111,13 @@ def _figure(out: Path, line: Mapping[str, Any]) -> str:
     word = "<span class=ok>solved</span>" if line["success"] else "<span class=no>not solved</span>"
     video = base64.b64encode((out / line["video"]).read_bytes()).decode()
     with np.load((out / line["video"]).with_suffix(".npz")) as arrays:
-        plot = plot_actions(arrays["actions"], arrays["queries"], arrays["chunks"])
+        plot = plot_actions(actions := arrays["actions"], arrays["queries"], arrays["chunks"])
+    alike = len(actions) - int(np.flatnonzero((actions != actions[-1]).any(1)).max(initial=-1)) - 1
+    # A picture that an action does not change gives that action again, until the episode ends.
+    stuck = f", the last {alike} actions alike" if alike >= STUCK and not line["success"] else ""
     return (
         f"<figure><video controls muted loop playsinline preload=metadata src='data:video/mp4;base64,{video}'></video>"
-        f"{plot}<figcaption>seed {line['seed']}: {word} in {line['steps']} steps</figcaption></figure>"
+        f"{plot}<figcaption>seed {line['seed']}: {word} in {line['steps']} steps{stuck}</figcaption></figure>"
     )
 
 
