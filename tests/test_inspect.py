@@ -4,13 +4,17 @@ import json
 import numpy as np
 import pytest
 from conftest import TASKS, make_dataset, make_recipe
+from transformers import Qwen2_5_VLConfig
 
 from vla0 import InputError
+from vla0.adapter import Lora
+from vla0.bench.inputs import SHAPE_3B
 from vla0.inspect import examine as module
 from vla0.inspect.examine import examine, guessed, rate, recipe
 from vla0.inspect.page import facts, page, screen
 from vla0.recipe import ModelConfig, TrainConfig, build
 from vla0.source import Source
+from vla0.tiny import tiny_processor
 
 
 def config_of(dataset, **data):
@@ -120,6 +124,28 @@ def test_a_model_that_is_not_at_hand_leaves_only_the_hours_unknown(dataset, tmp_
     assert survey.memory is not None
     assert survey.memory > 40e9
     assert "unknown" in dict(facts(survey))["training here"]
+
+
+def test_memory_is_that_of_what_a_recipe_trains(dataset, tmp_path):
+    """The published size, of its config alone; LoRA's weights as `vla0 train` counted them at full size: 164.3 million."""
+    Qwen2_5_VLConfig(**SHAPE_3B).save_pretrained(tmp_path)
+    tiny_processor(["push"]).save_pretrained(tmp_path)
+
+    def memory(**model):
+        config = config_of(dataset)
+        training = dataclasses.replace(config.training, precision="bf16")
+        survey = examine(dataclasses.replace(config, training=training, model=ModelConfig(str(tmp_path), **model)))
+        assert survey.hours
+        return survey.memory, dict(facts(survey))["memory"]
+
+    full, text = memory()
+    assert full == pytest.approx(17 * 3.7546e9, rel=1e-3)
+    assert "full fine-tuning" in text
+    lora, text = memory(lora=Lora(64))
+    assert lora == pytest.approx(2 * 3.7546e9 + 17 * 164.3e6, rel=1e-3)
+    assert "LoRA of rank 64" in text
+    assert memory(lora=Lora(64), quantization="nf4")[0] < lora - 3e9
+    assert memory(freeze_vision_encoder=True)[0] < full - 7e9
 
 
 def test_the_page_shows_each_dimension_and_what_the_model_sees(dataset, tmp_path):

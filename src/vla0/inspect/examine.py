@@ -1,6 +1,7 @@
 """What is in a dataset, what its numbers lose as text, what the model will see, what training takes."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoProcessor
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from vla0.adapter import LANGUAGE, adapted
 from vla0.bench.inputs import product_rate
 from vla0.codec import ActionCodec
 from vla0.doctor import MODELS, TRAINING
@@ -25,6 +28,8 @@ from vla0.vision import compose
 
 PICTURES = 6  # shown
 TRIED = 40  # episodes of which a frame is read
+NF4 = 0.52  # bytes of a weight in 4 bits, scales included
+ALL = "full fine-tuning"
 SHARE = {"cpu": 0.6, "cuda": 0.35}  # of the rate of large products of matrices that training reaches, about
 
 
@@ -60,7 +65,8 @@ class Survey:
     steps: int
     samples: int  # of a step
     hours: float | None  # about; None where the model's size is not known
-    memory: float | None  # bytes for weights, gradient and moments of full fine-tuning, about
+    memory: float | None  # bytes for weights, gradients and moments, about; None where the model's size is not known
+    trained: str  # what of the model is trained
     problems: tuple[str, ...]
     pictures: tuple[np.ndarray, ...] = field(repr=False)  # (h, w, 3) uint8, what the model will see
 
@@ -99,7 +105,7 @@ def examine(config: TrainConfig) -> Survey:
     starts, counts = np.unique(source.start, return_counts=True)
     chosen = starts[np.linspace(0, len(starts) - 1, min(TRIED, len(starts))).astype(int)]
     samples = [source.sample(int((start + source.end[start]) // 2), spec.horizon, spec.history) for start in chosen]
-    parameters, processor = _model(config, spec, source)
+    size, processor = _model(config, spec, source)
     prompt_tokens, answer_tokens = _tokens(samples[:8], spec, processor)
     dimensions = _dimensions(source, spec)
     still = np.abs(np.diff(source.actions, axis=0)) <= (np.array(spec.high) - spec.low) / spec.bins / 2
@@ -109,9 +115,10 @@ def examine(config: TrainConfig) -> Survey:
     batch = training.batch_size * training.gradient_accumulation_steps
     steps = training.num_steps or math.ceil((training.num_epochs or 0) * len(source) / batch)
     hours = None
-    if parameters is not None and prompt_tokens is not None:
-        work = 6 * parameters * (prompt_tokens + answer_tokens) * batch * steps
-        hours = work / rate(training.precision) / 3600
+    if size is not None and prompt_tokens is not None:
+        # Forwards, backwards through all weights, the gradients of those that are trained; and forwards again.
+        products = 4 * size.weights + 2 * size.trained + 2 * size.weights * training.gradient_checkpointing
+        hours = products * (prompt_tokens + answer_tokens) * batch * steps / rate(training.precision) / 3600
     episodes_of = {int(start): source.tasks[source.task_of[start]] for start in starts}
     return Survey(
         config.data.dataset, len(starts), len(source), source.fps,
@@ -119,7 +126,7 @@ def examine(config: TrainConfig) -> Survey:
         dict(Counter(episodes_of.values()).most_common()),
         {name: _camera(source, key) for name, key in config.data.cameras.items()},
         dimensions, idle, prompt_tokens, answer_tokens, steps, batch, hours,
-        None if parameters is None else TRAINING * parameters,
+        None if size is None else size.memory, _trained(config),
         tuple(_problems(source, dimensions, idle)),
         tuple(compose(sample.observation, spec)[0] for sample in samples[:: max(1, len(samples) // PICTURES)][:PICTURES]),
     )  # fmt: skip
@@ -173,16 +180,46 @@ def _tokens(samples: Sequence[Sample], spec: Spec, processor: Any) -> tuple[int 
     return int(batch["attention_mask"].sum(1).max()), float(np.mean(answers))
 
 
-def _model(config: TrainConfig, spec: Spec, source: Source) -> tuple[float | None, Any]:
-    """(parameters, processor) of the recipe's model; None for what is not known or not at hand."""
+@dataclass(frozen=True)
+class Size:
+    """Of a model and of what training keeps of it."""
+
+    weights: float
+    trained: float
+    memory: float  # bytes
+
+
+def _model(config: TrainConfig, spec: Spec, source: Source) -> tuple[Size | None, Any]:
+    """(Size, processor) of the recipe's model; None for what is not known or not at hand."""
     if config.model.name == TINY:
         model, processor = tiny_of(config, {MAIN: spec}, {MAIN: source})
-        return float(sum(weight.numel() for weight in model.parameters())), processor
-    parameters = next((count for name, count in MODELS.items() if name in config.model.name), None)
+        return _size(config, model), processor
     try:
-        return parameters, AutoProcessor.from_pretrained(locate(config.model.name, weights=False))
-    except (OSError, InputError):
-        return parameters, None
+        folder = locate(config.model.name, weights=False)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+        return _size(config, model), AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, InputError):
+        count = next((count for name, count in MODELS.items() if name in config.model.name), None)
+        return None if count is None or _trained(config) != ALL else Size(count, count, TRAINING * count), None
+
+
+def _size(config: TrainConfig, model: Any) -> Size:
+    model = adapted(model, config.model.lora, config.model.freeze_vision_encoder)
+    whole = 2.0 if config.model.lora.rank and config.training.precision == "bf16" else 4.0  # bytes of a weight that stays
+    weights = trained = memory = 0.0
+    for name, weight in model.named_parameters():
+        weights += weight.numel()
+        trained += weight.numel() * weight.requires_grad
+        packed = config.model.quantization and re.search(LANGUAGE + r"\.base_layer\.weight$", name)
+        memory += weight.numel() * (TRAINING if weight.requires_grad else NF4 if packed else whole)
+    return Size(weights, trained, memory)
+
+
+def _trained(config: TrainConfig) -> str:
+    lora, tower = config.model.lora.rank, "" if not config.model.freeze_vision_encoder else ", the vision tower frozen"
+    kind = f"{'Q' if config.model.quantization else ''}LoRA of rank {lora}" if lora else ALL
+    return kind + tower
 
 
 def _problems(source: Source, dimensions: Sequence[Dimension], idle: float) -> list[str]:

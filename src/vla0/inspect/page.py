@@ -28,7 +28,7 @@ def facts(survey: Survey) -> list[tuple[str, str]]:
     total = None if survey.prompt_tokens is None else survey.prompt_tokens + survey.answer_tokens
     tokens = f"{survey.answer_tokens:.0f} an answer" + ("" if total is None else f", {total:.0f} a sample")
     hours = "how long is unknown without the model's files" if survey.hours is None else f"about {survey.hours:.2g} hours"
-    memory = "unknown: a model of another name" if survey.memory is None else f"about {survey.memory / GIB:.2g} GiB"
+    memory = "unknown without the model's files" if survey.memory is None else f"about {survey.memory / GIB:.2g} GiB"
     return [
         ("dataset", survey.dataset),
         ("episodes", f"{survey.episodes}, {survey.frames} frames, {survey.frames / survey.fps / 3600:.2f} h"),
@@ -38,7 +38,7 @@ def facts(survey: Survey) -> list[tuple[str, str]]:
         ("idle frames", f"{survey.idle:.1%}"),
         ("tokens", tokens),
         ("training here", f"{survey.steps} steps of {survey.samples} samples, {hours}"),
-        ("memory", f"{memory} for full fine-tuning, and what the samples take"),
+        ("memory", f"{memory} for {survey.trained}, and what the samples take"),
     ]
 
 
