@@ -14,7 +14,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from vla0.codec import Grammar
 from vla0.decode.draft import Tree, drawn
 from vla0.decode.sight import Sight
-from vla0.decode.slots import Replay, Slots
+from vla0.decode.slots import Replay, Slots, cache_argument
 from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class Engine:
     def __init__(self, model: Any, symbol_ids: Sequence[int], grammar: Grammar, fixed: bool):
         self.model, self.grammar, self.fixed = model, grammar, fixed
         self.embed = model.model.get_input_embeddings()
+        self.cache_name = cache_argument(model.model.language_model)
         # Ties go to the lower token, as argmax over the whole vocabulary has it.
         self.order = np.argsort(symbol_ids)
         self.ids = np.array(symbol_ids)
@@ -201,8 +202,8 @@ class Engine:
         if self.model.config.text_config._attn_implementation == "eager":  # it adds
             mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
         return self.model.model.language_model(
-            inputs_embeds=embedded, position_ids=places, attention_mask={"full_attention": mask},
-            past_key_values=self.cache, use_cache=True,
+            inputs_embeds=embedded, position_ids=places, attention_mask={"full_attention": mask}, use_cache=True,
+            **{self.cache_name: self.cache},
         ).last_hidden_state  # fmt: skip
 
     def _judge(self, hidden: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,7 @@
-"""The vision tower for images of known sizes: what depends on sizes alone is computed once."""
+"""The vision tower for images of known sizes: what depends on sizes alone is asked of the tower once."""
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.functional import linear
 
@@ -10,30 +9,55 @@ from torch.nn.functional import linear
 class Sight:
     """A tower's forward pass for images of these sizes, as a function of tensors alone, so that it can be captured.
 
-    grids: of each image (1, rows, columns) of patches. The blocks ask tensors for the lengths of windows, each block anew, and
-    wait for the device; arrays answer at once.
+    grids: of each image (1, rows, columns) of patches. In which order the tower sees patches, and what it tells each of its
+    blocks of windows and angles, is recorded from its own forward pass: nothing of it is computed a second way here.
     """
 
     def __init__(self, tower: Any, grids: tuple[tuple[int, ...], ...], device: torch.device):
-        self.tower, grid = tower, torch.tensor(grids)
-        window, ends = tower.get_window_index(grid)
-        self.windows, self.images = np.unique(ends), np.cumsum([0, *grid.prod(1).tolist()])
-        self.order, self.back = window.to(device), torch.argsort(window).to(device)
-        turn = self._grouped(tower.rot_pos_emb(grid.to(device)))
-        turn = torch.cat([turn, turn], 1)
-        self.turn = turn.cos(), turn.sin()
+        self.tower = tower
+        self.told: list[dict[str, Any]] = [{} for _ in tower.blocks]
+        weight = tower.patch_embed.proj.weight
+        self.width = weight[0].numel()
+        grid = torch.tensor(grids, device=device)
+        patches = int(grid.prod(1).sum())
+        hooks = [
+            tower.patch_embed.register_forward_hook(lambda *_: _numbered(patches, len(weight), device)),
+            tower.merger.register_forward_hook(lambda _, __, out: _numbered(len(out), out.shape[1], device)),
+        ]
+        for number, block in enumerate(tower.blocks):
+            hooks.append(block.register_forward_pre_hook(self._listen(number, weight.dtype), with_kwargs=True))
+        try:
+            with torch.inference_mode():
+                self.back = tower(weight.new_zeros(patches, self.width), grid).pooler_output[:, 0].long()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _listen(self, number: int, dtype: torch.dtype):
+        """Records what a block is told; of the first also the patches' order, which stands in their place."""
+
+        def hook(_: Any, given: tuple[torch.Tensor, ...], told: dict[str, Any]):
+            (hidden,) = given
+            if number == 0:
+                self.order, hidden = hidden[:, 0].long(), torch.zeros_like(hidden, dtype=dtype)
+            # Of tensors a block asks the lengths of its windows, and waits for the device each time; arrays answer at once.
+            self.told[number] = {
+                name: value.cpu().numpy() if name == "cu_seqlens" else value for name, value in told.items()
+            }
+            return (hidden,), told
+
+        return hook
 
     def __call__(self, patches: torch.Tensor) -> torch.Tensor:
         """(tokens, width) of patches (N, pixels): what `get_image_features` gives, the images one after another."""
         tower = self.tower
         # A convolution whose stride is its kernel is a product of matrices, and faster as one.
-        hidden = self._grouped(linear(patches, tower.patch_embed.proj.weight.flatten(1)))
-        for layer, block in enumerate(tower.blocks):
-            ends = self.images if layer in tower.fullatt_block_indexes else self.windows
-            hidden = block(hidden, cu_seqlens=ends, position_embeddings=self.turn)
+        hidden = linear(patches, tower.patch_embed.proj.weight.flatten(1))[self.order]
+        for block, told in zip(tower.blocks, self.told, strict=True):
+            hidden = block(hidden, **told)
         return tower.merger(hidden)[self.back]
 
-    def _grouped(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows (N, width) of patches in the order of the windows."""
-        groups = rows.reshape(len(self.order), self.tower.spatial_merge_unit, -1)
-        return groups[self.order].flatten(0, 1)
+
+def _numbered(rows: int, width: int, device: torch.device) -> torch.Tensor:
+    """(rows, width) float32: each row its own number, to follow it through a permutation."""
+    return torch.arange(rows, dtype=torch.float32, device=device)[:, None].expand(rows, width).contiguous()

@@ -1,5 +1,6 @@
 """Where a decode's keys and values lie, and a pass of fixed size as a CUDA graph."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,11 @@ class Slots:
         rows = torch.arange(len(source), device=source.device)[:, None]
         # Indices apart by slices: the result has them in front, (B, n, layers, 2, heads, width), and so has what is assigned.
         self.content[:, :, rows, :, target] = self.content[:, :, rows, :, source]
+
+
+def cache_argument(model: Any) -> str:
+    """The name under which a language model takes its cache: `past_key_values`, in later transformers `cache`."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class Replay:
