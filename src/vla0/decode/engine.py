@@ -44,8 +44,12 @@ class Engine:
     one tensor of whole numbers (and the pixels, in the first): all that the host says goes over in one copy.
     """
 
-    def __init__(self, model: Any, symbol_ids: Sequence[int], grammar: Grammar, fixed: bool):
-        self.model, self.grammar, self.fixed = model, grammar, fixed
+    def __init__(self, model: Any, symbol_ids: Sequence[int], grammar: Grammar, fixed: bool, compiled: bool = False):
+        """compiled: all passes but the first by torch.compile, a minute for each size of them."""
+        self.model, self.grammar, self.fixed, self.compiled = model, grammar, fixed, compiled
+        self.language = self.quick = model.model.language_model
+        if compiled:
+            self.quick = torch.compile(self.language, fullgraph=True, dynamic=False)
         self.embed = model.model.get_input_embeddings()
         self.cache_name = cache_argument(model.model.language_model)
         # Ties go to the lower token, as argmax over the whole vocabulary has it.
@@ -62,7 +66,7 @@ class Engine:
 
     def fresh(self) -> "Engine":
         """Another for the same model."""
-        return Engine(self.model, list(self.ids), self.grammar, self.fixed)
+        return Engine(self.model, list(self.ids), self.grammar, self.fixed, self.compiled)
 
     def prefill(self, batch: dict[str, torch.Tensor], trees: Sequence[Tree], most: int) -> Verdict:
         """Reads the prompts (B, L), padded on the left, and first trees whose node 0 is the prompt's last token.
@@ -186,22 +190,25 @@ class Engine:
         if self.fixed:
             mask = pad(mask, (0, len(self.cache) - length - nodes))
         places = torch.cat([before, places.expand(3, -1, -1)], 2)
-        return self._judge(self._pass(embedded, places, mask, at)[:, length:], allowed.bool())
+        hidden = self._pass(embedded, places, mask, at, self.language)
+        return self._judge(hidden[:, length:], allowed.bool())
 
     def _next(self, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor) -> torch.Tensor:
         base, seen, tokens, places, below, allowed = _apart(numbers, shapes)
         at = base + torch.arange(tokens.shape[1], device=base.device)
         before = seen.bool()[:, None].expand(-1, tokens.shape[1], -1)
         mask = before.index_copy(2, at, below.bool()) if self.fixed else torch.cat([before, below.bool()], 2)
-        hidden = self._pass(self.embed(tokens), places.expand(3, -1, -1), mask, at)
+        hidden = self._pass(self.embed(tokens), places.expand(3, -1, -1), mask, at, self.quick)
         return self._judge(hidden, allowed.bool())
 
-    def _pass(self, embedded: torch.Tensor, places: torch.Tensor, mask: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    def _pass(
+        self, embedded: torch.Tensor, places: torch.Tensor, mask: torch.Tensor, at: torch.Tensor, model: Any
+    ) -> torch.Tensor:
         self.cache.at = at if self.fixed else None
         mask = mask[:, None]
         if self.model.config.text_config._attn_implementation == "eager":  # it adds
             mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
-        return self.model.model.language_model(
+        return model(
             inputs_embeds=embedded, position_ids=places, attention_mask={"full_attention": mask}, use_cache=True,
             **{self.cache_name: self.cache},
         ).last_hidden_state  # fmt: skip

@@ -49,6 +49,7 @@ class Fast:
         least: float = 0.0,
         learning: bool = True,
         enough: float = 1.0,
+        compiled: bool = False,
     ):
         self.model, self.prompt, self.tail, self.least, self.learning = model, prompt, tail, least, learning
         self.width, self.enough = width, enough
@@ -57,7 +58,7 @@ class Fast:
         self.expectation = Expectation(spec.horizon, spec.dimensions, spec.bins)
         self.grammar = Grammar(spec.bins, spec.numbers)
         self.turn: object | None = None
-        self.engine = Engine(model, prompt.symbol_ids, self.grammar, fixed=model.device.type == "cuda")
+        self.engine = Engine(model, prompt.symbol_ids, self.grammar, compiled or model.device.type == "cuda", compiled)
 
     def nodes(self, rows: int) -> int:
         """Of the tree of each row, of so many that are decoded together."""
@@ -92,7 +93,7 @@ class Fast:
         spec = self.prompt.spec
         count = len(batch["input_ids"])
         steps = spec.horizon if chunk_size is None else chunk_size
-        guesses = list(guesses or [None] * count)
+        guesses = [None] * count if guesses is None else list(guesses)
         for guess in guesses:
             if guess is not None and guess.shape != (spec.horizon, spec.dimensions):
                 expected = f"a guess of shape {(spec.horizon, spec.dimensions)}"

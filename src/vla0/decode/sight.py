@@ -41,9 +41,7 @@ class Sight:
             if number == 0:
                 self.order, hidden = hidden[:, 0].long(), torch.zeros_like(hidden, dtype=dtype)
             # Of tensors a block asks the lengths of its windows, and waits for the device each time; arrays answer at once.
-            self.told[number] = {
-                name: value.cpu().numpy() if name == "cu_seqlens" else value for name, value in told.items()
-            }
+            self.told[number] = {name: value.cpu().numpy() if name == "cu_seqlens" else value for name, value in told.items()}
             return (hidden,), told
 
         return hook

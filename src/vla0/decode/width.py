@@ -24,8 +24,8 @@ CONTEXT = 256  # slots before the tree, about a prompt and half an answer
 
 def width(engine: Engine, rows: int = 1, fresh: bool = False) -> int:
     """Nodes of each row's tree that decode fastest: measured at first, then read from the cache. fresh: measured anew."""
-    key, file = _key(engine), cache_file()
-    known = _read(file)
+    key, file = key_of(engine), cache_file()
+    known = read(file)
     if fresh or key not in known:
         known[key] = times = measure(engine)
         chosen = best(times)
@@ -85,14 +85,16 @@ def cache_file() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vla0" / "decode.json"
 
 
-def _key(engine: Engine) -> str:
+def key_of(engine: Engine) -> str:
+    """What the times of a pass depend on: device, number format and the model's size."""
     model: Any = engine.model
     text, device = model.config.text_config, model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     return f"{name}, {str(model.dtype).removeprefix('torch.')}, {text.num_hidden_layers} layers of {text.hidden_size}"
 
 
-def _read(file: Path) -> dict[str, dict[int, float]]:
+def read(file: Path) -> dict[str, dict[int, float]]:
+    """What was measured: {key: {nodes: ms}}."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return {name: {int(n): float(ms) for n, ms in row.items()} for name, row in content.items()}

@@ -1,0 +1,529 @@
+"""What only a GPU can tell, in minutes: a model of Qwen2.5-VL-3B's shape trained and decoded, and whether the tokens are right.
+
+python benchmarks/gpu.py --minutes 8 --out runs/gpu      # --small: the tiny model, to rehearse on any machine
+
+Needs no network, no dataset and no weights: the model starts from random numbers and is trained for some minutes on made-up
+pictures, so that its chunks resemble each other as a policy's do. Each stage is a process with a time limit; what it has
+measured is on the disk after each row, so that a run cut at any moment loses nothing. The most valuable stages come first.
+"""
+
+import gc
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback
+
+from vla0 import model as models
+from vla0.adapter import Lora, adapted
+from vla0.bench import decode as decoding
+from vla0.bench import train as training
+from vla0.bench.inputs import build_3b, product_rate
+from vla0.data import Augmentation, collator
+from vla0.decode.draft import filled
+from vla0.decode.fast import Fast
+from vla0.decode.slots import Replay
+from vla0.decode.width import cache_file, key_of, read
+from vla0.policy import VLA0
+from vla0.recipe import LoggingConfig, TrainConfig, TrainingConfig
+from vla0.rollout import rest
+from vla0.source import DataConfig
+from vla0.spec import Observation, Sample, Spec
+from vla0.tiny import tiny_model, tiny_processor
+from vla0.trainer import VLA0Trainer, arguments
+
+COLOURS = ("red", "blue", "green")
+TAIL = "tree that learns, and a tail"
+CUDA = torch.version.cuda is not None
+
+
+@dataclass
+class Stage:
+    """What a stage is told, and where it writes."""
+
+    name: str
+    out: Path
+    scratch: Path
+    small: bool
+    seconds: float
+    rows: list[dict[str, Any]]
+    started: float = 0.0
+
+    def note(self, **row: Any) -> None:
+        """Adds a row; the file on the disk is whole at every moment."""
+        self.rows.append(row)
+        partial = self.out / f".{self.name}.json"
+        partial.write_text(json.dumps(self.rows, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.out / f"{self.name}.json")
+        print(f"[{self.name} {time.monotonic() - self.started:.0f} s] {short(row)}", flush=True)
+
+    def left(self) -> float:
+        """Seconds until the limit."""
+        return self.started + self.seconds - time.monotonic()
+
+
+def short(row: dict[str, Any]) -> str:
+    """A row on a line."""
+    cells = ((k, f"{v:.4g}" if isinstance(v, float) else v) for k, v in row.items())
+    return ", ".join(f"{k} {v}" for k, v in cells if not isinstance(v, (dict, list)))[:400]
+
+
+# What is seen and what is done
+
+
+def spec() -> Spec:
+    """The published prompt of LIBERO: two cameras tiled to 224 x 448, 8 steps of 7 numbers in 0..1000."""
+    return Spec((-1.0,) * 7, (1.0,) * 7, 20.0, ("agentview", "wrist"), "random")
+
+
+def lesson(number: int) -> Iterator[tuple[Observation, np.ndarray]]:
+    """An episode without an end: pictures whose colours turn, and the actions (8, 7) that go with them, a little unsteady."""
+    rng = np.random.default_rng(number)
+    phase, pace = rng.random(), 1 / 96
+    hidden = np.random.default_rng(0)
+    shift, turns = hidden.random(7), np.array([1, 1, 1, 1, 1, 2, 1])
+    shade = np.linspace(-25, 25, 256)[None, :, None] * np.ones((256, 1, 3))
+    while True:
+        angle = 2 * np.pi * phase
+        picture = 127 + 90 * np.cos(angle + np.array([0, 2.1, 4.2])) + shade
+        picture = np.clip(picture, 0, 255).astype(np.uint8)
+        when = phase + pace * np.arange(8)
+        actions = 0.9 * np.sin(2 * np.pi * (when[:, None] * turns + shift))
+        actions[:, 6] = np.sign(actions[:, 6])  # a gripper
+        actions[:, :6] += rng.normal(0, 0.005, (8, 6))
+        images = {"agentview": picture, "wrist": picture[::-1, ::-1]}
+        yield Observation(images, f"move the {COLOURS[number % 3]} block"), actions.astype(np.float32)
+        phase += pace
+
+
+def observations(number: int) -> Iterator[Observation]:
+    """Those of a lesson that training did not see."""
+    return (observation for observation, _ in lesson(10_000 + number))
+
+
+class Lessons(torch.utils.data.Dataset):
+    """A few hundred rows of lessons, again and again."""
+
+    def __init__(self, count: int = 384):
+        self.rows = []
+        for number in range(count // 4):
+            episode = lesson(number)
+            for _ in range(4):
+                observation, actions = next(episode)
+                self.rows.append(Sample(observation, actions, np.ones(8, np.bool_)))
+
+    def __len__(self) -> int:
+        return 10**6
+
+    def __getitem__(self, index: int):
+        return self.rows[index % len(self.rows)], (0, 0, index), 0
+
+
+def processor() -> Any:
+    """Of the tiny model: of Qwen's vocabulary only the size matters here."""
+    return tiny_processor([spec().system_text(), "move the red blue green block"])
+
+
+def vlm(small: bool, dtype: torch.dtype) -> Any:
+    """A model of random weights on the device."""
+    own: Any = tiny_model(processor())
+    return own.to(models.default_device(), dtype) if small else build_3b(processor(), models.default_device(), dtype)
+
+
+def policy_of(stage: Stage, trained: bool) -> VLA0:
+    """The policy that the stage `policy` left, or one of random weights, in bf16 on a GPU."""
+    if trained:
+        return VLA0.from_pretrained(stage.scratch / "policy")
+    return VLA0(vlm(stage.small, torch.bfloat16 if torch.cuda.is_available() else torch.float32), processor(), spec())
+
+
+# Stages
+
+
+def machine(stage: Stage) -> None:
+    """Versions, and the two ceilings: products of matrices, and copies."""
+    found: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__, "cpus": os.cpu_count()}
+    if torch.cuda.is_available():
+        own = torch.cuda.get_device_properties(0)
+        found |= {"card": own.name, "gib": own.total_memory / 2**30, "capability": f"{own.major}.{own.minor}"}
+        source = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
+        target = torch.empty_like(source)
+        found["copy_tb_per_s"] = 4 * 2**30 / device_ms(lambda: target.copy_(source), 10) / 1e9
+    found["product_tflop_per_s"] = product_rate(True) / 1e12
+    stage.note(**found)
+
+
+def device_ms(function: Callable[[], Any], times: int) -> float:
+    """Median milliseconds of a function on the device, after three calls that do not count."""
+    taken = []
+    for number in range(3 + times):
+        if torch.cuda.is_available():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            function()
+            end.record()
+            end.synchronize()
+            ms = begin.elapsed_time(end)
+        else:
+            started = time.perf_counter()
+            function()
+            ms = (time.perf_counter() - started) * 1e3
+        taken += [ms] if number >= 3 else []
+    return float(np.median(taken))
+
+
+def random_weights(stage: Stage) -> None:
+    """Decoding where guesses are worthless."""
+    own = policy_of(stage, False)
+    decoded(stage, own, [(1, 1)], ("one token a pass", "all digits, one level", "all digits, two levels", TAIL), 6, base=False)
+
+
+def trained_weights(stage: Stage) -> None:
+    """Decoding as of a policy: one, several steps a query, and many observations at once."""
+    own = policy_of(stage, True)
+    ways = ("one token a pass", "forced symbols ride along", "all digits, one level", "tree of the last chunk", TAIL)
+    decoded(stage, own, [(1, 1)], ways, 20, profile=True)
+    noise(stage, own)
+    decoded(stage, own, [(1, 8), (8, 1), (32, 1)], (TAIL,), 20, base=False)
+
+
+def decoded(stage, policy, kinds, ways, chunks, base=True, profile=False) -> None:
+    """Rows of ways of decoding; `generate` on the first two chunks, one token a pass on the first few."""
+    for batch, replan in kinds:
+        inputs = decoding.inputs_of(policy.prompt, observations, batch, replan, chunks)
+        expected: list[np.ndarray] = []
+        baseline = 0.0
+        if base:
+            row, expected = decoding.measure(policy, decoding.BASELINE, inputs[:2], replan, [], lambda: None)
+            baseline = row.ms_median
+            stage.note(**asdict(row))
+        for way in ways:
+            if stage.left() < 15:
+                stage.note(way=way, skipped="no time left")
+                continue
+            slow = "tree" not in way
+            started = time.monotonic()
+            row, levels = decoding.measure(
+                policy, way, inputs[: max(2, chunks // 3) if slow else chunks], replan, expected, lambda: None
+            )
+            expected = levels if way == ways[0] else expected
+            own = {**asdict(row), "whole_s": time.monotonic() - started, "ms_per_number": row.ms_median / 56}
+            if baseline:
+                own["faster"] = baseline / row.ms_median
+            stage.note(**own)
+        if batch == 1 and replan == 1 and len(expected) > 1:
+            near = [np.abs(a[0, 1:] - b[0, :-1]).mean() for a, b in pairwise(expected)]
+            stage.note(way="how far successive chunks are apart, levels", mean=float(np.mean(near)))
+        parts(stage, policy, inputs[0], batch, profile)
+
+
+def parts(stage: Stage, policy: VLA0, batch: dict[str, torch.Tensor], rows: int, profile: bool, **settings: Any) -> None:
+    """What a chunk's time is made of: vision, first pass and the others on the device; the rest is the host's."""
+    decoder = Fast(policy.model, policy.prompt, **settings)
+    started = time.perf_counter()
+    decoder.decode(batch)
+    first = time.perf_counter() - started
+    seconds = []
+    last = None
+    for _ in range(5):
+        started = time.perf_counter()
+        last = decoder.decode(batch, guesses=last)
+        seconds.append(time.perf_counter() - started)
+    engine = decoder.engine
+    found: dict[str, Any] = {
+        "way": "parts",
+        "batch": rows,
+        **settings,
+        "first_call_s": first,
+        "width": decoder.nodes(engine.held(rows)),
+    }
+    found |= {"same_again_ms": float(np.median(seconds)) * 1e3, "same_again_passes": decoder.passes}
+    for key, replay in engine.replays.items():
+        found[f"{key[0]}_ms"] = device_ms(replay.graph.replay, 20)
+    if torch.cuda.is_available():
+        pixels = batch["pixel_values"].to(policy.model.device, policy.model.dtype)
+        with torch.inference_mode():
+            vision = Replay(engine.sight, None, pixels) if rows == 1 else None
+            if vision:
+                found["vision_ms"] = device_ms(vision.graph.replay, 20)
+        weights = sum(p.numel() * p.element_size() for p in policy.model.model.language_model.layers.parameters())
+        found["layers_gb"] = weights / 1e9
+    found["pass_ms_by_nodes"] = read(cache_file()).get(key_of(engine))
+    stage.note(**found)
+    if profile and torch.cuda.is_available():
+        for key, replay in engine.replays.items():
+            stage.note(**kernels(key[0], replay.graph.replay))
+
+
+def kernels(name: str, function: Callable[[], Any]) -> dict[str, Any]:
+    """Where the device's time goes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as told:
+        function()
+        torch.cuda.synchronize()
+    total: dict[str, list[float]] = {}
+    for event in told.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            own = total.setdefault(event.name[:90], [0, 0.0])
+            own[0], own[1] = own[0] + 1, own[1] + event.device_time / 1e3
+    ranked = sorted(total.items(), key=lambda item: -item[1][1])
+    return {
+        "way": f"kernels of {name}", "count": sum(int(c) for c, _ in total.values()), "ms": sum(ms for _, ms in total.values()),
+        "kernels": [{"name": k, "count": c, "ms": ms} for k, (c, ms) in ranked[:24]],
+    }  # fmt: skip
+
+
+def compiled(stage: Stage) -> None:
+    """The passes by torch.compile: how much faster, and how long that takes."""
+    own = policy_of(stage, (stage.scratch / "policy").exists())
+    batch = decoding.inputs_of(own.prompt, observations, 1, 1, 1)[0]
+    for faster in (False, True):
+        parts(stage, own, batch, 1, faster, width=128, compiled=faster)
+
+
+class Listening(Fast):
+    """Remembers what the model said at each symbol that was written."""
+
+    def decode(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        self.heard: list[np.ndarray] = []
+        return super().decode(*args, **kwargs)
+
+    def _advance(self, row, tree, picks, shares):
+        path = super()._advance(row, tree, picks, shares)
+        self.heard += [shares[node] for node in path]
+        return path
+
+
+def noise(stage: Stage, policy: VLA0, chunks: int = 12) -> None:
+    """How far the same symbols' logits differ between a pass of one token and one of a tree, and how near choices are."""
+    inputs = decoding.inputs_of(policy.prompt, observations, 1, 1, chunks)
+    plain, tree = Listening(policy.model, policy.prompt, width=1, tail=0.0), Listening(policy.model, policy.prompt)
+    margins, differences, same = [], [], 0
+    last = None
+    for own in inputs:
+        one = plain.decode(own)
+        other = tree.decode(own, guesses=last)
+        last = [filled(rest(one[0], 1), policy.spec.horizon)]
+        same += int(np.array_equal(one, other))
+        for a, b in zip(plain.heard, tree.heard, strict=False):
+            first, second = np.argsort(-a)[:2]
+            if a[second] > 0:
+                margins.append(np.log(a[first] / a[second]))
+                if b[second] > 0 and b[first] > 0:
+                    differences.append(abs(margins[-1] - np.log(b[first] / b[second])))
+            if first != int(np.argmax(b)):
+                break  # from here on they write different chunks
+    at = [50, 90, 99, 99.9, 100]
+    stage.note(
+        way="noise", chunks=chunks, identical=same, decisions=len(margins),
+        difference_at=dict(zip(map(str, at), np.percentile(differences, at).tolist(), strict=True)),
+        margin_at={str(q): float(np.percentile(margins, q)) for q in (0.1, 1, 5, 10, 50)},
+        nearer_than={str(t): float(np.mean(np.array(margins) < t)) for t in (0.01, 0.03, 0.1, 0.3)},
+    )  # fmt: skip
+
+
+class Limit(TrainerCallback):
+    """Stops training when its time is up, notes the losses, and times the steps after the first few."""
+
+    def __init__(self, stage: Stage, seconds: float):
+        self.stage, self.seconds, self.losses = stage, seconds, []
+        self.began = self.clock = self.took = 0.0
+        self.steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ends it in time."""
+        if state.global_step == training.WARM:
+            sync()
+            self.clock = self.began = time.monotonic()
+        if state.global_step > training.WARM and time.monotonic() - self.began > self.seconds:
+            control.should_training_stop = True
+        if control.should_training_stop or state.global_step == state.max_steps:
+            sync()
+            self.took, self.steps = time.monotonic() - self.clock, state.global_step - training.WARM
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Keeps the losses."""
+        if logs and "loss" in logs:
+            self.losses.append([state.global_step, round(logs["loss"], 3), round(logs.get("token_accuracy", 0), 3)])
+
+
+def sync() -> None:
+    """Waits for the device."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def trained(
+    stage: Stage, name: str, seconds: float, own: Any = None, prompt: Any = None, steps: int = 10**6, lora: int = 0,
+    profiled: bool = False, plain: bool = False, compiled: bool = False, rate: float = 2e-4, **settings: Any,
+) -> Any:  # fmt: skip
+    """Trains for some seconds as a recipe would, notes the speed, and gives the model."""
+    gpu = torch.cuda.is_available()
+    if own is None:
+        own = vlm(stage.small, torch.bfloat16 if lora and gpu else torch.float32)
+    model = adapted(own, Lora(lora), False)
+    from vla0.prompt import Prompt
+
+    prompt = Prompt(spec(), processor())
+    with TemporaryDirectory() as folder:
+        told = TrainingConfig(
+            num_steps=steps, learning_rate=rate, precision="bf16" if gpu else "fp32", lr_scheduler="constant_with_warmup",
+            warmup_ratio=30 / steps, max_grad_norm=1.0, **settings,
+        )  # fmt: skip
+        config = TrainConfig(
+            DataConfig("", {"any": ""}, num_workers=8 if gpu else 0), told, LoggingConfig(folder, log_every_n_steps=20)
+        )
+        asked = arguments(config, Path(folder), steps, 1.0)
+        asked.disable_tqdm, asked.torch_compile, asked.save_strategy = True, compiled, type(asked.save_strategy)("no")
+        collate = collator([prompt], Augmentation(mask="none", jitter=(0.0,) * 4))
+        limit, rows = Limit(stage, seconds), Lessons()
+        kind = training.Trainer if plain else VLA0Trainer
+        trainer = kind(model=model, args=asked, train_dataset=rows, data_collator=collate, callbacks=[limit])
+        trainer.remove_callback(training.PrinterCallback)
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        trainer.train()
+        batch = collate([rows[i] for i in range(told.batch_size)])
+        work = 3 * training._forward(trainer.model, batch) / told.batch_size
+        if profiled and gpu:
+            inputs = trainer._prepare_inputs(batch)
+            for what, function in {
+                "a step's forward and backward": lambda: trainer.training_step(trainer.model, inputs, None),
+                "a step of the optimiser": trainer.optimizer.step,
+            }.items():
+                stage.note(**kernels(what, function))
+    tokens = int(batch["attention_mask"].sum()) / told.batch_size
+    speed = limit.steps * told.batch_size / limit.took
+    stage.note(
+        way=name, samples_per_s=speed, tokens_per_s=speed * tokens, tflop_per_sample=work / 1e12,
+        tflop_per_s=speed * work / 1e12, mfu_of_measured=speed * work / product_rate(gpu), steps=limit.steps,
+        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
+        reserved_gib=torch.cuda.max_memory_reserved() / 2**30 if gpu else None, losses=limit.losses,
+    )  # fmt: skip
+    return own
+
+
+def policy(stage: Stage) -> None:
+    """Full fine-tuning from random weights, for as long as there is time: its speed, and a policy of it."""
+    batch = 4 if stage.small else 16
+    own = trained(
+        stage, f"full, checkpointing, {batch} a step", min(100, stage.seconds - 60), batch_size=batch,
+        gradient_checkpointing=True, profiled=True, rate=1e-3 if stage.small else 1.5e-4,
+    )  # fmt: skip
+    own.zero_grad()
+    gc.collect()
+    own = own.to(torch.bfloat16) if torch.cuda.is_available() else own
+    acting = VLA0(own.eval(), processor(), spec())
+    acting.save_pretrained(stage.scratch / "policy")
+    wrong = []
+    for number in range(6):
+        observation, actions = next(lesson(20_000 + number))
+        wrong.append(np.abs(acting.predict_batch([observation])[0] - actions).mean())
+    stage.note(way="its mean error on unseen pictures, in actions", mean=float(np.mean(wrong)), of_always_zero=0.57)
+
+
+def lora(stage: Stage) -> None:
+    """LoRA inside 24 GB: seen, not estimated."""
+    if torch.cuda.is_available():
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 23.5 * 2**30 / whole))
+    trained(
+        stage, "LoRA 64, checkpointing, 4 a step, 23.5 GiB at most", 15, lora=64, batch_size=4, gradient_checkpointing=True,
+    )  # fmt: skip
+
+
+def full(stage: Stage, name: str, **settings: Any) -> None:
+    """Another recipe of full fine-tuning, a few steps."""
+    trained(stage, name, 10, **({"batch_size": 16} | settings))
+
+
+def variants() -> dict[str, tuple[float, Callable[[Stage], None]]]:
+    """Recipes of training, each a stage: (seconds, what it does)."""
+    ways = {
+        "liger": {"liger": True, "gradient_checkpointing": True},
+        "plain_trainer": {"plain": True, "gradient_checkpointing": True},
+        "batch_32": {"batch_size": 32, "gradient_checkpointing": True},
+        "no_checkpointing": {"batch_size": 4},
+        "compiled_training": {"compiled": True, "gradient_checkpointing": True},
+    }
+    return {name: (45.0, lambda stage, n=name, w=own: full(stage, n, **w)) for name, own in ways.items()}
+
+
+STAGES: dict[str, tuple[float, Callable[[Stage], None]]] = {
+    "machine": (30, machine),
+    "policy": (170, policy),
+    "trained": (110, trained_weights),
+    "lora": (50, lora),
+    "compiled_pass": (100, compiled),
+    "random": (60, random_weights),
+    **variants(),
+}
+
+
+def child(name: str, out: Path, scratch: Path, small: bool, seconds: float) -> None:
+    """A stage in a process of its own."""
+    stage = Stage(name, out, scratch, small, seconds, [], time.monotonic())
+    try:
+        STAGES[name][1](stage)
+    except Exception as error:  # the next stage begins clean
+        traceback.print_exc()
+        stage.note(way=name, error=f"{type(error).__name__}: {str(error).splitlines()[0][:300]}" if str(error) else repr(error))
+
+
+def run(
+    out: Annotated[Path, typer.Option(help="a JSON file for each stage")] = Path("runs/gpu"),
+    minutes: Annotated[float, typer.Option(help="of all stages together")] = 8.0,
+    stage: Annotated[list[str] | None, typer.Option(help="those only; several times for several")] = None,
+    scratch: Annotated[Path | None, typer.Option(help="8 GB of weights go there; default OUT")] = None,
+    small: Annotated[bool, typer.Option(help="the tiny model: a rehearsal")] = False,
+) -> None:
+    """Run the stages that there is time for, and print what they found."""
+    out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("XDG_CACHE_HOME", str((out / "cache").absolute()))  # widths are measured anew
+    began, console = time.monotonic(), Console(width=150)
+    context = multiprocessing.get_context("fork")  # torch is imported once; CUDA begins in the child
+    for name in stage or STAGES:
+        left = minutes * 60 - (time.monotonic() - began)
+        if left < 20:
+            console.print(f"{name}: no time left")
+            continue
+        seconds = min(STAGES[name][0], left)
+        own = context.Process(target=child, args=(name, out, scratch or out, small, seconds))
+        own.start()
+        own.join(seconds + 10)
+        if own.is_alive():
+            own.kill()
+            own.join()
+            console.print(f"{name}: stopped after {seconds:.0f} s")
+        elif own.exitcode:
+            console.print(f"{name}: ended with {own.exitcode}")
+    show(out, console)
+
+
+def show(out: Path, console: Console) -> None:
+    """What lies on the disk, as tables."""
+    for file in sorted(out.glob("*.json"), key=lambda f: list(STAGES).index(f.stem) if f.stem in STAGES else 99):
+        table = Table("what", "found", title=file.stem)
+        for row in json.loads(file.read_text(encoding="utf-8")):
+            told = dict(row)
+            table.add_row(str(told.pop("way", "")), short(told))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(run)
