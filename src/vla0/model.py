@@ -20,6 +20,7 @@ from transformers import (
 from vla0.bridge import describe
 from vla0.errors import InputError
 from vla0.spec import MAIN, SPEC_FILE, Spec
+from vla0.windows import in_windows
 
 UNWANTED = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # pickles
 
@@ -65,7 +66,7 @@ def load(
         # transformers would go on with random numbers there.
         lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise InputError(f"all weights in '{folder}'", f"{len(lost)} missing, first {lost[0]}", remedy)
-    return (model if quantization else model.to(device)), processor
+    return in_windows(model if quantization else model.to(device)), processor
 
 
 def four_bits(dtype: str | torch.dtype) -> BitsAndBytesConfig:
@@ -177,7 +178,7 @@ def untrained(model: Any) -> Any:
     """A model of the same shape with random weights: what training has to beat."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return type(model)(model.config).to(model.device, model.dtype).eval()
+        return in_windows(type(model)(model.config).to(model.device, model.dtype).eval())
 
 
 def fingerprint(model: Any, spec: Spec) -> str:

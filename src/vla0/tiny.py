@@ -14,6 +14,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
+from vla0.windows import in_windows
+
 TINY = "tiny"  # the base_model that is built here instead of loaded
 
 _SPECIAL = (
@@ -93,4 +95,4 @@ def tiny_model(
     }  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings)).eval()
+        return in_windows(Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings)).eval())

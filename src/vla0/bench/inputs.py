@@ -14,6 +14,7 @@ from vla0.policy import VLA0
 from vla0.source import DataConfig, Source
 from vla0.spec import Observation, Spec
 from vla0.tiny import tiny_model, tiny_processor
+from vla0.windows import in_windows
 
 Episodes = Callable[[int], Iterator[Observation]]  # an episode's number → its observations, step by step, without an end
 
@@ -97,7 +98,7 @@ def build_3b(processor: Any, device: torch.device, dtype: torch.dtype) -> Any:
     torch.set_default_dtype(dtype)
     try:
         with device:
-            return Qwen2_5_VLForConditionalGeneration(config)
+            return in_windows(Qwen2_5_VLForConditionalGeneration(config))
     finally:
         torch.set_default_dtype(before)
 
