@@ -64,19 +64,23 @@ class Tree:
 def drawn(trees: Sequence[Tree], grammar: Grammar, rows: int, most: int) -> tuple[np.ndarray, ...]:
     """Trees as arrays, filled up to so many rows and nodes.
 
-    Symbols (B, N), depths (B, N), below (B, N, N): which nodes a node sees, and allowed (B, N, 12): what may follow it.
+    Symbols (B, N), depths (B, N), paths (B, N, N): the nodes from node 0 to a node, by depth, then that node again and again;
+    and allowed (B, N, 12): what may follow it.
     """
-    symbols = np.zeros((rows, most), np.int64)
-    below = np.tile(np.eye(most, dtype=np.bool_), (rows, 1, 1))
+    symbols, depths = np.zeros((2, rows, most), np.int64)
+    paths = np.tile(np.arange(most)[:, None], (rows, 1, most))
     allowed = np.zeros((rows, most, len(SYMBOLS) + 1), np.bool_)
     for row, tree in enumerate(trees):
         symbols[row, : len(tree)] = tree.symbols
-        mask = below[row]
+        own, depth = paths[row], [0]
         for node, parent in enumerate(tree.parents[1:], 1):
-            mask[node] |= mask[parent]
+            deep = depth[parent] + 1
+            own[node, :deep] = own[parent, :deep]
+            depth.append(deep)
+        depths[row, : len(tree)] = depth
         allowed[row, : len(tree)] = [_may_follow(grammar, state) for state in tree.states]
     allowed[..., 0] |= ~allowed.any(2)  # of what only fills up, and after the end
-    return symbols, below.sum(2) - 1, below, allowed
+    return symbols, depths, paths, allowed
 
 
 def _may_follow(grammar: Grammar, state: State) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.functional import linear, pad
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vla0.codec import Grammar
+from vla0.decode.compiled import layered
 from vla0.decode.draft import Tree, drawn
 from vla0.decode.sight import Sight
 from vla0.decode.slots import Replay, Slots, cache_argument
@@ -44,12 +46,15 @@ class Engine:
     one tensor of whole numbers (and the pixels, in the first): all that the host says goes over in one copy.
     """
 
-    def __init__(self, model: Any, symbol_ids: Sequence[int], grammar: Grammar, fixed: bool, compiled: bool = False):
-        """compiled: all passes but the first by torch.compile, a minute for each size of them."""
-        self.model, self.grammar, self.fixed, self.compiled = model, grammar, fixed, compiled
-        self.language = self.quick = model.model.language_model
-        if compiled:
-            self.quick = torch.compile(self.language, fullgraph=True, dynamic=False)
+    def __init__(self, model: Any, symbol_ids: Sequence[int], grammar: Grammar, fixed: bool, compiled: bool = False, invariant: bool = False):
+        """compiled: layers by torch.compile, once for each size of a pass. invariant: what a node is told does not depend on
+        which other guesses a tree has, bit for bit, in any number format; passes are then of fixed size, the first has no guess."""
+        self.model, self.grammar, self.fixed, self.compiled, self.invariant = model, grammar, fixed, compiled, invariant
+        if invariant:
+            from vla0.decode import invariant as attention
+
+            self.attention = attention
+        self.language = layered(model.model.language_model) if compiled else model.model.language_model
         self.embed = model.model.get_input_embeddings()
         self.cache_name = cache_argument(model.model.language_model)
         # Ties go to the lower token, as argmax over the whole vocabulary has it.
@@ -66,7 +71,7 @@ class Engine:
 
     def fresh(self) -> "Engine":
         """Another for the same model."""
-        return Engine(self.model, list(self.ids), self.grammar, self.fixed, self.compiled)
+        return Engine(self.model, list(self.ids), self.grammar, self.fixed, self.compiled, self.invariant)
 
     def prefill(self, batch: dict[str, torch.Tensor], trees: Sequence[Tree], most: int) -> Verdict:
         """Reads the prompts (B, L), padded on the left, and first trees whose node 0 is the prompt's last token.
@@ -94,7 +99,7 @@ class Engine:
             self.sights[key] = Sight(self.model.model.visual, key, self.model.device)
         self.sight = self.sights[key]
         self._open(seen[:, :-1], places[0, :, -1], most)
-        tree = self._numbers(trees)
+        tree = self._numbers(trees, 1 if self.invariant else most)
         tree[0][:, 0] = ids[:, -1]
         wide = length - 1 + tree[0].shape[1]
         row, column = np.nonzero((ids == self.model.config.image_token_id) & seen)
@@ -104,10 +109,12 @@ class Engine:
 
     def step(self, trees: Sequence[Tree]) -> Verdict:
         """What the model says at the nodes of each row's tree."""
-        tree = self._numbers(trees)
+        tree = self._numbers(trees, self.most)
         self.cache.span, self.passes = slice(self.base, self.base + tree[0].shape[1]), self.passes + 1
-        seen = self.seen if self.fixed else self.seen[:, : self.base]
-        return self._verdict(self._run(self._next, [np.array([self.base]), seen, *tree]), len(trees))
+        before = [self.seen if self.fixed else self.seen[:, : self.base]]
+        if self.invariant:
+            before = [self.padding, self.accepted]
+        return self._verdict(self._run(self._next, [np.array([self.base]), *before, *tree]), len(trees))
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """Keeps of the last trees the nodes of each row's path, from node 0 on; none of a row that has ended."""
@@ -144,6 +151,7 @@ class Engine:
             self.caches[key] = self.cache
         self.most, self.base, self.place = most, length, place.copy()
         self.seen = np.pad(seen, [(0, 0), (0, slots - length)])  # slots that count, but for the tree's own
+        self.padding = seen.argmax(1)  # slots that nobody reads
         self.accepted = np.full(rows, length)  # slots before node 0
 
     def _positions(self, batch: dict[str, torch.Tensor], grids: list[Grid]) -> np.ndarray:
@@ -176,7 +184,7 @@ class Engine:
         return function(*(tensor.to(self.model.device) for tensor in inputs)).cpu().numpy()
 
     def _first(self, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        ids, before, seen, pictures, tokens, places, below, allowed = _apart(numbers, shapes)
+        ids, before, seen, pictures, tokens, places, paths, allowed = _apart(numbers, shapes)
         length, nodes = ids.shape[1], tokens.shape[1]
         embedded = self.embed(torch.cat([ids, tokens], 1))
         images = self.sight(pixels.to(embedded.dtype)).to(embedded.dtype)
@@ -184,50 +192,71 @@ class Engine:
         causal = torch.ones((length, length), dtype=torch.bool, device=ids.device).tril()
         # A padding sees itself: a row of a softmax over nothing is not a number, and would spread.
         prompt = causal & seen.bool()[:, None] | torch.eye(length, dtype=torch.bool, device=ids.device)
-        tree = torch.cat([seen.bool()[:, None].expand(-1, nodes, -1), below.bool()], 2)
+        tree = torch.cat([seen.bool()[:, None].expand(-1, nodes, -1), _below(paths)], 2)
         mask = torch.cat([pad(prompt, (0, nodes)), tree], 1)
         at = torch.arange(length + nodes, device=ids.device)
         if self.fixed:
             mask = pad(mask, (0, len(self.cache) - length - nodes))
         places = torch.cat([before, places.expand(3, -1, -1)], 2)
-        hidden = self._pass(embedded, places, mask, at, self.language)
+        hidden = self._pass(embedded, places, mask, at)
         return self._judge(hidden[:, length:], allowed.bool())
 
     def _next(self, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor) -> torch.Tensor:
-        base, seen, tokens, places, below, allowed = _apart(numbers, shapes)
+        base, *before, tokens, places, paths, allowed = _apart(numbers, shapes)
         at = base + torch.arange(tokens.shape[1], device=base.device)
-        before = seen.bool()[:, None].expand(-1, tokens.shape[1], -1)
-        mask = before.index_copy(2, at, below.bool()) if self.fixed else torch.cat([before, below.bool()], 2)
-        hidden = self._pass(self.embed(tokens), places.expand(3, -1, -1), mask, at, self.quick)
+        embedded, places = self.embed(tokens), places.expand(3, -1, -1)
+        if self.invariant:
+            trees = self.attention.Trees(base, *before, places[0] - places[0, :, :1], paths)
+            with self._attending(self.attention.NAME):
+                hidden = self._pass(embedded, places, trees, at)
+        else:
+            seen = before[0].bool()[:, None].expand(-1, tokens.shape[1], -1)
+            mask = seen.index_copy(2, at, _below(paths)) if self.fixed else torch.cat([seen, _below(paths)], 2)
+            hidden = self._pass(embedded, places, mask, at)
         return self._judge(hidden, allowed.bool())
 
-    def _pass(
-        self, embedded: torch.Tensor, places: torch.Tensor, mask: torch.Tensor, at: torch.Tensor, model: Any
-    ) -> torch.Tensor:
+    def _pass(self, embedded: torch.Tensor, places: torch.Tensor, mask: Any, at: torch.Tensor) -> torch.Tensor:
+        """mask: (B, N, slots), or Trees."""
         self.cache.at = at if self.fixed else None
-        mask = mask[:, None]
-        if self.model.config.text_config._attn_implementation == "eager":  # it adds
-            mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
-        return model(
+        if isinstance(mask, torch.Tensor):
+            mask = mask[:, None]
+            if self.model.config.text_config._attn_implementation == "eager":  # it adds
+                mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
+        return self.language(
             inputs_embeds=embedded, position_ids=places, attention_mask={"full_attention": mask}, use_cache=True,
             **{self.cache_name: self.cache},
         ).last_hidden_state  # fmt: skip
+
+    @contextmanager
+    def _attending(self, name: str) -> Iterator[None]:
+        """The language model's attention by another function, for a pass."""
+        config = self.language.config
+        before, config._attn_implementation = config._attn_implementation, name
+        try:
+            yield
+        finally:
+            config._attn_implementation = before
 
     def _judge(self, hidden: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """(B, N, 1 + 12): the pick after each node, and the symbols' probabilities."""
         logits = linear(hidden, self.model.lm_head.weight[self.head]).float().masked_fill(~allowed, float("-inf"))
         return torch.cat([logits.argmax(2, keepdim=True).to(logits.dtype), torch.softmax(logits, 2)], 2)
 
-    def _numbers(self, trees: Sequence[Tree]) -> list[np.ndarray]:
-        """Of trees: tokens (B, N), positions (B, N), which nodes a node sees (B, N, N), what may follow (B, N, 12)."""
-        most = self.most if self.fixed else max(map(len, trees))
-        symbols, depths, below, allowed = drawn(trees, self.grammar, len(self.seen), most)
-        return [self.ids[symbols], self.place[:, None] + depths, below, allowed[..., self.order]]
+    def _numbers(self, trees: Sequence[Tree], most: int) -> list[np.ndarray]:
+        """Of trees: tokens (B, N), positions (B, N), paths (B, N, N), what may follow (B, N, 12). most: nodes, where that is fixed."""
+        most = most if self.fixed else max(map(len, trees))
+        symbols, depths, paths, allowed = drawn(trees, self.grammar, len(self.seen), most)
+        return [self.ids[symbols], self.place[:, None] + depths, paths, allowed[..., self.order]]
 
     def _verdict(self, judgement: np.ndarray, rows: int) -> Verdict:
         probabilities = np.empty_like(judgement[:rows, :, 1:])
         probabilities[..., self.order] = judgement[:rows, :, 1:]
         return self.order[judgement[:rows, :, 0].astype(np.int64)].tolist(), probabilities
+
+
+def _below(paths: torch.Tensor) -> torch.Tensor:
+    """(B, N, N): which nodes a node sees, of the paths to them."""
+    return torch.zeros_like(paths, dtype=torch.bool).scatter(2, paths, True)
 
 
 def _apart(numbers: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:

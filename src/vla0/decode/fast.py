@@ -1,5 +1,6 @@
 """Decoding in few passes: guess, check many guesses at once, keep what the model itself would have written."""
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +38,9 @@ class Fast:
 
     width: nodes of a row's tree; None: what was measured on this device, less in a batch. tail: the share of them that run
     ahead on the one likeliest path. least: how likely a node has to be. Off, for comparison: `learning` from the model's words
-    at each guess. enough: below 1, a guess passes that the model finds so many times as likely as its own choice: other tokens.
+    at each guess. plain: no guesses, one token a pass of the same size: what all else must equal. compiled: layers by torch.compile,
+    seconds at the first decode. invariant: whether a choice may not depend on what else is guessed, bit for bit; None: where
+    numbers are of 16 bits on a GPU. enough: below 1, a guess passes that the model finds so many times as likely as its own choice: other tokens.
     """
 
     def __init__(
@@ -49,16 +52,22 @@ class Fast:
         least: float = 0.0,
         learning: bool = True,
         enough: float = 1.0,
+        plain: bool = False,
         compiled: bool = False,
+        invariant: bool | None = None,
     ):
         self.model, self.prompt, self.tail, self.least, self.learning = model, prompt, tail, least, learning
-        self.width, self.enough = width, enough
+        self.width, self.enough, self.plain = width, enough, plain
         self.chosen: dict[int, int] = {}
         spec = prompt.spec
         self.expectation = Expectation(spec.horizon, spec.dimensions, spec.bins)
         self.grammar = Grammar(spec.bins, spec.numbers)
         self.turn: object | None = None
-        self.engine = Engine(model, prompt.symbol_ids, self.grammar, compiled or model.device.type == "cuda", compiled)
+        cuda = model.device.type == "cuda"
+        if invariant is None:
+            invariant = cuda and model.dtype != torch.float32 and importlib.util.find_spec("triton") is not None
+        fixed = cuda or compiled or invariant
+        self.engine = Engine(model, prompt.symbol_ids, self.grammar, fixed, compiled, invariant)
 
     def nodes(self, rows: int) -> int:
         """Of the tree of each row, of so many that are decoded together."""
@@ -109,7 +118,8 @@ class Fast:
         while not all(row.done for row in rows):
             if self.turn is not turn:  # its cache holds another answer by now
                 raise InputError("one stream at a time", "a decode that began before this stream had ended", "finish it first")
-            trees = self._trees(rows, min(most, share * count // sum(not row.done for row in rows)))
+            guessed = min(most, share * count // sum(not row.done for row in rows))
+            trees = self._trees(rows, 1 if self.plain or (first and self.engine.invariant) else guessed)
             picks, probabilities = self.engine.prefill(batch, trees, most) if first else self.engine.step(trees)
             first = False
             judged = zip(rows, trees, picks, probabilities, strict=True)
