@@ -34,21 +34,19 @@ from vla0.bench import decode as decoding
 from vla0.bench import train as training
 from vla0.bench.inputs import build_3b, product_rate
 from vla0.data import Augmentation, collator
-from vla0.decode.draft import filled
 from vla0.decode.fast import Fast
 from vla0.decode.slots import Replay
 from vla0.decode.width import cache_file, key_of, read
 from vla0.policy import VLA0
 from vla0.recipe import LoggingConfig, TrainConfig, TrainingConfig
-from vla0.rollout import rest
 from vla0.source import DataConfig
 from vla0.spec import Observation, Sample, Spec
 from vla0.tiny import tiny_model, tiny_processor
 from vla0.trainer import VLA0Trainer, arguments
 
 COLOURS = ("red", "blue", "green")
+PLAIN = "one token a pass"
 TAIL = "tree that learns, and a tail"
-CUDA = torch.version.cuda is not None
 
 
 @dataclass
@@ -165,6 +163,20 @@ def machine(stage: Stage) -> None:
         found["copy_tb_per_s"] = 4 * 2**30 / device_ms(lambda: target.copy_(source), 10) / 1e9
     found["product_tflop_per_s"] = product_rate(True) / 1e12
     stage.note(**found)
+    stage.note(way="rows of a product round the same wherever they stand", **steady())
+
+
+def steady() -> dict[str, bool]:
+    """Of the 3B's products, by rows: whether each row is the same, bit for bit, after the rows were put in another order."""
+    found, device = {}, models.default_device()
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    for into, out in ((2048, 2048), (2048, 256), (2048, 11008), (11008, 2048)):
+        weight = torch.randn(out, into, device=device, dtype=dtype) / into**0.5
+        for rows in (16, 32, 64, 128, 256, 512):
+            given, order = torch.randn(rows, into, device=device, dtype=dtype), torch.randperm(rows, device=device)
+            once, again = given @ weight.T, given[order] @ weight.T
+            found[f"{into} to {out}, {rows}"] = bool(torch.equal(once[order], again))
+    return found
 
 
 def device_ms(function: Callable[[], Any], times: int) -> float:
@@ -189,16 +201,22 @@ def device_ms(function: Callable[[], Any], times: int) -> float:
 def random_weights(stage: Stage) -> None:
     """Decoding where guesses are worthless."""
     own = policy_of(stage, False)
-    decoded(stage, own, [(1, 1)], ("one token a pass", "all digits, one level", "all digits, two levels", TAIL), 6, base=False)
+    decoded(stage, own, [(1, 1)], (PLAIN, "all digits, one level", "all digits, two levels", TAIL), 6, base=False)
 
 
 def trained_weights(stage: Stage) -> None:
     """Decoding as of a policy: one, several steps a query, and many observations at once."""
     own = policy_of(stage, True)
-    ways = ("one token a pass", "forced symbols ride along", "all digits, one level", "tree of the last chunk", TAIL)
-    decoded(stage, own, [(1, 1)], ways, 20, profile=True)
-    noise(stage, own)
-    decoded(stage, own, [(1, 8), (8, 1), (32, 1)], (TAIL,), 20, base=False)
+    decoded(stage, own, [(1, 1)], (PLAIN, TAIL, "not invariant"), 21, profile=True)
+    decoded(stage, own, [(1, 8), (8, 1), (32, 1)], (TAIL,), 16, base=False)
+
+
+def certified(stage: Stage) -> None:
+    """Whether the chunks are those of one token a pass."""
+    own = policy_of(stage, True)
+    for batch in (1, 8):
+        told = decoding.certificate(own, 1000, batch, 1, observations, min(18, stage.left() / 2))
+        stage.note(way=f"certificate, {batch} at once", **told)
 
 
 def decoded(stage, policy, kinds, ways, chunks, base=True, profile=False) -> None:
@@ -215,10 +233,10 @@ def decoded(stage, policy, kinds, ways, chunks, base=True, profile=False) -> Non
             if stage.left() < 15:
                 stage.note(way=way, skipped="no time left")
                 continue
-            slow = "tree" not in way
+            slow = way == PLAIN
             started = time.monotonic()
             row, levels = decoding.measure(
-                policy, way, inputs[: max(2, chunks // 3) if slow else chunks], replan, expected, lambda: None
+                policy, way, inputs[: max(2, chunks // 5) if slow else chunks], replan, expected, lambda: None
             )
             expected = levels if way == ways[0] else expected
             own = {**asdict(row), "whole_s": time.monotonic() - started, "ms_per_number": row.ms_median / 56}
@@ -289,52 +307,13 @@ def kernels(name: str, function: Callable[[], Any]) -> dict[str, Any]:
 
 
 def compiled(stage: Stage) -> None:
-    """The passes by torch.compile: how much faster, and how long that takes."""
+    """Layers by torch.compile: how much faster, and how long that takes."""
     own = policy_of(stage, (stage.scratch / "policy").exists())
-    batch = decoding.inputs_of(own.prompt, observations, 1, 1, 1)[0]
-    for faster in (False, True):
-        parts(stage, own, batch, 1, faster, width=128, compiled=faster)
-
-
-class Listening(Fast):
-    """Remembers what the model said at each symbol that was written."""
-
-    def decode(self, *args: Any, **kwargs: Any) -> np.ndarray:
-        self.heard: list[np.ndarray] = []
-        return super().decode(*args, **kwargs)
-
-    def _advance(self, row, tree, picks, shares):
-        path = super()._advance(row, tree, picks, shares)
-        self.heard += [shares[node] for node in path]
-        return path
-
-
-def noise(stage: Stage, policy: VLA0, chunks: int = 12) -> None:
-    """How far the same symbols' logits differ between a pass of one token and one of a tree, and how near choices are."""
-    inputs = decoding.inputs_of(policy.prompt, observations, 1, 1, chunks)
-    plain, tree = Listening(policy.model, policy.prompt, width=1, tail=0.0), Listening(policy.model, policy.prompt)
-    margins, differences, same = [], [], 0
-    last = None
-    for own in inputs:
-        one = plain.decode(own)
-        other = tree.decode(own, guesses=last)
-        last = [filled(rest(one[0], 1), policy.spec.horizon)]
-        same += int(np.array_equal(one, other))
-        for a, b in zip(plain.heard, tree.heard, strict=False):
-            first, second = np.argsort(-a)[:2]
-            if a[second] > 0:
-                margins.append(np.log(a[first] / a[second]))
-                if b[second] > 0 and b[first] > 0:
-                    differences.append(abs(margins[-1] - np.log(b[first] / b[second])))
-            if first != int(np.argmax(b)):
-                break  # from here on they write different chunks
-    at = [50, 90, 99, 99.9, 100]
-    stage.note(
-        way="noise", chunks=chunks, identical=same, decisions=len(margins),
-        difference_at=dict(zip(map(str, at), np.percentile(differences, at).tolist(), strict=True)),
-        margin_at={str(q): float(np.percentile(margins, q)) for q in (0.1, 1, 5, 10, 50)},
-        nearer_than={str(t): float(np.mean(np.array(margins) < t)) for t in (0.01, 0.03, 0.1, 0.3)},
-    )  # fmt: skip
+    inputs = decoding.inputs_of(own.prompt, observations, 1, 1, 21)
+    parts(stage, own, inputs[0], 1, True, compiled=True)
+    for way in ("compiled", TAIL):
+        row, _ = decoding.measure(own, way, inputs, 1, [], lambda: None)
+        stage.note(**asdict(row))
 
 
 class Limit(TrainerCallback):
@@ -422,7 +401,7 @@ def policy(stage: Stage) -> None:
     """Full fine-tuning from random weights, for as long as there is time: its speed, and a policy of it."""
     batch = 4 if stage.small else 16
     own = trained(
-        stage, f"full, checkpointing, {batch} a step", min(100, stage.seconds - 60), batch_size=batch,
+        stage, f"full, checkpointing, {batch} a step", min(80, stage.seconds - 60), batch_size=batch,
         gradient_checkpointing=True, profiled=True, rate=1e-3 if stage.small else 1.5e-4,
     )  # fmt: skip
     own.zero_grad()
@@ -443,7 +422,7 @@ def lora(stage: Stage) -> None:
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, 23.5 * 2**30 / whole))
     trained(
-        stage, "LoRA 64, checkpointing, 4 a step, 23.5 GiB at most", 15, lora=64, batch_size=4, gradient_checkpointing=True,
+        stage, "LoRA 64, checkpointing, 8 a step, 23.5 GiB at most", 12, lora=64, batch_size=8, gradient_checkpointing=True,
     )  # fmt: skip
 
 
@@ -455,7 +434,6 @@ def full(stage: Stage, name: str, **settings: Any) -> None:
 def variants() -> dict[str, tuple[float, Callable[[Stage], None]]]:
     """Recipes of training, each a stage: (seconds, what it does)."""
     ways = {
-        "liger": {"liger": True, "gradient_checkpointing": True},
         "plain_trainer": {"plain": True, "gradient_checkpointing": True},
         "batch_32": {"batch_size": 32, "gradient_checkpointing": True},
         "no_checkpointing": {"batch_size": 4},
@@ -466,10 +444,12 @@ def variants() -> dict[str, tuple[float, Callable[[Stage], None]]]:
 
 STAGES: dict[str, tuple[float, Callable[[Stage], None]]] = {
     "machine": (30, machine),
-    "policy": (170, policy),
-    "trained": (110, trained_weights),
-    "lora": (50, lora),
-    "compiled_pass": (100, compiled),
+    "policy": (150, policy),
+    "trained": (95, trained_weights),
+    "compiled_pass": (75, compiled),
+    "certificate": (55, certified),
+    "lora": (40, lora),
+    "liger": (40, lambda stage: full(stage, "liger", liger=True, gradient_checkpointing=True)),
     "random": (60, random_weights),
     **variants(),
 }

@@ -20,9 +20,9 @@ def attend_in_windows(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """((1, N, heads, width), None): attention of tokens (1, heads, N, width) to those of their own window.
 
-    cu_seq_lens_q: where each window begins, and the end; a tensor, or an array where nothing may wait for the device.
+    cu_seq_lens_q: where each window begins, and the end: a tensor, or Ends.
     """
-    groups = _groups(cu_seq_lens_q, query.device)
+    groups = cu_seq_lens_q.groups if isinstance(cu_seq_lens_q, Ends) else _groups(cu_seq_lens_q, query.device)
     heads, tokens, width = query.shape[1:]
     if len(groups) == 1:  # all windows are of one size
         return _batched(query, key, value, groups[0][0], scaling, dropout).reshape(1, tokens, heads, width), None
@@ -40,25 +40,45 @@ def _batched(query, key, value, length: int, scaling: float | None, dropout: flo
     return scaled_dot_product_attention(*apart, dropout_p=dropout, scale=scaling).transpose(1, 2)
 
 
-_seen: list[tuple[Any, torch.device, list[tuple[int, torch.Tensor]]]] = []  # of the last ends: each block asks for the same
+class Ends:
+    """Where windows end, known to the host: in place of the tensor that a tower's blocks are told.
+
+    They take it apart to learn the lengths, `(ends[1:] - ends[:-1]).tolist()`; it answers that, and no device is asked.
+    """
+
+    def __init__(self, ends: torch.Tensor, device: torch.device):
+        places = ends.tolist()
+        self.lengths = [end - start for start, end in zip(places[:-1], places[1:], strict=True)]
+        self.groups: list[tuple[int, torch.Tensor]] = []  # (length, which tokens) of the windows of each size
+        for length in dict.fromkeys(self.lengths):
+            starts = torch.tensor([start for start, own in zip(places, self.lengths, strict=False) if own == length])
+            self.groups.append((length, (starts[:, None] + torch.arange(length)).flatten().to(device)))
+
+    def __getitem__(self, _: slice) -> "Ends":
+        return self
+
+    def __sub__(self, _: "Ends") -> "Ends":
+        return self
+
+    def tolist(self) -> list[int]:
+        """Lengths."""
+        return self.lengths
+
+    def max(self) -> int:
+        """The longest."""
+        return max(self.lengths)
 
 
-def _groups(ends: Any, device: torch.device) -> list[tuple[int, torch.Tensor]]:
-    """(length, which tokens) of the windows of each size."""
-    for known, where, groups in _seen:
-        if known is ends and where == device:
-            return groups
-    places = ends.tolist()  # of a tensor on a device this waits for it: once a forward pass, not once a block
-    windows: dict[int, list[int]] = {}
-    for start, end in zip(places[:-1], places[1:], strict=True):
-        windows.setdefault(end - start, []).append(start)
-    found = []
-    for length, starts in windows.items():
-        rows = torch.tensor(starts)[:, None] + torch.arange(length)
-        found.append((length, rows.flatten().to(device)))
-    _seen.append((ends, device, found))
-    del _seen[:-8]
-    return found
+_seen: list[tuple[torch.Tensor, Ends]] = []  # the last tensors: each block asks for the same, and only the first one waits
+
+
+def _groups(ends: torch.Tensor, device: torch.device) -> list[tuple[int, torch.Tensor]]:
+    for known, found in _seen:
+        if known is ends:
+            return found.groups
+    _seen.append((ends, Ends(ends, device)))
+    del _seen[:-4]
+    return _seen[-1][1].groups
 
 
 def in_windows(model: Any) -> Any:

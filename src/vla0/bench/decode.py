@@ -1,5 +1,7 @@
 """How fast chunks are decoded here, each way, on the same weights and inputs, and whether the tokens are the same."""
 
+import importlib.metadata
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import Progress
+from rich.progress import Progress, track
 from rich.table import Column, Table
 
+from vla0 import model as models
 from vla0.bench.inputs import Episodes, moving_pictures
 from vla0.codec import ActionCodec, Grammar
 from vla0.decode import Fast, Reference
@@ -24,13 +27,17 @@ from vla0.rollout import rest
 BASELINE = "generate"
 WAYS: dict[str, dict[str, Any] | None] = {  # arguments of Fast; None: transformers' generate with a logits processor
     BASELINE: None,
-    "one token a pass": {"width": 1, "tail": 0.0},
+    "one token a pass": {"plain": True},
     "forced symbols ride along": {"width": 4, "tail": 0.0, "least": 0.999, "learning": False},
     "all digits, one level": {"width": 21, "tail": 0.0, "learning": False},
     "all digits, two levels": {"width": 232, "tail": 0.0, "learning": False},
     "tree of the last chunk": {"tail": 0.0, "learning": False},
     "tree that learns": {"tail": 0.0},
     "tree that learns, and a tail": {},
+}
+OTHERS: dict[str, dict[str, Any]] = {  # by name only: what they are for, a machine may not have
+    "compiled": {"compiled": True},
+    "not invariant": {"invariant": False},
 }
 MOST = 1024  # nodes of a pass: of many rows each has fewer, or the exhaustive ways would take minutes
 BLIND = ("forced symbols ride along", "all digits, one level", "all digits, two levels")  # they guess without a last chunk
@@ -129,7 +136,7 @@ def measure(policy: VLA0, way: str, inputs, replan: int, expected: list[np.ndarr
 def _decoder(policy: VLA0, way: str, batch: int) -> Fast | Reference:
     if way in MODES:
         return inexact(policy.model, policy.prompt, way)[1]
-    if (settings := WAYS[way]) is None:
+    if (settings := (WAYS | OTHERS)[way]) is None:
         return Reference(policy.model, policy.prompt)
     fewer = {"width": min(settings["width"], max(1, MOST // batch))} if "width" in settings else {}
     return Fast(policy.model, policy.prompt, **settings | fewer)
@@ -157,6 +164,50 @@ def parting(policy: VLA0, batch: dict[str, torch.Tensor], row: int, one: np.ndar
     return first - second
 
 
+def certificate(
+    policy: VLA0, chunks: int, batch: int = 1, replan: int = 1, episodes: Episodes | None = None, seconds: float = math.inf
+) -> dict[str, Any]:
+    """Over so many successive chunks on this device: how many are identical to one token a pass, and where others part.
+
+    batch: observations decoded together, for they share products of matrices. seconds: after which it ends with what it has.
+    """
+    streams = [(episodes or moving_pictures(policy.spec))(number) for number in range(batch)]
+    plain, decoder = Fast(policy.model, policy.prompt, plain=True), Fast(policy.model, policy.prompt)
+    differing: list[dict[str, Any]] = []
+    compared, passes, last, started = 0, [], None, time.monotonic()
+    for _ in track(range(-(-chunks // batch)), "certifying", transient=True):
+        own = policy.prompt.observe([next(stream) for stream in streams])
+        expected = plain.decode(own)
+        guesses = None if last is None else [filled(rest(chunk, replan), policy.spec.horizon) for chunk in last]
+        last = decoder.decode(own, guesses=guesses)
+        passes.append(decoder.passes)
+        for row, (one, other) in enumerate(zip(expected, last, strict=True)):
+            if not np.array_equal(one, other):
+                margin = parting(policy, own, row, one, other)
+                differing.append({"chunk": compared + row, "numbers": int((one != other).sum()), "margin": margin})
+        compared += batch
+        for stream in streams:
+            for _ in range(replan - 1):
+                next(stream)
+        if time.monotonic() - started > seconds:
+            break
+    device = policy.model.device
+    return {
+        "chunks": compared, "identical": compared - len(differing), "differing": differing, "batch": batch, "replan": replan,
+        "passes": float(np.mean(passes)), "invariant": decoder.engine.invariant, "width": decoder.nodes(decoder.engine.held(batch)),
+        "checkpoint": models.fingerprint(policy.model, policy.spec), "dtype": str(policy.model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
+        "versions": {name: _version(name) for name in ("vla0", "torch", "transformers", "numpy")},
+    }  # fmt: skip
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from a folder of sources
+        return None
+
+
 def tables(rows: Sequence[Timing]) -> list[Table]:
     """A table for each batch size and replan: the ways, and how many times faster than `generate`."""
     result = []
@@ -181,5 +232,5 @@ def refuse(batches: Sequence[int], replans: Sequence[int], chunks: int, horizon:
         raise InputError("batch and chunks >= 1", f"{min(batches)} and {chunks}", "give whole numbers from 1")
     if not 1 <= min(replans) <= max(replans) <= horizon:
         raise InputError(f"replan in 1..{horizon}, the horizon", f"{sorted(replans)}", "give fewer steps a query")
-    if unknown := [way for way in ways if way not in (*WAYS, *MODES)]:
-        raise InputError(f"a way of {(*WAYS, *MODES)}", f"'{unknown[0]}'", "choose one of those")
+    if unknown := [way for way in ways if way not in (*WAYS, *OTHERS, *MODES)]:
+        raise InputError(f"a way of {(*WAYS, *OTHERS, *MODES)}", f"'{unknown[0]}'", "choose one of those")

@@ -46,7 +46,15 @@ class Engine:
     one tensor of whole numbers (and the pixels, in the first): all that the host says goes over in one copy.
     """
 
-    def __init__(self, model: Any, symbol_ids: Sequence[int], grammar: Grammar, fixed: bool, compiled: bool = False, invariant: bool = False):
+    def __init__(
+        self,
+        model: Any,
+        symbol_ids: Sequence[int],
+        grammar: Grammar,
+        fixed: bool,
+        compiled: bool = False,
+        invariant: bool = False,
+    ):
         """compiled: layers by torch.compile, once for each size of a pass. invariant: what a node is told does not depend on
         which other guesses a tree has, bit for bit, in any number format; passes are then of fixed size, the first has no guess."""
         self.model, self.grammar, self.fixed, self.compiled, self.invariant = model, grammar, fixed, compiled, invariant
@@ -96,7 +104,7 @@ class Engine:
             grids, length = grids + more * grids[: len(grids) // rows], length + before
             ids[rows:], seen[rows:], places[:, rows:] = ids[0], seen[0], places[:, :1]
         if (key := tuple(grids)) not in self.sights:
-            self.sights[key] = Sight(self.model.model.visual, key, self.model.device)
+            self.sights[key] = Sight(self.model.model.visual, key, self.model.device, self.compiled)
         self.sight = self.sights[key]
         self._open(seen[:, :-1], places[0, :, -1], most)
         tree = self._numbers(trees, 1 if self.invariant else most)

@@ -77,7 +77,7 @@ def _attend_tree(
     query_row, query_head, query_node, key_row, key_head, key_slot, value_row, value_head, value_slot, nodes,
     GROUPS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
     BLOCK: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip  # noqa: N803
+):  # fmt: skip
     # One node, the query heads of one key head. Blocks of keys are of places, not of slots: the same in every tree.
     node, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group, wide = tl.arange(0, PADDED), tl.arange(0, WIDE)

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from vla0.windows import Ends
+
 
 class Sight:
     """A tower's forward pass for images of these sizes, as a function of tensors alone, so that it can be captured.
@@ -13,9 +15,11 @@ class Sight:
     blocks of windows and angles, is recorded from its own forward pass: nothing of it is computed a second way here.
     """
 
-    def __init__(self, tower: Any, grids: tuple[tuple[int, ...], ...], device: torch.device):
+    def __init__(self, tower: Any, grids: tuple[tuple[int, ...], ...], device: torch.device, compiled: bool = False):
         self.tower = tower
         self.told: list[dict[str, Any]] = [{} for _ in tower.blocks]
+        self.ends: dict[torch.Tensor, Ends] = {}  # tensors are told apart as objects
+        self.block = _block if not compiled else torch.compile(_block, fullgraph=True, dynamic=False)
         weight = tower.patch_embed.proj.weight
         self.width = weight[0].numel()
         grid = torch.tensor(grids, device=device)
@@ -40,8 +44,10 @@ class Sight:
             (hidden,) = given
             if number == 0:
                 self.order, hidden = hidden[:, 0].long(), torch.zeros_like(hidden, dtype=dtype)
-            # Of tensors a block asks the lengths of its windows, and waits for the device each time; arrays answer at once.
-            self.told[number] = {name: value.cpu().numpy() if name == "cu_seqlens" else value for name, value in told.items()}
+            ends = told["cu_seqlens"]
+            if ends not in self.ends:
+                self.ends[ends] = Ends(ends, hidden.device)
+            self.told[number] = {**told, "cu_seqlens": self.ends[ends]}
             return (hidden,), told
 
         return hook
@@ -52,8 +58,12 @@ class Sight:
         # A convolution whose stride is its kernel is a product of matrices, and faster as one.
         hidden = linear(patches, tower.patch_embed.proj.weight.flatten(1))[self.order]
         for block, told in zip(tower.blocks, self.told, strict=True):
-            hidden = block(hidden, **told)
+            hidden = self.block(block, hidden, told)
         return tower.merger(hidden)[self.back]
+
+
+def _block(block: Any, hidden: torch.Tensor, told: dict[str, Any]) -> torch.Tensor:
+    return block(hidden, **told)
 
 
 def _numbered(rows: int, width: int, device: torch.device) -> torch.Tensor:
