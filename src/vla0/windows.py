@@ -5,6 +5,7 @@ training and in acting. The same products and sums, through transformers' public
 """
 
 from copy import copy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Ends:
 
     def __init__(self, ends: torch.Tensor, device: torch.device):
         places = ends.tolist()
-        self.lengths = [end - start for start, end in zip(places[:-1], places[1:], strict=True)]
+        self.lengths = [end - start for start, end in pairwise(places)]
         self.groups: list[tuple[int, torch.Tensor]] = []  # (length, which tokens) of the windows of each size
         for length in dict.fromkeys(self.lengths):
             starts = torch.tensor([start for start, own in zip(places, self.lengths, strict=False) if own == length])
@@ -72,6 +73,7 @@ class Ends:
 _seen: list[tuple[torch.Tensor, Ends]] = []  # the last tensors: each block asks for the same, and only the first one waits
 
 
+@torch.compiler.disable
 def _groups(ends: torch.Tensor, device: torch.device) -> list[tuple[int, torch.Tensor]]:
     for known, found in _seen:
         if known is ends:
