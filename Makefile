@@ -4,10 +4,14 @@ PYTHON ?= $(shell for p in python3.12 python3.13 python3; do $$p -c 'import sys;
 RUN := .venv/bin
 # Bytecode is kept: a dozen processes would each compile torch anew where this is set.
 unexport PYTHONDONTWRITEBYTECODE
+NEWEST := .venv-newest
+TRANSFORMERS := 5.24.0
+CORE := $(addprefix tests/test_, engine.py fast.py decode.py invariant.py windows.py policy.py prompt.py model.py vision.py gpu.py)
+APART := $(addprefix tests/test_, codec.py inexact.py remote.py serve.py spec.py ensemble.py rollout.py bench.py)
 CHECK := $(RUN)/python -c "from vla0.doctor import draw; draw()"
 GL_PACKAGES := libegl1 libegl-mesa0 libgl1-mesa-dri
 
-.PHONY: install rendering browser demo test test-all lint clean
+.PHONY: install rendering browser newest demo test test-all lint clean
 
 install: .venv/installed rendering
 
@@ -43,12 +47,22 @@ demo:
 lint: .venv/installed
 	$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/pyright
 
-test: install browser
+test: install browser newest
 	$(RUN)/ruff format --check . && $(RUN)/ruff check .
 	$(RUN)/pytest
+	$(NEWEST)/bin/pytest $(CORE)
 
-test-all: install browser lint
+test-all: install browser newest lint
 	$(RUN)/pytest -m ''
+	$(NEWEST)/bin/pytest -m '' $(CORE) $(APART)
+
+# LeRobot holds transformers at 5.5. The rest is tested with the newest one too, in an environment of the base package alone.
+newest: $(NEWEST)/installed
+
+$(NEWEST)/installed: pyproject.toml uv.lock Makefile .venv/installed
+	UV_PROJECT_ENVIRONMENT=$(NEWEST) $(UV) sync --quiet --frozen --no-default-groups
+	$(UV) pip install --quiet --python $(NEWEST)/bin/python transformers==$(TRANSFORMERS) pytest pytest-timeout hypothesis
+	@touch $(NEWEST)/installed
 
 clean:
-	rm -rf .venv .tools runs
+	rm -rf .venv $(NEWEST) .tools runs

@@ -73,7 +73,7 @@ class Ends:
 _seen: list[tuple[torch.Tensor, Ends]] = []  # the last tensors: each block asks for the same, and only the first one waits
 
 
-@torch.compiler.disable
+@torch.compiler.disable()  # a graph breaks here, and nowhere else
 def _groups(ends: torch.Tensor, device: torch.device) -> list[tuple[int, torch.Tensor]]:
     for known, found in _seen:
         if known is ends:
@@ -88,7 +88,7 @@ def in_windows(model: Any) -> Any:
 
     Only the tower's attention modules are told; the model's own configuration, which is saved, stays as it is.
     """
-    vision = getattr(model.config, "vision_config", None)
+    vision: Any = getattr(model.config, "vision_config", None)
     if not hasattr(vision, "window_size") or vision._attn_implementation != "sdpa":
         return model
     told = copy(vision)

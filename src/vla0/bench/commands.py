@@ -30,6 +30,8 @@ def decode(
     device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
     recipe: Annotated[Path | None, typer.Option(help="see its dataset's pictures, not made-up ones")] = None,
     calibrate: Annotated[bool, typer.Option(help="measure anew how many guesses a pass should check, and no more")] = False,
+    certify: Annotated[int | None, typer.Option(help="compare so many chunks with one token a pass, and no more")] = None,
+    out: Annotated[Path | None, typer.Option(help="with --certify: file for the certificate")] = None,
     json: Annotated[Path | None, typer.Option(help="file for the rows")] = None,
 ) -> None:
     """Time the ways of decoding on the same inputs, and compare their tokens."""
@@ -45,19 +47,39 @@ def decode(
     if calibrate:
         console.print(f"{width(policy.decoder.engine, fresh=True)} nodes a pass")
         return
-    batches, replans = batch or [1, 8, 32], replan or sorted({1, policy.spec.horizon})
-    ways = (*(way or benchmark.WAYS), *(inexact or ()))
-    benchmark.refuse(batches, replans, chunks, policy.spec.horizon, ways)
     episodes = None
     if recipe is not None:
         from vla0.recipe import TrainConfig, read_config
 
         episodes = recorded(read_config(TrainConfig, recipe, []).data, policy.spec)
+    if certify is not None:
+        _certify(policy, certify, batch or [1], replan or [1], episodes, out)
+        return
+    batches, replans = batch or [1, 8, 32], replan or sorted({1, policy.spec.horizon})
+    ways = (*(way or benchmark.WAYS), *(inexact or ()))
+    benchmark.refuse(batches, replans, chunks, policy.spec.horizon, ways)
     rows = benchmark.bench(policy, batches, replans, chunks, ways, episodes)
     for table in benchmark.tables(rows):
         console.print(table)
     if json is not None:
         write(json, [asdict(row) for row in rows])
+
+
+def _certify(policy: Any, chunks: int, batches: list[int], replans: list[int], episodes: Any, out: Path | None) -> None:
+    from vla0.bench.certificate import certificate
+
+    if len(batches) > 1 or len(replans) > 1:
+        raise InputError("one --batch and one --replan with --certify", f"{batches}, {replans}", "certify each on its own")
+    found = certificate(policy, chunks, batches[0], replans[0], episodes)
+    if out is not None:
+        write(out, found)
+    console = Console()
+    console.print(
+        f"{found['identical']} of {found['chunks']} chunks identical to one token a pass; {found['passes']:.1f} passes a chunk"
+    )
+    console.print(f"{found['passes']:.1f} passes a chunk; {found['dtype']}, {found['device']}, {found['versions']}")
+    for own in found["differing"]:
+        console.print(f"chunk {own['chunk']}: {own['numbers']} numbers differ; margin where it parts {own['margin']:.3g}")
 
 
 @app.command()
@@ -125,7 +147,7 @@ def _show(rows: list[dict[str, Any]], json: Path | None) -> None:
         write(json, rows)
 
 
-def write(file: Path, rows: list[dict[str, Any]]) -> None:
+def write(file: Path, rows: Any) -> None:
     """The rows as JSON."""
     file.write_text(dumps(rows, indent=2) + "\n", encoding="utf-8")
 

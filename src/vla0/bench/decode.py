@@ -1,7 +1,5 @@
 """How fast chunks are decoded here, each way, on the same weights and inputs, and whether the tokens are the same."""
 
-import importlib.metadata
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import Progress, track
+from rich.progress import Progress
 from rich.table import Column, Table
 
-from vla0 import model as models
 from vla0.bench.inputs import Episodes, moving_pictures
 from vla0.codec import ActionCodec, Grammar
 from vla0.decode import Fast, Reference
@@ -162,50 +159,6 @@ def parting(policy: VLA0, batch: dict[str, torch.Tensor], row: int, one: np.ndar
     logits = policy.model(**inputs, logits_to_keep=1).logits[row, -1].float()
     first, second = torch.topk(logits[[prompt.symbol_ids[s] for s in grammar.allowed(state)]], 2).values.tolist()
     return first - second
-
-
-def certificate(
-    policy: VLA0, chunks: int, batch: int = 1, replan: int = 1, episodes: Episodes | None = None, seconds: float = math.inf
-) -> dict[str, Any]:
-    """Over so many successive chunks on this device: how many are identical to one token a pass, and where others part.
-
-    batch: observations decoded together, for they share products of matrices. seconds: after which it ends with what it has.
-    """
-    streams = [(episodes or moving_pictures(policy.spec))(number) for number in range(batch)]
-    plain, decoder = Fast(policy.model, policy.prompt, plain=True), Fast(policy.model, policy.prompt)
-    differing: list[dict[str, Any]] = []
-    compared, passes, last, started = 0, [], None, time.monotonic()
-    for _ in track(range(-(-chunks // batch)), "certifying", transient=True):
-        own = policy.prompt.observe([next(stream) for stream in streams])
-        expected = plain.decode(own)
-        guesses = None if last is None else [filled(rest(chunk, replan), policy.spec.horizon) for chunk in last]
-        last = decoder.decode(own, guesses=guesses)
-        passes.append(decoder.passes)
-        for row, (one, other) in enumerate(zip(expected, last, strict=True)):
-            if not np.array_equal(one, other):
-                margin = parting(policy, own, row, one, other)
-                differing.append({"chunk": compared + row, "numbers": int((one != other).sum()), "margin": margin})
-        compared += batch
-        for stream in streams:
-            for _ in range(replan - 1):
-                next(stream)
-        if time.monotonic() - started > seconds:
-            break
-    device = policy.model.device
-    return {
-        "chunks": compared, "identical": compared - len(differing), "differing": differing, "batch": batch, "replan": replan,
-        "passes": float(np.mean(passes)), "invariant": decoder.engine.invariant, "width": decoder.nodes(decoder.engine.held(batch)),
-        "checkpoint": models.fingerprint(policy.model, policy.spec), "dtype": str(policy.model.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
-        "versions": {name: _version(name) for name in ("vla0", "torch", "transformers", "numpy")},
-    }  # fmt: skip
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # run from a folder of sources
-        return None
 
 
 def tables(rows: Sequence[Timing]) -> list[Table]:

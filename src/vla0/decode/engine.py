@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ from vla0.codec import Grammar
 from vla0.decode.compiled import layered
 from vla0.decode.draft import Tree, drawn
 from vla0.decode.sight import Sight
-from vla0.decode.slots import Replay, Slots, cache_argument
+from vla0.decode.slots import Replay, Slots, below, cache_argument
 from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -43,25 +42,20 @@ class Engine:
 
     fixed: rows, prompts and trees are filled up to a few sizes and each pass looks at all slots, so that it can be captured as
     a CUDA graph. Otherwise a pass is as small as it can be, which is faster where nothing is captured. A pass is a function of
-    one tensor of whole numbers (and the pixels, in the first): all that the host says goes over in one copy.
+    one tensor of whole numbers (and the pixels, in the first): all that the host says goes over in one copy. compiled: layers
+    by torch.compile, once for each size of a pass. invariant: what is said at a node does not depend on which other guesses a
+    tree has, bit for bit (vla0.decode.invariant); passes are of fixed size then, and in the first one nothing is guessed.
     """
 
     def __init__(
-        self,
-        model: Any,
-        symbol_ids: Sequence[int],
-        grammar: Grammar,
-        fixed: bool,
-        compiled: bool = False,
-        invariant: bool = False,
-    ):
-        """compiled: layers by torch.compile, once for each size of a pass. invariant: what a node is told does not depend on
-        which other guesses a tree has, bit for bit, in any number format; passes are then of fixed size, the first has no guess."""
+        self, model: Any, symbol_ids: Sequence[int], grammar: Grammar, fixed: bool,
+        compiled: bool = False, invariant: bool = False,
+    ):  # fmt: skip
         self.model, self.grammar, self.fixed, self.compiled, self.invariant = model, grammar, fixed, compiled, invariant
         if invariant:
-            from vla0.decode import invariant as attention
+            from vla0.decode import invariant as attention  # needs Triton
 
-            self.attention = attention
+            self.attention: Any = attention
         self.language = layered(model.model.language_model) if compiled else model.model.language_model
         self.embed = model.model.get_input_embeddings()
         self.cache_name = cache_argument(model.model.language_model)
@@ -200,7 +194,7 @@ class Engine:
         causal = torch.ones((length, length), dtype=torch.bool, device=ids.device).tril()
         # A padding sees itself: a row of a softmax over nothing is not a number, and would spread.
         prompt = causal & seen.bool()[:, None] | torch.eye(length, dtype=torch.bool, device=ids.device)
-        tree = torch.cat([seen.bool()[:, None].expand(-1, nodes, -1), _below(paths)], 2)
+        tree = torch.cat([seen.bool()[:, None].expand(-1, nodes, -1), below(paths)], 2)
         mask = torch.cat([pad(prompt, (0, nodes)), tree], 1)
         at = torch.arange(length + nodes, device=ids.device)
         if self.fixed:
@@ -215,11 +209,11 @@ class Engine:
         embedded, places = self.embed(tokens), places.expand(3, -1, -1)
         if self.invariant:
             trees = self.attention.Trees(base, *before, places[0] - places[0, :, :1], paths)
-            with self._attending(self.attention.NAME):
+            with self.attention.attending(self.language.config):
                 hidden = self._pass(embedded, places, trees, at)
         else:
             seen = before[0].bool()[:, None].expand(-1, tokens.shape[1], -1)
-            mask = seen.index_copy(2, at, _below(paths)) if self.fixed else torch.cat([seen, _below(paths)], 2)
+            mask = seen.index_copy(2, at, below(paths)) if self.fixed else torch.cat([seen, below(paths)], 2)
             hidden = self._pass(embedded, places, mask, at)
         return self._judge(hidden, allowed.bool())
 
@@ -235,23 +229,13 @@ class Engine:
             **{self.cache_name: self.cache},
         ).last_hidden_state  # fmt: skip
 
-    @contextmanager
-    def _attending(self, name: str) -> Iterator[None]:
-        """The language model's attention by another function, for a pass."""
-        config = self.language.config
-        before, config._attn_implementation = config._attn_implementation, name
-        try:
-            yield
-        finally:
-            config._attn_implementation = before
-
     def _judge(self, hidden: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """(B, N, 1 + 12): the pick after each node, and the symbols' probabilities."""
         logits = linear(hidden, self.model.lm_head.weight[self.head]).float().masked_fill(~allowed, float("-inf"))
         return torch.cat([logits.argmax(2, keepdim=True).to(logits.dtype), torch.softmax(logits, 2)], 2)
 
     def _numbers(self, trees: Sequence[Tree], most: int) -> list[np.ndarray]:
-        """Of trees: tokens (B, N), positions (B, N), paths (B, N, N), what may follow (B, N, 12). most: nodes, where that is fixed."""
+        """Of trees: tokens (B, N), positions (B, N), paths (B, N, N), what may follow (B, N, 12). most: N where it is fixed."""
         most = most if self.fixed else max(map(len, trees))
         symbols, depths, paths, allowed = drawn(trees, self.grammar, len(self.seen), most)
         return [self.ids[symbols], self.place[:, None] + depths, paths, allowed[..., self.order]]
@@ -260,11 +244,6 @@ class Engine:
         probabilities = np.empty_like(judgement[:rows, :, 1:])
         probabilities[..., self.order] = judgement[:rows, :, 1:]
         return self.order[judgement[:rows, :, 0].astype(np.int64)].tolist(), probabilities
-
-
-def _below(paths: torch.Tensor) -> torch.Tensor:
-    """(B, N, N): which nodes a node sees, of the paths to them."""
-    return torch.zeros_like(paths, dtype=torch.bool).scatter(2, paths, True)
 
 
 def _apart(numbers: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:

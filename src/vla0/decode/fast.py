@@ -38,9 +38,10 @@ class Fast:
 
     width: nodes of a row's tree; None: what was measured on this device, less in a batch. tail: the share of them that run
     ahead on the one likeliest path. least: how likely a node has to be. Off, for comparison: `learning` from the model's words
-    at each guess. plain: no guesses, one token a pass of the same size: what all else must equal. compiled: layers by torch.compile,
-    seconds at the first decode. invariant: whether a choice may not depend on what else is guessed, bit for bit; None: where
-    numbers are of 16 bits on a GPU. enough: below 1, a guess passes that the model finds so many times as likely as its own choice: other tokens.
+    at each guess. enough: below 1, a guess passes that the model finds so many times as likely as its own choice: other
+    tokens. plain: no guesses, one token in a pass of the same size: what all else must equal. compiled: layers by
+    torch.compile, seconds at the first decode. invariant: whether no choice may depend on what else is guessed, in any
+    number format; None: where numbers are of 16 bits on a GPU.
     """
 
     def __init__(
@@ -63,11 +64,11 @@ class Fast:
         self.expectation = Expectation(spec.horizon, spec.dimensions, spec.bins)
         self.grammar = Grammar(spec.bins, spec.numbers)
         self.turn: object | None = None
-        cuda = model.device.type == "cuda"
+        cuda: bool = model.device.type == "cuda"
         if invariant is None:
             invariant = cuda and model.dtype != torch.float32 and importlib.util.find_spec("triton") is not None
-        fixed = cuda or compiled or invariant
-        self.engine = Engine(model, prompt.symbol_ids, self.grammar, fixed, compiled, invariant)
+        fixed = cuda or compiled or bool(invariant)
+        self.engine = Engine(model, prompt.symbol_ids, self.grammar, fixed, compiled, bool(invariant))
 
     def nodes(self, rows: int) -> int:
         """Of the tree of each row, of so many that are decoded together."""

@@ -1,3 +1,4 @@
+# ruff: noqa: N803 - what a kernel is compiled for is written in capitals, as Triton's users do
 """Attention of a tree's nodes that rounds the same whatever else is in the tree.
 
 In bf16 a sum depends on the order of its terms. Where a node's ancestors lie scattered among other guesses, SDPA adds them up
@@ -6,6 +7,9 @@ node reads its own path in the order in which it would be written, so that a gue
 would have left, bit for bit. The rest of a pass rounds row by row as long as its shape is the same.
 """
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +37,20 @@ def attend(
     scaling: float | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """((B, N, heads, width), None) of queries (B, heads, N, width), keys and values (B, key heads, slots, width)."""
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    factor: float = scaling or query.shape[-1] ** -0.5
     if query.device.type == "cuda":
-        return launched(query, key, value, attention_mask, scaling), None
-    return gathered(query, key, value, attention_mask, scaling), None
+        return launched(query, key, value, attention_mask, factor), None
+    return gathered(query, key, value, attention_mask, factor), None
+
+
+@contextmanager
+def attending(config: Any) -> Iterator[None]:
+    """A language model's attention by `attend`, for a pass. config: the language model's."""
+    before, config._attn_implementation = config._attn_implementation, NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def gathered(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, trees: Trees, scaling: float) -> torch.Tensor:
@@ -62,21 +76,24 @@ def launched(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, trees:
     rows, heads, nodes, width = query.shape
     groups = heads // key.shape[1]
     out = torch.empty((rows, nodes, heads, width), dtype=query.dtype, device=query.device)
-    _attend_tree[(nodes, key.shape[1], rows)](
-        query, key, value, out, trees.base, trees.first, trees.accepted, trees.depths, trees.paths, scaling * 1.4426950408889634,
+    kernel: Any = _attend_tree
+    kernel[(nodes, key.shape[1], rows)](
+        query, key, value, out, trees.base, trees.first, trees.accepted, trees.depths, trees.paths,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], nodes,
         GROUPS=groups, PADDED=max(16, triton.next_power_of_2(groups)), WIDTH=width, WIDE=triton.next_power_of_2(width),
-        HEADS=heads, BLOCK=BLOCK, PRECISE=query.dtype == torch.float32, num_warps=4, num_stages=2,
+        HEADS=heads, BLOCK=BLOCK, PRECISE=query.dtype == torch.float32,
+        SCALING=scaling * math.log2(math.e),  # known when it is compiled: torch.compile would hand it over in float64
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _attend_tree(
-    query, key, value, out, base, first, accepted, depths, paths, scaling,
+    query, key, value, out, base, first, accepted, depths, paths,
     query_row, query_head, query_node, key_row, key_head, key_slot, value_row, value_head, value_slot, nodes,
     GROUPS: tl.constexpr, PADDED: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISE: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISE: tl.constexpr, SCALING: tl.constexpr,
 ):  # fmt: skip
     # One node, the query heads of one key head. Blocks of keys are of places, not of slots: the same in every tree.
     node, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -102,9 +119,9 @@ def _attend_tree(
         keys = tl.load(key_at, mask=seen[:, None] & inside[None, :], other=0.0)
         values = tl.load(value_at, mask=seen[:, None] & inside[None, :], other=0.0)
         if PRECISE:
-            scores = tl.dot(asked, tl.trans(keys), input_precision="ieee") * scaling
+            scores = tl.dot(asked, tl.trans(keys), input_precision="ieee") * SCALING
         else:
-            scores = tl.dot(asked, tl.trans(keys)) * scaling
+            scores = tl.dot(asked, tl.trans(keys)) * SCALING
         scores = tl.where(seen[None, :], scores, -1.0e30)
         higher = tl.maximum(most, tl.max(scores, 1))
         shrink = tl.exp2(most - higher)

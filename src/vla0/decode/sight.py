@@ -18,6 +18,7 @@ class Sight:
     def __init__(self, tower: Any, grids: tuple[tuple[int, ...], ...], device: torch.device, compiled: bool = False):
         self.tower = tower
         self.told: list[dict[str, Any]] = [{} for _ in tower.blocks]
+        self.order = torch.empty(0)  # of patches
         self.ends: dict[torch.Tensor, Ends] = {}  # tensors are told apart as objects
         self.block = _block if not compiled else torch.compile(_block, fullgraph=True, dynamic=False)
         weight = tower.patch_embed.proj.weight

@@ -1,0 +1,74 @@
+"""A certificate: over many chunks of a checkpoint on this device, whether each is the one of one token a pass."""
+
+import importlib.metadata
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from vla0 import model as models
+from vla0.bench.decode import parting
+from vla0.bench.inputs import Episodes, moving_pictures
+from vla0.decode import Fast
+from vla0.decode.draft import filled
+from vla0.errors import InputError
+from vla0.policy import VLA0
+from vla0.rollout import rest
+
+
+def certificate(
+    policy: VLA0, chunks: int, batch: int = 1, replan: int = 1, episodes: Episodes | None = None, seconds: float = math.inf
+) -> dict[str, Any]:
+    """Over so many successive chunks: how many are identical to one token a pass, and of each other one where it parts.
+
+    batch: observations decoded together; they share products of matrices, so that a certificate is of one size. replan: steps
+    between queries. episodes: of a number its observations; default made-up ones. seconds: after which it ends early.
+    The margin is how far the two likeliest symbols' logits are apart where the chunks part. Raises InputError for a policy
+    whose model the fast decoder does not drive.
+    """
+    if not isinstance(policy.decoder, Fast):
+        raise InputError("a model that the fast decoder drives", "one decoded plainly", "nothing to certify here")
+    if min(chunks, batch) < 1 or not 1 <= replan <= policy.spec.horizon:
+        got = f"{chunks}, {batch} and {replan}"
+        raise InputError(f"chunks and batch >= 1, replan in 1..{policy.spec.horizon}", got, "give whole numbers from 1")
+    streams = [(episodes or moving_pictures(policy.spec))(number) for number in range(batch)]
+    decoder = Fast(policy.model, policy.prompt)
+    plain = Fast(policy.model, policy.prompt, decoder.nodes(decoder.engine.held(batch)), plain=True)
+    differing: list[dict[str, Any]] = []
+    compared, passes, last, started = 0, [], None, time.monotonic()
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as progress:
+        bar = progress.add_task("certifying", total=chunks)
+        while compared < chunks and time.monotonic() - started < seconds:
+            own = policy.prompt.observe([next(stream) for stream in streams])
+            expected = plain.decode(own)
+            guesses = None if last is None else [filled(rest(chunk, replan), policy.spec.horizon) for chunk in last]
+            last = decoder.decode(own, guesses=guesses)
+            passes.append(decoder.passes)
+            for row, (one, other) in enumerate(zip(expected, last, strict=True)):
+                if not np.array_equal(one, other):
+                    margin = parting(policy, own, row, one, other)
+                    differing.append({"chunk": compared + row, "numbers": int((one != other).sum()), "margin": margin})
+            compared += batch
+            progress.update(bar, completed=compared)
+            for stream in streams:
+                for _ in range(replan - 1):
+                    next(stream)
+    device = policy.model.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    return {
+        "chunks": compared, "identical": compared - len(differing), "differing": differing, "batch": batch, "replan": replan,
+        "passes": float(np.mean(passes)), "invariant": decoder.engine.invariant, "nodes": plain.width,
+        "checkpoint": models.fingerprint(policy.model, policy.spec), "dtype": str(policy.model.dtype).removeprefix("torch."),
+        "device": where, "versions": {name: _version(name) for name in ("vla0", "torch", "transformers", "numpy")},
+    }  # fmt: skip
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # run from a folder of sources
+        return None
