@@ -96,3 +96,45 @@ def test_a_prompt_longer_than_the_model_can_read_is_refused(processor):
     policy = VLA0(model, processor, make_spec(bins=100, horizon=2))
     with pytest.raises(InputError, match="60 tokens at most"):
         policy.predict_batch([make_observation(0)])
+
+
+def test_the_words_before_the_picture_are_read_once_and_change_no_token(small, monkeypatch):
+    fast, read, calls = Fast(small.model, small.prompt, 12), [], []
+    inner = fast.engine._read
+    fast.engine.prefix.read = lambda tokens, places: read.append(len(tokens)) or inner(tokens, places)
+    hook = small.model.model.language_model.register_forward_pre_hook(
+        lambda _, __, told: calls.append(told["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    for seed in (0, 1, 2, 5):  # two instructions
+        batch = small.prompt.observe([make_observation(seed)])
+        calls.clear()
+        np.testing.assert_array_equal(fast.decode(batch), decode(small.model, batch, small.prompt))
+        first = calls[1] if seed == 0 else calls[0]  # before it, the beginning alone
+        assert first < batch["input_ids"].shape[1] - read[0] + 12
+    hook.remove()
+    assert len(read) == 1
+    assert read[0] > 5
+
+
+def test_rows_that_begin_differently_are_read_whole(small, processor):
+    from vla0.prompt import Prompt
+
+    other = Prompt(make_spec(bins=100, horizon=2, system="Now, please write {numbers} integers."), processor)
+    both = small.prompt.gather([small.prompt.see(make_observation(0)), other.see(make_observation(1))])
+    fast = Fast(small.model, small.prompt, 12)
+    np.testing.assert_array_equal(fast.decode(both), decode(small.model, both, small.prompt))
+    assert not fast.engine.prefix.known
+
+
+def test_the_beginning_is_read_anew_when_a_weight_has_changed(processor):
+    model = tiny_model(processor, **SMALL, seed=3)
+    policy = VLA0(model, processor, make_spec(bins=100, horizon=2))
+    batch = policy.prompt.observe([make_observation(0)])
+    before = policy.decoder.decode(batch)
+    with torch.no_grad():
+        model.model.language_model.layers[0].self_attn.v_proj.weight.normal_(0, 0.3)
+    first = decode(model, batch, policy.prompt)
+    np.testing.assert_array_equal(policy.decoder.decode(batch), first)
+    model.load_state_dict(tiny_model(processor, **SMALL, seed=8).state_dict())
+    np.testing.assert_array_equal(policy.decoder.decode(batch), decode(model, batch, policy.prompt))
+    assert not np.array_equal(before, first)

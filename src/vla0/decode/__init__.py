@@ -3,9 +3,9 @@
 import logging
 from typing import Any
 
-from vla0.decode.engine import supported
 from vla0.decode.fast import Fast
 from vla0.decode.reference import Reference, decode
+from vla0.decode.support import supported
 from vla0.prompt import Prompt
 
 __all__ = ["Fast", "Reference", "decode", "decoder"]

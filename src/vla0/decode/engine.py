@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import linear, pad
-from transformers import Qwen2_5_VLForConditionalGeneration
+from torch.nn.functional import linear
 
 from vla0.codec import Grammar
 from vla0.decode.compiled import layered
 from vla0.decode.draft import Tree, drawn
+from vla0.decode.prefix import Prefix
 from vla0.decode.sight import Sight
-from vla0.decode.slots import Replay, Slots, below, cache_argument
+from vla0.decode.slots import Replay, Slots, below
+from vla0.decode.support import cache_argument
 from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -23,18 +24,6 @@ logger = logging.getLogger(__name__)
 BUCKET = 64  # slots
 Verdict = tuple[list[list[int]], np.ndarray]  # picks (B, N), and (B, N, 12) their and the others' probabilities
 Grid = tuple[int, ...]  # 1, rows and columns of an image's patches
-
-
-def supported(model: Any) -> str | None:
-    """Why the engine cannot drive a model; None where it can."""
-    if type(model) is not Qwen2_5_VLForConditionalGeneration:
-        return f"{type(model).__name__} is not Qwen2.5-VL as it is"
-    text: Any = model.config.text_config
-    if set(text.layer_types) != {"full_attention"}:
-        return "layers of sliding attention"
-    if text._attn_implementation not in ("sdpa", "eager"):
-        return f"attention '{text._attn_implementation}', which takes no mask of a tree"
-    return None
 
 
 class Engine:
@@ -70,6 +59,7 @@ class Engine:
         self.pool: Any = None
         self.sights: dict[tuple[Grid, ...], Sight] = {}
         self.places: dict[tuple, np.ndarray] = {}
+        self.prefix = Prefix(model.model.language_model, model.config.image_token_id, self._read)
 
     def fresh(self) -> "Engine":
         """Another for the same model."""
@@ -85,13 +75,11 @@ class Engine:
         rows, length = ids.shape
         limit = self.model.config.text_config.max_position_embeddings
         if length + self.grammar.longest > limit:
-            remedy = "fewer or smaller images, or a shorter instruction"
-            raise InputError(
-                f"a prompt and an answer of {limit} tokens at most", f"{length} and {self.grammar.longest}", remedy
-            )
+            expected, got = f"a prompt and an answer of {limit} tokens at most", f"{length} and {self.grammar.longest}"
+            raise InputError(expected, got, "fewer or smaller images, or a shorter instruction")
         places = self._positions(batch, grids)
         if self.fixed:  # rows and tokens that nobody reads
-            more, before = self.held(rows) - rows, -(length + self._spare(most)) % BUCKET
+            more, before = self.held(rows) - rows, -(length + self.grammar.longest + most) % BUCKET
             fill = lambda array: np.pad(array, [(0, more), (before, 0)])  # noqa: E731
             ids, seen, places = fill(ids), fill(seen), np.stack([fill(axis) for axis in places])
             pixels = torch.cat([pixels, pixels.new_zeros(more * len(pixels) // rows, pixels.shape[1])])
@@ -103,11 +91,13 @@ class Engine:
         self._open(seen[:, :-1], places[0, :, -1], most)
         tree = self._numbers(trees, 1 if self.invariant else most)
         tree[0][:, 0] = ids[:, -1]
-        wide = length - 1 + tree[0].shape[1]
+        begin = self.prefix.put(self.cache, ids[:, :-1], seen[:, :-1], places[:, :, :-1], self.fixed)
+        wide = length - 1 - begin + tree[0].shape[1]  # of what the pass reads
         row, column = np.nonzero((ids == self.model.config.image_token_id) & seen)
-        self.cache.span, self.passes = slice(0, wide), 1
-        told = self._run(self._first, [ids[:, :-1], places[:, :, :-1], seen[:, :-1], row * wide + column, *tree], pixels)
-        return self._verdict(told, rows)
+        self.cache.span, self.passes = slice(begin, begin + wide), 1
+        before = self.seen if self.fixed else self.seen[:, : begin + wide]
+        told = [ids[:, begin:-1], places[:, :, begin:-1], row * wide + column - begin, np.array([begin]), before, *tree]
+        return self._verdict(self._run(self._first, told, pixels), rows)
 
     def step(self, trees: Sequence[Tree]) -> Verdict:
         """What the model says at the nodes of each row's tree."""
@@ -139,14 +129,10 @@ class Engine:
         """Rows that a pass has, of which so many are asked for."""
         return 1 << (rows - 1).bit_length() if self.fixed else rows
 
-    def _spare(self, most: int) -> int:
-        """Slots for an answer and a tree."""
-        return self.grammar.longest + most
-
     def _open(self, seen: np.ndarray, place: np.ndarray, most: int) -> None:
         """Before node 0 of the first tree. seen: (B, n), which slots of the prompt count. place: (B,) of node 0."""
         rows, length = seen.shape
-        slots = length + 1 + self._spare(most)
+        slots = length + 1 + self.grammar.longest + most  # the answer's, and a tree's
         key, config, like = (rows, slots), self.model.config.text_config, self.embed.weight
         self.cache = self.caches.get(key) or Slots(config, rows, slots, like)
         if self.fixed:
@@ -186,22 +172,28 @@ class Engine:
         return function(*(tensor.to(self.model.device) for tensor in inputs)).cpu().numpy()
 
     def _first(self, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        ids, before, seen, pictures, tokens, places, paths, allowed = _apart(numbers, shapes)
-        length, nodes = ids.shape[1], tokens.shape[1]
+        ids, before, pictures, begin, seen, tokens, places, paths, allowed = _apart(numbers, shapes)
+        length, slots = ids.shape[1], torch.arange(seen.shape[1], device=ids.device)
         embedded = self.embed(torch.cat([ids, tokens], 1))
         images = self.sight(pixels.to(embedded.dtype)).to(embedded.dtype)
         embedded.flatten(0, 1).index_copy_(0, pictures, images)
-        causal = torch.ones((length, length), dtype=torch.bool, device=ids.device).tril()
+        at = begin + torch.arange(embedded.shape[1], device=ids.device)
+        own, seen = at[:length, None], seen.bool()[:, None]
         # A padding sees itself: a row of a softmax over nothing is not a number, and would spread.
-        prompt = causal & seen.bool()[:, None] | torch.eye(length, dtype=torch.bool, device=ids.device)
-        tree = torch.cat([seen.bool()[:, None].expand(-1, nodes, -1), below(paths)], 2)
-        mask = torch.cat([pad(prompt, (0, nodes)), tree], 1)
-        at = torch.arange(length + nodes, device=ids.device)
-        if self.fixed:
-            mask = pad(mask, (0, len(self.cache) - length - nodes))
+        prompt = (slots <= own) & seen | (slots == own)
+        tree = seen.expand(-1, tokens.shape[1], -1).index_copy(2, at[length:], below(paths))
         places = torch.cat([before, places.expand(3, -1, -1)], 2)
-        hidden = self._pass(embedded, places, mask, at)
+        hidden = self._pass(embedded, places, torch.cat([prompt, tree], 1), at, self.cache)
         return self._judge(hidden[:, length:], allowed.bool())
+
+    def _read(self, tokens: np.ndarray, places: np.ndarray) -> Slots:
+        """Words (P,) at positions (3, P), with nothing before them."""
+        device, count = self.model.device, len(tokens)
+        cache = Slots(self.model.config.text_config, 1, count, self.embed.weight)
+        cache.span, at = slice(0, count), torch.arange(count, device=device)
+        ids, where = (torch.from_numpy(array.copy()).to(device) for array in (tokens, places))
+        self._pass(self.embed(ids[None]), where[:, None], (at <= at[:, None])[None], at, cache)
+        return cache
 
     def _next(self, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor) -> torch.Tensor:
         base, *before, tokens, places, paths, allowed = _apart(numbers, shapes)
@@ -210,23 +202,23 @@ class Engine:
         if self.invariant:
             trees = self.attention.Trees(base, *before, places[0] - places[0, :, :1], paths)
             with self.attention.attending(self.language.config):
-                hidden = self._pass(embedded, places, trees, at)
+                hidden = self._pass(embedded, places, trees, at, self.cache)
         else:
             seen = before[0].bool()[:, None].expand(-1, tokens.shape[1], -1)
             mask = seen.index_copy(2, at, below(paths)) if self.fixed else torch.cat([seen, below(paths)], 2)
-            hidden = self._pass(embedded, places, mask, at)
+            hidden = self._pass(embedded, places, mask, at, self.cache)
         return self._judge(hidden, allowed.bool())
 
-    def _pass(self, embedded: torch.Tensor, places: torch.Tensor, mask: Any, at: torch.Tensor) -> torch.Tensor:
+    def _pass(self, embedded: torch.Tensor, places: torch.Tensor, mask: Any, at: torch.Tensor, cache: Slots) -> torch.Tensor:
         """mask: (B, N, slots), or Trees."""
-        self.cache.at = at if self.fixed else None
+        cache.at = at if self.fixed else None
         if isinstance(mask, torch.Tensor):
             mask = mask[:, None]
             if self.model.config.text_config._attn_implementation == "eager":  # it adds
                 mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
         return self.language(
             inputs_embeds=embedded, position_ids=places, attention_mask={"full_attention": mask}, use_cache=True,
-            **{self.cache_name: self.cache},
+            **{self.cache_name: cache},
         ).last_hidden_state  # fmt: skip
 
     def _judge(self, hidden: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

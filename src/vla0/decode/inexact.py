@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from vla0.decode.engine import supported
 from vla0.decode.fast import Fast
+from vla0.decode.support import supported
 from vla0.errors import InputError
 from vla0.prompt import Prompt
 

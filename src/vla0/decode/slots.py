@@ -1,6 +1,5 @@
 """Where a decode's keys and values lie, and a pass of fixed size as a CUDA graph."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -48,11 +47,6 @@ class Slots:
 def below(paths: torch.Tensor) -> torch.Tensor:
     """(B, N, N): which nodes a node sees, of the paths to them that vla0.decode.draft.drawn gives."""
     return torch.zeros_like(paths, dtype=torch.bool).scatter(2, paths, True)
-
-
-def cache_argument(model: Any) -> str:
-    """The name under which a language model takes its cache: `past_key_values`, in later transformers `cache`."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 class Replay:
