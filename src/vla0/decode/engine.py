@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from vla0.codec import Grammar
 from vla0.decode.compiled import layered
 from vla0.decode.draft import Tree, drawn
-from vla0.decode.prefix import Prefix
 from vla0.decode.sight import Sight
 from vla0.decode.slots import Replay, Slots, below
 from vla0.decode.support import cache_argument
@@ -59,7 +58,6 @@ class Engine:
         self.pool: Any = None
         self.sights: dict[tuple[Grid, ...], Sight] = {}
         self.places: dict[tuple, np.ndarray] = {}
-        self.prefix = Prefix(model.model.language_model, model.config.image_token_id, self._read)
 
     def fresh(self) -> "Engine":
         """Another for the same model."""
@@ -75,11 +73,13 @@ class Engine:
         rows, length = ids.shape
         limit = self.model.config.text_config.max_position_embeddings
         if length + self.grammar.longest > limit:
-            expected, got = f"a prompt and an answer of {limit} tokens at most", f"{length} and {self.grammar.longest}"
-            raise InputError(expected, got, "fewer or smaller images, or a shorter instruction")
+            remedy = "fewer or smaller images, or a shorter instruction"
+            raise InputError(
+                f"a prompt and an answer of {limit} tokens at most", f"{length} and {self.grammar.longest}", remedy
+            )
         places = self._positions(batch, grids)
         if self.fixed:  # rows and tokens that nobody reads
-            more, before = self.held(rows) - rows, -(length + self.grammar.longest + most) % BUCKET
+            more, before = self.held(rows) - rows, -(length + self._spare(most)) % BUCKET
             fill = lambda array: np.pad(array, [(0, more), (before, 0)])  # noqa: E731
             ids, seen, places = fill(ids), fill(seen), np.stack([fill(axis) for axis in places])
             pixels = torch.cat([pixels, pixels.new_zeros(more * len(pixels) // rows, pixels.shape[1])])
@@ -91,13 +91,11 @@ class Engine:
         self._open(seen[:, :-1], places[0, :, -1], most)
         tree = self._numbers(trees, 1 if self.invariant else most)
         tree[0][:, 0] = ids[:, -1]
-        begin = self.prefix.put(self.cache, ids[:, :-1], seen[:, :-1], places[:, :, :-1], self.fixed)
-        wide = length - 1 - begin + tree[0].shape[1]  # of what the pass reads
+        wide = length - 1 + tree[0].shape[1]
         row, column = np.nonzero((ids == self.model.config.image_token_id) & seen)
-        self.cache.span, self.passes = slice(begin, begin + wide), 1
-        before = self.seen if self.fixed else self.seen[:, : begin + wide]
-        told = [ids[:, begin:-1], places[:, :, begin:-1], row * wide + column - begin, np.array([begin]), before, *tree]
-        return self._verdict(self._run(self._first, told, pixels), rows)
+        self.cache.span, self.passes = slice(0, wide), 1
+        told = self._run(self._first, [ids[:, :-1], places[:, :, :-1], seen[:, :-1], row * wide + column, *tree], pixels)
+        return self._verdict(told, rows)
 
     def step(self, trees: Sequence[Tree]) -> Verdict:
         """What the model says at the nodes of each row's tree."""
@@ -129,10 +127,14 @@ class Engine:
         """Rows that a pass has, of which so many are asked for."""
         return 1 << (rows - 1).bit_length() if self.fixed else rows
 
+    def _spare(self, most: int) -> int:
+        """Slots for an answer and a tree."""
+        return self.grammar.longest + most
+
     def _open(self, seen: np.ndarray, place: np.ndarray, most: int) -> None:
         """Before node 0 of the first tree. seen: (B, n), which slots of the prompt count. place: (B,) of node 0."""
         rows, length = seen.shape
-        slots = length + 1 + self.grammar.longest + most  # the answer's, and a tree's
+        slots = length + 1 + self._spare(most)
         key, config, like = (rows, slots), self.model.config.text_config, self.embed.weight
         self.cache = self.caches.get(key) or Slots(config, rows, slots, like)
         if self.fixed:
@@ -172,28 +174,22 @@ class Engine:
         return function(*(tensor.to(self.model.device) for tensor in inputs)).cpu().numpy()
 
     def _first(self, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        ids, before, pictures, begin, seen, tokens, places, paths, allowed = _apart(numbers, shapes)
-        length, slots = ids.shape[1], torch.arange(seen.shape[1], device=ids.device)
+        ids, before, seen, pictures, tokens, places, paths, allowed = _apart(numbers, shapes)
+        length, nodes = ids.shape[1], tokens.shape[1]
         embedded = self.embed(torch.cat([ids, tokens], 1))
         images = self.sight(pixels.to(embedded.dtype)).to(embedded.dtype)
         embedded.flatten(0, 1).index_copy_(0, pictures, images)
-        at = begin + torch.arange(embedded.shape[1], device=ids.device)
-        own, seen = at[:length, None], seen.bool()[:, None]
+        causal = torch.ones((length, length), dtype=torch.bool, device=ids.device).tril()
         # A padding sees itself: a row of a softmax over nothing is not a number, and would spread.
-        prompt = (slots <= own) & seen | (slots == own)
-        tree = seen.expand(-1, tokens.shape[1], -1).index_copy(2, at[length:], below(paths))
+        prompt = causal & seen.bool()[:, None] | torch.eye(length, dtype=torch.bool, device=ids.device)
+        tree = torch.cat([seen.bool()[:, None].expand(-1, nodes, -1), below(paths)], 2)
+        mask = torch.cat([pad(prompt, (0, nodes)), tree], 1)
+        at = torch.arange(length + nodes, device=ids.device)
+        if self.fixed:
+            mask = pad(mask, (0, len(self.cache) - length - nodes))
         places = torch.cat([before, places.expand(3, -1, -1)], 2)
-        hidden = self._pass(embedded, places, torch.cat([prompt, tree], 1), at, self.cache)
+        hidden = self._pass(embedded, places, mask, at)
         return self._judge(hidden[:, length:], allowed.bool())
-
-    def _read(self, tokens: np.ndarray, places: np.ndarray) -> Slots:
-        """Words (P,) at positions (3, P), with nothing before them."""
-        device, count = self.model.device, len(tokens)
-        cache = Slots(self.model.config.text_config, 1, count, self.embed.weight)
-        cache.span, at = slice(0, count), torch.arange(count, device=device)
-        ids, where = (torch.from_numpy(array.copy()).to(device) for array in (tokens, places))
-        self._pass(self.embed(ids[None]), where[:, None], (at <= at[:, None])[None], at, cache)
-        return cache
 
     def _next(self, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor) -> torch.Tensor:
         base, *before, tokens, places, paths, allowed = _apart(numbers, shapes)
@@ -202,23 +198,23 @@ class Engine:
         if self.invariant:
             trees = self.attention.Trees(base, *before, places[0] - places[0, :, :1], paths)
             with self.attention.attending(self.language.config):
-                hidden = self._pass(embedded, places, trees, at, self.cache)
+                hidden = self._pass(embedded, places, trees, at)
         else:
             seen = before[0].bool()[:, None].expand(-1, tokens.shape[1], -1)
             mask = seen.index_copy(2, at, below(paths)) if self.fixed else torch.cat([seen, below(paths)], 2)
-            hidden = self._pass(embedded, places, mask, at, self.cache)
+            hidden = self._pass(embedded, places, mask, at)
         return self._judge(hidden, allowed.bool())
 
-    def _pass(self, embedded: torch.Tensor, places: torch.Tensor, mask: Any, at: torch.Tensor, cache: Slots) -> torch.Tensor:
+    def _pass(self, embedded: torch.Tensor, places: torch.Tensor, mask: Any, at: torch.Tensor) -> torch.Tensor:
         """mask: (B, N, slots), or Trees."""
-        cache.at = at if self.fixed else None
+        self.cache.at = at if self.fixed else None
         if isinstance(mask, torch.Tensor):
             mask = mask[:, None]
             if self.model.config.text_config._attn_implementation == "eager":  # it adds
                 mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
         return self.language(
             inputs_embeds=embedded, position_ids=places, attention_mask={"full_attention": mask}, use_cache=True,
-            **{self.cache_name: cache},
+            **{self.cache_name: self.cache},
         ).last_hidden_state  # fmt: skip
 
     def _judge(self, hidden: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
