@@ -263,7 +263,7 @@ def parts(stage: Stage, policy: VLA0, batch: dict[str, torch.Tensor], rows: int,
     decoder.decode(batch)
     first = time.perf_counter() - started
     seconds = []
-    last = None
+    last: Any = None
     for _ in range(5):
         started = time.perf_counter()
         last = decoder.decode(batch, guesses=last)
@@ -302,7 +302,7 @@ def kernels(name: str, function: Callable[[], Any]) -> dict[str, Any]:
         function()
         torch.cuda.synchronize()
     total: dict[str, list[float]] = {}
-    for event in told.events():
+    for event in told.events() or ():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             own = total.setdefault(event.name[:90], [0, 0.0])
             own[0], own[1] = own[0] + 1, own[1] + event.device_time / 1e3
@@ -382,7 +382,7 @@ def trained(
         )
         asked = arguments(config, Path(folder), steps, 1.0)
         asked.disable_tqdm, asked.save_strategy = True, type(asked.save_strategy)("no")
-        collate = collator([prompt], Augmentation(mask="none", jitter=(0.0,) * 4))
+        collate = collator([prompt], Augmentation(mask="none", jitter=(0.0, 0.0, 0.0, 0.0)))
         limit, rows = Limit(stage, seconds), Lessons()
         kind = training.Trainer if plain else VLA0Trainer
         trainer: Any = kind(model=model, args=asked, train_dataset=rows, data_collator=collate, callbacks=[limit])
@@ -437,7 +437,8 @@ def lora(stage: Stage) -> None:
 
 def full(stage: Stage, name: str, **settings: Any) -> None:
     """Another recipe of full fine-tuning, a few steps."""
-    trained(stage, name, 8, **({"batch_size": 16} | settings))
+    told: dict[str, Any] = {"batch_size": 16} | settings
+    trained(stage, name, 8, **told)
 
 
 TRAINING: dict[str, dict[str, Any]] = {  # recipes of full fine-tuning, a stage each
@@ -449,6 +450,8 @@ TRAINING: dict[str, dict[str, Any]] = {  # recipes of full fine-tuning, a stage 
     "full_4": {"batch_size": 4},
     "plain_trainer_16": {"plain": True, "gradient_checkpointing": True},
 }
+
+NEEDS = {"policy": 70, "lora": 18, **dict.fromkeys(TRAINING, 70)}  # GiB of a card; of what is not named 12
 
 STAGES: dict[str, tuple[float, Callable[[Stage], None]]] = {  # seconds at most, what is done
     "machine": (30, machine),
@@ -465,6 +468,12 @@ STAGES: dict[str, tuple[float, Callable[[Stage], None]]] = {  # seconds at most,
 def child(name: str, out: Path, scratch: Path, small: bool, seconds: float) -> None:
     """A stage in a process of its own."""
     stage = Stage(name, out, scratch, small, seconds, [], time.monotonic())
+    needed = NEEDS.get(name, 12) * 2**30
+    if torch.cuda.is_available() and not small and (there := torch.cuda.mem_get_info()[1]) < needed:
+        stage.note(
+            way=name, skipped=f"needs {needed / 2**30:.0f} GiB, the card has {there / 2**30:.1f}: {needed - there} bytes lack"
+        )
+        return
     try:
         STAGES[name][1](stage)
     except Exception as error:  # the next stage begins clean
@@ -480,6 +489,17 @@ def run(
     small: Annotated[bool, typer.Option(help="the tiny model: a rehearsal")] = False,
 ) -> None:
     """Run the stages that there is time for, and print what they found."""
+    if unknown := [name for name in stage or () if name not in STAGES]:
+        raise typer.BadParameter(f"expected a stage of {list(STAGES)}; got '{unknown[0]}'; choose one of those")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
+        "1"  # looks for a GPU without beginning CUDA, which children could not use then
+    )
+    if not small and not torch.cuda.is_available():
+        print(f"expected a GPU that torch {torch.__version__} can use; got none, or a driver before CUDA {torch.version.cuda};")
+        print("install a newer driver, or rehearse with --small. It would have measured:")
+        for name in stage or STAGES:
+            print(f"  {name}: at most {STAGES[name][0]} s. {STAGES[name][1].__doc__ or 'Full fine-tuning by another recipe.'}")
+        raise typer.Exit(2)
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("XDG_CACHE_HOME", str((out / "cache").absolute()))  # widths are measured anew
     began, console = time.monotonic(), Console(width=150)

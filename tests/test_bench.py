@@ -10,9 +10,11 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vla0 import InputError
 from vla0.bench import data, inputs, train
+from vla0.bench.certificate import certificate
 from vla0.bench.commands import write
 from vla0.bench.decode import WAYS, bench, refuse, tables
 from vla0.bench.inputs import SHAPE_3B, chosen, moving_pictures, recorded
+from vla0.decode import Fast
 from vla0.source import DataConfig, Source
 from vla0.spec import Spec
 
@@ -139,3 +141,35 @@ def test_the_made_up_dataset_is_read_and_timed(tmp_path, videos):
     assert all(row["samples_per_s"] > 0 for row in rows)
     with pytest.raises(InputError):
         data.bench(folder, 0, 3, 1)
+
+
+def test_a_certificate_counts_what_is_identical_and_says_where_others_part(policy, monkeypatch):
+    found = certificate(policy, 5, 2)
+    assert (found["chunks"], found["identical"], found["differing"]) == (6, 6, [])  # whole batches
+    assert {"device", "dtype", "versions", "checkpoint", "passes", "invariant"} <= set(found)
+    assert found["versions"]["torch"] == torch.__version__.split("+")[0]
+    right, calls = Fast.decode, []
+
+    def wrong(self, *args, **more):
+        levels = right(self, *args, **more)
+        if not self.plain:
+            calls.append(1)
+            levels[0, -1, -1] = (levels[0, -1, -1] + 1) % policy.spec.bins if len(calls) == 2 else levels[0, -1, -1]
+        return levels
+
+    monkeypatch.setattr(Fast, "decode", wrong)
+    found = certificate(policy, 3)
+    assert (found["chunks"], found["identical"]) == (3, 2)
+    (other,) = found["differing"]
+    assert (other["chunk"], other["numbers"]) == (1, 1)
+    assert other["margin"] >= 0
+    with pytest.raises(InputError, match=r"replan in 1\.\.3"):
+        certificate(policy, 3, replan=9)
+
+
+def test_a_certificate_is_written_by_the_command(policy, tmp_path):
+    policy.save_pretrained(tmp_path / "checkpoint")
+    words = ("bench", "decode", "--model", str(tmp_path / "checkpoint"), "--certify", "2", "--out", str(tmp_path / "c.json"))
+    done = subprocess.run([sys.executable, "-m", "vla0.cli", *words], capture_output=True, text=True, check=True)
+    assert "2 of 2 chunks identical to one token a pass" in done.stdout
+    assert json.loads((tmp_path / "c.json").read_text())["identical"] == 2

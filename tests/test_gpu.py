@@ -1,10 +1,18 @@
 """The script for a bare GPU machine: what fails to import on the day costs the day."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("lerobot") is not None, reason="tried where only the base package is: make test does"
+)
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
@@ -26,7 +34,12 @@ def test_a_stage_leaves_its_rows_on_the_disk_and_a_stage_that_fails_does_not_end
     assert "all digits, two levels" in done.stdout  # the table at the end
 
 
-def test_without_time_nothing_begins_and_it_says_so(tmp_path):
+def test_without_a_gpu_it_says_what_it_would_have_measured_and_without_time_nothing_begins(tmp_path):
+    if not torch.cuda.is_available():
+        done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert "rehearse with --small" in done.stdout
+        assert "trained: at most 90 s. Decoding as of a policy" in done.stdout
     done = run(tmp_path, "--minutes", "0.1")
     assert done.returncode == 0
     assert "machine: no time left" in done.stdout

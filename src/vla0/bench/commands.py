@@ -26,7 +26,7 @@ def decode(
     replan: Annotated[list[int] | None, typer.Option(help="steps executed between queries; several times for several")] = None,
     chunks: Annotated[int, typer.Option(help="decodes of each kind")] = 20,
     way: Annotated[list[str] | None, typer.Option(help="of the ways, those only; several times for several")] = None,
-    inexact: Annotated[list[str] | None, typer.Option(help="also: relaxed, fp8 or fp8-weights")] = None,
+    inexact: Annotated[list[str] | None, typer.Option(help="also: relaxed, fp8, int8 or nf4")] = None,
     device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
     recipe: Annotated[Path | None, typer.Option(help="see its dataset's pictures, not made-up ones")] = None,
     calibrate: Annotated[bool, typer.Option(help="measure anew how many guesses a pass should check, and no more")] = False,

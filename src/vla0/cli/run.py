@@ -39,7 +39,7 @@ def evaluate(
     replan: Annotated[int, typer.Option(help="steps executed per query")] = 1,
     ensemble: Annotated[str, typer.Option(help="none, mean, v1 or v2:w: weights of overlapping chunks by age")] = "v1",
     control: Annotated[list[str] | None, typer.Option(help="also: blank, exchanged, random or untrained")] = None,
-    inexact: Annotated[list[str] | None, typer.Option(help="beside it: relaxed, fp8 or fp8-weights, faster decoding")] = None,
+    inexact: Annotated[list[str] | None, typer.Option(help="beside it: relaxed, fp8, int8 or nf4, faster or smaller")] = None,
     workers: Annotated[int | None, typer.Option(help="environments at once; default 8 a core")] = None,
     max_steps: Annotated[
         int | None, typer.Option(help="steps after which an episode has failed; default 150, LIBERO's caps")
