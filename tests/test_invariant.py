@@ -1,5 +1,6 @@
 """In 16 bits, too: what is written does not depend on what else was guessed."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from conftest import make_observation, make_spec
 pytest.importorskip("triton")
 
 from vla0.decode import Fast, decode
-from vla0.decode.invariant import Trees, gathered
+from vla0.decode import fast as fast_module
+from vla0.decode.invariant import Trees, broken, gathered
 from vla0.policy import VLA0
 from vla0.tiny import tiny_model
 
@@ -74,7 +76,8 @@ def test_the_kernel_gives_what_copying_gives_and_depends_on_no_other_node():
     """By Triton's interpreter, which runs a kernel without a GPU; it has to be asked for before Triton is imported."""
     program = """
 import torch, test_invariant as t
-from vla0.decode.invariant import gathered, launched
+from vla0.decode.invariant import broken, gathered, launched
+assert broken(torch.device("cpu"), torch.float16) is None
 for seed, dtype, near in ((0, torch.float32, 1e-5), (1, torch.float16, 2e-3)):
     query, keys, values, trees = t.random_trees(seed, dtype=dtype)
     whole = launched(query, keys, values, trees, 0.2)
@@ -88,6 +91,14 @@ print("fine")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(__file__)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "fine", done.stderr[-2000:]
+
+
+def test_where_the_kernel_cannot_run_it_says_so_and_decoding_goes_on_without(small, caplog):
+    reason = broken(torch.device("cpu"), torch.bfloat16)  # nothing runs a kernel there
+    assert reason is not None
+    with caplog.at_level(logging.WARNING):
+        assert not fast_module._steady(small.model)
+    assert caplog.text.count("may depend on other guesses") == 1
 
 
 @pytest.fixture(scope="module")

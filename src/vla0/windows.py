@@ -75,12 +75,13 @@ _seen: list[tuple[torch.Tensor, Ends]] = []  # the last tensors: each block asks
 
 @torch.compiler.disable()  # a graph breaks here, and nowhere else
 def _groups(ends: torch.Tensor, device: torch.device) -> list[tuple[int, torch.Tensor]]:
-    for known, found in _seen:
+    for known, found in tuple(_seen):
         if known is ends:
             return found.groups
-    _seen.append((ends, Ends(ends, device)))
+    found = Ends(ends, device)
+    _seen.append((ends, found))
     del _seen[:-4]
-    return _seen[-1][1].groups
+    return found.groups  # not the list's last: that may be another thread's by now
 
 
 def in_windows(model: Any) -> Any:

@@ -1,6 +1,7 @@
 """Decoding in few passes: guess, check many guesses at once, keep what the model itself would have written."""
 
 import importlib.util
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,19 @@ from vla0.errors import InputError
 from vla0.prompt import Prompt
 
 TAIL = 0.75
+logger = logging.getLogger(__name__)
+
+
+def _steady(model: Any) -> bool:
+    """Whether attention can be made not to depend on what else is guessed; a line in the log where it cannot."""
+    reason: str | None = "Triton is not installed"
+    if importlib.util.find_spec("triton") is not None:
+        from vla0.decode.invariant import broken
+
+        reason = broken(model.device, model.dtype)
+    if reason is not None:
+        logger.warning("in %s a choice between two symbols as likely may depend on other guesses: %s", model.dtype, reason)
+    return reason is None
 
 
 @dataclass
@@ -66,7 +80,7 @@ class Fast:
         self.turn: object | None = None
         cuda: bool = model.device.type == "cuda"
         if invariant is None:
-            invariant = cuda and model.dtype != torch.float32 and importlib.util.find_spec("triton") is not None
+            invariant = cuda and model.dtype != torch.float32 and _steady(model)
         fixed = cuda or compiled or bool(invariant)
         self.engine = Engine(model, prompt.symbol_ids, self.grammar, fixed, compiled, bool(invariant))
 

@@ -10,6 +10,7 @@ would have left, bit for bit. The rest of a pass rounds row by row as long as it
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,25 @@ def attend(
     if query.device.type == "cuda":
         return launched(query, key, value, attention_mask, factor), None
     return gathered(query, key, value, attention_mask, factor), None
+
+
+@lru_cache
+def broken(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot be used on a device, tried on a few numbers; None where it does what copying does."""
+    draw = torch.Generator(device).manual_seed(0)
+    query, key, value = (
+        torch.randn(1, n, m, 32, generator=draw, device=device).to(dtype) for n, m in ((4, 3), (2, 80), (2, 80))
+    )
+    numbers = {"dtype": torch.long, "device": device}
+    paths = torch.tensor([[[0, 0, 0], [0, 1, 1], [0, 2, 2]]], **numbers)
+    base, first, accepted = (torch.tensor([n], **numbers) for n in (70, 2, 68))
+    trees = Trees(base, first, accepted, torch.tensor([[0, 1, 1]], **numbers), paths)
+    try:
+        one, other = (way(query, key, value, trees, 0.2).float() for way in (launched, gathered))
+    except Exception as error:  # no compiler for what Triton writes, a card that it does not know, ...
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}" if str(error).strip() else repr(error)
+    off = float((one - other).abs().max())
+    return None if off < 0.05 else f"it is off by {off:.2g}"
 
 
 @contextmanager
