@@ -30,7 +30,7 @@ PICTURES = 6  # shown
 TRIED = 40  # episodes of which a frame is read
 NF4 = 0.52  # bytes of a weight in 4 bits, scales included
 ALL = "full fine-tuning"
-SHARE = {"cpu": 0.6, "cuda": 0.35}  # of the rate of large products of matrices that training reaches, about
+SHARE = {"cpu": 0.6, "cuda": 0.2}  # of the rate of large products of matrices that training reaches, about (docs/results.md)
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def examine(config: TrainConfig) -> Survey:
 
 def rate(precision: str) -> float:
     """FLOP a second that training may reach on this machine."""
-    return SHARE.get(default_device().type, 0.35) * product_rate(precision == "bf16")
+    return SHARE.get(default_device().type, SHARE["cuda"]) * product_rate(precision == "bf16")
 
 
 def _dimensions(source: Source, spec: Spec) -> tuple[Dimension, ...]:
