@@ -203,7 +203,14 @@ def device_ms(function: Callable[[], Any], times: int) -> float:
 def random_weights(stage: Stage) -> None:
     """Decoding where guesses are worthless."""
     own = policy_of(stage, False)
-    decoded(stage, own, [(1, 1)], (PLAIN, "all digits, one level", "all digits, two levels", TAIL), 6, base=False)
+    decoded(
+        stage,
+        own,
+        [(1, 1)],
+        (PLAIN, "all digits, one level", "all digits, two levels", TAIL),
+        2 if stage.small else 6,
+        base=False,
+    )
 
 
 def trained_weights(stage: Stage) -> None:
