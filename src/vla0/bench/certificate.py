@@ -6,14 +6,14 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from vla0 import model as models
-from vla0.bench.decode import parting
+from vla0.bench.decode import parting, queries
 from vla0.bench.inputs import Episodes, moving_pictures
 from vla0.decode import Fast
 from vla0.decode.draft import filled
+from vla0.decode.width import device_name
 from vla0.errors import InputError
 from vla0.policy import VLA0
 from vla0.rollout import rest
@@ -34,7 +34,7 @@ def certificate(
     if min(chunks, batch) < 1 or not 1 <= replan <= policy.spec.horizon:
         got = f"{chunks}, {batch} and {replan}"
         raise InputError(f"chunks and batch >= 1, replan in 1..{policy.spec.horizon}", got, "give whole numbers from 1")
-    streams = [(episodes or moving_pictures(policy.spec))(number) for number in range(batch)]
+    inputs = queries(policy.prompt, episodes or moving_pictures(policy.spec), batch, replan)
     decoder = Fast(policy.model, policy.prompt)
     plain = Fast(policy.model, policy.prompt, decoder.nodes(decoder.engine.held(batch)), plain=True)
     differing: list[dict[str, Any]] = []
@@ -43,7 +43,7 @@ def certificate(
     with Progress(*columns, transient=True) as progress:
         bar = progress.add_task("certifying", total=chunks)
         while compared < chunks and time.monotonic() - started < seconds:
-            own = policy.prompt.observe([next(stream) for stream in streams])
+            own = next(inputs)
             expected = plain.decode(own)
             guesses = None if last is None else [filled(rest(chunk, replan), policy.spec.horizon) for chunk in last]
             last = decoder.decode(own, guesses=guesses)
@@ -54,16 +54,12 @@ def certificate(
                     differing.append({"chunk": compared + row, "numbers": int((one != other).sum()), "margin": margin})
             compared += batch
             progress.update(bar, completed=compared)
-            for stream in streams:
-                for _ in range(replan - 1):
-                    next(stream)
-    device = policy.model.device
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
     return {
         "chunks": compared, "identical": compared - len(differing), "differing": differing, "batch": batch, "replan": replan,
         "passes": float(np.mean(passes)), "invariant": decoder.engine.invariant, "nodes": plain.width,
         "checkpoint": models.fingerprint(policy.model, policy.spec), "dtype": str(policy.model.dtype).removeprefix("torch."),
-        "device": where, "versions": {name: _version(name) for name in ("vla0", "torch", "transformers", "numpy")},
+        "device": device_name(policy.model.device),
+        "versions": {name: _version(name) for name in ("vla0", "torch", "transformers", "numpy")},
     }  # fmt: skip
 
 

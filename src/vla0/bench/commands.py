@@ -74,9 +74,7 @@ def _certify(policy: Any, chunks: int, batches: list[int], replans: list[int], e
     if out is not None:
         write(out, found)
     console = Console()
-    console.print(
-        f"{found['identical']} of {found['chunks']} chunks identical to one token a pass; {found['passes']:.1f} passes a chunk"
-    )
+    console.print(f"{found['identical']} of {found['chunks']} chunks identical to one token a pass")
     console.print(f"{found['passes']:.1f} passes a chunk; {found['dtype']}, {found['device']}, {found['versions']}")
     for own in found["differing"]:
         console.print(f"chunk {own['chunk']}: {own['numbers']} numbers differ; margin where it parts {own['margin']:.3g}")

@@ -1,9 +1,9 @@
 """How fast chunks are decoded here, each way, on the same weights and inputs, and whether the tokens are the same."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -80,16 +80,19 @@ def bench(
     return rows
 
 
-def inputs_of(prompt: Prompt, episodes, batch: int, replan: int, chunks: int) -> list[dict[str, torch.Tensor]]:
-    """The model's inputs of `chunks` successive queries in `batch` episodes at once."""
+def queries(prompt: Prompt, episodes: Episodes, batch: int, replan: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The model's inputs of successive queries in `batch` episodes at once, without an end."""
     streams = [episodes(number) for number in range(batch)]
-    found = []
-    for _ in range(chunks):
-        found.append(prompt.observe([next(stream) for stream in streams]))
+    while True:
+        yield prompt.observe([next(stream) for stream in streams])
         for stream in streams:
             for _ in range(replan - 1):
                 next(stream)
-    return found
+
+
+def inputs_of(prompt: Prompt, episodes: Episodes, batch: int, replan: int, chunks: int) -> list[dict[str, torch.Tensor]]:
+    """Those of the first `chunks` queries."""
+    return list(islice(queries(prompt, episodes, batch, replan), chunks))
 
 
 def measure(policy: VLA0, way: str, inputs, replan: int, expected: list[np.ndarray], tick) -> tuple[Timing, list[np.ndarray]]:

@@ -22,7 +22,6 @@ class Sight:
         self.ends: dict[torch.Tensor, Ends] = {}  # tensors are told apart as objects
         self.block = _block if not compiled else torch.compile(_block, fullgraph=True, dynamic=False)
         weight = tower.patch_embed.proj.weight
-        self.width = weight[0].numel()
         grid = torch.tensor(grids, device=device)
         patches = int(grid.prod(1).sum())
         hooks = [
@@ -33,7 +32,7 @@ class Sight:
             hooks.append(block.register_forward_pre_hook(self._listen(number, weight.dtype), with_kwargs=True))
         try:
             with torch.inference_mode():
-                self.back = tower(weight.new_zeros(patches, self.width), grid).pooler_output[:, 0].long()
+                self.back = tower(weight.new_zeros(patches, weight[0].numel()), grid).pooler_output[:, 0].long()
         finally:
             for hook in hooks:
                 hook.remove()

@@ -88,9 +88,13 @@ def cache_file() -> Path:
 def key_of(engine: Engine) -> str:
     """What the times of a pass depend on: device, number format and the model's size."""
     model: Any = engine.model
-    text, device = model.config.text_config, model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    text, name = model.config.text_config, device_name(model.device)
     return f"{name}, {str(model.dtype).removeprefix('torch.')}, {text.num_hidden_layers} layers of {text.hidden_size}"
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's; of a CPU also how many threads compute on it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def read(file: Path) -> dict[str, dict[int, float]]:
