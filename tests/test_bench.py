@@ -120,10 +120,10 @@ def test_training_is_timed_beside_the_plain_way(tmp_path, dataset):
 
 def test_both_readers_give_the_same_samples(dataset):
     """So that their times compare."""
-    config = DataConfig(str(dataset), data.cameras_of(dataset), state="observation.state")
+    config = DataConfig(str(dataset), state="observation.state")
     source = Source(config)
     spec = Spec(base_model="none", horizon=3, **source.spec_fields(3))
-    stock = data.Stock(config, spec)
+    stock = data.Stock(source, spec)
     for row in (0, 5, 8):
         one, other = source.sample(row, 3, 1), stock.sample(row)
         np.testing.assert_allclose(one.actions, other.actions)

@@ -6,7 +6,7 @@ import pytest
 from conftest import make_observation, make_spec
 
 from vla0 import InputError, Spec
-from vla0.spec import offset, state_of
+from vla0.relative import offset, state_of
 
 
 def test_load_inverts_save(tmp_path, spec):

@@ -148,7 +148,7 @@ def collect(config: CollectConfig, out: str | Path, workers: int | None = None) 
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    from vla0.source import video_backend
+    from vla0.pictures import video_backend
 
     out, module = Path(out), simulator(config.env)
     if out.exists():

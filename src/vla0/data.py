@@ -13,8 +13,9 @@ from accelerate.data_loader import SeedableRandomSampler
 from vla0.codec import ActionCodec
 from vla0.errors import InputError
 from vla0.prompt import IGNORE, Prompt, hide, hide_numbers
+from vla0.relative import to_written
 from vla0.source import Source
-from vla0.spec import Sample, Spec, offset, tupled
+from vla0.spec import Sample, Spec, tupled
 from vla0.vision import JITTER
 
 # A Sample, the seed of its augmentation (None: it only fills a batch), and its dataset's place in a mixture.
@@ -45,6 +46,10 @@ class Samples(torch.utils.data.Dataset):
     def sample(self, index: int) -> Sample:
         """The Sample of one of the rows."""
         return self.source.sample(self.rows[index], self.spec.horizon, self.spec.history)
+
+    def remarks(self) -> list[str]:
+        """What the Spec's bounds lose of the rows."""
+        return self.source.remarks(self.spec)
 
     def outside(self) -> np.ndarray:
         """(D,): how many of the actions clip. Relative ones are not counted: their bounds are over chunks."""
@@ -145,7 +150,7 @@ def _collate(drawn: Sequence[Drawn], prompts: Sequence[Prompt], augmentation: Au
         prompt = prompts[which]
         codec = ActionCodec(prompt.spec)
         rng = None if augmentation is None or seed is None else np.random.default_rng(seed)
-        text = codec.write(codec.encode(sample.actions - offset(sample.observation, prompt.spec)))
+        text = codec.write(codec.encode(to_written(sample.actions, sample.observation, prompt.spec)))
         text = hide_numbers(text, np.repeat(~sample.valid, prompt.spec.dimensions))  # nothing to learn after the end
         answers.append(hide(text, rng, settings.mask, settings.mask_most, settings.mask_none))
         seen.append(prompt.see(sample.observation, rng, settings.jitter))

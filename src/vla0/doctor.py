@@ -107,7 +107,7 @@ def _torch() -> str:
 
 
 def _lerobot() -> str:
-    from vla0.source import video_backend
+    from vla0.pictures import video_backend
 
     version = metadata.version("lerobot")
     importlib.import_module("lerobot.datasets.lerobot_dataset")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vla0.errors import InputError
+from vla0.relative import Turns, beside, wrapped
 
 NONE = "none"  # execute the newest chunk, average nothing
 
@@ -42,31 +43,47 @@ def steps_used(horizon: int, replan: int, name: str | Sequence[float]) -> int:
     return replan if name == NONE else horizon
 
 
-def ensemble_actions(chunks: Sequence[np.ndarray], k: int | None = None, weights: str | Sequence[float] = "v1") -> np.ndarray:
+def ensemble_actions(
+    chunks: Sequence[np.ndarray], k: int | None = None, weights: str | Sequence[float] = "v1", periodic: Turns = ()
+) -> np.ndarray:
     """(D,): the action of now, from chunks (H, D) queried at successive steps, newest last.
 
     The chunk of age a predicts now in its row a; the last `k` chunks are averaged (default: all that reach now).
+    periodic: of the Spec.
     """
     if len(chunks) == 0:
         raise InputError("one chunk at least", "none", "predict before ensembling")
     if k is not None and k < 1:
         raise InputError("k >= 1", f"{k}", "k is how many of the newest chunks to average")
     rows = [chunk[age] for age, chunk in enumerate(list(chunks)[::-1][:k]) if age < len(chunk)]
-    return weighted_mean(rows, weights_by_age(weights, max(len(rows), 1 if isinstance(weights, str) else len(weights))))
+    by_age = weights_by_age(weights, max(len(rows), 1 if isinstance(weights, str) else len(weights)))
+    return weighted_mean(rows, by_age, periodic)
 
 
-def weighted_mean(rows: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    """(D,) float32: mean of rows (D,), each with the weight of its place; places without a weight do not count."""
+def weighted_mean(rows: Sequence[np.ndarray], weights: Sequence[float], periodic: Turns = ()) -> np.ndarray:
+    """(D,) float32: mean of rows (D,), each with the weight of its place; places without a weight do not count.
+
+    periodic: dimensions of which 179 and -179 degrees have the mean 180, and not 0: all are turned to beside the first row.
+    """
     pairs = list(zip(rows, weights, strict=False))
     total = sum(weight for _, weight in pairs)
-    return (np.sum([np.asarray(row, np.float64) * weight for row, weight in pairs], axis=0) / total).astype(np.float32)
+    near = [beside(np.asarray(row, np.float64), np.asarray(rows[0], np.float64), periodic) for row, _ in pairs]
+    mean = np.sum([row * weight for row, (_, weight) in zip(near, pairs, strict=True)], axis=0) / total
+    return wrapped(mean, periodic).astype(np.float32)
 
 
 class TemporalEnsemble:
     """Remembers the chunks that still reach the present, and averages what they say of one step."""
 
-    def __init__(self, horizon: int, replan: int = 1, weights: str | Sequence[float] = "v1", k: int | None = None):
-        """k: the newest chunks that are averaged; None: all that can predict one instant."""
+    def __init__(
+        self,
+        horizon: int,
+        replan: int = 1,
+        weights: str | Sequence[float] = "v1",
+        k: int | None = None,
+        periodic: Turns | None = None,
+    ):
+        """k: the newest chunks that are averaged; None: all that can predict one instant. periodic: of the Spec."""
         if not 1 <= replan <= horizon:
             raise InputError(f"replan in 1..{horizon} (the horizon)", f"{replan}", "a chunk holds no more steps than that")
         overlap = -(-horizon // replan)  # chunks that can predict one instant
@@ -79,7 +96,7 @@ class TemporalEnsemble:
                 "chunks that overlap", f"replan {replan} of horizon {horizon}{newest} where ensembling would do nothing",
                 f"execute fewer steps per query, or say ensemble={NONE}",
             )  # fmt: skip
-        self.horizon = horizon
+        self.horizon, self.periodic = horizon, periodic or ()
         self.chunks: deque[tuple[int, np.ndarray]] = deque(maxlen=len(self.weights))
 
     def add(self, chunk: np.ndarray, step: int) -> None:
@@ -104,7 +121,7 @@ class TemporalEnsemble:
         ]
         if not reach:
             raise InputError(f"a chunk that reaches step {step}", "none", "query the policy first")
-        return weighted_mean([row for row, _ in reach], [weight for _, weight in reach])
+        return weighted_mean([row for row, _ in reach], [weight for _, weight in reach], self.periodic)
 
     def reset(self) -> None:
         """Forgets all chunks."""

@@ -40,10 +40,12 @@ class EvalConfig:
     start: str = "stock"  # of Meta-World's hand; from "above" one has to look
     fps: float = 80.0  # decisions a second in Meta-World: those of the policy's Spec
     ensemble_k: int | None = None  # the newest chunks that are averaged: that of the policy's Spec
+    periodic: tuple[tuple[int, float, float], ...] | None = None  # dimensions that wrap: those of the policy's Spec
     quick: bool = False  # LIBERO without shadows, reflections and multisampling: faster on a CPU, other pictures
 
     def __post_init__(self):
         object.__setattr__(self, "tasks", tupled(self.tasks))
+        object.__setattr__(self, "periodic", tupled(self.periodic))
         if not self.tasks or isinstance(self.tasks, str):
             raise InputError("a list of tasks", f"{self.tasks!r}", "name one at least")
         if self.first_seed is None and self.env in ENVS:
@@ -85,7 +87,7 @@ def evaluate(
     render: film every step; without it the videos hold what the policy looked at.
     crew: who plays: processes here, or vla0.cluster.
     """
-    acting = (horizon, config.replan, config.ensemble, config.ensemble_k)
+    acting = (horizon, config.replan, config.ensemble, config.ensemble_k, config.periodic)
     TemporalEnsemble(*acting)  # refuses what it must before anything starts
     out = Path(out)
     (out / "videos").mkdir(parents=True, exist_ok=True)

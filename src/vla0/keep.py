@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from vla0.adapter import merged, plain
 from vla0.chart import chart
 from vla0.data import Mixture, Samples
 from vla0.policy import VLA0
+from vla0.relative import shortest
 from vla0.spec import MAIN, Spec
 
 Measure = Callable[[VLA0, Path], Mapping[str, float]]  # a policy tried in a simulator: must return "success"
@@ -74,7 +75,7 @@ class Keeper(TrainerCallback):
         with torch.random.fork_rng():  # a run that goes on from here has measured nothing
             metrics = self._measured(state, step) if self._due(state) else {}
         if state.is_world_process_zero:
-            write_whole(self.output / step / "README.md", card(self._specs(), state.global_step, metrics))
+            write_whole(self.output / step / "README.md", card(self._specs(), state.global_step, metrics, self._remarks()))
             self._rank(step, metrics)
             self._prune()
             losses = [line for line in state.log_history if "loss" in line]
@@ -84,6 +85,11 @@ class Keeper(TrainerCallback):
         """{embodiment: (dataset, Spec)}."""
         parts = self.samples.parts if isinstance(self.samples, Mixture) else [self.samples]
         return {n: (part.source.config.dataset, part.spec) for n, part in zip(self.specs, parts, strict=True)}
+
+    def _remarks(self) -> list[str]:
+        """What the bounds of the data lose."""
+        parts = self.samples.parts if isinstance(self.samples, Mixture) else [self.samples]
+        return [text for part in parts for text in part.remarks()]
 
     def _measured(self, state, step: str) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -135,7 +141,7 @@ class Keeper(TrainerCallback):
                 shutil.rmtree(folder)
 
 
-def card(specs: Mapping[str, tuple[str, Spec]], step: int, metrics: Mapping[str, float]) -> str:
+def card(specs: Mapping[str, tuple[str, Spec]], step: int, metrics: Mapping[str, float], remarks: Sequence[str] = ()) -> str:
     """The model card of a checkpoint: what it was trained on, what it takes and gives, what was measured, how to use it."""
     dataset, spec = specs[MAIN]
     base = f"base_model: {spec.base_model}\n" if "/" in spec.base_model else ""
@@ -148,6 +154,8 @@ def card(specs: Mapping[str, tuple[str, Spec]], step: int, metrics: Mapping[str,
     others = (
         f"\nIt has learned other embodiments too, for `from_pretrained(..., embodiment=...)`:\n{others}\n" if others else ""
     )
+    told = "".join(f"\n- {text}" for text in remarks)
+    told = f"\nOf its data:\n{told}\n" if told else ""
     relative = f", dimensions {list(spec.relative)} relative to the state" if spec.relative else ""
     return f"""---
 library_name: vla0
@@ -160,7 +168,7 @@ tags: [robotics, VLA-0, LeRobot]
 Trained from {spec.base_model} on {Path(dataset).name if not data else dataset}, {step} steps, by the method of
 [VLA-0](https://arxiv.org/abs/2510.13054). It takes pictures of {", ".join(spec.cameras)} and a sentence, and gives
 {spec_line(spec)}{relative}. All that acting must know is in `vla0.json`.
-{others}
+{others}{told}
 ![loss, share of right tokens, and what was measured](training.png)
 
 {measured}
@@ -187,7 +195,8 @@ def action_error(policy: VLA0, held_out: Samples, most: int = 64) -> np.ndarray:
     for first in range(0, len(samples), 16):
         some = samples[first : first + 16]
         chunks = policy.predict_batch([sample.observation for sample in some])
-        errors += [np.abs(chunk - sample.actions)[sample.valid] for chunk, sample in zip(chunks, some, strict=True)]
+        for chunk, sample in zip(chunks, some, strict=True):
+            errors.append(np.abs(shortest(chunk - sample.actions, policy.spec.periodic))[sample.valid])
     return np.concatenate(errors).mean(axis=0)
 
 

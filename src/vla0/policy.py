@@ -15,8 +15,9 @@ from vla0.decode.draft import filled
 from vla0.decode.inexact import inexact
 from vla0.errors import InputError
 from vla0.prompt import Prompt
+from vla0.relative import from_written, to_written
 from vla0.rollout import ChunkPolicy
-from vla0.spec import MAIN, Observation, Spec, embodiments, offset
+from vla0.spec import MAIN, Observation, Spec, embodiments
 
 
 class VLA0:
@@ -128,13 +129,13 @@ class VLA0:
         self, chunks: Sequence[np.ndarray], k: int | None = None, weights: str | Sequence[float] = "v1"
     ) -> np.ndarray:
         """(D,): the action of now, from chunks queried at successive steps, newest last; k: default the Spec's."""
-        return ensemble.ensemble_actions(chunks, k or self.spec.ensemble_k, weights)
+        return ensemble.ensemble_actions(chunks, k or self.spec.ensemble_k, weights, self.spec.periodic)
 
     def acting(self, replan: int = 1, weights: str | Sequence[float] = "v1") -> Self:
         """Itself, set to execute `replan` steps per query and to ensemble by `weights` (vla0.ensemble)."""
         steps = ensemble.steps_used(self.spec.horizon, replan, weights)
         predict = lambda observation: self.predict_batch([observation], steps)[0]  # noqa: E731
-        self._acting = ChunkPolicy(predict, self.spec.horizon, replan, weights, self.spec.ensemble_k)
+        self._acting = ChunkPolicy(predict, self.spec.horizon, replan, weights, self.spec.ensemble_k, self.spec.periodic)
         self.settings = replan, weights
         return self
 
@@ -177,11 +178,11 @@ class VLA0:
         if committed.ndim != 2 or committed.shape[1] != dimensions or len(committed) >= steps:
             expected = f"committed: fewer than {steps} actions of {dimensions}"
             raise InputError(expected, f"shape {committed.shape}", "commit to fewer steps than a chunk has")
-        return self.codec.encode(committed - offset(observation, self.spec))
+        return self.codec.encode(to_written(committed, observation, self.spec))
 
     def _actions(self, levels: np.ndarray, observation: Observation) -> np.ndarray:
         """(n, D) float32 of levels (n, D)."""
-        return (self.codec.decode(levels) + offset(observation, self.spec)).astype(np.float32)
+        return from_written(self.codec.decode(levels), observation, self.spec).astype(np.float32)
 
     def _guess(self, observation: Observation) -> np.ndarray | None:
         """(H, D) levels near which the observation says that its chunk lies."""
@@ -193,5 +194,5 @@ class VLA0:
             raise InputError(
                 f"expected: 1 to {most} actions of {dimensions}", f"shape {expected.shape}", "give the rest of the last chunk"
             )
-        levels = self.codec.encode(expected - offset(observation, self.spec))
+        levels = self.codec.encode(to_written(expected, observation, self.spec))
         return filled(levels, most)

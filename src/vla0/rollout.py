@@ -8,6 +8,7 @@ import numpy as np
 
 from vla0.ensemble import TemporalEnsemble
 from vla0.errors import InputError
+from vla0.relative import Turns
 from vla0.spec import Episode, Observation
 
 
@@ -52,9 +53,10 @@ class ChunkPolicy:
         replan: int = 1,
         weights: str | Sequence[float] = "v1",
         k: int | None = None,
+        periodic: Turns | None = None,
     ):
         self.predict, self.replan = predict, replan
-        self.ensemble = TemporalEnsemble(horizon, replan, weights, k)
+        self.ensemble = TemporalEnsemble(horizon, replan, weights, k, periodic)
         self.reset()
 
     def reset(self) -> None:

@@ -46,6 +46,7 @@ class Spec:
     vision_id: bool = False  # "Picture 1: " before an image
     state: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # (low, high) of a state written into the prompt
     relative: tuple[int, ...] = ()  # action dimensions given as differences from the same dimension of the state
+    periodic: tuple[tuple[int, float, float], ...] = ()  # (dimension, low, high): an angle that is at `low` again at `high`
     depth: tuple[tuple[str, float, float], ...] = ()  # (camera, near, far): a camera of depth maps, black to white, metres
     system: str = SYSTEM
     ensemble_k: int | None = None  # the newest chunks that acting averages; None: all that reach the instant
@@ -74,6 +75,14 @@ class Spec:
         _check(
             all(_whole(d, 0) and d < len(self.low) for d in self.relative) and len(set(self.relative)) == len(self.relative),
             f"relative, dimensions in 0..{len(self.low) - 1}, each once", self.relative, "name action dimensions from 0",
+        )  # fmt: skip
+        turns = {turn[0]: turn[1:] for turn in self.periodic if isinstance(turn, tuple) and len(turn) == 3}
+        whole = [d for d in turns if _whole(d, 0) and d < len(self.low)]
+        _check(
+            len(turns) == len(self.periodic) == len(whole)
+            and all(math.isfinite(low) and math.isfinite(high) and low < high for low, high in turns.values()),
+            f"periodic, (dimension in 0..{len(self.low) - 1}, low, high), each dimension once",
+            self.periodic, "e.g. periodic: {5: [-180, 180]}",
         )  # fmt: skip
         spans = {span[0]: span[1:] for span in self.depth if isinstance(span, tuple) and len(span) == 3}
         _check(
@@ -199,29 +208,6 @@ class Episode:
     def steps(self) -> int:
         """T, control ticks executed."""
         return len(self.actions)
-
-
-def state_of(observation: Observation, spec: Spec, needed: int) -> np.ndarray:
-    """(S,) float64: the observation's state. Raises InputError where it is missing, not finite or of another length."""
-    if observation.state is None:
-        raise InputError(f"a state of {needed} numbers", "no state", "this checkpoint was trained with one: pass state=")
-    state = np.asarray(observation.state, dtype=np.float64)
-    exact = spec.state is not None
-    if state.ndim != 1 or (len(state) != needed if exact else len(state) < needed):
-        raise InputError(f"a state of {needed} numbers", f"shape {state.shape}", "pass the dataset's state vector")
-    if not np.isfinite(state).all():
-        raise InputError("a finite state", f"{state.tolist()}", "check the sensors")
-    return state
-
-
-def offset(observation: Observation, spec: Spec) -> np.ndarray:
-    """(D,) float64: what relative dimensions are relative to, zero elsewhere. Subtract to train, add to act."""
-    zero = np.zeros(spec.dimensions)
-    if spec.relative:
-        dims = list(spec.relative)
-        needed = len(spec.state[0]) if spec.state else max(dims) + 1
-        zero[dims] = state_of(observation, spec, needed)[dims]
-    return zero
 
 
 def _whole(value: Any, least: int) -> bool:

@@ -26,7 +26,7 @@ from vla0.errors import InputError, refuse_unknown
 from vla0.keep import Keeper, Measure, write_whole
 from vla0.prompt import Prompt
 from vla0.recipe import TrainConfig
-from vla0.source import Source
+from vla0.source import Source, sources_of
 from vla0.spec import Spec
 from vla0.tiny import TINY, tiny_model, tiny_processor
 from vla0.trainer import VLA0Trainer, arguments
@@ -34,6 +34,7 @@ from vla0.trainer import VLA0Trainer, arguments
 logger = logging.getLogger(__name__)
 
 FREE = ("logging.", "data.num_workers")  # keys of a recipe that may change when a run goes on
+DATA = "data that was read"  # key of recipe.json: what it held when the run began
 SEVERAL = "several GPUs, a process each, for training.shard"
 FULL = ("No space left", "PytorchStreamWriter failed", "Disk quota")  # how those who write say that a disk is full
 
@@ -50,7 +51,9 @@ def main(config: TrainConfig, measure: Measure | None = None) -> Path:
         raise InputError(SEVERAL, "one process", "start with torchrun, or leave it out")
     arguments(config, output, 1, 1)  # refuses before data and a large model are loaded
     set_seed(training.seed)
-    sources = {name: Source(own) for name, own in config.data.all().items()}
+    sources = sources_of(config.data)
+    if resume is not None:
+        _refuse_other_data(output, sources)
     vlm, processor, specs = _start(config, sources, output / "last" if resume else None)
     parts = [Samples(source, specs[name], training.seed) for name, source in sources.items()]
     samples = Mixture(parts, [s.config.weight for s in sources.values()], training.seed) if len(parts) > 1 else parts[0]
@@ -90,7 +93,7 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
     if int(os.environ.get("RANK", 0)) != 0:
         return
     for part in parts:
-        for text in part.source.problems():
+        for text in part.source.problems(part.spec):
             logger.warning("%s: %s", part.source.config.dataset, text)
         if (clipped := part.outside()).any():
             text = "%s: %s of %d actions lie outside the bounds, by dimension, and are clipped"
@@ -103,6 +106,7 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
         steps, batch, training.batch_size, processes, training.gradient_accumulation_steps, steps * batch / len(samples),
         len(samples), training.learning_rate,
     )  # fmt: skip
+    recorded[DATA] = {part.source.config.dataset: part.source.fingerprint() for part in parts}
     write_whole(output / "recipe.json", json.dumps(recorded, indent=2) + "\n")
 
 
@@ -173,7 +177,7 @@ def _resumable(config: TrainConfig, output: Path, processes: int) -> Path | None
     last, file = output / "last", output / "recipe.json"
     if not last.exists():
         return None
-    before = _flat(json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
+    before = _flat({key: value for key, value in _read(file).items() if key != DATA})
     now = _flat(_recorded(config, processes))
     for key in {**now, **before}:
         if before.get(key) != now.get(key) and not key.startswith(FREE):
@@ -185,6 +189,25 @@ def _resumable(config: TrainConfig, output: Path, processes: int) -> Path | None
     if not state.is_dir():
         raise InputError(f"the training state of '{last}'", f"no '{state}'", "choose another output_dir")
     return state
+
+
+def _refuse_other_data(output: Path, sources: Mapping[str, Source]) -> None:
+    """Raises InputError where a run would go on with data that it did not begin with."""
+    before = _read(output / "recipe.json").get(DATA, {})  # none in runs of older versions
+    for source in sources.values():
+        name, now = source.config.dataset, json.loads(json.dumps(source.fingerprint()))
+        for key, value in before.get(name, now).items():
+            if now.get(key) != value:
+                remedy = (
+                    "bring that dataset back, or choose another output_dir (model.name=CHECKPOINT goes on from its weights)"
+                )
+                raise InputError(
+                    f"the data that '{output}' began with", f"other {key} of '{name}': {now.get(key)}, were {value}", remedy
+                )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _flat(nested: Mapping[str, Any], above: str = "") -> dict[str, Any]:

@@ -58,7 +58,7 @@ def trial(
     policy = VLA0.from_pretrained(checkpoint, device if ray is None else "cpu", embodiment=embodiment)
     spec = policy.spec
     fit(spec, settings.env)
-    settings = replace(settings, fps=spec.fps, ensemble_k=spec.ensemble_k)
+    settings = following(settings, spec)
     mark = fingerprint(policy.model, spec)
     identity = {"checkpoint": mark, "versions": simulator(settings.env).provenance()}
     names = ("policy", *inexact, *control)
@@ -98,6 +98,11 @@ def ablation(
     else:
         found[SEPARATE] = trial(separate, settings, out / SEPARATE.replace(" ", "-"), **others)
     return found
+
+
+def following(settings: EvalConfig, spec: Spec) -> EvalConfig:
+    """The settings with what the policy's Spec decides of them."""
+    return replace(settings, fps=spec.fps, ensemble_k=spec.ensemble_k, periodic=spec.periodic or None)
 
 
 def fit(spec: Spec, env: str) -> None:
@@ -175,7 +180,7 @@ def measured(simulator: Mapping[str, Any] | None) -> Callable[[VLA0, Path], dict
     settings = build(EvalConfig, simulator, "simulator")
 
     def measure(policy: VLA0, out: Path) -> dict[str, float]:
-        own = replace(settings, fps=policy.spec.fps, ensemble_k=policy.spec.ensemble_k)
+        own = following(settings, policy.spec)
         lines = evaluate({"policy": policy.predict_batch}, policy.spec.horizon, own, out)
         return {"success": mean_success(summary(lines)["policy"])}
 

@@ -10,7 +10,7 @@ import torch
 from rich.progress import track
 
 from vla0.errors import InputError
-from vla0.source import DataConfig, Source, open_dataset
+from vla0.source import DataConfig, Source
 from vla0.spec import Observation, Sample, Spec
 
 BASELINE = "plain"
@@ -42,22 +42,16 @@ def made(folder: Path, videos: bool = False, episodes: int = 4, frames: int = 50
     return folder
 
 
-def cameras_of(dataset: Path | str) -> dict[str, str]:
-    """All cameras of a dataset, by the last word of their keys."""
-    return {key.rsplit(".", 1)[-1]: key for key in open_dataset(dataset).meta.camera_keys}
-
-
 class Stock(torch.utils.data.Dataset):
     """The same Samples as a Source gives, read by LeRobotDataset with a chunk query, as its own policies are trained."""
 
-    def __init__(self, config: DataConfig, spec: Spec):
+    def __init__(self, source: Source, spec: Spec):
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-        opened, folder = open_dataset(config.dataset, config.revision), Path(config.dataset)
-        chunk = {config.action: [step / opened.fps for step in range(spec.horizon)]}
-        root = folder if folder.is_dir() else None
-        self.dataset: Any = LeRobotDataset(opened.repo_id, root, delta_timestamps=chunk, video_backend="pyav")
-        self.config = config
+        self.config, self.cameras = source.config, source.cameras
+        chunk = {self.config.action: [step / source.fps for step in range(spec.horizon)]}
+        root = source.dataset.root
+        self.dataset: Any = LeRobotDataset(f"local/{root.name}", root, delta_timestamps=chunk, video_backend="pyav")
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -66,8 +60,7 @@ class Stock(torch.utils.data.Dataset):
         """A row's Sample."""
         item = self.dataset[row]
         images = {
-            camera: (item[key].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-            for camera, key in self.config.cameras.items()
+            camera: (item[key].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8) for camera, key in self.cameras.items()
         }
         state = None if self.config.state is None else item[self.config.state].numpy()
         valid = ~item[f"{self.config.action}_is_pad"].numpy()
@@ -81,10 +74,9 @@ def bench(dataset: Path | str, horizon: int, rows: int, rounds: int) -> list[dic
     """Rows {way, samples_per_s}: the median of rounds in which the ways take turns, each reading the same rows."""
     if min(horizon, rows, rounds) < 1:
         raise InputError("horizon, rows and rounds >= 1", f"{horizon}, {rows} and {rounds}", "give whole numbers from 1")
-    config = DataConfig(str(dataset), cameras_of(dataset))
-    source = Source(config)
+    source = Source(DataConfig(str(dataset)))
     spec = Spec(base_model="none", horizon=horizon, **source.spec_fields(horizon))
-    stock = Stock(config, spec)
+    stock = Stock(source, spec)
     ways: Mapping[str, Callable[[int], Sample]] = {BASELINE: stock.sample, "vla0": lambda row: source.sample(row, horizon, 1)}
     rng, seconds = np.random.default_rng(0), {way: [] for way in ways}
     for _ in track(range(rounds), "reading", transient=True):

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from vla0.bench.commands import hush
-from vla0.bench.data import BASELINE, Stock, cameras_of
+from vla0.bench.data import BASELINE, Stock
 from vla0.bench.inputs import build_3b, moving_pictures, product_rate
 from vla0.data import Samples, collator
 from vla0.errors import InputError
@@ -145,12 +145,11 @@ class InMemory(torch.utils.data.Dataset):
 
 def _inputs(settings: Settings, reader: str) -> tuple[Any, Prompt, Any]:
     """(model, prompt, rows)."""
-    config = source = None
+    source = None
     if settings.dataset is None:
         spec = Spec((-1.0,) * 7, (1.0,) * 7, 20.0, ("agentview", "wrist"), settings.model)
     else:
-        config = DataConfig(settings.dataset, cameras_of(settings.dataset))
-        source = Source(config)
+        source = Source(DataConfig(settings.dataset))
         spec = Spec(base_model=settings.model, **source.spec_fields(Spec.horizon))
     if settings.model in (TINY, "3b"):
         processor: Any = tiny_processor([spec.system_text(), "move the red blue green block"])
@@ -158,9 +157,9 @@ def _inputs(settings: Settings, reader: str) -> tuple[Any, Prompt, Any]:
     else:
         model, processor = load(locate(settings.model), "cpu", torch.float32)
     prompt = Prompt(spec, processor)
-    if source is None or config is None:
+    if source is None:
         return model, prompt, InMemory(spec)
-    return model, prompt, Samples(source, spec) if reader == "vla0" else Stock(config, spec)
+    return model, prompt, Samples(source, spec) if reader == "vla0" else Stock(source, spec)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ def limits_of(spec: Spec, body: LeRobotBody, given: Mapping[str, Any] | None = N
         raise InputError("limits: low, high, step, velocity", f"{given!r}", "see `vla0 robot --help`")
     given = dict(given or {})
     refuse_unknown(given, ("low", "high", "step", "velocity"), "the limits")
-    found: dict[str, Any] = {"low": list(spec.low), "high": list(spec.high)}
+    found: dict[str, Any] = {"low": list(spec.low), "high": list(spec.high), "periodic": spec.periodic}
     for d in spec.relative:  # bounds of differences say nothing of positions: those of the state do
         bounds = spec.state or ((-math.inf,) * (d + 1), (math.inf,) * (d + 1))
         found["low"][d], found["high"][d] = bounds[0][d], bounds[1][d]

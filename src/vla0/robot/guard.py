@@ -44,6 +44,7 @@ class Limits:
     high: tuple[float, ...]
     step: tuple[float, ...] | None = None  # most change from one command to the next, of absolute actions
     velocity: tuple[float, ...] | None = None  # the same, a second
+    periodic: tuple[tuple[int, float, float], ...] = ()  # dimensions that wrap: (dimension, low, high) of the Spec
     workspace: Callable[[np.ndarray], np.ndarray] | None = None  # the nearest allowed action, by whatever you know
 
     def __post_init__(self):
@@ -64,7 +65,7 @@ class Limits:
         """What the demonstrations did and no more. Relative dimensions have no bounds of their own there: give them."""
         if spec.relative:
             raise InputError("limits", f"none, and relative dimensions {spec.relative}", "give low and high of the robot")
-        return cls(spec.low, spec.high)
+        return cls(spec.low, spec.high, periodic=spec.periodic)
 
     def safe(self, action: np.ndarray, last: np.ndarray | None, period_s: float) -> np.ndarray:
         """The nearest action within all limits; last: the command before, if there was one."""
@@ -77,8 +78,21 @@ class Limits:
                 most = np.minimum(most, self.step)
             if self.velocity is not None:
                 most = np.minimum(most, np.array(self.velocity) * period_s)
-            safe = np.clip(safe, last - most, last + most)
+            safe = self._changed(safe, last, most)
         return safe
+
+    def _changed(self, safe: np.ndarray, last: np.ndarray, most: np.ndarray) -> np.ndarray:
+        """(D,): from `last` towards `safe` by `most`; of a periodic dimension over the seam, where its bounds meet there."""
+        near = np.clip(safe, last - most, last + most)
+        for d, low, high in self.periodic:
+            if (high - self.high[d]) + (self.low[d] - low) > most[d]:
+                continue  # what lies between the bounds cannot be crossed
+            turn = high - low
+            step = (safe[d] - last[d] + turn / 2) % turn - turn / 2
+            goal = last[d] + np.clip(step, -most[d], most[d])
+            around = (goal - low) % turn + low
+            near[d] = around if self.low[d] <= around <= self.high[d] else np.clip(goal, self.low[d], self.high[d])
+        return near
 
 
 class Guard:

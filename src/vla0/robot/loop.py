@@ -37,6 +37,7 @@ class Pace:
     way: str = "async"
     replan: int | None = None  # steps executed of a chunk before the next is asked for; None: half of them
     weights: str = "v1"  # of the ensemble, by age
+    periodic: tuple[tuple[int, float, float], ...] = ()  # of the checkpoint
     oldest_s: float = 0.5  # age of an observation above which it is not asked about: a camera that froze
 
     def __post_init__(self):
@@ -109,7 +110,8 @@ class _Loop:
     def __init__(self, world: World, guard: Guard, pace: Pace):
         self.world, self.guard, self.pace, self.period = world, guard, pace, 1 / pace.fps
         averaged = pace.way == "ensemble"
-        self.plan = TemporalEnsemble(pace.horizon, 1 if averaged else pace.horizon, pace.weights if averaged else NONE)
+        steps, weights = (1, pace.weights) if averaged else (pace.horizon, NONE)
+        self.plan = TemporalEnsemble(pace.horizon, steps, weights, periodic=pace.periodic)
         self.asked: tuple[Answer, int, float] | None = None
         self.chunk: np.ndarray | None = None  # the newest
         self.latest = -pace.horizon  # step that its first action is of

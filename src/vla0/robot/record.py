@@ -24,7 +24,7 @@ class Recorder:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
         from lerobot.utils.feature_utils import hw_to_dataset_features
 
-        from vla0.source import video_backend
+        from vla0.pictures import video_backend
 
         os.environ.setdefault("SVT_LOG", "1")  # the video encoder's greetings
         disable_progress_bar()

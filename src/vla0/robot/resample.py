@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from vla0.relative import Turns, shortest, wrapped
 from vla0.spec import Observation
 
 
@@ -16,7 +17,16 @@ class Resampled:
     as long as it was meant to last. What is committed is asked about at the policy's own instants.
     """
 
-    def __init__(self, predict: Callable[[Observation], np.ndarray], fps: float, loop_fps: float, horizon: int):
+    def __init__(
+        self,
+        predict: Callable[[Observation], np.ndarray],
+        fps: float,
+        loop_fps: float,
+        horizon: int,
+        periodic: Turns = (),
+    ):
+        """periodic: of the Spec."""
+        self.periodic = periodic
         self.predict, self.fps, self.loop_fps = predict, fps, loop_fps
         self.horizon = max(1, math.ceil(horizon * loop_fps / fps - 1e-6))  # steps of the loop that a chunk lasts
 
@@ -24,15 +34,16 @@ class Resampled:
         """(horizon, D) at the loop's rate."""
         if observation.committed is not None and len(observation.committed):
             held = math.floor((len(observation.committed) - 1) * self.fps / self.loop_fps + 1e-6) + 1
-            committed = sampled(observation.committed, self.loop_fps, self.fps, held)
+            committed = sampled(observation.committed, self.loop_fps, self.fps, held, self.periodic)
             observation = replace(observation, committed=committed)
-        return sampled(self.predict(observation), self.fps, self.loop_fps, self.horizon)
+        return sampled(self.predict(observation), self.fps, self.loop_fps, self.horizon, self.periodic)
 
 
-def sampled(actions: np.ndarray, fps: float, other_fps: float, count: int) -> np.ndarray:
+def sampled(actions: np.ndarray, fps: float, other_fps: float, count: int, periodic: Turns = ()) -> np.ndarray:
     """(count, D): actions (T, D) of one rate as they are at the instants of another; after the last, the last."""
     place = np.minimum(np.arange(count) * fps / other_fps, len(actions) - 1)
     before = np.minimum(np.floor(place + 1e-6).astype(int), len(actions) - 1)
     after = np.minimum(before + 1, len(actions) - 1)
     share = np.clip(place - before, 0, 1)[:, None]
-    return (actions[before] * (1 - share) + actions[after] * share).astype(np.asarray(actions).dtype)
+    between = actions[before] + shortest(actions[after] - actions[before], periodic) * share
+    return wrapped(between, periodic).astype(np.asarray(actions).dtype)

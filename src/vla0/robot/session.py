@@ -77,13 +77,13 @@ class Session:
                 raise InputError(f"{spec.fps:g} steps a second, as the checkpoint", got, "leave --fps out, or give --resample")
             if not self.body.absolute:
                 raise InputError("actions that are positions, to resample", f"{self.body.actions}", "leave --fps out")
-            predict = Resampled(policy.predict, spec.fps, self.fps, spec.horizon)
+            predict = Resampled(policy.predict, spec.fps, self.fps, spec.horizon, spec.periodic)
             horizon = predict.horizon
         for name, camera in (getattr(robot, "cameras", None) or {}).items():
             rate = getattr(camera, "fps", None)
             if rate and rate < self.fps:
                 logger.warning("camera '%s' gives %g pictures a second, the loop looks %g times", name, rate, self.fps)
-        self.pace = Pace(self.fps, horizon, config.way, config.replan, config.weights)
+        self.pace = Pace(self.fps, horizon, config.way, config.replan, config.weights, spec.periodic)
         self.world = RealWorld(predict)
         self.horizon = horizon
         self.guard: Guard | None = None

@@ -35,7 +35,7 @@ class HarnessServer(PredictModelServer):
 
     def _session(self) -> Session:
         spec = self.policy.spec
-        ensemble = TemporalEnsemble(spec.horizon, self.replan, self.weights, spec.ensemble_k)
+        ensemble = TemporalEnsemble(spec.horizon, self.replan, self.weights, spec.ensemble_k, spec.periodic)
         return Session(ensemble, self.replan, spec.fps)
 
     def get_action_spec(self) -> dict[str, DimSpec]:

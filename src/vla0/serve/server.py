@@ -107,8 +107,8 @@ class Server:
 
     def _session(self) -> Session:
         spec = self.policy.spec
-        ensemble = None if self.weights == NONE else TemporalEnsemble(spec.horizon, self.replan, self.weights, spec.ensemble_k)
-        return Session(ensemble, self.replan, spec.fps)
+        acting = (spec.horizon, self.replan, self.weights, spec.ensemble_k, spec.periodic)
+        return Session(None if self.weights == NONE else TemporalEnsemble(*acting), self.replan, spec.fps)
 
     def _handshake(self, connection: ServerConnection, handshake: Handshake) -> Response | None:
         """Health and meters for whoever may ask; a key from whoever wants to talk."""

@@ -22,8 +22,8 @@ from vla0.ensemble import TemporalEnsemble
 from vla0.errors import InputError
 from vla0.policy import VLA0
 from vla0.prompt import IGNORE, Prompt
-from vla0.source import names_of
 from vla0.spec import SPEC_FILE, Observation, Sample, Spec
+from vla0.stored import names_of
 from vla0.trainer import answered, summed
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,8 @@ class VLA0Policy(PreTrainedPolicy):
         steps = config.n_action_steps or config.chunk_size
         if not 1 <= steps <= config.chunk_size:
             raise InputError(f"n_action_steps in 1..{config.chunk_size} (chunk_size)", f"{steps}", "leave it out for all")
-        self.ensemble = TemporalEnsemble(config.chunk_size, steps, config.temporal_ensemble, self.vla.spec.ensemble_k)
+        spec = self.vla.spec
+        self.ensemble = TemporalEnsemble(spec.horizon, steps, config.temporal_ensemble, spec.ensemble_k, spec.periodic)
 
     def supports_rtc(self) -> bool:
         """Yes, exactly: see `predict_action_chunk`."""

@@ -1,0 +1,194 @@
+"""Everything in a dataset is looked up by its key; what is not whole is named, and nothing is guessed."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+from conftest import TASKS, frame_of, make_dataset
+
+from vla0 import InputError
+from vla0.source import DataConfig, Source
+from vla0.stored import Stored, names_of
+
+CAMERAS = {"front": "observation.images.top"}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make_dataset(tmp_path / "own", lengths=(6, 4, 5, 4))
+
+
+@pytest.fixture
+def videos(tmp_path) -> Path:
+    return make_dataset(tmp_path / "videos", videos=True, lengths=(4, 4, 4, 4, 4))
+
+
+def changed(file: Path, change) -> None:
+    """A parquet file, changed as a table of pandas."""
+    change(pandas.read_parquet(file)).to_parquet(file)
+
+
+def tables(folder: Path) -> list[Path]:
+    return [*folder.glob("data/*/*.parquet"), *folder.glob("meta/episodes/*/*.parquet")]
+
+
+def test_a_sentence_is_found_by_its_number_whatever_the_order_of_the_table(folder):
+    changed(folder / "meta" / "tasks.parquet", lambda table: table.iloc[::-1])
+    source = Source(DataConfig(str(folder), CAMERAS))
+    assert [source.sample(row, 2, 1).observation.instruction for row in (0, 6)] == list(TASKS)
+
+
+def test_a_sentence_is_found_by_its_number_where_numbers_are_missing(folder):
+    changed(folder / "meta" / "tasks.parquet", lambda table: table.assign(task_index=[5, 0]))
+    for file in folder.glob("data/*/*.parquet"):
+        changed(file, lambda table: table.assign(task_index=table["task_index"].map({0: 5, 1: 0})))
+    source = Source(DataConfig(str(folder), CAMERAS))
+    assert [source.sample(row, 2, 1).observation.instruction for row in (0, 6)] == list(TASKS)
+
+
+def test_a_number_without_a_sentence_is_named(folder):
+    changed(folder / "meta" / "tasks.parquet", lambda table: table.assign(task_index=[0, 7]))
+    with pytest.raises(InputError, match=r"task_index 1 in episode 1, and sentences \[0, 7\]"):
+        Source(DataConfig(str(folder), CAMERAS))
+
+
+def test_a_table_of_sentences_in_a_column_is_read_too(folder):
+    changed(folder / "meta" / "tasks.parquet", lambda table: table.rename_axis("task").reset_index())
+    assert Source(DataConfig(str(folder), CAMERAS)).tasks == list(TASKS)
+
+
+def test_a_table_without_sentences_is_refused(folder):
+    changed(folder / "meta" / "tasks.parquet", lambda table: table.reset_index(drop=True))
+    with pytest.raises(InputError, match="sentences and their task_index"):
+        Stored(folder)
+
+
+@pytest.mark.parametrize("kind", [pyarrow.binary(), pyarrow.string()])
+def test_sentences_that_are_not_utf8_are_named(folder, kind):
+    raw = pyarrow.array([b"push the red block", b"sch\xf6n"], pyarrow.binary())
+    texts = raw if kind == pyarrow.binary() else pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
+    table = pyarrow.table({"task_index": pyarrow.array([0, 1]), "task": texts})
+    parquet.write_table(table, folder / "meta" / "tasks.parquet")
+    with pytest.raises(InputError, match="UTF-8"):
+        Stored(folder)
+
+
+def test_an_episode_is_found_by_its_number_where_another_was_taken_out(videos):
+    for file in tables(videos):
+        changed(file, lambda table: table[table["episode_index"] != 2].reset_index(drop=True))
+    info = json.loads((videos / "meta" / "info.json").read_text())
+    (videos / "meta" / "info.json").write_text(json.dumps({**info, "total_episodes": 4, "total_frames": 16}))
+    source = Source(DataConfig(str(videos), CAMERAS))
+    for row, episode in enumerate(source.episode_of.tolist()):
+        frame = source.sample(row, 2, 1).observation.images["front"]
+        expected = frame_of(episode, row - int(source.start[row]), 0)
+        assert np.abs(frame.astype(int) - expected).max() <= 6, (row, episode)
+
+
+def test_episodes_in_another_order_of_the_table_keep_their_videos(videos):
+    for file in videos.glob("meta/episodes/*/*.parquet"):
+        changed(file, lambda table: table.iloc[::-1].reset_index(drop=True))
+    source = Source(DataConfig(str(videos), CAMERAS))
+    for row in (0, 7, 19):
+        frame = source.sample(row, 2, 1).observation.images["front"]
+        expected = frame_of(int(source.episode_of[row]), row - int(source.start[row]), 0)
+        assert np.abs(frame.astype(int) - expected).max() <= 6
+
+
+def test_episodes_without_rows_are_named(folder):
+    for file in folder.glob("data/*/*.parquet"):
+        changed(file, lambda table: table[table["episode_index"] != 1].reset_index(drop=True))
+    with pytest.raises(InputError, match=r"none for episodes 1 of"):
+        Stored(folder)
+
+
+def test_rows_without_an_episode_are_named(folder):
+    for file in folder.glob("meta/episodes/*/*.parquet"):
+        changed(file, lambda table: table[table["episode_index"] != 3].reset_index(drop=True))
+    with pytest.raises(InputError, match=r"none for episodes 3 of"):
+        Stored(folder)
+
+
+def test_an_episode_that_is_cut_off_is_named(folder):
+    for file in folder.glob("data/*/*.parquet"):
+        changed(file, lambda table: table.iloc[:-2])
+    with pytest.raises(InputError, match="4 rows of episode 3, as meta/episodes says; got 2"):
+        Stored(folder)
+
+
+def test_rows_out_of_the_order_of_time_are_refused(folder):
+    for file in folder.glob("data/*/*.parquet"):
+        changed(file, lambda table: table.iloc[[1, 0, *range(2, len(table))]].reset_index(drop=True))
+    with pytest.raises(InputError, match=r"in the order of time; got 0 s after 0.1 s in episode 0"):
+        Stored(folder)
+
+
+def test_rows_of_an_episode_in_two_places_are_refused(folder):
+    for file in folder.glob("data/*/*.parquet"):
+        changed(file, lambda table: table.iloc[[*range(3), *range(6, len(table)), *range(3, 6)]].reset_index(drop=True))
+    with pytest.raises(InputError, match="episode 0 in several places"):
+        Stored(folder)
+
+
+def test_a_video_that_is_missing_is_named(videos):
+    file = next(videos.glob("videos/observation.images.top/*/*.mp4"))
+    file.unlink()
+    with pytest.raises(InputError, match=r"no '.*mp4', which holds episodes 0, 1, 2, 3, 4"):
+        Source(DataConfig(str(videos), CAMERAS))
+
+
+@pytest.mark.parametrize("part", ["meta/tasks.parquet", "meta/episodes", "data"])
+def test_a_folder_that_lacks_a_part_says_which(folder, part):
+    (folder / part).rename(folder / "elsewhere")
+    with pytest.raises(InputError, match=f"{part}.*no such file") as caught:
+        Stored(folder)
+    assert "connection" not in str(caught.value)
+
+
+def test_a_folder_that_is_not_there_is_no_question_of_the_connection(tmp_path):
+    for name in (str(tmp_path / "nowhere"), "./nowhere", "~/nowhere", "data/own/nowhere", "nowhere"):
+        with pytest.raises(InputError, match="a folder that is there, or owner/name on the Hub") as caught:
+            Stored(name)
+        assert "connection" not in str(caught.value)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="a file"):
+        Stored(tmp_path / "file")
+    with pytest.raises(InputError, match=r"no folder 'no/where' here, and of the Hub: .*correct the path, or the name"):
+        Stored("no/where")
+
+
+def test_an_info_that_is_no_json_is_named(folder):
+    (folder / "meta" / "info.json").write_text("{")
+    with pytest.raises(InputError, match="JSON with codebase_version"):
+        Stored(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (None, None),
+        (["a", "b", "c"], ("a", "b", "c")),
+        (["a", "a", "b"], None),
+        ({"motors": ["a", "b", "c"]}, ("a", "b", "c")),
+        ({"motors": ["a", "b"], "gripper": ["g"]}, ("a", "b", "g")),
+        ([["a", "b", "c"]], ("a", "b", "c")),
+        ({"b": 1, "a": 0, "c": 2}, ("a", "b", "c")),
+        ("abc", None),
+        (["x"], None),
+        ({}, None),
+        ([], None),
+        ([1, 2, 3], ("1", "2", "3")),
+    ],
+)
+def test_names_are_those_that_the_dataset_gives_each_number(names, found):
+    assert names_of({"names": names, "shape": (3,)}) == found
+
+
+def test_without_a_mapping_all_cameras_of_colours_are_taken_by_their_last_words(folder):
+    source = Source(DataConfig(str(folder)))
+    assert source.cameras == {"top": "observation.images.top", "hand": "observation.images.hand"}
+    assert source.spec_fields(2)["cameras"] == ("top", "hand")
