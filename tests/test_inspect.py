@@ -10,10 +10,10 @@ from vla0 import InputError
 from vla0.adapter import Lora
 from vla0.bench.inputs import SHAPE_3B
 from vla0.inspect import examine as module
-from vla0.inspect.examine import examine, guessed, rate, recipe
+from vla0.inspect.examine import examine, rate, recipe
 from vla0.inspect.page import facts, page, screen
 from vla0.recipe import ModelConfig, TrainConfig, build
-from vla0.source import Source
+from vla0.source import Source, named
 from vla0.tiny import tiny_processor
 
 
@@ -93,11 +93,11 @@ def test_a_video_that_cannot_be_read_is_refused_by_its_episode(tmp_path):
 
 def test_without_a_recipe_all_cameras_are_taken_by_their_own_names(dataset):
     config = recipe([str(dataset)])
-    assert config.data.cameras == {"hand": "observation.images.hand", "top": "observation.images.top"}
+    assert set(Source(config.data).cameras) == {"hand", "top"}
     twins = ["left.rgb", "right.rgb"]
-    assert guessed("x", twins).cameras == {name: name for name in twins}
+    assert named(twins, "x") == {name: name for name in twins}
     with pytest.raises(InputError, match="pictures"):
-        guessed("x", [])
+        named([], "x")
     assert config.training.num_epochs == 1
     with pytest.raises(InputError, match="--config"):
         recipe([])

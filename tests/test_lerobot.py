@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASKS, make_dataset, make_observation
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 from worlds import JOINTS, Reach, arm_spec
 
@@ -36,6 +38,7 @@ from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class, make_policy, make_pre_post_processors
 from lerobot.scripts import lerobot_train
+from lerobot_policy_vla0.modeling_vla0 import left_over
 
 SMALL = {"width": 48, "layers": 1, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
 
@@ -226,6 +229,69 @@ def test_real_time_chunks_go_on_from_what_will_have_been_executed(policy, plugge
     for delay, committed in ((0, None), (1, ahead[:1]), (2, ahead), (7, ahead)):
         chunk = found.predict_action_chunk(batch, inference_delay=delay, prev_chunk_left_over=left_over)[0].numpy()
         np.testing.assert_array_equal(chunk, policy.predict_batch([replace(seen, committed=committed)])[0])
+
+
+@pytest.mark.parametrize("ahead", [0.0, 0.5, "0.5 then 0", "0 then 0.5"])
+def test_committed_steps_are_forced_whatever_their_values(policy, plugged, ahead):
+    found, *_ = plugged
+    rows = {"0.5 then 0": [0.5, 0.0], "0 then 0.5": [0.0, 0.5]}.get(ahead, [ahead, ahead])
+    wanted = torch.tensor(rows)[:, None].repeat(1, 3)
+    batch = batch_of(found, make_observation(1))
+    found.reset()
+    chunk = found.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=wanted)[0]
+    half = (np.array(policy.spec.high) - policy.spec.low) / policy.spec.bins / 2
+    assert (np.abs(chunk[:2].numpy() - wanted.numpy()) <= half + 1e-6).all()
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, -1.0]), min_size=1, max_size=6), st.integers(0, 5), st.integers(0, 12))
+def test_what_is_left_of_a_chunk_is_told_from_what_lerobot_fills_up_with(values, begun, length):
+    chunk = np.float32(values)[:, None].repeat(2, 1)
+    rest = chunk[min(begun, len(chunk) - 1) :][: max(length, 1)]
+    filled = np.zeros((max(length, len(rest)), 2), np.float32)
+    filled[: len(rest)] = rest
+    found = left_over(filled, chunk)
+    assert found >= len(rest)
+    assert not filled[len(rest) : found].any()  # what comes beyond can be a zero of the chunk's own, and nothing else
+    assert found == len(rest) or not rest[-1].any()
+
+
+def test_sentences_that_lerobot_would_exchange_and_depth_as_colours_are_refused(base, tmp_path):
+    import pandas
+
+    folder = make_dataset(tmp_path / "exchanged", lengths=(3, 3))
+    file = folder / "meta" / "tasks.parquet"
+    pandas.read_parquet(file).iloc[::-1].to_parquet(file)
+    config = PreTrainedConfig.from_pretrained(_saved_config(tmp_path, base))
+    meta = LeRobotDataset("local/exchanged", folder).meta
+    with pytest.raises(InputError, match=r"in the order of their task_index.*\[1, 0\]"):
+        make_policy(config, ds_meta=meta)
+    meta = LeRobotDataset("local/deep", make_dataset(tmp_path / "deep", lengths=(3, 3))).meta
+    meta.features["observation.images.top"]["info"] = {"is_depth_map": True}
+    with pytest.raises(InputError, match="flags as depth maps"):
+        make_policy(PreTrainedConfig.from_pretrained(_saved_config(tmp_path, base)), ds_meta=meta)
+
+
+def _saved_config(folder, base):
+    """A folder with the configuration of a policy that has not been trained."""
+    from lerobot_policy_vla0 import VLA0Config
+
+    VLA0Config(model_name=str(base), chunk_size=2, device="cpu")._save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("pictures", "message"),
+    [
+        (torch.full((1, 3, 48, 64), 2.5), "0..1"), (torch.full((1, 3, 48, 64), 700, dtype=torch.int32), "0..1"),
+        (torch.zeros(1, 1, 48, 64), "shape"), (torch.full((1, 3, 48, 64), -0.5), "0..1"),
+    ],
+)  # fmt: skip
+def test_pictures_that_are_no_colours_are_refused(plugged, pictures, message):
+    found, *_ = plugged
+    batch = batch_of(found, make_observation(1))
+    key = next(iter(found.config.image_features))
+    with pytest.raises(InputError, match=re.escape(message)):
+        found.predict_action_chunk({**batch, key: pictures})
 
 
 @pytest.mark.parametrize(

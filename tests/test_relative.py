@@ -47,7 +47,7 @@ def test_what_is_written_of_an_angle_reads_back_over_the_seam(state, step):
 def test_a_mean_of_angles_turns_with_them(angles, turned):
     near = [angles[0] + (angle % 40 - 20) for angle in angles]  # within a half turn of each other
     rows = [np.array([1.0, wrapped(np.array([0, a]), TURNS)[1]]) for a in near]
-    moved = [wrapped(row + [0, turned], TURNS) for row in rows]
+    moved = [wrapped(row + np.array([0, turned]), TURNS) for row in rows]
     weights = [1.0] + [0.5] * (len(rows) - 1)
     mean, other = weighted_mean(rows, weights, TURNS), weighted_mean(moved, weights, TURNS)
     assert apart(mean[1] + turned, other[1]) < 1e-3

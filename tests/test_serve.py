@@ -85,6 +85,52 @@ def test_a_session_is_ensembled_by_itself(policy):
     np.testing.assert_allclose(np.concatenate(again), local(range(2)), rtol=1e-6)
 
 
+def asking(connection, seed: int, **more) -> np.ndarray:
+    """The actions that answer an openpi client's message."""
+    connection.send(message_of(make_observation(seed), **more))
+    answer = connection.recv()
+    assert isinstance(answer, bytes), answer
+    return unpack(answer)["actions"]
+
+
+def test_an_ensemble_needs_a_client_that_says_where_an_episode_begins(policy):
+    """openpi's clients keep one connection for all episodes, and know no reset: averaged, one's chunks would go on in the next."""
+    with serving(policy, ensemble="v1") as (url, _), connect(url) as own:
+        own.recv()
+        own.send(message_of(make_observation(0)))
+        refusal = own.recv()
+        assert isinstance(refusal, str)
+        assert "'vla0/reset'" in refusal
+        assert "without --ensemble" in refusal
+
+
+def test_what_a_fresh_connection_gets_is_what_a_new_episode_gets(policy):
+    with serving(policy, ensemble="v1") as (url, _):
+        with connect(url) as own:
+            own.recv()
+            for step in range(5):
+                asking(own, step, **{"vla0/reset": step == 0})
+            again = asking(own, 7, **{"vla0/reset": True})
+        with connect(url) as fresh:
+            fresh.recv()
+            np.testing.assert_array_equal(again, asking(fresh, 7, **{"vla0/reset": True}))
+
+
+def test_after_a_long_pause_nothing_old_is_averaged(policy, caplog, monkeypatch):
+    from vla0.serve import session
+
+    caplog.set_level("INFO")
+    with serving(policy, ensemble="v1") as (url, _), connect(url) as own:
+        own.recv()
+        asking(own, 0, **{"vla0/reset": True})
+        averaged = asking(own, 7)
+        monkeypatch.setattr(session, "PAUSE_S", 0.0)
+        alone = asking(own, 7)
+    assert not np.array_equal(averaged, alone)
+    np.testing.assert_allclose(alone[0], policy.predict_batch([make_observation(7)])[0, 0], rtol=1e-6)
+    assert "what was predicted before is forgotten" in caplog.text
+
+
 def test_what_would_do_nothing_is_refused(policy):
     with pytest.raises(InputError, match="do nothing"):
         Server(policy, ensemble="v1", replan=3)

@@ -78,7 +78,7 @@ def test_inputs_are_never_changed(observation, spec):
     [
         (np.zeros((48, 64), np.uint8), "shape"), (np.zeros((3, 48, 64), np.uint8), "shape"), (np.zeros((48, 64, 4), np.uint8), "shape"),
         (np.zeros((2, 48, 64, 3), np.uint8), "shape"), (np.zeros((0, 64, 3), np.uint8), "shape"),
-        (np.zeros((48, 64, 3), np.float32), "uint8"), (np.zeros((48, 64, 3), np.int64), "uint8"), (None, "shape"), ("file.png", "shape"),
+        (np.zeros((48, 64, 3), np.float32), "multiply"), (np.full((48, 64, 3), 2.5), "data.depth"), (np.full((48, 64, 3), 700, np.uint16), "data.depth"), (np.zeros((48, 64, 3), np.int64), "uint8"), (None, "shape"), ("file.png", "shape"),
     ],
 )  # fmt: skip
 def test_frames_of_a_wrong_shape_or_dtype_are_refused(spec, front, message):

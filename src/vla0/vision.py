@@ -10,6 +10,7 @@ from vla0.errors import InputError
 from vla0.spec import Observation, Spec
 
 JITTER = (0.2, 0.2, 0.2, 0.05)  # brightness, contrast, saturation, hue: the published strengths
+DEPTH_REMEDY = "depth maps need a checkpoint trained with data.depth, pictures of 16 bits 8 of them: look which it is"
 _ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
@@ -62,7 +63,10 @@ def _frames(observation: Observation, camera: str, history: int, span: Sequence[
             f"'{camera}' of shape {shape}", f"shape {np.shape(observation.images[camera])}", "pass RGB frames, channels last"
         )
     if frames.dtype != np.uint8:
-        raise InputError(f"'{camera}' of dtype uint8", f"{frames.dtype}", "multiply a 0-1 float image by 255 and convert")
+        shares = frames.dtype.kind == "f" and bool(np.all((frames >= 0) & (frames <= 1)))
+        remedy = "multiply a 0-1 float image by 255 and convert" if shares else DEPTH_REMEDY
+        got = f"{frames.dtype}, {np.nanmin(frames):g} to {np.nanmax(frames):g}"
+        raise InputError(f"'{camera}' of dtype uint8", got, remedy)
     return frames
 
 

@@ -20,8 +20,9 @@ from vla0.errors import InputError
 from vla0.model import default_device, locate
 from vla0.prompt import Prompt
 from vla0.recipe import LoggingConfig, TrainConfig, TrainingConfig, read_config
-from vla0.source import DataConfig, Source, open_dataset
-from vla0.spec import MAIN, Sample, Spec, offset
+from vla0.relative import shortest, to_written
+from vla0.source import DataConfig, Source
+from vla0.spec import MAIN, Sample, Spec
 from vla0.tiny import TINY
 from vla0.train import spec_of, tiny_of
 from vla0.vision import compose
@@ -71,15 +72,6 @@ class Survey:
     pictures: tuple[np.ndarray, ...] = field(repr=False)  # (h, w, 3) uint8, what the model will see
 
 
-def guessed(dataset: str, keys: Sequence[str]) -> DataConfig:
-    """A DataConfig of a dataset with these keys of cameras: all of them by their own names, `action`, no state."""
-    if not keys:
-        raise InputError("a dataset with pictures", f"'{dataset}', which has none", "record with a camera")
-    names = [key.rsplit(".", 1)[-1] for key in keys]
-    cameras = dict(zip(names if len(set(names)) == len(names) else keys, keys, strict=True))
-    return DataConfig(dataset, cameras)
-
-
 def recipe(words: Sequence[str], file: Path | None = None) -> TrainConfig:
     """What a dataset is looked at with: a recipe's settings, or the published ones for one epoch.
 
@@ -94,8 +86,7 @@ def recipe(words: Sequence[str], file: Path | None = None) -> TrainConfig:
         raise InputError(f"--config, a recipe for {overrides[0]} to change", "none", "name one, or leave that out")
     if not named:
         raise InputError("a dataset or --config", "neither", "name a folder, a Hub id or a recipe")
-    data = guessed(named[0], open_dataset(named[0]).meta.camera_keys)
-    return TrainConfig(data, TrainingConfig(num_epochs=1.0), LoggingConfig(""))
+    return TrainConfig(DataConfig(named[0]), TrainingConfig(num_epochs=1.0), LoggingConfig(""))
 
 
 def examine(config: TrainConfig) -> Survey:
@@ -124,10 +115,10 @@ def examine(config: TrainConfig) -> Survey:
         config.data.dataset, len(starts), len(source), source.fps,
         (int(counts.min()), int(np.median(counts)), int(counts.max())),
         dict(Counter(episodes_of.values()).most_common()),
-        {name: _camera(source, key) for name, key in config.data.cameras.items()},
+        {name: _camera(source, key) for name, key in source.cameras.items()},
         dimensions, idle, prompt_tokens, answer_tokens, steps, batch, hours,
         None if size is None else size.memory, _trained(config),
-        tuple(_problems(source, dimensions, idle)),
+        tuple(_problems(source, spec, dimensions, idle)),
         tuple(compose(sample.observation, spec)[0] for sample in samples[:: max(1, len(samples) // PICTURES)][:PICTURES]),
     )  # fmt: skip
 
@@ -143,11 +134,12 @@ def _dimensions(source: Source, spec: Spec) -> tuple[Dimension, ...]:
     if spec.relative and source.states is not None:
         dims = list(spec.relative)
         actions[:, dims] -= source.states[:, dims]
+        actions = shortest(actions, [turn for turn in spec.periodic if turn[0] in dims])
     codec = ActionCodec(spec)
     levels = codec.encode(actions)
     errors = np.abs(codec.decode(levels) - actions).mean(axis=0)
     outside = codec.outside(actions) / len(actions)
-    names = _names(source, spec)
+    names = _names(spec)
     return tuple(
         Dimension(
             names[d], float(actions[:, d].min()), float(actions[:, d].max()), (spec.low[d], spec.high[d]), float(errors[d]),
@@ -157,23 +149,23 @@ def _dimensions(source: Source, spec: Spec) -> tuple[Dimension, ...]:
     )  # fmt: skip
 
 
-def _names(source: Source, spec: Spec) -> list[str]:
-    names = source.dataset.meta.features[source.config.action].get("names")
-    if isinstance(names, dict):  # LeRobot has both forms
-        names = [name for group in names.values() for name in (group if isinstance(group, list) else [group])]
-    whole = isinstance(names, list) and len(names) == spec.dimensions
-    return [f"{d} {name}" for d, name in enumerate(names)] if whole else [f"{d}" for d in range(spec.dimensions)]
+def _names(spec: Spec) -> list[str]:
+    return (
+        [f"{d} {name}" for d, name in enumerate(spec.action_names)]
+        if spec.action_names
+        else list(map(str, range(spec.dimensions)))
+    )
 
 
 def _camera(source: Source, key: str) -> str:
-    feature = source.dataset.meta.features[key]
+    feature = source.dataset.features[key]
     return f"{' x '.join(map(str, feature['shape']))}, {feature['dtype']}"
 
 
 def _tokens(samples: Sequence[Sample], spec: Spec, processor: Any) -> tuple[int | None, float]:
     """(of the longest prompt, pictures included; None without a processor, of an answer and its end, on average)."""
     codec = ActionCodec(spec)
-    answers = [len(codec.write(codec.encode(s.actions - offset(s.observation, spec)))) + 1 for s in samples]
+    answers = [len(codec.write(codec.encode(to_written(s.actions, s.observation, spec)))) + 1 for s in samples]
     if processor is None:
         return None, float(np.mean(answers))
     batch = Prompt(spec, processor).observe([sample.observation for sample in samples])
@@ -222,7 +214,7 @@ def _trained(config: TrainConfig) -> str:
     return kind + tower
 
 
-def _problems(source: Source, dimensions: Sequence[Dimension], idle: float) -> list[str]:
+def _problems(source: Source, spec: Spec, dimensions: Sequence[Dimension], idle: float) -> list[str]:
     found = []
     for own in dimensions:
         if own.clipped > 0.05:
@@ -231,4 +223,4 @@ def _problems(source: Source, dimensions: Sequence[Dimension], idle: float) -> l
             found.append(f"action {own.name} loses {own.error:.3g} on average in writing; more bins")
     if idle > 0.2:
         found.append(f"in {idle:.0%} of the frames nothing is asked for that was not before: a policy learns to wait; cut them")
-    return found + source.problems()
+    return found + source.problems(spec)

@@ -20,7 +20,7 @@ class Request:
 
     observation: Observation
     stream: bool = False  # each step as soon as it is certain
-    reset: bool = False  # a new episode begins
+    reset: bool | None = None  # whether a new episode begins; None: the client does not say
     number: int | None = None  # given back with the answer
 
 

@@ -162,8 +162,7 @@ class Server:
             raise InputError("binary messages", "text", "send what openpi-client packs")
         arrived = time.monotonic()
         asked = request(unpack(message, self.limits.message_bytes), self.policy.spec, self.keys, self.limits.side)
-        if asked.reset:
-            session.reset()
+        session.begin(asked.reset, arrived)
         answers: asyncio.Queue[Any] = asyncio.Queue()
         with self.meters.request():
             await self.queue.put((asked, session.expecting(asked.observation, arrived), answers))

@@ -1,12 +1,18 @@
 """What a server remembers of one client."""
 
+import logging
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from vla0.ensemble import TemporalEnsemble
+from vla0.errors import InputError
 from vla0.rollout import rest
 from vla0.spec import Observation
+
+logger = logging.getLogger(__name__)
+
+PAUSE_S = 10.0  # without a question, after which what was predicted before is not averaged with what comes
 
 
 @dataclass
@@ -20,6 +26,22 @@ class Session:
     chunk: np.ndarray | None = None
     asked_at: float = 0.0
     arrivals: list[float] = field(default_factory=list)
+    resets: bool = False  # whether the client says where episodes begin
+
+    def begin(self, reset: bool | None, now: float) -> None:
+        """Before an observation: forgets all chunks where an episode begins, or after a pause. reset: what the client says.
+
+        Raises InputError for an ensemble and a client that never says it: its next episode would be averaged with this one.
+        """
+        self.resets |= reset is not None
+        if self.ensemble is not None and not self.resets:
+            remedy = "send it with each observation, true at an episode's first; or serve without --ensemble: whole chunks"
+            raise InputError("'vla0/reset', which says where an episode begins: the ensemble ends there", "none", remedy)
+        if self.ensemble is not None and self.chunk is not None and now - self.asked_at > PAUSE_S:
+            logger.info("a client was silent for %.0f s: what was predicted before is forgotten", now - self.asked_at)
+            reset = True
+        if reset:
+            self.reset()
 
     def reset(self) -> None:
         """A new episode: forgets all chunks."""

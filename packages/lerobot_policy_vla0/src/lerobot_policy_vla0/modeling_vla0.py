@@ -25,6 +25,7 @@ from vla0.prompt import IGNORE, Prompt
 from vla0.spec import SPEC_FILE, Observation, Sample, Spec
 from vla0.stored import names_of
 from vla0.trainer import answered, summed
+from vla0.vision import DEPTH_REMEDY
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class VLA0Policy(PreTrainedPolicy):
         config = config or PreTrainedConfig.from_pretrained(folder)
         if (folder / SPEC_FILE).is_file():  # to be trained in fp32, whatever it was saved as
             vla = VLA0.from_pretrained(folder, config.device, "auto" if meta is None else torch.float32)
-            _compare(vla.spec, meta)
+            _compare(vla.spec, config, meta)
         else:
             spec = Spec.parse(config.spec, "config.spec") if config.spec else spec_of(config, meta)
             vla = VLA0(*models.load(folder, config.device, torch.float32), spec)
@@ -114,11 +115,12 @@ class VLA0Policy(PreTrainedPolicy):
         observations = self._observations(batch)
         if prev_chunk_left_over is not None and inference_delay > 0:
             ahead = prev_chunk_left_over.float().cpu().numpy().reshape(-1, self.vla.spec.dimensions)
-            kept = np.flatnonzero(np.abs(ahead).max(axis=1))  # LeRobot fills up with zeros
-            ahead = ahead[: min(inference_delay, self.vla.spec.horizon - 1, kept[-1] + 1 if len(kept) else 0)]
+            ahead = ahead[: min(inference_delay, self.vla.spec.horizon - 1, left_over(ahead, self.given))]
             if len(ahead):
                 observations = [replace(observation, committed=ahead) for observation in observations]
-        return torch.from_numpy(self.vla.predict_batch(observations))
+        chunks = self.vla.predict_batch(observations)
+        self.given = chunks[0]
+        return torch.from_numpy(chunks)
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **others: Any) -> Tensor:
@@ -134,7 +136,7 @@ class VLA0Policy(PreTrainedPolicy):
     def reset(self) -> None:
         """A new episode."""
         config = self.config
-        self.step = 0
+        self.step, self.given = 0, None
         steps = config.n_action_steps or config.chunk_size
         if not 1 <= steps <= config.chunk_size:
             raise InputError(f"n_action_steps in 1..{config.chunk_size} (chunk_size)", f"{steps}", "leave it out for all")
@@ -156,7 +158,7 @@ class VLA0Policy(PreTrainedPolicy):
         if missing := [key for key in keys if key not in batch]:
             found = [key for key in batch if "image" in key]
             raise InputError(f"pictures '{missing[0]}'", f"{found}", "give --rename_map={name here: that name}")
-        pictures = {camera: _frames(batch[key]) for camera, key in zip(spec.cameras, keys, strict=True)}
+        pictures = {camera: _frames(batch[key], key) for camera, key in zip(spec.cameras, keys, strict=True)}
         states = batch[STATE].float().cpu().numpy() if (spec.state or spec.relative) and STATE in batch else None
         tasks = batch.get("task", "")
         count = len(next(iter(pictures.values())))
@@ -168,10 +170,23 @@ class VLA0Policy(PreTrainedPolicy):
         ]  # fmt: skip
 
 
+def left_over(ahead: np.ndarray, given: np.ndarray | None) -> int:
+    """How many of the rows (T, D) are left of the chunk (H, D) that was given last; all of them where they are not of it.
+
+    LeRobot fills them up with zeros to a fixed length, and zeros are actions, too: a joint at 0, a difference at rest.
+    """
+    for begun in range(0 if given is None else len(given)):
+        rest = given[begun : begun + len(ahead)]  # type: ignore[index]
+        if np.array_equal(ahead[: len(rest)], rest) and not ahead[len(rest) :].any():
+            return len(rest)
+    return len(ahead)
+
+
 def spec_of(config: VLA0Config, meta: Any) -> Spec:
     """The Spec of a dataset under a config: bounds are the dataset's minima and maxima."""
     if meta is None:
         raise InputError("a dataset, for the bounds of actions", "none", "train on one, or give --policy.path=CHECKPOINT")
+    _refuse_misread(config, meta)
     bounds = {key: [np.ravel(meta.stats[key][end]).tolist() for end in ("min", "max")]
               for key in (ACTION, STATE) if key in meta.stats}  # fmt: skip
     if config.use_state and STATE not in bounds:
@@ -186,8 +201,10 @@ def spec_of(config: VLA0Config, meta: Any) -> Spec:
     )  # fmt: skip
 
 
-def _compare(spec: Spec, meta: Any) -> None:
+def _compare(spec: Spec, config: VLA0Config, meta: Any) -> None:
     """A checkpoint keeps its bounds when it learns from another dataset."""
+    if meta is not None:
+        _refuse_misread(config, meta)
     if meta is not None and ACTION in meta.stats:
         low, high = (np.ravel(meta.stats[ACTION][end]) for end in ("min", "max"))
         if len(low) != spec.dimensions:
@@ -198,6 +215,15 @@ def _compare(spec: Spec, meta: Any) -> None:
         if beyond:
             text = "actions %s of this dataset leave the checkpoint's bounds and are clipped; for bounds of its own: %s"
             logger.warning(text, beyond, "--policy.type=vla0 --policy.model_name=CHECKPOINT")
+
+
+def _refuse_misread(config: VLA0Config, meta: Any) -> None:
+    """Raises InputError for a dataset that LeRobot's reader would give us wrongly without a word."""
+    if flagged := [key for key in config.image_features if key in meta.depth_keys]:
+        raise InputError(f"'{flagged[0]}' to be colours", "a camera that the dataset flags as depth maps", "leave it out")
+    if meta.tasks is not None and (numbers := meta.tasks["task_index"].tolist()) != list(range(len(numbers))):
+        remedy = "write meta/tasks.parquet in that order, or train with `vla0 train`"
+        raise InputError("sentences in the order of their task_index, by which LeRobot takes them", f"{numbers[:8]}", remedy)
 
 
 def _follow(config: VLA0Config, spec: Spec) -> None:
@@ -214,8 +240,14 @@ def _follow(config: VLA0Config, spec: Spec) -> None:
     config.action_bins, config.use_state, config.spec = spec.bins, spec.state is not None, spec.text()
 
 
-def _frames(pictures: Tensor) -> np.ndarray:
-    """(B, h, w, 3) uint8 of (B, 3, h, w) in 0..1: the very bytes that LeRobot divided."""
+def _frames(pictures: Tensor, key: str) -> np.ndarray:
+    """(B, h, w, 3) uint8 of (B, 3, h, w) in 0..1: the very bytes that LeRobot divided. Raises InputError for anything else."""
+    if pictures.shape[-3] != 3:
+        raise InputError(f"'{key}' (B, 3, h, w)", f"shape {tuple(pictures.shape)}", "give the camera's colours")
     if pictures.dtype != torch.uint8:
+        least, most = float(pictures.min()), float(pictures.max())
+        if not (pictures.is_floating_point() and least >= -1e-6 and most <= 1 + 1e-6):  # depths would become white
+            got = f"{str(pictures.dtype).removeprefix('torch.')}, {least:g} to {most:g}"
+            raise InputError(f"'{key}', colours as floats in 0..1 or as uint8", got, DEPTH_REMEDY)
         pictures = (pictures * 255).round().clamp(0, 255).to(torch.uint8)
     return pictures.movedim(-3, -1).cpu().numpy()
