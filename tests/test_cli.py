@@ -68,7 +68,7 @@ def test_bad_input_is_one_line_and_exit_code_2(vla0, dataset, tmp_path):
     refused(vla0("train", "--config", recipe, "action.action_bins=1"), "bins", "1000")
     refused(vla0("train", "--config", recipe, "data.action=actoin"), "key 'actoin'")
     refused(vla0("train", "--config", recipe, "training.lr_scheduler=cosinus"), "cosinus")
-    refused(vla0("train", "--config", recipe, "data.dataset=/nowhere"), "LeRobot dataset")
+    refused(vla0("train", "--config", recipe, "data.dataset=/nowhere"), "a folder that is there")
     refused(vla0("train", "--config", recipe, "simulator.task=[a]"), "did you mean 'tasks'?")
     refused(vla0("eval", "--checkpoint", "/nowhere", "--task", "reach-v3"), "checkpoint folder or Hub id")
     refused(vla0("collect", "metaworld", "--task", "make-coffee", "--out", tmp_path / "data"), "Meta-World task")
@@ -79,3 +79,30 @@ def test_bad_input_is_one_line_and_exit_code_2(vla0, dataset, tmp_path):
 def test_usage_errors_have_exit_code_2(vla0):
     assert vla0("train")[0] == 2
     assert vla0("fly")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("eval --checkpoint x --task touch-cube --env arm --start above", "--env metaworld for --start"),
+        ("eval --checkpoint x --task drawer-close-v3 --quick", "--env libero for --quick"),
+        ("eval --checkpoint x --task drawer-close-v3 --separate y", "--ablation for --separate"),
+        ("eval --checkpoint x --task drawer-close-v3 --ablation --replan 2", "no --ablation"),
+        ("collect arm --task touch-cube --out x --fps 40", "metaworld for --fps"),
+        ("collect metaworld --task drawer-close-v3 --out x --quick", "libero for --quick"),
+        ("serve --checkpoint x --replan 2", "--ensemble for --replan"),
+        ("serve --checkpoint x --tls-key x", "--tls-cert for --tls-key"),
+        ("serve --checkpoint x --engine vllm", "--base-url for --engine"),
+        ("serve --checkpoint x --base-url http://x --device cpu", "no --base-url"),
+        ("serve --checkpoint x --protocol vla-eval --rate 3", "another --protocol than vla-eval"),
+        ("robot --instruction go --weights mean", "--way ensemble for --weights"),
+        ("robot --instruction go --way ensemble --replan 2", "--way sync or async"),
+        ("robot --instruction go --resample", "--fps for --resample"),
+        ("robot --instruction go --out x", "--live and --record for --out"),
+        ("bench decode --out x", "--certify for --out"),
+        ("bench decode --certify 2 --chunks 3", "no --certify"),
+        ("bench decode --calibrate --batch 3", "no --calibrate"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(vla0, words, named):
+    refused(vla0(*words.split()), named)

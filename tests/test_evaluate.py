@@ -167,6 +167,24 @@ def test_a_checkpoint_that_does_not_fit_the_simulator_is_refused(change, words):
         fit(Spec(**{**fits, **change}), "metaworld")
 
 
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 0.0), (0.0, 0.04), (-100.0, 100.0), (0.0, 0.0)])
+def test_a_gripper_in_other_units_than_liberos_is_refused(bounds):
+    pytest.importorskip("libero")
+    low, high = (*(-1.0,) * 6, bounds[0]), (*(1.0,) * 6, bounds[1])
+    with pytest.raises(InputError, match="'gripper' from -1 to 1"):
+        fit(Spec(low=low, high=high, fps=20.0, cameras=("agentview",), base_model="tiny"), "libero")
+
+
+def test_what_a_simulator_clips_of_a_checkpoint_is_said(caplog):
+    pytest.importorskip("libero")
+    fits = {"fps": 20.0, "cameras": ("agentview",), "base_model": "tiny"}
+    fit(Spec(low=(-0.94,) * 6 + (-1.0,), high=(1.0,) * 7, **fits), "libero")
+    assert not caplog.records
+    fit(Spec(low=(-50.0,) + (-1.0,) * 6, high=(1.0,) * 6 + (-1.0,), **fits), "libero")
+    assert "'x' goes from -50 to 1" in caplog.text
+    assert "gripper is always -1" in caplog.text
+
+
 def test_the_blank_control_sees_black(tmp_path):
     from vla0 import Observation
 

@@ -150,3 +150,15 @@ def test_settings_that_are_refused_change_nothing(policy):
     with pytest.raises(InputError, match="do nothing"):
         policy.acting(3, "v1")
     assert policy.settings == before
+
+
+def test_a_state_that_changes_nothing_is_said_once(policy, processor, caplog):
+    own = VLA0(policy.model, processor, make_spec(state=None))
+    images = make_observation(0).images
+    own.predict(images, "go")
+    assert not caplog.records
+    for _ in range(2):
+        own.predict(images, "go", state=np.ones(2))
+    assert [record.getMessage() for record in caplog.records] == [
+        "state= changes nothing: this checkpoint was trained without one"
+    ]

@@ -326,6 +326,8 @@ def test_an_unknown_key_is_refused_and_the_nearest_named(dataset, tmp_path):
         {"save_every_n_epochs": 1},  # beside save_every_n_steps
         {"learning_rate": 0.0},
         {"precision": "fp16"},
+        {"model": {"name": "tiny", "lora": {"alpha": 8.0}}},  # of no rank
+        {"data": {"dataset": "x", "weight": 2.0}},  # of no mixture
         {"data": "here"},
         {"spec": {"low": [0]}},
     ],
@@ -362,6 +364,27 @@ def test_overrides_go_over_the_file_and_deeper(tmp_path):
     file.write_text("a: [")
     with pytest.raises(InputError):
         read_config(TrainConfig, file)
+
+
+def test_a_constant_rate_warms_up_where_it_is_asked_to(dataset, tmp_path):
+    main(config_of(dataset, tmp_path / "run", num_steps=4, warmup_ratio=0.5, learning_rate=1e-3))
+    state = json.loads((tmp_path / "run" / "state" / "checkpoint-4" / "trainer_state.json").read_text())
+    rates = [line["learning_rate"] for line in state["log_history"] if "learning_rate" in line]
+    np.testing.assert_allclose(rates, [0.0, 5e-4, 1e-3, 1e-3])
+
+
+def test_an_evaluation_of_nothing_is_said(dataset, tmp_path, caplog):
+    main(config_of(dataset, tmp_path / "run", num_steps=1, eval_every_n_steps=1))
+    assert "logging.eval_every_n_steps only saves" in caplog.text
+
+
+def test_a_mapping_that_is_given_whole_replaces_the_files(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("logging: {output_dir: a}\ntraining: {num_steps: 5}\ndata: {dataset: d, cameras: {front: x, wrist: y}}\n")
+    config = read_config(TrainConfig, file, ["data.cameras={high: z, left: observation.images.left}"])
+    assert config.data.cameras == {"high": "z", "left": "observation.images.left"}
+    assert read_config(TrainConfig, file, ["data.cameras.front=z"]).data.cameras == {"front": "z", "wrist": "y"}
+    assert read_config(TrainConfig, file, ["data.cameras=null"]).data.cameras is None
 
 
 def test_epochs_are_steps_over_the_rows(dataset, tmp_path):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from vla0.errors import InputError
+from vla0.errors import InputError, refuse_idle
 
 LANGUAGE = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 VISION = r".*visual\.blocks\..*\.(attn\.qkv|attn\.proj|gate_proj|up_proj|down_proj)"
@@ -22,6 +22,8 @@ class Lora:
     def __post_init__(self):
         if self.rank < 0:
             raise InputError("rank >= 0", f"{self.rank}", "0 trains all weights; 16 to 64 are usual")
+        if not self.rank:
+            refuse_idle({"lora.alpha": self.alpha, "lora.dropout": self.dropout or None}, "lora.rank")
         if self.alpha is not None and not self.alpha > 0:
             raise InputError("alpha > 0", f"{self.alpha}", "leave it out for twice the rank")
         if not 0 <= self.dropout < 1:

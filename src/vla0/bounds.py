@@ -37,7 +37,7 @@ def remarks(
     least, most = values.min(axis=0), values.max(axis=0)
     told = []
     for d in np.flatnonzero(most > least).tolist():
-        own, name, width = values[:, d], names[d], high[d] - low[d]
+        own, name, width = values[:, d], names[d], float(high[d] - low[d])
         if statistics == "quantiles" and len(set(np.quantile(own, [0.01, 0.99]).tolist())) == 1:
             told.append(
                 f"{name} is {np.median(own):g} in more than 98 % of the rows: its bounds are its least and greatest, "

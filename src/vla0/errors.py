@@ -1,7 +1,8 @@
 """Errors that teach: what was expected, what came, how to mend it."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class InputError(ValueError):
@@ -29,3 +30,10 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """The remedy for a word that is not known: the nearest of those that are."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
     return f"did you mean '{near[0]}'?" if near else "remove it"
+
+
+def refuse_idle(given: Mapping[str, Any], needed: str) -> None:
+    """Raises InputError for the first setting that was given although it does nothing without what is needed."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise InputError(f"{needed} for {name}", f"{name} {value} without it", "leave it out: it would do nothing")

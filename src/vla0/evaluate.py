@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vla0.ensemble import TemporalEnsemble
 from vla0.envs import ENVS, make, simulator
-from vla0.errors import InputError, refuse_unknown
+from vla0.errors import InputError, refuse_idle, refuse_unknown
 from vla0.parallel import ATTEMPTS, Crew, Play, Predict
 from vla0.rollout import Env
 from vla0.spec import tupled
@@ -48,6 +48,10 @@ class EvalConfig:
         object.__setattr__(self, "periodic", tupled(self.periodic))
         if not self.tasks or isinstance(self.tasks, str):
             raise InputError("a list of tasks", f"{self.tasks!r}", "name one at least")
+        if self.env != "metaworld":
+            refuse_idle({"start": self.start if self.start != "stock" else None}, "metaworld")
+        if self.env != "libero":
+            refuse_idle({"quick": self.quick}, "libero")
         if self.first_seed is None and self.env in ENVS:
             object.__setattr__(self, "first_seed", simulator(self.env).FIRST_SEED)
         if min(self.episodes, 1 if self.max_steps is None else self.max_steps) < 1 or (self.first_seed or 0) < 0:

@@ -36,7 +36,7 @@ class Play:
     """How the processes play, whoever employs them."""
 
     make_env: Callable[[str], Env]  # picklable: it runs in the processes
-    acting: tuple[int, int, str, int | None]  # horizon, replan, ensemble and its k, as ChunkPolicy takes them
+    acting: tuple[Any, ...]  # horizon, replan, ensemble, its k and what wraps, as ChunkPolicy takes them
     keep: int  # worlds that a process holds
     render: bool = False  # film every step, not only those that the policy looks at
 

@@ -1,5 +1,6 @@
 """VLA0: an image and a sentence in, a chunk of actions out."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
@@ -19,9 +20,13 @@ from vla0.relative import from_written, to_written
 from vla0.rollout import ChunkPolicy
 from vla0.spec import MAIN, Observation, Spec, embodiments
 
+logger = logging.getLogger(__name__)
+
 
 class VLA0:
     """A VLM that writes actions. `predict` is pure; `act` remembers its chunks until `reset`."""
+
+    told = False  # that a state is given in vain
 
     def __init__(self, vlm: Any, processor: Any, spec: Spec, replan: int = 1, weights: str | Sequence[float] | None = None):
         self.model: Any = vlm.eval()
@@ -101,8 +106,12 @@ class VLA0:
     ) -> np.ndarray:
         """(H, D) float32: the next actions in the dataset's units; the first `chunk_size` of them where given.
 
-        image: (h, w, 3) uint8 RGB where the checkpoint has one camera, else {camera: image}.
+        image: (h, w, 3) uint8 RGB where the checkpoint has one camera, else {camera: image}. A state is for checkpoints
+        that were trained with one; of another the log says that it changes nothing.
         """
+        if state is not None and not (self.spec.state or self.spec.relative) and not self.told:
+            logger.warning("state= changes nothing: this checkpoint was trained without one")
+            self.told = True
         if not isinstance(image, Mapping):
             if len(self.spec.cameras) > 1:
                 raise InputError(f"images of cameras {list(self.spec.cameras)}", "one image", "pass image={camera: array}")

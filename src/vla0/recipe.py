@@ -15,7 +15,7 @@ from yaml import YAMLError
 
 from vla0.adapter import Lora
 from vla0.data import Augmentation
-from vla0.errors import InputError, refuse_unknown
+from vla0.errors import InputError, refuse_idle, refuse_unknown
 from vla0.source import DataConfig
 from vla0.spec import Spec
 
@@ -59,7 +59,7 @@ class TrainingConfig:
     batch_size: int = 8  # per device
     gradient_accumulation_steps: int = 1
     learning_rate: float = 5e-6  # never scaled by the batch
-    lr_scheduler: str = "constant"  # a name of transformers' schedulers
+    lr_scheduler: str = "constant"  # a name of transformers' schedulers; constant takes a warm-up too
     warmup_ratio: float = 0.0  # share of the steps
     weight_decay: float = 1e-10
     max_grad_norm: float = 0.0  # 0 leaves the gradient alone
@@ -130,6 +130,8 @@ class TrainConfig:
 
     def __post_init__(self):
         refuse_unknown(self.spec, LOOKS, "spec")
+        if not self.data.mixture:
+            refuse_idle({"data.weight": self.data.weight if self.data.weight != 1 else None}, "data.mixture")
         if self.training.shard and self.model.lora.rank:
             raise InputError("training.shard or model.lora", "both", "LoRA of a 3B or 7B model fits one GPU: leave shard out")
 
@@ -140,9 +142,18 @@ def read_config(cls: type, file: str | Path, overrides: Sequence[str] = ()) -> A
 
 
 def read_yaml(file: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """What a YAML file says, with `key=value` overrides. Raises InputError where it is none."""
+    """What a YAML file says, with `key=value` overrides; a mapping that is given whole replaces the file's.
+
+    Raises InputError where it is none.
+    """
     try:
-        merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.load(file)
+        for word in overrides:
+            key, given, _ = word.partition("=")
+            if not (key and given):
+                raise InputError("key=value", f"'{word}'", "e.g. training.num_steps=500")
+            value = OmegaConf.select(OmegaConf.from_dotlist([word]), key)
+            OmegaConf.update(merged, key, value, merge=False, force_add=True)
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OSError as error:
         reason = "which is not there" if isinstance(error, FileNotFoundError) else error.strerror

@@ -28,7 +28,7 @@ class Stored:
         self.name, self.root = str(dataset), _folder(dataset, revision)
         self.sentences = _sentences(self.root)
         try:
-            self.meta = LeRobotDatasetMetadata(f"local/{self.root.name}", self.root)
+            self.meta: Any = LeRobotDatasetMetadata(f"local/{self.root.name}", self.root)
             features = get_hf_features_from_features(self.meta.features)
             self.table: Any = load_nested_dataset(self.root / "data", features=features)
         except Exception as error:  # of half a dozen libraries; each means that the files are not what they should be

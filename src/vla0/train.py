@@ -25,7 +25,7 @@ from vla0.data import Mixture, Samples, collator
 from vla0.errors import InputError, refuse_unknown
 from vla0.keep import Keeper, Measure, write_whole
 from vla0.prompt import Prompt
-from vla0.recipe import TrainConfig
+from vla0.recipe import UNITS, TrainConfig
 from vla0.source import Source, sources_of
 from vla0.spec import Spec
 from vla0.tiny import TINY, tiny_model, tiny_processor
@@ -98,6 +98,11 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
         if (clipped := part.outside()).any():
             text = "%s: %s of %d actions lie outside the bounds, by dimension, and are clipped"
             logger.warning(text, part.source.config.dataset, clipped.tolist(), len(part))
+    asked = [f"logging.eval_every_n_{unit}" for unit in UNITS if getattr(config.logging, f"eval_every_n_{unit}")]
+    if asked and not (config.simulator or any(part.source.config.held_out for part in parts)):
+        logger.warning("%s only saves: there is no data.held_out and no simulator to measure", asked[0])
+    if config.model.tiny and config.model.name != TINY:
+        logger.warning("model.tiny changes nothing: the model is %s", config.model.name)
     training, recorded = config.training, _recorded(config, processes)
     batch = recorded["global_batch"]
     logger.info("%.1f of %.1f million weights are trained", trained / 1e6, whole / 1e6)

@@ -109,11 +109,14 @@ def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -
         got = "no such package" if torch.cuda.is_available() else "no GPU"
         raise InputError("a GPU and liger-kernel, for training.liger", got, "pip install 'vla0[liger]', or leave that out")
     projects = [chosen for chosen in followers.values() if isinstance(chosen, str)]
+    schedule = training.lr_scheduler
+    if schedule == "constant" and training.warmup_ratio:  # transformers' own of that name passes over the warm-up in silence
+        schedule = "constant_with_warmup"
     settings = dict(
         output_dir=str(output / "state"), max_steps=steps,
         per_device_train_batch_size=training.batch_size, per_device_eval_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate, lr_scheduler_type=training.lr_scheduler,
+        learning_rate=training.learning_rate, lr_scheduler_type=schedule,
         warmup_steps=round(training.warmup_ratio * steps), weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm, optim=training.optimizer,
         gradient_checkpointing=training.gradient_checkpointing,

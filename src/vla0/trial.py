@@ -106,7 +106,10 @@ def following(settings: EvalConfig, spec: Spec) -> EvalConfig:
 
 
 def fit(spec: Spec, env: str) -> None:
-    """Raises InputError where a checkpoint cannot act in a simulator: other cameras, or another number of action dimensions."""
+    """Raises InputError where a checkpoint cannot act in a simulator: other cameras, other actions, or other units of them.
+
+    Where its bounds reach beyond what the simulator executes, the log says so.
+    """
     module = simulator(env)
     missing = [camera for camera in spec.cameras if camera not in module.CAMERAS]
     if missing:
@@ -116,6 +119,19 @@ def fit(spec: Spec, env: str) -> None:
         raise InputError(
             f"actions of {len(module.ACTIONS)} numbers, as {env} takes", f"{spec.dimensions} in the checkpoint", "use another"
         )
+    for d, (name, (low, high)) in enumerate(zip(module.ACTIONS, module.RANGES, strict=True)):
+        within = 0.05 * (high - low)
+        own = f"{spec.low[d]:g} to {spec.high[d]:g}"
+        if d in module.SWITCHES and max(abs(spec.low[d] - low), abs(spec.high[d] - high)) > within:
+            if spec.low[d] == spec.high[d] and abs(spec.low[d]) == high:
+                logger.warning("%s is always %g in the checkpoint's data: it cannot change", name, spec.low[d])
+                continue
+            remedy = "train on data that has it so, as lerobot/libero: 0 to 1 would close it for ever"
+            raise InputError(f"'{name}' from {low:g} to {high:g}, of which {env} takes the sign", own, remedy)
+        if d not in spec.relative and (spec.low[d] < low - within or spec.high[d] > high + within):
+            logger.warning(
+                "'%s' goes from %s in the checkpoint; %s clips it to %g to %g: other units?", name, own, env, low, high
+            )
 
 
 def blanked(predict: Predict) -> Predict:
@@ -180,6 +196,7 @@ def measured(simulator: Mapping[str, Any] | None) -> Callable[[VLA0, Path], dict
     settings = build(EvalConfig, simulator, "simulator")
 
     def measure(policy: VLA0, out: Path) -> dict[str, float]:
+        fit(policy.spec, settings.env)
         own = following(settings, policy.spec)
         lines = evaluate({"policy": policy.predict_batch}, policy.spec.horizon, own, out)
         return {"success": mean_success(summary(lines)["policy"])}

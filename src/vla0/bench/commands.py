@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from vla0.errors import InputError
+from vla0.errors import InputError, refuse_idle
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -24,7 +24,7 @@ def decode(
     model: Annotated[str, typer.Option(help="tiny or 3b (random weights), or a checkpoint folder or Hub id")] = "tiny",
     batch: Annotated[list[int] | None, typer.Option(help="observations decoded together; several times for several")] = None,
     replan: Annotated[list[int] | None, typer.Option(help="steps executed between queries; several times for several")] = None,
-    chunks: Annotated[int, typer.Option(help="decodes of each kind")] = 20,
+    chunks: Annotated[int | None, typer.Option(help="decodes of each kind; default 20")] = None,
     way: Annotated[list[str] | None, typer.Option(help="of the ways, those only; several times for several")] = None,
     inexact: Annotated[list[str] | None, typer.Option(help="also: relaxed, fp8, int8 or nf4")] = None,
     device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
@@ -40,6 +40,14 @@ def decode(
     from vla0.decode import Fast
     from vla0.decode.width import width
 
+    timed = {"--chunks": chunks, "--way": way or None, "--inexact": inexact or None, "--json": json}
+    if certify is None:
+        refuse_idle({"--out": out}, "--certify")
+    else:
+        refuse_idle({**timed, "--calibrate": calibrate}, "no --certify")
+    if calibrate:
+        refuse_idle({**timed, "--batch": batch or None, "--replan": replan or None, "--recipe": recipe}, "no --calibrate")
+    chunks = chunks or 20
     console = Console()
     policy = chosen(model, device)
     if not isinstance(policy.decoder, Fast):

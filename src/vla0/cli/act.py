@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from vla0.cli.screen import app, console, quiet
-from vla0.errors import InputError, nearest
+from vla0.errors import InputError, nearest, refuse_idle
 from vla0.spec import MAIN, Spec
 
 PROTOCOLS = ("openpi", "lerobot", "vla-eval")
@@ -25,16 +25,18 @@ def serve(
     tls_key: Annotated[Path | None, typer.Option(help="the certificate's private key (PEM)")] = None,
     key: Annotated[list[str] | None, typer.Option(help="CAMERA=NAME of its picture in messages; several times")] = None,
     ensemble: Annotated[str, typer.Option(help="none: whole chunks; mean, v1 or v2:w: ensembled steps")] = "none",
-    replan: Annotated[int, typer.Option(help="steps a client executes per query, where they are ensembled")] = 1,
+    replan: Annotated[
+        int | None, typer.Option(help="steps a client executes per query, where they are ensembled; default 1")
+    ] = None,
     embodiment: Annotated[str, typer.Option(help="of a checkpoint trained on a mixture: whose robot acts")] = MAIN,
     device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
-    clients: Annotated[int, typer.Option(help="at most, at once")] = 128,
-    rate: Annotated[float, typer.Option(help="messages a second of one client, at most")] = 200.0,
-    message_mib: Annotated[float, typer.Option(help="size of a message, at most")] = 32.0,
-    side: Annotated[int, typer.Option(help="pixels of a picture's side, at most")] = 4096,
+    clients: Annotated[int | None, typer.Option(help="at most, at once; default 128")] = None,
+    rate: Annotated[float | None, typer.Option(help="messages a second of one client, at most; default 200")] = None,
+    message_mib: Annotated[float | None, typer.Option(help="size of a message, at most; default 32")] = None,
+    side: Annotated[int | None, typer.Option(help="pixels of a picture's side, at most; default 4096")] = None,
     protocol: Annotated[str, typer.Option(help="openpi; lerobot, its robot_client's gRPC; or vla-eval, a harness")] = "openpi",
     base_url: Annotated[str | None, typer.Option(help="of another engine that serves the checkpoint: OpenAI's API")] = None,
-    engine: Annotated[str, typer.Option(help="of --base-url: vllm, sglang or llama.cpp")] = "vllm",
+    engine: Annotated[str | None, typer.Option(help="of --base-url: vllm (default), sglang or llama.cpp")] = None,
 ) -> None:
     """Act for robots elsewhere, over openpi's websocket protocol or another. Ctrl-C finishes what was begun."""
     from vla0.model import locate
@@ -46,19 +48,34 @@ def serve(
     quiet()
     secret = secret_of(api_key_file)
     pairs = pairs_of("--key", key or [])
-    limits = Limits(int(message_mib * 2**20), side, clients, rate)
+    given = {"side": side, "clients": clients, "rate": rate, "message_bytes": message_mib and int(message_mib * 2**20)}
+    limits = Limits(**{name: value for name, value in given.items() if value is not None})
     if protocol not in PROTOCOLS:
         raise InputError(f"--protocol of {PROTOCOLS}", f"'{protocol}'", "choose one of those")
     refuse_open(host, secret, protocol)
     refuse_taken(host, port)
     if protocol != "openpi" and (secret or tls_cert):
         raise InputError(f"--protocol {protocol} without a key or TLS", "one of them", "its clients know none")
+    if protocol == "vla-eval":
+        asked = {"--clients": clients, "--rate": rate, "--message-mib": message_mib, "--side": side}
+        refuse_idle(asked, "another --protocol than vla-eval, which has limits of its own,")
+    elif ensemble == "none":
+        refuse_idle({"--replan": replan}, "--ensemble")
+    if protocol == "lerobot":
+        refuse_idle({"--rate": rate}, "--protocol openpi")
+    if tls_cert is None:
+        refuse_idle({"--tls-key": tls_key}, "--tls-cert")
+    if base_url is None:
+        refuse_idle({"--engine": engine}, "--base-url")
+    else:
+        refuse_idle({"--device": device}, "no --base-url, whose engine has its own,")
+    replan = replan or 1
     if protocol == "lerobot" and ensemble != "none":
         raise InputError("--protocol lerobot without --ensemble", ensemble, "its client averages by itself (aggregate_fn_name)")
     spec = Spec.load(locate(checkpoint, weights=False), embodiment)
     refuse_other_cameras(pairs, spec)  # before a large model is loaded
     if base_url is not None:
-        policy = VLA0.remote(base_url, spec, engine=engine)
+        policy = VLA0.remote(base_url, spec, engine=engine or "vllm")
     else:
         policy = VLA0.from_pretrained(checkpoint, device, embodiment=embodiment)
     if protocol == "openpi":
@@ -93,7 +110,7 @@ def robot(
     live: Annotated[bool, typer.Option("--live", help="really move; without it nothing is sent")] = False,
     way: Annotated[str, typer.Option(help="sync, async or ensemble")] = "async",
     replan: Annotated[int | None, typer.Option(help="steps executed of a chunk; default half of it")] = None,
-    weights: Annotated[str, typer.Option(help="of the ensemble, by age: mean, v1 or v2:w")] = "v1",
+    weights: Annotated[str | None, typer.Option(help="of --way ensemble, by age: mean, v1 (default) or v2:w")] = None,
     limits: Annotated[Path | None, typer.Option(help="YAML: low, high, step, velocity; default the data's")] = None,
     camera: Annotated[list[str] | None, typer.Option(help="CAMERA=NAME, the robot's name of it")] = None,
     episodes: Annotated[int, typer.Option()] = 1,
@@ -122,10 +139,18 @@ def robot(
     from vla0.serve.client import NoAnswerError, RemotePolicy
     from vla0.serve.door import secret_of
 
+    if way == "ensemble":
+        refuse_idle({"--replan": replan}, "--way sync or async: an ensemble asks as often as answers come,")
+    else:
+        refuse_idle({"--weights": weights}, "--way ensemble")
+    if fps is None:
+        refuse_idle({"--resample": resample}, "--fps")
+    if not (live and record):
+        refuse_idle({"--out": out}, "--live and --record")
     words = robot_words(context.args, [parameter.opts[0] for parameter in context.command.params], kind)
     folder = (out or Path(f"runs/robot/{datetime.now():%Y-%m-%d_%H-%M-%S}")) if record else None
     config = SessionConfig(
-        instruction, live, way, replan, weights, fps, resample, episodes, seconds, reset_s, hold_s, stop_s, folder, view
+        instruction, live, way, replan, weights or "v1", fps, resample, episodes, seconds, reset_s, hold_s, stop_s, folder, view
     )
     pairs = pairs_of("--camera", camera or [])
     arm = make_robot(words)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vla0.cli.screen import app, console, quiet
-from vla0.errors import InputError
+from vla0.errors import InputError, refuse_idle
 
 
 @app.command()
@@ -18,8 +18,10 @@ def collect(
     episodes: Annotated[int, typer.Option(help="solved episodes for each task")] = 40,
     seed: Annotated[int | None, typer.Option(help="first seed of each task")] = None,
     image_size: Annotated[int | None, typer.Option(help="side of a picture, pixels; default 112, LIBERO 256")] = None,
-    start: Annotated[str, typer.Option(help="Meta-World: where the hand starts: stock, its one place, or above")] = "stock",
-    fps: Annotated[int, typer.Option(help="Meta-World: decisions a second; an action is repeated in between")] = 80,
+    start: Annotated[str | None, typer.Option(help="Meta-World: where the hand starts: stock, its one place, or above")] = None,
+    fps: Annotated[
+        int | None, typer.Option(help="Meta-World: decisions a second, default 80; an action is repeated in between")
+    ] = None,
     noise_share: Annotated[float | None, typer.Option(help="share of the steps whose action is disturbed")] = None,
     noise_scale: Annotated[float | None, typer.Option(help="standard deviation of the disturbance")] = None,
     quick: Annotated[bool, typer.Option(help="LIBERO: no shadows and reflections; faster on a CPU, other pictures")] = False,
@@ -33,10 +35,14 @@ def collect(
     from vla0.envs import named
 
     quiet()
+    if env != "metaworld":
+        refuse_idle({"--start": start, "--fps": fps}, "metaworld")
+    if env != "libero":
+        refuse_idle({"--quick": quick}, "libero")
     tasks = named(env, task, suite, assets)
     found = run(
         CollectConfig(
-            tasks, env, episodes, seed, image_size, start, fps, quick, noise_share, noise_scale, videos
+            tasks, env, episodes, seed, image_size, start or "stock", fps or 80, quick, noise_share, noise_scale, videos
         ), out, workers
     )  # fmt: skip
     for name, (solved, failed) in found.items():
@@ -103,6 +109,7 @@ def convert(
             from lerobot_policy_vla0.merging import merge
         except ImportError as error:
             raise InputError("the LeRobot plugin", str(error), "install packages/lerobot_policy_vla0") from None
+        refuse_idle({"--vision-id": vision_id, "--crop": crop}, "a run of the official code")
         spec = merge(run, out)
     else:
         from vla0.convert import convert as run_convert

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from vla0.cli.screen import app, console, quiet
+from vla0.errors import refuse_idle
 from vla0.spec import MAIN
 
 
@@ -36,8 +37,10 @@ def evaluate(
     env: Annotated[str, typer.Option(help="metaworld, libero or arm")] = "metaworld",
     episodes: Annotated[int, typer.Option(help="episodes for each task, on unseen seeds")] = 20,
     out: Annotated[Path | None, typer.Option(help="folder of the results; default beside the checkpoint")] = None,
-    replan: Annotated[int, typer.Option(help="steps executed per query")] = 1,
-    ensemble: Annotated[str, typer.Option(help="none, mean, v1 or v2:w: weights of overlapping chunks by age")] = "v1",
+    replan: Annotated[int | None, typer.Option(help="steps executed per query; default 1")] = None,
+    ensemble: Annotated[
+        str | None, typer.Option(help="none, mean, v1 or v2:w: weights of overlapping chunks by age; default v1")
+    ] = None,
     control: Annotated[list[str] | None, typer.Option(help="also: blank, exchanged, random or untrained")] = None,
     inexact: Annotated[list[str] | None, typer.Option(help="beside it: relaxed, fp8, int8 or nf4, faster or smaller")] = None,
     workers: Annotated[int | None, typer.Option(help="environments at once; default 8 a core")] = None,
@@ -45,7 +48,7 @@ def evaluate(
         int | None, typer.Option(help="steps after which an episode has failed; default 150, LIBERO's caps")
     ] = None,
     image_size: Annotated[int | None, typer.Option(help="side of a picture, pixels; default 112, LIBERO 256")] = None,
-    start: Annotated[str, typer.Option(help="Meta-World: where the hand starts: stock, its one place, or above")] = "stock",
+    start: Annotated[str | None, typer.Option(help="Meta-World: where the hand starts: stock, its one place, or above")] = None,
     quick: Annotated[bool, typer.Option(help="LIBERO: no shadows and reflections; faster on a CPU, other pictures")] = False,
     assets: Annotated[Path | None, typer.Option(help="LIBERO: folder of its meshes")] = None,
     device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
@@ -61,9 +64,18 @@ def evaluate(
     from vla0.trial import ablation as run_ablation
     from vla0.trial import trial
 
+    if ablation:
+        refuse_idle({"--replan": replan, "--ensemble": ensemble}, "no --ablation, whose rows have their own,")
+    else:
+        refuse_idle({"--separate": separate}, "--ablation")
+    if env != "metaworld":
+        refuse_idle({"--start": start}, "--env metaworld")
+    if env != "libero":
+        refuse_idle({"--quick": quick}, "--env libero")
     settings = EvalConfig(
-        named(env, task, suite, assets), env, episodes, None, replan, ensemble, max_steps, image_size, start, quick=quick
-    )
+        named(env, task, suite, assets), env, episodes, None, replan or 1, ensemble or "v1", max_steps, image_size,
+        start or "stock", quick=quick,
+    )  # fmt: skip
     quiet()
     if out is None:
         beside = Path(checkpoint).resolve() if Path(checkpoint).is_dir() else Path("runs") / checkpoint.replace("/", "_")

@@ -1,6 +1,7 @@
 """The simulators, by name.
 
-Each module here names its CAMERAS (ours → key in a dataset), ACTIONS, STATES, IMAGE_SIZE, HEAVY, FIRST_SEED of an evaluation,
+Each module here names its CAMERAS (ours → key in a dataset), ACTIONS and their RANGES and SWITCHES, STATES, IMAGE_SIZE,
+HEAVY, FIRST_SEED of an evaluation,
 SEEDS and NOISE of demonstrations, and has `sentence` of a task, `provenance` of a result, `has_expert` and `make_expert`.
 """
 

@@ -21,6 +21,7 @@ mujoco: Any  # its names come from a binary
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
 RANGES = ((-110.0, 110.0), (-100.0, 100.0), (-97.0, 97.0), (-95.0, 95.0), (-157.0, 157.0), (0.0, 100.0))  # as commanded
 CAMERAS = {"front": "observation.images.front", "wrist": "observation.images.wrist"}  # ours → key in a dataset
+SWITCHES = ()  # actions of which only the sign counts
 ACTIONS = STATES = tuple(f"{joint}.pos" for joint in JOINTS)
 IMAGE_SIZE = 112
 HEAVY = False

@@ -15,6 +15,8 @@ from vla0.spec import Observation
 
 CAMERAS = {"front": "observation.images.front"}  # ours → key in a dataset
 ACTIONS = ("dx", "dy", "dz", "gripper")
+RANGES = ((-1.0, 1.0),) * 4  # of the actions; beyond them they are clipped
+SWITCHES = ()  # actions of which only the sign counts
 STATES = ("x", "y", "z", "gripper")
 IMAGE_SIZE = 112
 HEAVY = False

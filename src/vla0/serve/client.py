@@ -48,6 +48,8 @@ class RemotePolicy:
             raise InputError("a key of one line of ASCII", "another", "strip what the file holds beside it")
         if certificate is not None and not Path(certificate).is_file():
             raise InputError("the server's certificate (PEM)", f"no file '{certificate}'", "name another")
+        if certificate is not None and not url.startswith("wss:"):
+            raise InputError("wss:// for certificate", f"'{url}'", "leave it out: it would do nothing")
         self.context = ssl.create_default_context(cafile=certificate) if url.startswith("wss:") else None
         self.headers = {"Authorization": f"Api-Key {key}"} if key else None
         self.lock, self.held = Lock(), ExitStack()

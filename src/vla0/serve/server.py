@@ -19,7 +19,7 @@ from websockets.http11 import Response
 
 import vla0
 from vla0.ensemble import NONE, TemporalEnsemble, steps_used
-from vla0.errors import InputError
+from vla0.errors import InputError, refuse_idle
 from vla0.policy import VLA0
 from vla0.serve.door import refuse_open
 from vla0.serve.meters import Meters
@@ -68,6 +68,8 @@ class Server:
         self.replan, self.weights = replan, ensemble
         spec = policy.spec
         refuse_other_cameras(self.keys, spec)
+        if ensemble == NONE:
+            refuse_idle({"replan": replan if replan != 1 else None}, "an ensemble")
         self._session()  # refuses what it must before anybody comes
         self.steps = None if ensemble == NONE else steps_used(spec.horizon, replan, ensemble)
         self.meters = Meters()
