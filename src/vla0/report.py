@@ -157,7 +157,7 @@ def _section(out: Path, policy: str, task: str, lines, shown, scale: Scale, name
     errors = "".join(f"<p class=no>seed {line['seed']}: {escape(line['error'])}</p>" for line in lines if line["error"])
     chunks = ", predicted chunks in orange" if any(chunks.shape[1] > 1 for _, (_, _, chunks) in shown) else ""
     return (
-        f"<h2>{escape(policy)}: {escape(task)}</h2><p>{len(shown)} of {ended} episodes, failures first; the others are in "
+        f"<h2>{escape(policy)}: {_wrapping(task)}</h2><p>{len(shown)} of {ended} episodes, failures first; the others are in "
         f"videos/. Below a video each action dimension over time: executed in blue{chunks}.</p>"
         f"<div class=grid>{figures}</div>{errors}"
     )
