@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vla0.chart import plain_log
 from vla0.table import mean_success, read_episodes, summary, table
 
 TASKS = ("button-press-topdown-v3", "drawer-close-v3", "window-close-v3")
@@ -108,7 +109,8 @@ def plot(found: dict, training: Path, file: Path) -> None:
     history = [e for e in json.loads(states[-1].read_text())["log_history"] if "loss" in e]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(1, 1.6), layout="constrained")
     left.plot([e["step"] for e in history], [e["loss"] for e in history], color="#3b6fd4")
-    left.set(xlabel="training step", ylabel="loss per token", yscale="log", title="A tiny Qwen2.5-VL learns to write actions")
+    left.set(xlabel="training step", ylabel="loss per token", title="A tiny Qwen2.5-VL learns to write actions")
+    plain_log(left)
     colours = {"policy": "#3b6fd4", "blank": "#9aa5b8", "untrained": "#c4cad6", "random": "#dfe3ea"}
     names = {"policy": "trained", "blank": "trained, image blanked", "untrained": "untrained", "random": "random actions"}
     first = next(iter(found["tasks"].values()))
@@ -122,6 +124,9 @@ def plot(found: dict, training: Path, file: Path) -> None:
         right.bar(
             x, rates, 0.19, yerr=error, color=colours[policy], label=names[policy], error_kw={"lw": 0.8, "ecolor": "#5b6472"}
         )
+        for place, row in zip(x, rows.values(), strict=True):
+            if not row["successes"]:  # a bar that one does not see
+                right.text(place, row["high"] + 0.01, f"0/{row['episodes']}", ha="center", fontsize=7, color="#5b6472")
     right.set_xticks(range(len(first)), [name.removesuffix("-v3") for name in first])
     right.set(ylim=(0, 1.05), ylabel="success", title="Meta-World, unseen seeds, 95 % intervals")
     right.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))

@@ -79,19 +79,19 @@ def real_processor():
     return AutoProcessor.from_pretrained(folder)
 
 
-def frame_of(episode: int, step: int, camera: int) -> np.ndarray:
+def frame_of(episode: int, step: int, camera: int, sides=(48, 64)) -> np.ndarray:
     """A picture that tells its episode, step and camera by its colours; smooth, so that video keeps it."""
-    image = np.zeros((48, 64, 3), np.uint8)
+    image = np.zeros((*sides, 3), np.uint8)
     image[..., 0], image[..., 1], image[..., 2] = 40 * episode + 20, 20 * step + 10, 100 * camera + 50
     return image
 
 
-def make_dataset(folder: Path, videos: bool = False, lengths=(6, 4, 5), dimensions: int = 3) -> Path:
+def make_dataset(folder: Path, videos: bool = False, lengths=(6, 4, 5), dimensions: int = 3, sides=(48, 64)) -> Path:
     """A LeRobot dataset: action[d] = step + 10 * episode + d / 10, state = action / 2."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     kind = "video" if videos else "image"
-    picture = {"dtype": kind, "shape": (48, 64, 3), "names": ["height", "width", "channels"]}
+    picture = {"dtype": kind, "shape": (*sides, 3), "names": ["height", "width", "channels"]}
     features = {
         "observation.images.top": picture,
         "observation.images.hand": picture,
@@ -104,7 +104,8 @@ def make_dataset(folder: Path, videos: bool = False, lengths=(6, 4, 5), dimensio
             action = np.float32(step + 10 * episode) + np.arange(dimensions, dtype=np.float32) / 10
             dataset.add_frame(
                 {
-                    "observation.images.top": frame_of(episode, step, 0), "observation.images.hand": frame_of(episode, step, 1),
+                    "observation.images.top": frame_of(episode, step, 0, sides),
+                    "observation.images.hand": frame_of(episode, step, 1, sides),
                     "observation.state": action / 2, "action": action, "task": TASKS[episode % 2],
                 }
             )  # fmt: skip

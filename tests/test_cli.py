@@ -76,6 +76,18 @@ def test_bad_input_is_one_line_and_exit_code_2(vla0, dataset, tmp_path):
     assert not (tmp_path / "run" / "last").exists()
 
 
+def test_inspect_makes_the_pages_folder_and_writes_a_recipe_for_train(vla0, dataset, tmp_path):
+    own, page = tmp_path / "mine.yaml", tmp_path / "new" / "page.html"
+    code, out, _ = vla0("inspect", dataset, "--write-config", own, "--out", page)
+    assert code == 0
+    assert page.is_file()
+    said = " ".join(out.split())
+    assert f"recipe {own}" in said
+    assert "for another: --config RECIPE" in said
+    refused(vla0("inspect", dataset, "--write-config", own), "mine.yaml", "name another")
+    refused(vla0("inspect", dataset, "--write-config", tmp_path / "b.yaml", "--config", own), "--write-config", "both")
+
+
 def test_usage_errors_have_exit_code_2(vla0):
     assert vla0("train")[0] == 2
     assert vla0("fly")[0] == 2

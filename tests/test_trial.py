@@ -23,7 +23,9 @@ CONFIG = EvalConfig(("reach-v3",), episodes=2, max_steps=3, image_size=56)
 def checkpoints(policy, tmp_path_factory):
     """The tiny policy for Meta-World: tiled, and with separate images."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    spec = make_spec(low=(-1.0,) * 4, high=(1.0,) * 4, cameras=("front",), state=None, fps=80.0)
+    spec = make_spec(
+        low=(-1.0,) * 4, high=(1.0,) * 4, cameras=("front",), state=None, fps=80.0, action_names=("dx", "dy", "dz", "grip")
+    )
     for name, tile in (("tiled", True), ("separate", False)):
         VLA0(policy.model, policy.processor, replace(spec, tile=tile)).save_pretrained(folder / name)
     return {name: str(folder / name) for name in ("tiled", "separate")}
@@ -33,6 +35,7 @@ def test_the_ablation_has_the_published_rows_in_folders_of_their_own(checkpoints
     found = ablation(checkpoints["tiled"], checkpoints["separate"], CONFIG, tmp_path, workers=2)
     assert list(found) == [*ROWS, SEPARATE]
     assert len({path.parent for path in tmp_path.glob("*/report.html")}) == 5
+    assert all(">grip<" in path.read_text() for path in tmp_path.glob("*/report.html"))
     queries = {row: {(line["seed"], line["steps"]) for line in lines} for row, lines in found.items()}
     assert all(len(own) == 2 for own in queries.values())
     assert ablation_table(found).row_count == 5

@@ -37,7 +37,7 @@ def chart(losses: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, An
         if any("held_out_loss" in m for m in measured)
         else []
     )
-    panel("loss per token", ("training", losses, "loss", {"color": BLUE}), *held_out).set_yscale("log")
+    plain_log(panel("loss per token", ("training", losses, "loss", {"color": BLUE}), *held_out))
     if any("token_accuracy" in line for line in losses):
         panel("share of right tokens", ("", losses, "token_accuracy", {"color": BLUE}))
     if errors:
@@ -45,3 +45,13 @@ def chart(losses: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, An
     if any("success" in m for m in measured):
         panel("success in the simulator", ("", measured, "success", {"color": BLUE, **dots})).set_ylim(0, 1.05)
     figure.savefig(file, dpi=100)
+
+
+def plain_log(axes: Any) -> None:
+    """A logarithmic y axis of matplotlib axes, with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())

@@ -71,7 +71,7 @@ def trial(
             dict.fromkeys(names, _elsewhere),
         )
     lines = evaluate(given, spec.horizon, settings, out, workers, identity=identity, render=render, crew=crew)
-    write_report(out, f"{checkpoint} on {settings.env}")
+    write_report(out, f"{checkpoint} on {settings.env}", spec.action_names)
     done = Counter((line["policy"], line["task"]) for line in lines if line["error"] is None)
     unfinished = sum(max(0, settings.episodes - done[name, task]) for name in names for task in settings.tasks)
     if unfinished:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from vla0.cli.screen import app, console, quiet
 from vla0.errors import InputError, refuse_idle
@@ -55,18 +56,26 @@ def inspect(
     words: Annotated[list[str] | None, typer.Argument(help="LeRobot dataset, default the recipe's; and key=value")] = None,
     config: Annotated[Path | None, typer.Option(help="recipe; default the published settings, all cameras, no state")] = None,
     out: Annotated[Path, typer.Option(help="page to write")] = Path("inspect.html"),
+    write_config: Annotated[Path | None, typer.Option(help="new recipe of this dataset to write, as configs/own.yaml")] = None,
 ) -> None:
     """Look at a dataset before training on it: what is in it, what is lost in writing, what the model will see."""
     from vla0.inspect.examine import examine, recipe
+    from vla0.inspect.own import write_recipe
     from vla0.inspect.page import facts, page, screen
 
     quiet()
-    survey = examine(recipe(words or [], config))
+    if write_config is not None:
+        if config is not None:
+            raise InputError("--config or --write-config", "both", "leave one out")
+        write_recipe(words or [], write_config)
+        console.print(f"recipe: {write_config}, for vla0 train --config {write_config} logging.output_dir=runs/mine")
+        config = write_config
+    survey = examine(recipe(words or [], config), config)
     for name, text in facts(survey):
-        console.print(f"[bold]{name}[/bold]  {text}", highlight=False)
+        console.print(f"[bold]{name}[/bold]  {escape(text)}", highlight=False)
     console.print(screen(survey))
     for text in survey.problems:
-        console.print(f"[red]{text}[/red]")
+        console.print(f"[red]{escape(text)}[/red]")
     page(survey, out)
     console.print(f"page: {out}")
 

@@ -1,7 +1,6 @@
 """What is in a dataset, what its numbers lose as text, what the model will see, what training takes."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,29 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from vla0.adapter import LANGUAGE, adapted
-from vla0.bench.inputs import product_rate
 from vla0.codec import ActionCodec
-from vla0.doctor import MODELS, TRAINING
 from vla0.errors import InputError
-from vla0.model import default_device, locate
-from vla0.prompt import Prompt
+from vla0.inspect.cost import rate, size_of, trained_of
+from vla0.prompt import Prompt, words
 from vla0.recipe import LoggingConfig, TrainConfig, TrainingConfig, read_config
 from vla0.relative import shortest, to_written
 from vla0.source import DataConfig, Source
-from vla0.spec import MAIN, Sample, Spec
-from vla0.tiny import TINY
-from vla0.train import spec_of, tiny_of
+from vla0.spec import Sample, Spec
+from vla0.train import spec_of
 from vla0.vision import compose
 
 PICTURES = 6  # shown
 TRIED = 40  # episodes of which a frame is read
-NF4 = 0.52  # bytes of a weight in 4 bits, scales included
-ALL = "full fine-tuning"
-SHARE = {"cpu": 0.6, "cuda": 0.2}  # of the rate of large products of matrices that training reaches, about (docs/results.md)
 
 
 @dataclass(frozen=True)
@@ -49,35 +39,47 @@ class Dimension:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """What the model will see of a frame of each camera."""
+
+    pixels: np.ndarray = field(repr=False)  # (h, w, 3) uint8; images that the model gets separately, side by side
+    caption: str  # which frame of which episode, its sentence, the cameras from left to right and their own sizes
+
+
+@dataclass(frozen=True)
 class Survey:
     """What `examine` found."""
 
     dataset: str
+    estimated: str  # the model and the recipe that tokens, time and memory are those of
     episodes: int
     frames: int
     fps: float
     lengths: tuple[int, int, int]  # frames of an episode: least, median, most
     sentences: dict[str, int]  # sentence → episodes
-    cameras: dict[str, str]  # camera → size and kind
+    cameras: dict[str, str]  # camera → width x height, and how it is stored
+    squeezed: str  # which frames lose their shape in becoming squares; empty where all are squares
     dimensions: tuple[Dimension, ...]
     idle: float  # share of the frames whose action is the one before
     prompt_tokens: int | None  # None where the model's processor is not at hand
     answer_tokens: float
     steps: int
     samples: int  # of a step
-    hours: float | None  # about; None where the model's size is not known
+    seconds: float | None  # of training, about; None where the model's size is not known
     memory: float | None  # bytes for weights, gradients and moments, about; None where the model's size is not known
     trained: str  # what of the model is trained
     problems: tuple[str, ...]
-    pictures: tuple[np.ndarray, ...] = field(repr=False)  # (h, w, 3) uint8, what the model will see
+    pictures: tuple[Picture, ...]
+    prompt: str  # the turns before the answer, of the first picture; with the model's own marks where its processor is at hand
+    answer: str  # what the model is to write then
 
 
-def recipe(words: Sequence[str], file: Path | None = None) -> TrainConfig:
+def recipe(given: Sequence[str], file: Path | None = None) -> TrainConfig:
     """What a dataset is looked at with: a recipe's settings, or the published ones for one epoch.
 
-    words: a dataset, which a recipe may name itself, and for a recipe key=value.
+    given: a dataset, which a recipe may name itself, and for a recipe key=value.
     """
-    overrides, named = [word for word in words if "=" in word], [word for word in words if "=" not in word]
+    overrides, named = [word for word in given if "=" in word], [word for word in given if "=" not in word]
     if len(named) > 1:
         raise InputError("one dataset", f"{named}", "look at one after another")
     if file is not None:
@@ -89,14 +91,18 @@ def recipe(words: Sequence[str], file: Path | None = None) -> TrainConfig:
     return TrainConfig(DataConfig(named[0]), TrainingConfig(num_epochs=1.0), LoggingConfig(""))
 
 
-def examine(config: TrainConfig) -> Survey:
-    """Reads the narrow columns whole and a frame of each of some episodes. Raises InputError for what cannot be read."""
+def examine(config: TrainConfig, file: Path | None = None) -> Survey:
+    """Reads the narrow columns whole and a frame of each of some episodes. Raises InputError for what cannot be read.
+
+    file: which the recipe came from; None for the published settings.
+    """
     source = Source(config.data)
     spec = spec_of(config, source)
     starts, counts = np.unique(source.start, return_counts=True)
     chosen = starts[np.linspace(0, len(starts) - 1, min(TRIED, len(starts))).astype(int)]
-    samples = [source.sample(int((start + source.end[start]) // 2), spec.horizon, spec.history) for start in chosen]
-    size, processor = _model(config, spec, source)
+    rows = [int((start + source.end[start]) // 2) for start in chosen]
+    samples = [source.sample(row, spec.horizon, spec.history) for row in rows]
+    size, processor = size_of(config, spec, source)
     prompt_tokens, answer_tokens = _tokens(samples[:8], spec, processor)
     dimensions = _dimensions(source, spec)
     still = np.abs(np.diff(source.actions, axis=0)) <= (np.array(spec.high) - spec.low) / spec.bins / 2
@@ -105,27 +111,53 @@ def examine(config: TrainConfig) -> Survey:
     training = config.training
     batch = training.batch_size * training.gradient_accumulation_steps
     steps = training.num_steps or math.ceil((training.num_epochs or 0) * len(source) / batch)
-    hours = None
+    seconds = None
     if size is not None and prompt_tokens is not None:
         # Forwards, backwards through all weights, the gradients of those that are trained; and forwards again.
         products = 4 * size.weights + 2 * size.trained + 2 * size.weights * training.gradient_checkpointing
-        hours = products * (prompt_tokens + answer_tokens) * batch * steps / rate(training.precision) / 3600
+        seconds = products * (prompt_tokens + answer_tokens) * batch * steps / rate(training.precision)
     episodes_of = {int(start): source.tasks[source.task_of[start]] for start in starts}
+    sizes = _sizes(samples[0], spec)
+    shown = list(zip(rows, samples, strict=True))[:: max(1, len(samples) // PICTURES)][:PICTURES]
+    by = f"recipe {file}" if file else "the published settings"
     return Survey(
-        config.data.dataset, len(starts), len(source), source.fps,
+        config.data.dataset, f"model {config.model.name}, {by}", len(starts), len(source), source.fps,
         (int(counts.min()), int(np.median(counts)), int(counts.max())),
         dict(Counter(episodes_of.values()).most_common()),
-        {name: _camera(source, key) for name, key in source.cameras.items()},
-        dimensions, idle, prompt_tokens, answer_tokens, steps, batch, hours,
-        None if size is None else size.memory, _trained(config),
+        {name: f"{_by(sizes[name])}, {source.dataset.features[key]['dtype']}" for name, key in source.cameras.items()},
+        _squeezed(sizes, spec), dimensions, idle, prompt_tokens, answer_tokens, steps, batch, seconds,
+        None if size is None else size.memory, trained_of(config),
         tuple(_problems(source, spec, dimensions, idle)),
-        tuple(compose(sample.observation, spec)[0] for sample in samples[:: max(1, len(samples) // PICTURES)][:PICTURES]),
+        tuple(_picture(source, row, sample, sizes, spec) for row, sample in shown),
+        _prompt(samples[0], spec, processor), _answer(samples[0], spec),
     )  # fmt: skip
 
 
-def rate(precision: str) -> float:
-    """FLOP a second that training may reach on this machine."""
-    return SHARE.get(default_device().type, SHARE["cuda"]) * product_rate(precision == "bf16")
+def _sizes(sample: Sample, spec: Spec) -> dict[str, tuple[int, int]]:
+    """{camera: (width, height)} of its frames, pixels."""
+    frames = {camera: sample.observation.images[camera] for camera in spec.cameras}
+    shapes = {camera: (frame if spec.history == 1 else frame[0]).shape for camera, frame in frames.items()}
+    return {camera: (shape[1], shape[0]) for camera, shape in shapes.items()}
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
+
+
+def _squeezed(sizes: dict[str, tuple[int, int]], spec: Spec) -> str:
+    oblong = [f"{camera} ({_by(size)})" for camera, size in sizes.items() if size[0] != size[1]]
+    if not oblong:
+        return ""
+    side = f"{spec.image_size} x {spec.image_size}"
+    return f"Seen squeezed to a square of {side} pixels, in training as in acting: {', '.join(oblong)}"
+
+
+def _picture(source: Source, row: int, sample: Sample, sizes: dict[str, tuple[int, int]], spec: Spec) -> Picture:
+    pixels = np.concatenate(compose(sample.observation, spec), axis=1)
+    place = f"episode {int(source.episode_of[row])}, frame {row - int(source.start[row])}"
+    cameras = ", ".join(f"{camera} {_by(size)}" for camera, size in sizes.items())
+    frames = f", {spec.history} frames of each" if spec.history > 1 else ""
+    return Picture(pixels, f"{place}: “{sample.observation.instruction}” ({cameras}{frames})")
 
 
 def _dimensions(source: Source, spec: Spec) -> tuple[Dimension, ...]:
@@ -157,61 +189,27 @@ def _names(spec: Spec) -> list[str]:
     )
 
 
-def _camera(source: Source, key: str) -> str:
-    feature = source.dataset.features[key]
-    return f"{' x '.join(map(str, feature['shape']))}, {feature['dtype']}"
+def _answer(sample: Sample, spec: Spec) -> str:
+    """The chunk of a sample as the model is to write it."""
+    codec = ActionCodec(spec)
+    return codec.write(codec.encode(to_written(sample.actions, sample.observation, spec)))
+
+
+def _prompt(sample: Sample, spec: Spec, processor: Any) -> str:
+    """The system and the user's turn, as the model gets them where there is a processor."""
+    if processor is not None:
+        return Prompt(spec, processor).see(sample.observation)[1]
+    count = 1 if spec.tile else len(spec.cameras) * spec.history
+    return f"system: {spec.system_text()}\nuser: {'[picture] ' * count}{words(sample.observation, spec)}"
 
 
 def _tokens(samples: Sequence[Sample], spec: Spec, processor: Any) -> tuple[int | None, float]:
     """(of the longest prompt, pictures included; None without a processor, of an answer and its end, on average)."""
-    codec = ActionCodec(spec)
-    answers = [len(codec.write(codec.encode(to_written(s.actions, s.observation, spec)))) + 1 for s in samples]
+    answers = float(np.mean([len(_answer(sample, spec)) + 1 for sample in samples]))
     if processor is None:
-        return None, float(np.mean(answers))
+        return None, answers
     batch = Prompt(spec, processor).observe([sample.observation for sample in samples])
-    return int(batch["attention_mask"].sum(1).max()), float(np.mean(answers))
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of a model and of what training keeps of it."""
-
-    weights: float
-    trained: float
-    memory: float  # bytes
-
-
-def _model(config: TrainConfig, spec: Spec, source: Source) -> tuple[Size | None, Any]:
-    """(Size, processor) of the recipe's model; None for what is not known or not at hand."""
-    if config.model.name == TINY:
-        model, processor = tiny_of(config, {MAIN: spec}, {MAIN: source})
-        return _size(config, model), processor
-    try:
-        folder = locate(config.model.name, weights=False)
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
-        return _size(config, model), AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError, InputError):
-        count = next((count for name, count in MODELS.items() if name in config.model.name), None)
-        return None if count is None or _trained(config) != ALL else Size(count, count, TRAINING * count), None
-
-
-def _size(config: TrainConfig, model: Any) -> Size:
-    model = adapted(model, config.model.lora, config.model.freeze_vision_encoder)
-    whole = 2.0 if config.model.lora.rank and config.training.precision == "bf16" else 4.0  # bytes of a weight that stays
-    weights = trained = memory = 0.0
-    for name, weight in model.named_parameters():
-        weights += weight.numel()
-        trained += weight.numel() * weight.requires_grad
-        packed = config.model.quantization and re.search(LANGUAGE + r"\.base_layer\.weight$", name)
-        memory += weight.numel() * (TRAINING if weight.requires_grad else NF4 if packed else whole)
-    return Size(weights, trained, memory)
-
-
-def _trained(config: TrainConfig) -> str:
-    lora, tower = config.model.lora.rank, "" if not config.model.freeze_vision_encoder else ", the vision tower frozen"
-    kind = f"{'Q' if config.model.quantization else ''}LoRA of rank {lora}" if lora else ALL
-    return kind + tower
+    return int(batch["attention_mask"].sum(1).max()), answers
 
 
 def _problems(source: Source, spec: Spec, dimensions: Sequence[Dimension], idle: float) -> list[str]:

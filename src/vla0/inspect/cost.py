@@ -1,0 +1,71 @@
+"""What training a recipe's model takes: weights, memory and arithmetic."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from vla0.adapter import LANGUAGE, adapted
+from vla0.bench.inputs import product_rate
+from vla0.doctor import MODELS, TRAINING
+from vla0.errors import InputError
+from vla0.model import default_device, locate
+from vla0.recipe import TrainConfig
+from vla0.source import Source
+from vla0.spec import MAIN, Spec
+from vla0.tiny import TINY
+from vla0.train import tiny_of
+
+NF4 = 0.52  # bytes of a weight in 4 bits, scales included
+ALL = "full fine-tuning"
+SHARE = {"cpu": 0.6, "cuda": 0.2}  # of the rate of large products of matrices that training reaches, about (docs/results.md)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a model and of what training keeps of it."""
+
+    weights: float
+    trained: float
+    memory: float  # bytes
+
+
+def size_of(config: TrainConfig, spec: Spec, source: Source) -> tuple[Size | None, Any]:
+    """(Size, processor) of the recipe's model; None for what is not known or not at hand."""
+    if config.model.name == TINY:
+        model, processor = tiny_of(config, {MAIN: spec}, {MAIN: source})
+        return _counted(config, model), processor
+    try:
+        folder = locate(config.model.name, weights=False)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+        return _counted(config, model), AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, InputError):
+        count = next((count for name, count in MODELS.items() if name in config.model.name), None)
+        return None if count is None or trained_of(config) != ALL else Size(count, count, TRAINING * count), None
+
+
+def _counted(config: TrainConfig, model: Any) -> Size:
+    model = adapted(model, config.model.lora, config.model.freeze_vision_encoder)
+    whole = 2.0 if config.model.lora.rank and config.training.precision == "bf16" else 4.0  # bytes of a weight that stays
+    weights = trained = memory = 0.0
+    for name, weight in model.named_parameters():
+        weights += weight.numel()
+        trained += weight.numel() * weight.requires_grad
+        packed = config.model.quantization and re.search(LANGUAGE + r"\.base_layer\.weight$", name)
+        memory += weight.numel() * (TRAINING if weight.requires_grad else NF4 if packed else whole)
+    return Size(weights, trained, memory)
+
+
+def trained_of(config: TrainConfig) -> str:
+    """What of the model a recipe trains, in words."""
+    lora, tower = config.model.lora.rank, "" if not config.model.freeze_vision_encoder else ", the vision tower frozen"
+    kind = f"{'Q' if config.model.quantization else ''}LoRA of rank {lora}" if lora else ALL
+    return kind + tower
+
+
+def rate(precision: str) -> float:
+    """FLOP a second that training may reach on this machine."""
+    return SHARE.get(default_device().type, SHARE["cuda"]) * product_rate(precision == "bf16")

@@ -1,0 +1,89 @@
+"""A recipe of one's own dataset: configs/own.yaml, filled in with what is there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from yaml import safe_dump
+
+from vla0.errors import InputError
+from vla0.source import named
+from vla0.stored import Stored
+
+STATE = "observation.state"
+MOST_HELD_OUT, OF = 5, 10  # episodes, and at most one of so many
+RECIPE = """# {dataset} on one GPU:
+#   vla0 train --config {file} logging.output_dir=runs/mine
+# Numbers that are not here are the published ones (vla0/spec.py, vla0/recipe.py).
+model:
+  name: Qwen/Qwen2.5-VL-3B-Instruct
+data:
+  dataset: {dataset} # folder of a LeRobot dataset v3.0, or Hub id
+  cameras: # name: key of the dataset, in the order the model sees them; as many as you have
+{cameras}
+  action: {action}
+  state: {state}
+  relative: [] # action dimensions written as differences from the state, e.g. [0, 1, 2, 3, 4, 5] for joints
+  statistics: quantiles # outliers of teleoperation do not stretch the bounds; minmax is the published way
+  held_out: {held_out} # episodes kept back for the loss on unseen data, which decides what `best` is
+  num_workers: 4
+action:
+  chunk_size: 8
+augmentation:
+  mask: number # or character, the published one
+training:
+  num_steps: 20000
+  batch_size: 8
+  gradient_accumulation_steps: 1
+  learning_rate: 5e-6
+logging:
+  output_dir: runs/own
+  save_every_n_steps: 1000
+"""
+
+
+def write_recipe(words: Sequence[str], file: Path) -> None:
+    """Writes a YAML recipe with which a dataset, the one word, trains as it is: its cameras, its action, its state.
+
+    Raises InputError where the file is there already.
+    """
+    if len(words) != 1 or "=" in words[0]:
+        raise InputError("a dataset and nothing else with --write-config", f"{list(words)}", "change the file that is written")
+    if file.exists():
+        raise InputError("a new file for --write-config", f"'{file}', which is there", "name another: none is written over")
+    stored = Stored(words[0])
+    deep = [key for key in stored.meta.camera_keys if key in stored.meta.depth_keys or _single(stored.features[key])]
+    cameras = named([key for key in stored.meta.camera_keys if key not in deep], words[0])
+    lines = [f"    {_text(camera)}: {_text(key)}" for camera, key in cameras.items()]
+    if deep:
+        left = named(deep, words[0])
+        lines += [f"    # {_text(camera)}: {_text(key)} # one number a pixel: left out" for camera, key in left.items()]
+        spans = ", ".join(f"{_text(camera)}: [0.2, 1.5]" for camera in left)
+        lines.append(f"  # depth: {{{spans}}} # depth maps become grey pictures, these are near and far in metres")
+    filled = {
+        "dataset": _text(words[0]), "file": file, "cameras": "\n".join(lines), "action": _text(_action(stored)),
+        "state": "null # no column of the dataset is named observation.state; relative actions need one",
+        "held_out": min(MOST_HELD_OUT, len(stored.places) // OF),
+    }  # fmt: skip
+    if STATE in stored.features:
+        filled["state"] = f"{STATE} # is written into the prompt; null leaves it out; relative actions need it"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(RECIPE.format(**filled), encoding="utf-8")
+
+
+def _single(feature: dict[str, Any]) -> bool:
+    """Whether a camera gives one number a pixel."""
+    shape = feature["shape"]
+    return len(shape) == 2 or 1 in (shape[0], shape[-1])
+
+
+def _action(stored: Stored) -> str:
+    found = [key for key in stored.features if "action" in key]
+    if "action" in found or len(found) == 1:
+        return "action" if "action" in found else found[0]
+    raise InputError("a column 'action', or one named like it", f"{sorted(stored.features)}", "write the recipe by hand")
+
+
+def _text(value: str) -> str:
+    """A word in YAML, quoted where it has to be."""
+    return safe_dump(value, allow_unicode=True, width=10_000).removesuffix("...\n").strip()
