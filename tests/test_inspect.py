@@ -245,7 +245,7 @@ def test_a_written_recipe_says_what_own_yaml_says_but_for_the_data(dataset, tmp_
             del content["data"][name]
     assert written == own
     lines = (tmp_path / "mine.yaml").read_text().splitlines()
-    assert [line for line in OWN.read_text().splitlines() if " #" in line and line not in lines][1:] == [
+    assert [line for line in OWN.read_text().splitlines() if " #" in line and line not in lines][2:] == [
         "  state: null # observation.state writes it into the prompt; relative actions need it",
         "  held_out: 5 # episodes kept back for the loss on unseen data, which decides what `best` is",
     ]

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from vla0.data import Augmentation
 from vla0.errors import InputError, refuse_idle, refuse_unknown
 from vla0.source import DataConfig
 from vla0.spec import Spec
+from vla0.writeup import ours
 
 LOOKS = ("image_size", "crop", "tile", "history", "vision_id", "system")  # fields of Spec that a recipe gives by their names
 UNITS = ("steps", "epochs")
@@ -137,23 +138,28 @@ class TrainConfig:
 
 
 def read_config(cls: type, file: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """A config of a YAML file with `key=value` overrides (dots go deeper). Raises InputError for an unknown key."""
-    return build(cls, read_yaml(file, overrides), str(file))
+    """A config of a YAML file with `key=value` overrides (dots go deeper). Raises InputError for an unknown key.
+
+    The file may have the spelling of the method's public write-up (vla0.writeup).
+    """
+    return build(cls, read_yaml(file, overrides, ours), str(file))
 
 
-def read_yaml(file: str | Path, overrides: Sequence[str] = ()) -> Any:
+def read_yaml(file: str | Path, overrides: Sequence[str] = (), change: Callable[[Any], Any] = lambda content: content) -> Any:
     """What a YAML file says, with `key=value` overrides; a mapping that is given whole replaces the file's.
 
+    change: what is done to the file's content, before the overrides.
     Raises InputError where it is none.
     """
     try:
-        merged = OmegaConf.load(file)
+        merged = OmegaConf.create(change(OmegaConf.to_container(OmegaConf.load(file))))
         for word in overrides:
             key, given, _ = word.partition("=")
             if not (key and given):
                 raise InputError("key=value", f"'{word}'", "e.g. training.num_steps=500")
             value = OmegaConf.select(OmegaConf.from_dotlist([word]), key)
-            OmegaConf.update(merged, key, value, merge=False, force_add=True)
+            section, dot, deeper = key.partition(".")
+            OmegaConf.update(merged, section.lower() + dot + deeper, value, merge=False, force_add=True)
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OSError as error:
         reason = "which is not there" if isinstance(error, FileNotFoundError) else error.strerror

@@ -1,0 +1,91 @@
+"""A recipe in the spelling of the method's public write-up → ours: sections in capitals, DATALOADER, fp16."""
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vla0.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+SECTIONS = {"dataloader": "data", "dataset": "data"}  # theirs → ours
+PLACES = ("dataset_path", "data_path", "dataset_dir", "data_dir", "path", "root", "repo_id")  # of the data, in ROBOVERSE
+OWN = ("dataset", "cameras", "action", "state", "num_workers", "revision")  # of ours that may stand in ROBOVERSE
+OPTION = re.compile(r"([A-Z]+\.\w+):(.*?)(?=:[A-Z]+\.\w+:|$)")  # one of cfg_opts, "IMAGE.crop_img:0.875:IMAGE.img_size:224"
+MEANT: dict[str, tuple[str, str, Any]] = {  # an option of cfg_opts → section and key of ours, and its kind
+    "IMAGE.crop_img": ("spec", "crop", float), "IMAGE.img_size": ("spec", "image_size", int),
+    "LEROBOT.repo_id": ("data", "dataset", str), "LEROBOT.action_key": ("data", "action", str),
+    "LEROBOT.state_key": ("data", "state", str),
+}  # fmt: skip
+
+
+def ours(content: Any) -> Any:
+    """The recipe with our names; the log says what is taken for what, and what has no meaning here.
+
+    Raises InputError where two sections become one and say different things.
+    """
+    if not isinstance(content, Mapping):
+        return content
+    found: dict[str, Any] = {}
+    for name, section in content.items():
+        lower = str(name).lower()
+        own = SECTIONS.get(lower, lower)
+        if isinstance(section, Mapping):
+            section = {str(key).lower() if str(key).isupper() else key: value for key, value in section.items()}
+            before = found.get(own, {})
+            if twice := [key for key in section if key in before and before[key] != section[key]]:
+                raise InputError(f"one value of {own}.{twice[0]}", f"{before[twice[0]]} and {section[twice[0]]}", "remove one")
+            section = {**before, **section}
+        found[own] = section
+    for translate in (_data, _precision):
+        translate(found)
+    return found
+
+
+def _data(found: dict[str, Any]) -> None:
+    """What their loader is told, as far as it means something here."""
+    data = found.get("data")
+    if not isinstance(data, dict) or not ("roboverse" in data or "batch_size" in data):
+        return
+    if "batch_size" in data:
+        found.setdefault("training", {}).setdefault("batch_size", data.pop("batch_size"))
+    for key, value in (data.pop("roboverse", None) or {}).items():
+        name = f"DATALOADER.ROBOVERSE.{key}"
+        if key in OWN:
+            data.setdefault(key, value)
+        elif key in PLACES and "dataset" not in data:
+            logger.info("%s is taken for data.dataset", name)
+            data["dataset"] = value
+        elif key == "cfg_opts":
+            _options(found, name, str(value))
+        else:
+            logger.warning("%s has no meaning here: its data are a LeRobot dataset, data.dataset", name)
+
+
+def _options(found: dict[str, Any], name: str, options: str) -> None:
+    for option, value in OPTION.findall(options):
+        if option not in MEANT:
+            logger.warning("%s: %s has no meaning here", name, option)
+            continue
+        section, key, kind = MEANT[option]
+        try:
+            found.setdefault(section, {}).setdefault(key, kind(value))
+        except ValueError:
+            raise InputError(f"{option} as {kind.__name__} in {name}", f"'{value}'", "correct it") from None
+        logger.info("%s: %s is taken for %s.%s", name, option, section, key)
+
+
+def _precision(found: dict[str, Any]) -> None:
+    """fp16 and bf16 as transformers has them."""
+    training = found.get("training")
+    if not isinstance(training, dict):
+        return
+    half, brain = training.pop("fp16", None), training.pop("bf16", None)
+    if half:
+        logger.warning("training.fp16 is taken as mixed precision, in bf16: with fp16 the method was found to diverge")
+    if half or brain:
+        training.setdefault("precision", "bf16")
+    elif half is False or brain is False:
+        training.setdefault("precision", "fp32")
+        logger.info("training.fp16 or bf16 is off: precision %s", training["precision"])
