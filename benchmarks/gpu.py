@@ -30,17 +30,18 @@ from rich.table import Table
 from transformers import TrainerCallback
 
 from vla0 import model as models
-from vla0.adapter import Lora, adapted
+from vla0.adapter import adapted
 from vla0.bench import decode as decoding
 from vla0.bench import train as training
 from vla0.bench.certificate import certificate
 from vla0.bench.inputs import build_3b, product_rate
-from vla0.data import Augmentation, collator
+from vla0.data import collator
 from vla0.decode.fast import Fast
 from vla0.decode.slots import Replay
 from vla0.decode.width import cache_file, key_of, read
 from vla0.policy import VLA0
 from vla0.recipe import LoggingConfig, TrainConfig, TrainingConfig
+from vla0.settings import Augmentation, Lora
 from vla0.source import DataConfig
 from vla0.spec import MAIN, Observation, Sample, Spec
 from vla0.tiny import tiny_model, tiny_processor

@@ -6,10 +6,11 @@ import torch
 from conftest import make_recipe
 
 from vla0 import InputError
-from vla0.adapter import Lora, adapted, merged, plain
+from vla0.adapter import adapted, merged, plain
 from vla0.decode import Fast
 from vla0.policy import VLA0
 from vla0.recipe import TrainConfig, build
+from vla0.settings import Lora
 from vla0.source import Source
 from vla0.tiny import tiny_model
 from vla0.train import main

@@ -1,5 +1,8 @@
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import make_recipe
@@ -118,3 +121,56 @@ def test_usage_errors_have_exit_code_2(vla0):
 )
 def test_an_option_that_would_do_nothing_is_refused(vla0, words, named):
     refused(vla0(*words.split()), named)
+
+
+HEAVY = ("torch", "transformers", "lerobot", "datasets")
+TOLD = f"""
+import sys
+from vla0 import cli
+try:
+    cli.main()
+except SystemExit as end:
+    print(end.code, [name for name in {HEAVY} if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --config configs/demo.yaml traning.num_steps=3",
+        "train --config configs/demo.yaml training.num_steps=many",
+        "train --config configs/demo.yaml simulator.task=[a]",
+        "train --config configs/demo.yaml data.dataset=/nowhere",
+        "eval --checkpoint /nowhere --task drawer-close-v3",
+        "eval --checkpoint x --env gazebo --task x",
+        "serve --checkpoint /nowhere",
+        "serve --checkpoint x --key front",
+        "inspect --config configs/demo.yaml data.camera=x",
+        "inspect /nowhere/at/all",
+        "collect gazebo --out x",
+        "robot --instruction go --limits /nowhere",
+        "bench decode --recipe /nowhere",
+    ],
+)
+def test_what_is_wrong_with_a_command_is_told_before_anything_heavy_is_imported(words):
+    found = subprocess.run(
+        [sys.executable, "-c", TOLD, *words.split()], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert found.stdout.splitlines()[-1] == "2 []"
+    assert found.stderr.startswith("vla0: expected ")
+    assert len(found.stderr.strip().splitlines()) == 1
+
+
+def test_libraries_that_talk_of_themselves_are_not_heard(tmp_path):
+    """In processes that are started from here, too."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
+    for name in ("one", "other", "third"):
+        (tmp_path / f"{name}.py").write_text(f'"""invalid {chr(92)}. escape"""')
+
+    def said(code):
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+        return found.returncode, found.stdout, found.stderr
+
+    child = "subprocess.run([sys.executable, '-c', 'import other'])"
+    assert said(f"import subprocess, sys, vla0.noise; vla0.noise.hush(); import one; {child}") == (0, "", "")
+    assert "SyntaxWarning" in said("import third")[2]  # as it would be without

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
 from vla0 import InputError
-from vla0.data import Augmentation, Order, Samples, collator
+from vla0.data import Order, Samples, collator
 from vla0.prompt import IGNORE, Prompt
+from vla0.settings import Augmentation
 from vla0.source import DataConfig, Source
 
 CAMERAS = {"front": "observation.images.top", "wrist": "observation.images.hand"}

@@ -9,15 +9,15 @@ from conftest import TASKS, make_dataset, make_recipe
 from transformers import Qwen2_5_VLConfig
 
 from vla0 import InputError
-from vla0.adapter import Lora
 from vla0.bench.inputs import SHAPE_3B
 from vla0.inspect import cost
 from vla0.inspect import examine as module
 from vla0.inspect.cost import rate
-from vla0.inspect.examine import examine, recipe
-from vla0.inspect.own import write_recipe
+from vla0.inspect.examine import examine
+from vla0.inspect.own import recipe, write_recipe
 from vla0.inspect.page import duration, facts, page, screen
 from vla0.recipe import ModelConfig, TrainConfig, build, read_config, read_yaml
+from vla0.settings import Lora
 from vla0.source import Source, named
 from vla0.tiny import tiny_processor
 from vla0.train import main

@@ -27,8 +27,9 @@ from vla0 import InputError, Observation
 from vla0.cli.act import pairs_of, serve
 from vla0.policy import VLA0
 from vla0.serve.client import NoAnswerError, RemotePolicy
+from vla0.serve.door import Limits
 from vla0.serve.request import request
-from vla0.serve.server import Limits, Server
+from vla0.serve.server import Server
 from vla0.serve.wire import pack, unpack
 
 KEY = "a key that is long enough"

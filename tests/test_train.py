@@ -17,11 +17,12 @@ import yaml
 from conftest import make_dataset, make_recipe
 
 from vla0 import InputError, train
-from vla0.data import Augmentation, Samples, collator
+from vla0.data import Samples, collator
 from vla0.keep import action_error, point
 from vla0.policy import VLA0
 from vla0.prompt import IGNORE, Prompt
 from vla0.recipe import TrainConfig, build, read_config
+from vla0.settings import Augmentation
 from vla0.source import Source
 from vla0.spec import MAIN
 from vla0.train import _start, main

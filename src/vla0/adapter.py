@@ -1,33 +1,13 @@
 """Few weights to train: LoRA, or a frozen vision tower; and the ordinary model that comes of it."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from vla0.errors import InputError, refuse_idle
+from vla0.settings import Lora
 
 LANGUAGE = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 VISION = r".*visual\.blocks\..*\.(attn\.qkv|attn\.proj|gate_proj|up_proj|down_proj)"
-
-
-@dataclass(frozen=True)
-class Lora:
-    """LoRA (arXiv 2106.09685) of all linear layers: each weight learns the product of two thin matrices."""
-
-    rank: int = 0  # 0: all weights are trained
-    alpha: float | None = None  # the product counts alpha / rank times; None: twice the rank
-    dropout: float = 0.0
-
-    def __post_init__(self):
-        if self.rank < 0:
-            raise InputError("rank >= 0", f"{self.rank}", "0 trains all weights; 16 to 64 are usual")
-        if not self.rank:
-            refuse_idle({"lora.alpha": self.alpha, "lora.dropout": self.dropout or None}, "lora.rank")
-        if self.alpha is not None and not self.alpha > 0:
-            raise InputError("alpha > 0", f"{self.alpha}", "leave it out for twice the rank")
-        if not 0 <= self.dropout < 1:
-            raise InputError("dropout in [0, 1)", f"{self.dropout}", "0 is usual")
 
 
 def adapted(model: Any, lora: Lora, freeze_vision: bool) -> Any:

@@ -2,7 +2,6 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -11,12 +10,11 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 
 from vla0.codec import ActionCodec
-from vla0.errors import InputError
 from vla0.prompt import IGNORE, Prompt, hide, hide_numbers
 from vla0.relative import to_written
+from vla0.settings import Augmentation
 from vla0.source import Source
-from vla0.spec import Sample, Spec, tupled
-from vla0.vision import JITTER
+from vla0.spec import Sample, Spec
 
 # A Sample, the seed of its augmentation (None: it only fills a batch), and its dataset's place in a mixture.
 Drawn = tuple[Sample, Sequence[int] | None, int]
@@ -112,25 +110,6 @@ class Order(torch.utils.data.Sampler[int]):
 @lru_cache(maxsize=16)
 def _order(count: int, *seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(count)
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What training adds at random; acting has none of it."""
-
-    mask: str = "character"  # masked action augmentation by "character" (published), "number", or "none"
-    mask_most: float = 0.4  # the share hidden is uniform in 0..mask_most
-    mask_none: float = 0.1  # probability that nothing is hidden
-    jitter: tuple[float, float, float, float] = JITTER
-
-    def __post_init__(self):
-        object.__setattr__(self, "jitter", tupled(self.jitter))
-        if self.mask not in ("character", "number", "none"):
-            raise InputError("mask: character, number or none", f"'{self.mask}'", "choose one of those")
-        if not (0 <= self.mask_most <= 1 and 0 <= self.mask_none <= 1):
-            raise InputError("mask_most and mask_none in 0..1", f"{self.mask_most}, {self.mask_none}", "they are shares")
-        if len(self.jitter) != 4 or not all(0 <= j <= 1 for j in self.jitter) or self.jitter[3] > 0.5:
-            raise InputError("jitter: four strengths in 0..1, hue at most 0.5", f"{self.jitter}", "zeros turn it off")
 
 
 def collator(

@@ -9,7 +9,7 @@ import numpy as np
 
 from vla0.envs.libero_files import CACHE
 from vla0.errors import InputError, nearest
-from vla0.model import UNWANTED
+from vla0.place import UNWANTED
 from vla0.spec import Spec
 
 logger = logging.getLogger(__name__)

@@ -107,6 +107,6 @@ def video_backend() -> str:
     try:
         importlib.import_module("torchcodec")
     except (ImportError, OSError, RuntimeError):
-        logger.info("torchcodec does not load here: videos are read with PyAV")
+        logger.debug("torchcodec does not load here: videos are read with PyAV")
         return "pyav"
     return "torchcodec"

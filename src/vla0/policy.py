@@ -15,6 +15,7 @@ from vla0.decode import decoder
 from vla0.decode.draft import filled
 from vla0.decode.inexact import inexact
 from vla0.errors import InputError
+from vla0.place import locate
 from vla0.prompt import Prompt
 from vla0.relative import from_written, to_written
 from vla0.rollout import ChunkPolicy
@@ -52,7 +53,7 @@ class VLA0:
 
         embodiment: of a checkpoint trained on a mixture, the name of the dataset whose robot is to act; default the first.
         """
-        folder = model.locate(path)
+        folder = locate(path)
         spec = Spec.load(folder, embodiment)
         policy = cls(*model.load(folder, device, dtype), spec)
         policy.specs = {name: Spec.load(folder, name) for name in embodiments(folder)}
@@ -68,7 +69,7 @@ class VLA0:
         from vla0.decode.remote import ChatPrompt, Remote
 
         policy = cls.__new__(cls)
-        policy.spec = spec if isinstance(spec, Spec) else Spec.load(model.locate(spec, weights=False))
+        policy.spec = spec if isinstance(spec, Spec) else Spec.load(locate(spec, weights=False))
         policy.model = policy.processor = policy.mode = None
         policy.specs, policy.codec = {MAIN: policy.spec}, ActionCodec(policy.spec)
         policy.prompt, policy.decoder = ChatPrompt(policy.spec), Remote(base_url, policy.spec, **server)

@@ -9,8 +9,9 @@ import torch
 from vla0.codec import SYMBOLS, to_levels
 from vla0.errors import InputError
 from vla0.relative import state_of
+from vla0.settings import JITTER
 from vla0.spec import Observation, Spec
-from vla0.vision import JITTER, compose
+from vla0.vision import compose
 
 Seen = tuple[Sequence[np.ndarray], str]  # images and the text before the answer
 IGNORE = -100  # a label that the loss leaves out

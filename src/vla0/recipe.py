@@ -13,9 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vla0.adapter import Lora
-from vla0.data import Augmentation
 from vla0.errors import InputError, refuse_idle, refuse_unknown
+from vla0.settings import Augmentation, Lora
 from vla0.source import DataConfig
 from vla0.spec import Spec
 from vla0.writeup import ours

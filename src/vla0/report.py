@@ -19,6 +19,14 @@ CONTROLS = {  # policies to compare with, and what the page says of them
     "random": "uniform actions between the bounds",
     "untrained": "the same architecture before training",
 }
+
+
+def refuse_unknown_controls(names: Sequence[str]) -> None:
+    """Raises InputError for a control that there is not."""
+    if wrong := [name for name in names if name not in CONTROLS]:
+        raise InputError(f"a control of {tuple(CONTROLS)}", f"'{wrong[0]}'", "choose one of those")
+
+
 SHOWN = 6  # episodes of each policy and task that the page holds; the others stay in videos/
 STUCK = 20  # the same action so often at a failure's end is worth saying
 

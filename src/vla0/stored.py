@@ -121,8 +121,25 @@ def _flat(names: Any) -> list[str]:
     return [] if names is None else [str(names)]
 
 
+def refuse_missing(dataset: str | Path) -> None:
+    """Raises InputError for what is no folder here and cannot be a dataset of the Hub. Imports nothing heavy."""
+    given = Path(dataset).expanduser()
+    if given.is_dir() or (_of_the_hub(dataset) and not given.exists()):
+        return
+    if given.exists():
+        raise InputError(
+            "the folder of a LeRobot dataset", f"'{dataset}', a file", "give the folder that holds meta/ and data/"
+        )
+    raise InputError("a folder that is there, or owner/name on the Hub", f"'{dataset}'", "correct the path")
+
+
+def _of_the_hub(dataset: str | Path) -> bool:
+    return str(dataset).count("/") == 1 and not str(dataset).startswith((".", "/", "~"))
+
+
 def _folder(dataset: str | Path, revision: str | None) -> Path:
     """Where a dataset lies: a folder here, LeRobot's own, or one that is fetched from the Hub."""
+    refuse_missing(dataset)
     try:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
         from lerobot.datasets.utils import BackwardCompatibilityError
@@ -130,17 +147,11 @@ def _folder(dataset: str | Path, revision: str | None) -> Path:
     except ImportError as error:
         raise InputError("lerobot to read datasets", str(error), "pip install 'vla0[lerobot]'") from None
     given = Path(dataset).expanduser()
-    named = str(dataset).count("/") == 1 and not str(dataset).startswith((".", "/", "~"))  # so might be a dataset of the Hub
-    for folder in (given, *([HF_LEROBOT_HOME / dataset] if named and revision is None else [])):
-        if folder.is_dir() and (folder == given or (folder / "meta" / "info.json").is_file()):
-            _refuse_part(folder, str(dataset))
-            return folder
-    if given.exists():
-        raise InputError(
-            "the folder of a LeRobot dataset", f"'{dataset}', a file", "give the folder that holds meta/ and data/"
-        )
-    if not named:
-        raise InputError("a folder that is there, or owner/name on the Hub", f"'{dataset}'", "correct the path")
+    own = HF_LEROBOT_HOME / dataset  # what was recorded here
+    if given.is_dir() or (revision is None and (own / "meta" / "info.json").is_file()):
+        folder = given if given.is_dir() else own
+        _refuse_part(folder, str(dataset))
+        return folder
     try:
         return LeRobotDataset(str(dataset), None, revision=revision, video_backend=video_backend()).root
     except BackwardCompatibilityError:

@@ -24,6 +24,7 @@ from vla0.adapter import adapted
 from vla0.data import Mixture, Samples, collator
 from vla0.errors import InputError, refuse_unknown
 from vla0.keep import Keeper, Measure, write_whole
+from vla0.place import locate
 from vla0.prompt import Prompt
 from vla0.recipe import UNITS, TrainConfig
 from vla0.source import Source, sources_of
@@ -151,7 +152,7 @@ def _start(config: TrainConfig, sources: Mapping[str, Source], last: Path | None
     bits = config.model.quantization
     device = "cpu" if bits is None or not torch.cuda.is_available() else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if config.model.name != TINY:
-        return *models.load(models.locate(config.model.name), device, dtype, bits), specs
+        return *models.load(locate(config.model.name), device, dtype, bits), specs
     model, processor = tiny_of(config, specs, sources)
     if bits is not None:
         with TemporaryDirectory() as folder:

@@ -16,11 +16,12 @@ from vla0.ensemble import NONE, steps_used
 from vla0.envs import simulator
 from vla0.errors import InputError
 from vla0.evaluate import EvalConfig, evaluate
-from vla0.model import fingerprint, locate, untrained
+from vla0.model import fingerprint, untrained
 from vla0.parallel import Crew, Predict
+from vla0.place import locate
 from vla0.policy import VLA0
 from vla0.recipe import build
-from vla0.report import CONTROLS, write_report
+from vla0.report import refuse_unknown_controls, write_report
 from vla0.spec import MAIN, Spec
 from vla0.table import mean_success, summary
 
@@ -52,9 +53,9 @@ def trial(
     inexact: modes of vla0.decode.inexact, tried beside the policy, each under its name. ray: "local" or the address of a
     cluster. Raises InputError where the checkpoint does not fit, or episodes were given up.
     """
-    for kind, given, known in (("control", control, tuple(CONTROLS)), ("mode", inexact, tuple(MODES))):
-        if wrong := [name for name in given if name not in known]:
-            raise InputError(f"a {kind} of {known}", f"'{wrong[0]}'", "choose one of those")
+    refuse_unknown_controls(control)
+    if wrong := [name for name in inexact if name not in MODES]:
+        raise InputError(f"a mode of {tuple(MODES)}", f"'{wrong[0]}'", "choose one of those")
     policy = VLA0.from_pretrained(checkpoint, device if ray is None else "cpu", embodiment=embodiment)
     spec = policy.spec
     fit(spec, settings.env)

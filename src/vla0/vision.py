@@ -7,9 +7,9 @@ from PIL import Image
 from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
 
 from vla0.errors import InputError
+from vla0.settings import JITTER
 from vla0.spec import Observation, Spec
 
-JITTER = (0.2, 0.2, 0.2, 0.05)  # brightness, contrast, saturation, hue: the published strengths
 DEPTH_REMEDY = "depth maps need a checkpoint trained with data.depth, pictures of 16 bits 8 of them: look which it is"
 _ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 

@@ -1,7 +1,6 @@
 """`vla0 bench`: its subcommands."""
 
 import importlib.util
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from vla0.errors import InputError, refuse_idle
+from vla0.noise import quiet
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -35,11 +35,6 @@ def decode(
     json: Annotated[Path | None, typer.Option(help="file for the rows")] = None,
 ) -> None:
     """Time the ways of decoding on the same inputs, and compare their tokens."""
-    from vla0.bench import decode as benchmark
-    from vla0.bench.inputs import chosen, recorded
-    from vla0.decode import Fast
-    from vla0.decode.width import width
-
     timed = {"--chunks": chunks, "--way": way or None, "--inexact": inexact or None, "--json": json}
     if certify is None:
         refuse_idle({"--out": out}, "--certify")
@@ -47,7 +42,17 @@ def decode(
         refuse_idle({**timed, "--calibrate": calibrate}, "no --certify")
     if calibrate:
         refuse_idle({**timed, "--batch": batch or None, "--replan": replan or None, "--recipe": recipe}, "no --calibrate")
-    chunks = chunks or 20
+    chunks, read = chunks or 20, None
+    if recipe is not None:
+        from vla0.recipe import TrainConfig, read_config
+
+        read = read_config(TrainConfig, recipe, [])
+    from vla0.bench import decode as benchmark  # heavy: after what may be wrong has been looked at
+    from vla0.bench.inputs import chosen, recorded
+    from vla0.decode import Fast
+    from vla0.decode.width import width
+
+    quiet()
     console = Console()
     policy = chosen(model, device)
     if not isinstance(policy.decoder, Fast):
@@ -56,10 +61,8 @@ def decode(
         console.print(f"{width(policy.decoder.engine, fresh=True)} nodes a pass")
         return
     episodes = None
-    if recipe is not None:
-        from vla0.recipe import TrainConfig, read_config
-
-        episodes = recorded(read_config(TrainConfig, recipe, []).data, policy.spec)
+    if read is not None:
+        episodes = recorded(read.data, policy.spec)
     if certify is not None:
         _certify(policy, certify, batch or [1], replan or [1], episodes, out)
         return
@@ -103,6 +106,8 @@ def train(
     """Time training against transformers' Trainer with all logits and LeRobot's own reader."""
     from vla0.bench import train as benchmark
 
+    quiet()
+
     with _dataset(dataset) as folder:
         settings = benchmark.Settings(model, folder, batch, steps, workers, gradient_checkpointing)
         ways = way or (list(benchmark.WAYS) if folder else ["vla0's reader, all logits", "vla0"])
@@ -121,6 +126,8 @@ def data(
 ) -> None:
     """Time reading rows against LeRobot's own reader with a chunk query."""
     from vla0.bench.data import bench
+
+    quiet()
 
     with _dataset(dataset, videos) as folder:
         if folder is None:
@@ -156,8 +163,3 @@ def _show(rows: list[dict[str, Any]], json: Path | None) -> None:
 def write(file: Path, rows: Any) -> None:
     """The rows as JSON."""
     file.write_text(dumps(rows, indent=2) + "\n", encoding="utf-8")
-
-
-def hush() -> None:
-    """bitsandbytes, which peft imports wherever it is installed, asks for one more package: for speed on a CPU."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

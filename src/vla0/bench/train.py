@@ -17,12 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from vla0.bench.commands import hush
 from vla0.bench.data import BASELINE, Stock
 from vla0.bench.inputs import build_3b, moving_pictures, product_rate
 from vla0.data import Samples, collator
 from vla0.errors import InputError
-from vla0.model import default_device, load, locate
+from vla0.model import default_device, load
+from vla0.noise import hush
+from vla0.place import locate
 from vla0.prompt import Prompt
 from vla0.recipe import LoggingConfig, TrainConfig, TrainingConfig
 from vla0.source import DataConfig, Source

@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from vla0.bench.commands import app as bench_app
-from vla0.bench.commands import hush
 from vla0.cli import act, prepare, run
-from vla0.cli.screen import app, quiet
+from vla0.cli.screen import app
 from vla0.errors import InputError
+from vla0.noise import hush
 
 __all__ = ["act", "command", "main", "prepare", "run"]
 
@@ -21,7 +21,6 @@ app.add_typer(bench_app, name="bench")
 @bench_app.callback()
 def bench() -> None:
     """Measure on this machine."""
-    quiet()
 
 
 def command(*words: str) -> None:

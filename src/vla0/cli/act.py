@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vla0.cli.screen import app, console, quiet
+from vla0.cli.screen import app, console
 from vla0.errors import InputError, nearest, refuse_idle
+from vla0.noise import quiet
 from vla0.spec import MAIN, Spec
 
 PROTOCOLS = ("openpi", "lerobot", "vla-eval")
@@ -39,13 +40,10 @@ def serve(
     engine: Annotated[str | None, typer.Option(help="of --base-url: vllm (default), sglang or llama.cpp")] = None,
 ) -> None:
     """Act for robots elsewhere, over openpi's websocket protocol or another. Ctrl-C finishes what was begun."""
-    from vla0.model import locate
-    from vla0.policy import VLA0
-    from vla0.serve.door import refuse_open, refuse_taken, secret_of, served
+    from vla0.place import locate
+    from vla0.serve.door import Limits, refuse_open, refuse_taken, secret_of, served, shown
     from vla0.serve.request import refuse_other_cameras
-    from vla0.serve.server import Limits, Server, shown
 
-    quiet()
     secret = secret_of(api_key_file)
     pairs = pairs_of("--key", key or [])
     given = {"side": side, "clients": clients, "rate": rate, "message_bytes": message_mib and int(message_mib * 2**20)}
@@ -74,6 +72,10 @@ def serve(
         raise InputError("--protocol lerobot without --ensemble", ensemble, "its client averages by itself (aggregate_fn_name)")
     spec = Spec.load(locate(checkpoint, weights=False), embodiment)
     refuse_other_cameras(pairs, spec)  # before a large model is loaded
+    from vla0.policy import VLA0
+    from vla0.serve.server import Server
+
+    quiet()
     if base_url is not None:
         policy = VLA0.remote(base_url, spec, engine=engine or "vllm")
     else:
@@ -134,9 +136,6 @@ def robot(
     Space, esc, q or Ctrl-C stops it; the right arrow ends an episode, the left one forgets it too.
     A limits file says for example `step: 3` for all actions, `velocity: [30, 30, 30, 30, 30, 90]`, or `low: {gripper.pos: 10}`.
     """
-    from vla0.robot.arm import make_robot
-    from vla0.robot.session import Session, SessionConfig
-    from vla0.serve.client import NoAnswerError, RemotePolicy
     from vla0.serve.door import secret_of
 
     if way == "ensemble":
@@ -148,19 +147,24 @@ def robot(
     if not (live and record):
         refuse_idle({"--out": out}, "--live and --record")
     words = robot_words(context.args, [parameter.opts[0] for parameter in context.command.params], kind)
+    secret = secret_of(api_key_file)
+    from vla0.robot.arm import make_robot  # heavy: after what may be wrong has been looked at
+    from vla0.robot.session import Session, SessionConfig
+    from vla0.serve.client import NoAnswerError, RemotePolicy
+
     folder = (out or Path(f"runs/robot/{datetime.now():%Y-%m-%d_%H-%M-%S}")) if record else None
     config = SessionConfig(
         instruction, live, way, replan, weights or "v1", fps, resample, episodes, seconds, reset_s, hold_s, stop_s, folder, view
     )
-    pairs = pairs_of("--camera", camera or [])
+    pairs, narrowed = pairs_of("--camera", camera or []), _limits(limits)
     arm = make_robot(words)
     console.print(f"asking {policy_url}")
     try:
-        policy = RemotePolicy(policy_url, secret_of(api_key_file), timeout_s, certificate=tls_ca)
+        policy = RemotePolicy(policy_url, secret, timeout_s, certificate=tls_ca)
     except NoAnswerError as error:
-        raise InputError("a policy that answers", str(error), "start one: vla0 serve --checkpoint DIR") from None
+        raise InputError(str(error)) from None
     try:
-        session = Session(config, arm, policy, pairs, _limits(limits), console.print)
+        session = Session(config, arm, policy, pairs, narrowed, console.print)
         console.print(_table(session.body.actions, session.limits))
         if not live:
             console.print("dry run: nothing is sent to the robot; give --live once what you see is right")

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from vla0.cli.screen import app, console, quiet
+from vla0.cli.screen import app, console
 from vla0.errors import InputError, refuse_idle
+from vla0.noise import quiet
 
 
 @app.command()
@@ -31,16 +32,17 @@ def collect(
     workers: Annotated[int | None, typer.Option(help="processes; default one a core")] = None,
 ) -> None:
     """Let a scripted expert show a task, and store what it saw and did as a LeRobot dataset."""
-    from vla0.collect import CollectConfig
-    from vla0.collect import collect as run
     from vla0.envs import named
 
-    quiet()
     if env != "metaworld":
         refuse_idle({"--start": start, "--fps": fps}, "metaworld")
     if env != "libero":
         refuse_idle({"--quick": quick}, "libero")
     tasks = named(env, task, suite, assets)
+    from vla0.collect import CollectConfig
+    from vla0.collect import collect as run
+
+    quiet()
     found = run(
         CollectConfig(
             tasks, env, episodes, seed, image_size, start or "stock", fps or 80, quick, noise_share, noise_scale, videos
@@ -59,18 +61,20 @@ def inspect(
     write_config: Annotated[Path | None, typer.Option(help="new recipe of this dataset to write, as configs/own.yaml")] = None,
 ) -> None:
     """Look at a dataset before training on it: what is in it, what is lost in writing, what the model will see."""
-    from vla0.inspect.examine import examine, recipe
-    from vla0.inspect.own import write_recipe
-    from vla0.inspect.page import facts, page, screen
+    from vla0.inspect.own import recipe, write_recipe
 
-    quiet()
     if write_config is not None:
         if config is not None:
             raise InputError("--config or --write-config", "both", "leave one out")
         write_recipe(words or [], write_config)
         console.print(f"recipe: {write_config}, for vla0 train --config {write_config} logging.output_dir=runs/mine")
         config = write_config
-    survey = examine(recipe(words or [], config), config)
+    settings = recipe(words or [], config)
+    from vla0.inspect.examine import examine  # heavy: after the recipe has been read
+    from vla0.inspect.page import facts, page, screen
+
+    quiet()
+    survey = examine(settings, config)
     for name, text in facts(survey):
         console.print(f"[bold]{name}[/bold]  {escape(text)}", highlight=False)
     console.print(screen(survey))

@@ -5,9 +5,10 @@ from typing import Annotated
 
 import typer
 
-from vla0.cli.screen import app, console, quiet
+from vla0.cli.screen import app, console
 from vla0.errors import refuse_idle
-from vla0.spec import MAIN
+from vla0.noise import quiet
+from vla0.spec import MAIN, Spec
 
 
 @app.command()
@@ -18,12 +19,19 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a VLM on a LeRobot dataset. The same command again goes on where it stopped."""
-    from vla0.recipe import TrainConfig, read_config
-    from vla0.train import main
+    from vla0.evaluate import EvalConfig
+    from vla0.recipe import TrainConfig, build, read_config
+    from vla0.stored import refuse_missing
+
+    recipe = read_config(TrainConfig, config, overrides or [])
+    for own in recipe.data.all().values():
+        refuse_missing(own.dataset)
+    if recipe.simulator is not None:
+        build(EvalConfig, recipe.simulator, "simulator")
+    from vla0.train import main  # heavy: after what may be wrong in a recipe has been read
     from vla0.trial import measured
 
     quiet()
-    recipe = read_config(TrainConfig, config, overrides or [])
     last = main(recipe, measured(recipe.simulator))
     console.print(f"checkpoint: {last}")
 
@@ -60,9 +68,9 @@ def evaluate(
     """Try a checkpoint in a simulator: a table, videos and a report. The same command again goes on where it stopped."""
     from vla0.envs import named
     from vla0.evaluate import EvalConfig
+    from vla0.place import locate
+    from vla0.report import refuse_unknown_controls
     from vla0.table import ablation_table, table
-    from vla0.trial import ablation as run_ablation
-    from vla0.trial import trial
 
     if ablation:
         refuse_idle({"--replan": replan, "--ensemble": ensemble}, "no --ablation, whose rows have their own,")
@@ -76,6 +84,11 @@ def evaluate(
         named(env, task, suite, assets), env, episodes, None, replan or 1, ensemble or "v1", max_steps, image_size,
         start or "stock", quick=quick,
     )  # fmt: skip
+    refuse_unknown_controls(control or [])
+    Spec.load(locate(checkpoint, weights=False), embodiment)
+    from vla0.trial import ablation as run_ablation  # heavy: after what may be wrong has been looked at
+    from vla0.trial import trial
+
     quiet()
     if out is None:
         beside = Path(checkpoint).resolve() if Path(checkpoint).is_dir() else Path("runs") / checkpoint.replace("/", "_")

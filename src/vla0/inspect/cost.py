@@ -11,7 +11,8 @@ from vla0.adapter import LANGUAGE, adapted
 from vla0.bench.inputs import product_rate
 from vla0.doctor import MODELS, TRAINING
 from vla0.errors import InputError
-from vla0.model import default_device, locate
+from vla0.model import default_device
+from vla0.place import locate
 from vla0.recipe import TrainConfig
 from vla0.source import Source
 from vla0.spec import MAIN, Spec

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 
 from vla0.codec import ActionCodec
-from vla0.errors import InputError
 from vla0.inspect.cost import rate, size_of, trained_of
 from vla0.prompt import Prompt, words
-from vla0.recipe import LoggingConfig, TrainConfig, TrainingConfig, read_config
+from vla0.recipe import TrainConfig
 from vla0.relative import shortest, to_written
-from vla0.source import DataConfig, Source
+from vla0.source import Source
 from vla0.spec import Sample, Spec
 from vla0.train import spec_of
 from vla0.vision import compose
@@ -72,23 +71,6 @@ class Survey:
     pictures: tuple[Picture, ...]
     prompt: str  # the turns before the answer, of the first picture; with the model's own marks where its processor is at hand
     answer: str  # what the model is to write then
-
-
-def recipe(given: Sequence[str], file: Path | None = None) -> TrainConfig:
-    """What a dataset is looked at with: a recipe's settings, or the published ones for one epoch.
-
-    given: a dataset, which a recipe may name itself, and for a recipe key=value.
-    """
-    overrides, named = [word for word in given if "=" in word], [word for word in given if "=" not in word]
-    if len(named) > 1:
-        raise InputError("one dataset", f"{named}", "look at one after another")
-    if file is not None:
-        return read_config(TrainConfig, file, [*(f"data.dataset={dataset}" for dataset in named), *overrides])
-    if overrides:
-        raise InputError(f"--config, a recipe for {overrides[0]} to change", "none", "name one, or leave that out")
-    if not named:
-        raise InputError("a dataset or --config", "neither", "name a folder, a Hub id or a recipe")
-    return TrainConfig(DataConfig(named[0]), TrainingConfig(num_epochs=1.0), LoggingConfig(""))
 
 
 def examine(config: TrainConfig, file: Path | None = None) -> Survey:

@@ -7,8 +7,9 @@ from typing import Any
 from yaml import safe_dump
 
 from vla0.errors import InputError
-from vla0.source import named
-from vla0.stored import Stored
+from vla0.recipe import LoggingConfig, TrainConfig, TrainingConfig, read_config
+from vla0.source import DataConfig, named
+from vla0.stored import Stored, refuse_missing
 
 STATE = "observation.state"
 MOST_HELD_OUT, OF = 5, 10  # episodes, and at most one of so many
@@ -69,6 +70,24 @@ def write_recipe(words: Sequence[str], file: Path) -> None:
         filled["state"] = f"{STATE} # is written into the prompt; null leaves it out; relative actions need it"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(RECIPE.format(**filled), encoding="utf-8")
+
+
+def recipe(given: Sequence[str], file: Path | None = None) -> TrainConfig:
+    """What a dataset is looked at with: a recipe's settings, or the published ones for one epoch.
+
+    given: a dataset, which a recipe may name itself, and for a recipe key=value.
+    """
+    overrides, datasets = [word for word in given if "=" in word], [word for word in given if "=" not in word]
+    if len(datasets) > 1:
+        raise InputError("one dataset", f"{datasets}", "look at one after another")
+    if file is not None:
+        return read_config(TrainConfig, file, [*(f"data.dataset={dataset}" for dataset in datasets), *overrides])
+    if overrides:
+        raise InputError(f"--config, a recipe for {overrides[0]} to change", "none", "name one, or leave that out")
+    if not datasets:
+        raise InputError("a dataset or --config", "neither", "name a folder, a Hub id or a recipe")
+    refuse_missing(datasets[0])
+    return TrainConfig(DataConfig(datasets[0]), TrainingConfig(num_epochs=1.0), LoggingConfig(""))
 
 
 def _single(feature: dict[str, Any]) -> bool:

@@ -183,4 +183,5 @@ class RemotePolicy:
                 reason = f"{type(error).__name__}: {error}"
             time.sleep(min(wait_s, max(0.0, deadline - time.monotonic())))
             wait_s = min(2 * wait_s, 1.0)
-        raise NoAnswerError(f"no connection to {self.url}: {reason}")
+        remedy = "start one there (`vla0 serve --checkpoint DIR`), or correct the address"
+        raise NoAnswerError(f"expected a server at {self.url}; got {reason}; {remedy}")

@@ -6,10 +6,12 @@ import signal
 import socket
 import ssl
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vla0.errors import InputError
+from vla0.spec import Spec
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +20,26 @@ KEYLESS = {  # protocols that know no key → how to do without another address
     "lerobot": "leave --host out, and reach it by a tunnel: ssh -L PORT:127.0.0.1:PORT this-machine",
     "vla-eval": "leave --host out: vla-eval's containers share this machine's network",
 }
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for."""
+
+    message_bytes: int = 32 * 2**20
+    side: int = 4096  # pixels of a picture
+    clients: int = 128
+    rate: float = 200.0  # messages a second of one client, over a second
+    batch: int = 64  # observations decoded together
+
+    def __post_init__(self):
+        if min(self.message_bytes, self.side, self.clients, self.rate, self.batch) < 1:
+            raise InputError("limits of one at least", f"{asdict(self)}", "give numbers from 1")
+
+
+def shown(spec: Spec) -> str:
+    """What is served, in a line."""
+    return f"{spec.horizon} steps of {spec.dimensions} numbers at {spec.fps:g} Hz from {', '.join(spec.cameras)}"
 
 
 def refuse_open(host: str, key: str | None = None, protocol: str = "openpi") -> None:

@@ -27,9 +27,9 @@ from lerobot.transport import services_pb2, services_pb2_grpc
 from vla0.arrays import load_arrays
 from vla0.errors import InputError
 from vla0.rollout import rest
-from vla0.serve.door import not_free, refuse_open
+from vla0.serve.door import Limits, not_free, refuse_open
 from vla0.serve.request import refuse_other_cameras, request
-from vla0.serve.server import Limits, told
+from vla0.serve.server import told
 
 logger = logging.getLogger(__name__)
 messages: Any = services_pb2  # generated: its names are not in its text

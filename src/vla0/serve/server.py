@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -21,31 +20,16 @@ import vla0
 from vla0.ensemble import NONE, TemporalEnsemble, steps_used
 from vla0.errors import InputError, refuse_idle
 from vla0.policy import VLA0
-from vla0.serve.door import refuse_open
+from vla0.serve.door import Limits, refuse_open
 from vla0.serve.meters import Meters
 from vla0.serve.request import Request, names, refuse_other_cameras, request
 from vla0.serve.session import Session
 from vla0.serve.wire import pack, unpack
-from vla0.spec import Observation, Spec
+from vla0.spec import Observation
 
 logger = logging.getLogger(__name__)
 
 PATIENCE = 10  # messages in a row that nobody can read, and then the client is asked to go
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a client may ask for."""
-
-    message_bytes: int = 32 * 2**20
-    side: int = 4096  # pixels of a picture
-    clients: int = 128
-    rate: float = 200.0  # messages a second of one client, over a second
-    batch: int = 64  # observations decoded together
-
-    def __post_init__(self):
-        if min(self.message_bytes, self.side, self.clients, self.rate, self.batch) < 1:
-            raise InputError("limits of one at least", f"{asdict(self)}", "give numbers from 1")
 
 
 class Server:
@@ -223,8 +207,3 @@ def told(error: Exception) -> InputError:
         return error
     logger.error("the model failed", exc_info=error)
     return InputError("an observation that the model can take", f"{type(error).__name__} in the server", "see the server's log")
-
-
-def shown(spec: Spec) -> str:
-    """What is served, in a line."""
-    return f"{spec.horizon} steps of {spec.dimensions} numbers at {spec.fps:g} Hz from {', '.join(spec.cameras)}"

@@ -12,8 +12,8 @@ from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
-from vla0.data import Augmentation
 from vla0.ensemble import NONE
+from vla0.settings import Augmentation
 from vla0.spec import SYSTEM, Spec
 
 

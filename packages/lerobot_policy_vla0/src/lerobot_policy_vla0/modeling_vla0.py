@@ -16,12 +16,14 @@ from torch import Tensor
 
 from lerobot_policy_vla0.configuration_vla0 import VLA0Config
 from vla0 import model as models
-from vla0.adapter import LANGUAGE, VISION, Lora, adapted
+from vla0.adapter import LANGUAGE, VISION, adapted
 from vla0.data import collator
 from vla0.ensemble import TemporalEnsemble
 from vla0.errors import InputError
+from vla0.place import locate
 from vla0.policy import VLA0
 from vla0.prompt import IGNORE, Prompt
+from vla0.settings import Lora
 from vla0.spec import SPEC_FILE, Observation, Sample, Spec
 from vla0.stored import names_of
 from vla0.trainer import answered, summed
@@ -44,7 +46,7 @@ class VLA0Policy(PreTrainedPolicy):
         super().__init__(config)
         if vla is None:
             spec = Spec.parse(config.spec, "config.spec") if config.spec else spec_of(config, dataset_meta)
-            vla = VLA0(*models.load(models.locate(config.model_name), config.device, torch.float32), spec)
+            vla = VLA0(*models.load(locate(config.model_name), config.device, torch.float32), spec)
         _follow(config, vla.spec)
         self.vla = vla
         self.model = adapted(vla.model, Lora(), config.freeze_vision_encoder)
@@ -56,7 +58,7 @@ class VLA0Policy(PreTrainedPolicy):
     @classmethod
     def from_pretrained(cls, pretrained_name_or_path: str | Path, *, config: Any = None, **others: Any) -> Self:
         """Of a checkpoint folder or Hub id, whether vla0 or LeRobot saved it; of adapters, the model that they change."""
-        folder, meta = models.locate(pretrained_name_or_path), others.get("dataset_meta")
+        folder, meta = locate(pretrained_name_or_path), others.get("dataset_meta")
         config = config or PreTrainedConfig.from_pretrained(folder)
         if (folder / SPEC_FILE).is_file():  # to be trained in fp32, whatever it was saved as
             vla = VLA0.from_pretrained(folder, config.device, "auto" if meta is None else torch.float32)
