@@ -33,6 +33,16 @@ def test_recipes_are_understood(recipe):
     read_config(TrainConfig, recipe, ["data.dataset=somewhere"])
 
 
+def test_every_command_is_there_after_make_install():
+    """In the environment that README says to activate; `uv` is not on a bare machine's path."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line and not line.startswith((" ", "#"))]
+    words = {line.split()[0] for line in lines}
+    assert words <= {"make", "vla0", "python", "pip", "lerobot-train", "lerobot-eval", "lerobot-rollout"}
+    assert README.index("source .venv/bin/activate") < README.index("vla0 inspect")
+    assert "uv run" not in README
+
+
 def test_links_lead_somewhere():
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
