@@ -101,6 +101,8 @@ def test_an_ensemble_needs_a_client_that_says_where_an_episode_begins(policy):
         own.send(message_of(make_observation(0)))
         refusal = own.recv()
         assert isinstance(refusal, str)
+        with pytest.raises(InputError, match="which says where an episode begins"):
+            unpack(refusal)
         assert "'vla0/reset'" in refusal
         assert "without --ensemble" in refusal
 
@@ -256,7 +258,7 @@ def test_a_lost_connection_is_made_again_within_the_deadline(policy):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with pytest.raises(NoAnswerError, match="no connection"):
+    with pytest.raises(NoAnswerError, match="expected a server at"):
         RemotePolicy(f"ws://127.0.0.1:{port}", patience_s=0.3)
     with serving(policy) as (url, _):
         remote = RemotePolicy(url)

@@ -13,6 +13,7 @@ def hush() -> None:
     warnings.filterwarnings("ignore", message="Could not find a config file", module="peft")  # of a model that has no name
     # bitsandbytes, which peft imports wherever it is installed, asks for one more package: for speed on a CPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)  # of times of files, when checkpoints make room
 
 
 def quiet() -> None:

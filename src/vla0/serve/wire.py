@@ -18,8 +18,13 @@ def pack(content: Any) -> Any:
     return msgpack.packb(content, default=_array)
 
 
-def unpack(message: bytes, most_bytes: int | None = None) -> dict[str, Any]:
-    """The mapping that a message holds. Raises InputError for everything else, having run nothing of it."""
+def unpack(message: bytes | str, most_bytes: int | None = None) -> dict[str, Any]:
+    """The mapping that a message holds. Raises InputError for everything else, having run nothing of it.
+
+    A text is what a server says of an error: it rises as one.
+    """
+    if isinstance(message, str):
+        raise InputError(message[-2000:])
     size = len(message) if most_bytes is None else most_bytes
     if len(message) > size:
         raise InputError(f"a message of {size} bytes at most", f"{len(message)}", "send smaller pictures")
