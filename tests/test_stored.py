@@ -1,5 +1,6 @@
 """Everything in a dataset is looked up by its key; what is not whole is named, and nothing is guessed."""
 
+import io
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 from conftest import TASKS, frame_of, make_dataset
+from PIL import Image
 
 from vla0 import InputError
 from vla0.source import DataConfig, Source
@@ -192,3 +194,51 @@ def test_without_a_mapping_all_cameras_of_colours_are_taken_by_their_last_words(
     source = Source(DataConfig(str(folder)))
     assert source.cameras == {"top": "observation.images.top", "hand": "observation.images.hand"}
     assert source.spec_fields(2)["cameras"] == ("top", "hand")
+
+
+def png(array: np.ndarray) -> bytes:
+    """A picture's file; of uint16 one of 16 bits, of float32 TIFF, as nothing else holds floats."""
+    held = io.BytesIO()
+    Image.fromarray(array).save(held, "TIFF" if array.dtype == np.float32 else "PNG")
+    return held.getvalue()
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32, np.int32])
+def test_pictures_of_more_than_8_bits_are_no_colours(folder, kind):
+    deep = np.linspace(300, 3000, 48 * 64).reshape(48, 64).astype(kind)
+    for file in folder.glob("data/*/*.parquet"):
+        changed(
+            file, lambda table: table.assign(**{"observation.images.top": [{"bytes": png(deep), "path": None}] * len(table)})
+        )
+    source = Source(DataConfig(str(folder), CAMERAS))
+    with pytest.raises(InputError, match=r"pictures of more than 8 bits.*data\.depth"):
+        source.sample(0, 2, 1)
+    known = Source(DataConfig(str(folder), CAMERAS, depth={"front": (0.2, 3.0)}))
+    np.testing.assert_allclose(known.sample(0, 2, 1).observation.images["front"], deep, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("unit", "kind", "metres"), [("mm", np.float32, True), ("m", np.float32, True), ("mm", np.uint16, False)]
+)
+def test_depths_have_the_unit_that_the_dataset_declares(folder, unit, kind, metres):
+    """Floats are metres and integers millimetres, whatever they are stored as."""
+    near = 700 if unit == "mm" else 0.7
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    info["features"]["observation.images.top"]["info"] = {"is_depth_map": True, "depth_unit": unit}
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    deep = np.full((48, 64), near, kind)
+    for file in folder.glob("data/*/*.parquet"):
+        changed(
+            file, lambda table: table.assign(**{"observation.images.top": [{"bytes": png(deep), "path": None}] * len(table)})
+        )
+    found = Source(DataConfig(str(folder), CAMERAS, depth={"front": (0.2, 3.0)})).sample(0, 2, 1).observation.images["front"]
+    np.testing.assert_allclose(found, 0.7 if metres else 700, rtol=1e-6)
+
+
+def test_a_camera_that_is_flagged_as_depth_is_no_picture(folder):
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    info["features"]["observation.images.top"]["info"] = {"is_depth_map": True}
+    (folder / "meta" / "info.json").write_text(json.dumps(info))
+    with pytest.raises(InputError, match=r"flags as depth maps.*data\.depth"):
+        Source(DataConfig(str(folder), CAMERAS))
+    assert list(Source(DataConfig(str(folder))).cameras) == ["hand"]
