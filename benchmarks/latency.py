@@ -18,7 +18,8 @@ from rich.table import Table
 from vla0.envs.metaworld import FIRST_SEED, MetaWorldEnv
 from vla0.policy import VLA0
 from vla0.robot.clock import SimulatedWorld
-from vla0.robot.guard import Guard, Limits
+from vla0.robot.guard import Guard
+from vla0.robot.limits import Limits
 from vla0.robot.loop import WAYS, Pace, drive
 from vla0.table import wilson
 

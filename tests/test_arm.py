@@ -23,7 +23,7 @@ from vla0 import InputError, Observation
 from vla0.cli.act import robot_words
 from vla0.robot.arm import LeRobotBody, make_robot
 from vla0.robot.bounds import limits_of, refuse_elsewhere
-from vla0.robot.guard import Limits
+from vla0.robot.limits import Limits
 from vla0.robot.resample import Resampled, sampled
 from vla0.robot.session import Session, SessionConfig
 from vla0.serve.client import RemotePolicy

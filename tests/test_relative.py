@@ -10,7 +10,7 @@ from vla0 import InputError
 from vla0.codec import ActionCodec
 from vla0.ensemble import TemporalEnsemble, ensemble_actions, weighted_mean
 from vla0.relative import from_written, shortest, to_written, wrapped
-from vla0.robot.guard import Limits
+from vla0.robot.limits import Limits
 from vla0.robot.resample import sampled
 from vla0.source import DataConfig, Source
 from vla0.spec import Observation

@@ -8,7 +8,7 @@ import numpy as np
 
 from vla0.errors import InputError, refuse_unknown
 from vla0.robot.arm import LeRobotBody
-from vla0.robot.guard import Limits
+from vla0.robot.limits import Limits
 from vla0.spec import Spec
 
 

@@ -5,13 +5,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from vla0.errors import InputError
-from vla0.spec import Observation, Spec, tupled
+from vla0.robot.limits import Limits
+from vla0.spec import Observation
 
 logger = logging.getLogger(__name__)
 
@@ -36,72 +36,17 @@ class Body(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a command may be, for each dimension of the action, in its units."""
-
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    step: tuple[float, ...] | None = None  # most change from one command to the next, of absolute actions
-    velocity: tuple[float, ...] | None = None  # the same, a second
-    periodic: tuple[tuple[int, float, float], ...] = ()  # dimensions that wrap: (dimension, low, high) of the Spec
-    workspace: Callable[[np.ndarray], np.ndarray] | None = None  # the nearest allowed action, by whatever you know
-
-    def __post_init__(self):
-        for name in ("low", "high", "step", "velocity"):
-            object.__setattr__(self, name, tupled(getattr(self, name)))
-            value = getattr(self, name)
-            if value is not None and (len(value) != len(self.low) or not np.isfinite(value).all()):
-                raise InputError(f"{name}: {len(self.low)} finite numbers", f"{value}", "one for each dimension of the action")
-        if not all(a <= b for a, b in zip(self.low, self.high, strict=True)):
-            d = next(d for d, (a, b) in enumerate(zip(self.low, self.high, strict=True)) if a > b)
-            raise InputError("low <= high", f"{self.low[d]:g} and {self.high[d]:g} of action {d}", "exchange them")
-        for name in ("step", "velocity"):
-            if getattr(self, name) is not None and min(getattr(self, name)) <= 0:
-                raise InputError(f"{name} > 0", f"{getattr(self, name)}", "leave it out for no limit")
-
-    @classmethod
-    def of(cls, spec: Spec) -> "Limits":
-        """What the demonstrations did and no more. Relative dimensions have no bounds of their own there: give them."""
-        if spec.relative:
-            raise InputError("limits", f"none, and relative dimensions {spec.relative}", "give low and high of the robot")
-        return cls(spec.low, spec.high, periodic=spec.periodic)
-
-    def safe(self, action: np.ndarray, last: np.ndarray | None, period_s: float) -> np.ndarray:
-        """The nearest action within all limits; last: the command before, if there was one."""
-        safe = np.clip(np.asarray(action, np.float64), self.low, self.high)
-        if self.workspace is not None:
-            safe = np.clip(self.workspace(safe), self.low, self.high)
-        if last is not None:
-            most = np.full(len(safe), np.inf)
-            if self.step is not None:
-                most = np.minimum(most, self.step)
-            if self.velocity is not None:
-                most = np.minimum(most, np.array(self.velocity) * period_s)
-            safe = self._changed(safe, last, most)
-        return safe
-
-    def _changed(self, safe: np.ndarray, last: np.ndarray, most: np.ndarray) -> np.ndarray:
-        """(D,): from `last` towards `safe` by `most`; of a periodic dimension over the seam, where its bounds meet there."""
-        near = np.clip(safe, last - most, last + most)
-        for d, low, high in self.periodic:
-            if (high - self.high[d]) + (self.low[d] - low) > most[d]:
-                continue  # what lies between the bounds cannot be crossed
-            turn = high - low
-            step = (safe[d] - last[d] + turn / 2) % turn - turn / 2
-            goal = last[d] + np.clip(step, -most[d], most[d])
-            around = (goal - low) % turn + low
-            near[d] = around if self.low[d] <= around <= self.high[d] else np.clip(goal, self.low[d], self.high[d])
-        return near
-
-
 class Guard:
-    """Passes commands on to a body, or does not; the body is touched through it alone.
+    """Passes commands on to a body, or does not; the body is touched through it alone, by one thread at a time.
 
     start: (D,) where the body is, for limits of change to begin from. live: without it nothing reaches the body, not even
     a stop: a dry run. hold_s: without a fresh command for so long the body holds; after stop_s it is stopped. Both are
-    looked after by `watch`, whatever else hangs: a body that is in the middle of something is waited for, but not longer
-    than grace_s.
+    looked after by `watch`, whatever else hangs.
+
+    Who stops it (a signal's handler, a key, the watchdog) sets a flag, and stops the body if nobody is in the middle of
+    something with it; else who is does so on his way out, so that nothing comes after the stop. A look that takes longer
+    than grace_s is not waited for; a command is, up to slow_s, since its wire may still come: after that the body is stopped
+    over its head, and once more when the command is through.
     """
 
     def __init__(
@@ -114,17 +59,24 @@ class Guard:
         hold_s: float = 0.2,
         stop_s: float = 2.0,
         grace_s: float = 0.1,
+        slow_s: float = 0.6,
         now: Callable[[], float] = time.monotonic,
     ):
         if not 0 < hold_s < stop_s:
             raise InputError("0 < hold_s < stop_s", f"{hold_s} and {stop_s}", "hold first, then stop")
         if start is None and (limits.step or limits.velocity):
             raise InputError("start, for limits of change", "none", "give where the robot is: its first command may be far off")
+        if start is not None and not np.isfinite(start).all():
+            raise InputError("a finite start", f"{start}", "look at the robot's sensors")
         self.body, self.limits, self.period_s, self.live, self.now = body, limits, period_s, live, now
-        self.hold_s, self.stop_s, self.grace_s = hold_s, stop_s, grace_s
-        self.touching = threading.Lock()  # one at a time talks to the body
-        self.once = threading.Lock()  # taken by whoever stops the body, for good; a signal's handler never waits for it
+        self.hold_s, self.stop_s, self.grace_s, self.slow_s = hold_s, stop_s, grace_s, slow_s
+        self.touching = threading.Lock()  # one at a time talks to the body; a signal's handler never waits for it
+        self.doing: tuple[str, float] | None = None  # what, since when
+        self.apart = threading.Lock()  # a hold over the head of a look that hangs, and the stop
+        self.once, self.ended = threading.Lock(), threading.Lock()  # taken for good: by who asks for the stop, by who does it
         self.stopped: str | None = None  # why
+        self.stopped_at = 0.0
+        self.over = False  # whether it was stopped over the head of a command
         self.holding = False
         self.last = None if start is None else np.asarray(start, np.float64)
         self.fresh_at: float | None = None  # of the last command, or of the try at the first
@@ -132,31 +84,31 @@ class Guard:
 
     def observe(self) -> Observation:
         """What the body sees and feels."""
-        with self.touching:
+        with self._body("look"):
             return self.body.observe()
 
     def send(self, action: np.ndarray, deadline: float) -> np.ndarray | None:
         """The command that was passed on; None where it came too late, or after the stop. A broken one stops the body."""
         self.fresh_at = self.now() if self.fresh_at is None else self.fresh_at
         try:
-            with self.touching:  # what stops the body waits here, and nothing is sent behind its back
+            with self._body("command"):
                 return self._send(action, deadline)
         except Exception as error:  # half-way in a command there is one safe thing to do
             self.stop(f"{type(error).__name__}: {error}")
             return None
 
     def _send(self, action: np.ndarray, deadline: float) -> np.ndarray | None:
-        if self.stopped is not None:
-            return None
-        if self.now() > deadline:
-            self.late += 1
-            return None
         action = np.asarray(action, np.float64)
         if action.shape != (len(self.limits.low),) or not np.isfinite(action).all():
             raise InputError(f"a command of {len(self.limits.low)} finite numbers", f"{action}", "look at the policy")
         command = self.limits.safe(action, self.last, self.period_s)
         if command.shape != action.shape or not np.isfinite(command).all():
             raise InputError("a finite action of the workspace's limits", f"{command}", "mend it")
+        if self.now() > deadline:
+            self.late += self.stopped is None
+            return None
+        if self.stopped is not None:  # nothing stands between this look and the command
+            return None
         if self.live:
             self.body.send(command)
         self.clipped += bool(np.any(np.abs(command - action) > 1e-9))
@@ -164,46 +116,26 @@ class Guard:
         return command
 
     def stop(self, reason: str) -> None:
-        """Ends it, once and for all. A body that hangs in a command is stopped over its head; one that cannot be stopped
-        is said so, and sent nothing more."""
+        """Ends it, once and for all. Never waits: it may be called where a signal has interrupted anything."""
         if not self.once.acquire(blocking=False):
             return
+        self.stopped_at = self.now()
         self.stopped = reason
         logger.warning("stopped: %s", reason)
-        if not self.live:
-            return
-        try:
-            with self._free():
-                self.body.stop()
-        except Exception:
-            logger.exception("the robot could not be stopped: switch its power off")
+        self._finish()
 
     def check(self) -> None:
-        """Holds, and later stops, where no fresh command has come."""
-        if self.stopped is not None or self.fresh_at is None:
+        """Holds, and later stops, where no fresh command has come; stops what hangs."""
+        if self.stopped is not None:
+            self._overdue()
+            return
+        if self.fresh_at is None:
             return
         silent = self.now() - self.fresh_at
         if silent > self.stop_s:
             self.stop(f"no fresh command for {silent:.2f} s")
         elif silent > self.hold_s and not self.holding:
-            try:
-                with self._free():
-                    if self.stopped is None and self.now() - self.fresh_at > self.hold_s:
-                        self.holding, self.holds = True, self.holds + 1
-                        if self.live:
-                            self.body.hold()
-            except Exception as error:
-                self.stop(f"cannot hold: {type(error).__name__}: {error}")
-
-    @contextmanager
-    def _free(self) -> Iterator[None]:
-        """The body for oneself, if need be after grace_s without its consent."""
-        free = self.touching.acquire(timeout=self.grace_s)
-        try:
-            yield
-        finally:
-            if free:
-                self.touching.release()
+            self._hold()
 
     def watch(self, every_s: float = 0.005) -> threading.Event:
         """Checks from a thread of its own, until the event is set that it gives."""
@@ -215,3 +147,65 @@ class Guard:
 
         threading.Thread(target=work, daemon=True, name="watchdog").start()
         return done
+
+    @contextmanager
+    def _body(self, what: str) -> Iterator[None]:
+        """The body for oneself; stopped on the way out, where somebody has asked for it meanwhile."""
+        with self.touching:
+            self.doing = (what, self.now())
+            try:
+                yield
+            finally:
+                self.doing = None
+                if self.stopped is not None:
+                    self._end(again=self.over and what == "command")
+        if self.stopped is not None:  # asked for after the look above: nobody had the body to himself then
+            self._finish()
+
+    def _hold(self) -> None:
+        free = self.touching.acquire(timeout=self.grace_s)
+        if not free and (self.doing or ("", 0.0))[0] != "look":
+            return  # a command is on its way: that is no silence
+        try:
+            with self.apart:
+                if self.stopped is None and self.now() - (self.fresh_at or 0.0) > self.hold_s:
+                    self.holding, self.holds = True, self.holds + 1
+                    if self.live:
+                        self.body.hold()
+        except Exception as error:
+            self.stop(f"cannot hold: {type(error).__name__}: {error}")
+        finally:
+            if free:
+                self.touching.release()
+        if self.stopped is not None:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Stops the body, if nobody is in the middle of something with it: he does so himself then."""
+        if self.touching.acquire(blocking=False):
+            try:
+                self._end()
+            finally:
+                self.touching.release()
+
+    def _overdue(self) -> None:
+        """Stops the body over the head of who does not come back."""
+        doing = self.doing
+        if doing is None:
+            self._finish()
+        elif not self.ended.locked():
+            what, since = doing
+            if self.now() - max(since, self.stopped_at) > (self.grace_s if what == "look" else self.slow_s):
+                logger.warning("the robot hangs in a %s: it is stopped all the same; be ready to switch its power off", what)
+                self.over = True
+                self._end()
+
+    def _end(self, again: bool = False) -> None:
+        if not self.ended.acquire(blocking=False) and not again:
+            return
+        if self.live:
+            try:
+                with self.apart:
+                    self.body.stop()
+            except Exception:
+                logger.exception("the robot could not be stopped: switch its power off")
