@@ -299,12 +299,27 @@ def test_ctrl_c_twice_in_a_hurry_loses_no_episode(tmp_path):
         ),
         ({}, {"cameras": {"side": "front"}}, "cameras of the checkpoint"),
         ({"low": (200.0,) * 6, "high": (300.0,) * 6}, {}, "near 200..300, its limits"),
+        ({"most_change": None}, {}, "a limit of change for each action, to move live; got none of 'shoulder_pan.pos'"),
+        (
+            {"most_change": None},
+            {"limits": {"step": dict.fromkeys(JOINTS[:5], 3.0)}},
+            "a limit of change for each action, to move live; got none of 'gripper.pos'",
+        ),
     ],
 )
 def test_a_checkpoint_of_another_robot_is_refused_before_it_moves(arm, spec, config, message):
     with serving(Reach(arm_spec(**spec))) as (url, _), pytest.raises(InputError, match=message):
         session(arm, url, **config).run()
     assert arm.diary == []
+
+
+def test_limits_of_ones_own_let_a_checkpoint_move_whose_data_do_not_say_how_fast(arm):
+    with serving(Reach(arm_spec(most_change=None))) as (url, _):
+        session(arm, url, live=False, seconds=0.3).run()  # a dry run needs none
+        session(arm, url, limits={"step": dict.fromkeys(JOINTS[:5], 2.0), "velocity": {JOINTS[5]: 30.0}}, seconds=1.0).run()
+    sent, _ = commands(arm)
+    assert len(sent) > 5
+    assert (np.abs(np.diff(sent, axis=0)) <= np.array([2.0] * 5 + [1.5]) + 1e-6).all()
 
 
 def test_a_demonstration_may_begin_a_step_outside_of_where_its_actions_led():

@@ -337,6 +337,18 @@ def test_in_real_time_the_pace_is_kept():
     np.testing.assert_allclose(arm.position, GOAL, atol=0.06)
 
 
+@given(
+    st.sampled_from([(1007, 2), (9, 2), (8, 3), (0, 2), (2,), (1, 8, 2), ()]) | st.just("nan"),
+    st.sampled_from(WAYS),
+)
+def test_a_chunk_that_could_not_be_executed_moves_nothing(shape, way):
+    chunk = np.full((8, 2), np.nan) if shape == "nan" else np.full(shape, 0.1)
+    arm, guard, report = simulated(way, lambda query: 0.02, lambda observation: chunk, steps=60)
+    assert arm.sent == []
+    assert report.failures == report.queries - (report.queries > report.failures)
+    assert guard.sent == 0
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

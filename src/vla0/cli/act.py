@@ -213,8 +213,10 @@ def _limits(file: Path | None) -> Any:
 
 
 def _table(actions: list[str], limits: Any) -> Table:
+    from vla0.robot.limits import NEVER
+
     table = Table("action", "low", "high", "most a step", "most a second")
     for d, name in enumerate(actions):
         each = [None if value is None else value[d] for value in (limits.low, limits.high, limits.step, limits.velocity)]
-        table.add_row(name, *("" if value is None or value >= 1e9 else f"{value:.4g}" for value in each))
+        table.add_row(name, *("" if value is None or value >= NEVER else f"{value:.4g}" for value in each))
     return table

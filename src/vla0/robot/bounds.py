@@ -8,7 +8,7 @@ import numpy as np
 
 from vla0.errors import InputError, refuse_unknown
 from vla0.robot.arm import LeRobotBody
-from vla0.robot.limits import Limits
+from vla0.robot.limits import NEVER, Limits
 from vla0.spec import Spec
 
 
@@ -49,7 +49,7 @@ def _each(name: str, value: Any, actions: list[str], before: list[float] | None)
         value = [value] * len(actions)
     if len(value) != len(actions) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
         raise InputError(f"{name}: a number, {len(actions)} numbers, or numbers by name", f"{value}", f"names are {actions}")
-    return [1e9 if v == math.inf else float(v) for v in value]
+    return [NEVER if v == math.inf else float(v) for v in value]
 
 
 def refuse_elsewhere(start: np.ndarray, limits: Limits, actions: Sequence[str]) -> None:
@@ -61,3 +61,14 @@ def refuse_elsewhere(start: np.ndarray, limits: Limits, actions: Sequence[str]) 
         d = int(np.argmax(beyond))
         expected = f"'{actions[d]}' near {low[d]:.4g}..{high[d]:.4g}, its limits"
         raise InputError(expected, f"{round(float(start[d]), 3):g}", "move it there; look at units, calibration and --limits")
+
+
+def refuse_unlimited(limits: Limits, actions: Sequence[str]) -> None:
+    """Raises InputError where nothing limits how much a position may change at once: neither data nor --limits."""
+    none = np.full(len(actions), NEVER)
+    most = np.minimum(limits.step or none, limits.velocity or none)
+    if (most >= NEVER).any():
+        d = int(np.argmax(most))
+        got = f"none of '{actions[d]}': the checkpoint does not say how much its data changed"
+        remedy = "--limits FILE with a line `step: {NAME: NUMBER}` or `velocity: ...`, or train again: vla0 train measures it"
+        raise InputError("a limit of change for each action, to move live", got, remedy)

@@ -1,5 +1,6 @@
 """The only way to a robot: what passes here is finite, within limits, on time, and never after the stop."""
 
+import contextlib
 import logging
 import threading
 import time
@@ -121,8 +122,9 @@ class Guard:
             return
         self.stopped_at = self.now()
         self.stopped = reason
-        logger.warning("stopped: %s", reason)
         self._finish()
+        with contextlib.suppress(RuntimeError):  # a signal may have interrupted who was writing to the same stream
+            logger.warning("stopped: %s", reason)
 
     def check(self) -> None:
         """Holds, and later stops, where no fresh command has come; stops what hangs."""

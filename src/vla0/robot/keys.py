@@ -11,6 +11,32 @@ STOP_KEYS = ("space", "esc", "q")
 KEYS = "space, esc or q stops the robot; right ends the episode; left ends it and forgets it"
 
 
+class Flag:
+    """What a signal's handler may set: threading.Event waits there for a lock that it may itself have interrupted."""
+
+    def __init__(self):
+        self.up = False
+
+    def set(self) -> None:
+        """Puts it up."""
+        self.up = True
+
+    def clear(self) -> None:
+        """Takes it down."""
+        self.up = False
+
+    def is_set(self) -> bool:
+        """Whether it is up."""
+        return self.up
+
+    def wait(self, seconds: float) -> bool:
+        """Waits until it is up, or so long; whether it is up."""
+        until = time.monotonic() + seconds
+        while not self.up and time.monotonic() < until:
+            time.sleep(min(0.02, seconds))
+        return self.up
+
+
 @contextlib.contextmanager
 def listening(session: Any) -> Iterator[None]:
     """Keys, where there is a terminal; and a hang-up or SIGTERM is as good as Ctrl-C."""
@@ -22,7 +48,8 @@ def listening(session: Any) -> Iterator[None]:
         pressed.append(time.monotonic())
         session.stop(signal.Signals(number).name)
         if session.saving and len(pressed) < 4:
-            session.told(f"the robot has stopped, and the episode is being saved; {4 - len(pressed)} times more give it up")
+            with contextlib.suppress(RuntimeError):  # it may have interrupted who was writing to the same stream
+                session.told(f"the robot has stopped, and the episode is being saved; {4 - len(pressed)} times more give it up")
         elif pressed[-1] - pressed[0] > 1.0:  # the loop has not ended by itself
             raise KeyboardInterrupt
 

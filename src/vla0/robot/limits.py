@@ -8,6 +8,8 @@ import numpy as np
 from vla0.errors import InputError
 from vla0.spec import Spec, tupled
 
+NEVER = 1e9  # a limit that is none
+
 
 @dataclass(frozen=True)
 class Limits:

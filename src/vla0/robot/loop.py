@@ -174,6 +174,15 @@ class _Loop:
             self.step = max(self.step, math.ceil((self.world.now() - self.began) / self.period - 1e-6))
             self._take()
 
+    def _checked(self, chunk: np.ndarray) -> np.ndarray:
+        """The chunk. Raises InputError for one that could not be executed: it came from elsewhere."""
+        chunk, dimensions = np.asarray(chunk), len(self.guard.limits.low)
+        shape = chunk.shape
+        if chunk.ndim != 2 or not 1 <= shape[0] <= self.pace.horizon or shape[1] != dimensions or not np.isfinite(chunk).all():
+            expected = f"a chunk of 1 to {self.pace.horizon} actions of {dimensions} finite numbers"
+            raise InputError(expected, f"shape {shape}", "look at the policy: nothing of it is executed")
+        return chunk
+
     def _take(self) -> None:
         """Puts an answer that has come where it belongs on the axis of time."""
         if self.asked is None or not self.asked[0].done():
@@ -181,7 +190,7 @@ class _Loop:
         answer, step, at = self.asked
         self.asked = None
         try:
-            chunk = answer.result()
+            chunk = self._checked(answer.result())
         except (InputError, OSError) as error:  # refused, or lost on the way: the next may come through
             self.report.failures += 1
             logger.warning("no chunk: %s", error)

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import math
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ import numpy as np
 
 from vla0.errors import InputError
 from vla0.robot.arm import LeRobotBody
-from vla0.robot.bounds import limits_of, refuse_elsewhere
+from vla0.robot.bounds import limits_of, refuse_elsewhere, refuse_unlimited
 from vla0.robot.clock import RealWorld
 from vla0.robot.guard import Guard
-from vla0.robot.keys import STOP_KEYS, listening
+from vla0.robot.keys import STOP_KEYS, Flag, listening
 from vla0.robot.loop import Pace, Report, Tick, drive
 from vla0.robot.record import Recorder
 from vla0.robot.resample import Resampled
@@ -68,6 +67,8 @@ class Session:
         self.config, self.robot, self.policy, self.told = config, robot, policy, told
         self.body = LeRobotBody(robot, spec, config.instruction, cameras)
         self.limits = limits_of(spec, self.body, limits)
+        if config.live and self.body.absolute:
+            refuse_unlimited(self.limits, self.body.actions)
         self.fps = spec.fps if config.fps is None else config.fps
         predict: Callable[..., np.ndarray] = policy.predict
         horizon = spec.horizon
@@ -89,7 +90,7 @@ class Session:
         self.guard: Guard | None = None
         self.why: str | None = None  # stopped before or between episodes
         self.saving = False
-        self.ends, self.forgets = threading.Event(), threading.Event()
+        self.ends, self.forgets = Flag(), Flag()
         self.reports: list[Report] = []
 
     def key(self, name: str) -> None:
@@ -104,9 +105,9 @@ class Session:
     def stop(self, reason: str) -> None:
         """Ends the session, at once."""
         self.why = self.why or reason
-        self.ends.set()
         if self.guard is not None:
             self.guard.stop(reason)
+        self.ends.set()
 
     def run(self) -> list[Report]:
         """Connects, runs the episodes, disconnects. What stopped it is in the last report."""
@@ -155,9 +156,9 @@ class Session:
         if start is not None:
             refuse_elsewhere(start, self.limits, self.body.actions)
         guard = Guard(self.body, self.limits, 1 / self.fps, start, config.live, config.hold_s, config.stop_s)
-        if self.why is not None:
-            guard.stop(self.why)
         self.guard = guard
+        if self.why is not None:  # looked at once the guard can be found: what came before has found none
+            guard.stop(self.why)
         watchdog = guard.watch()
         try:
             report = drive(self.world, guard, self.pace, round(config.seconds * self.fps), on_step, self.ends.is_set)

@@ -1,7 +1,9 @@
 """RemotePolicy: the robot's side. numpy, msgpack and websockets, no torch."""
 
+import logging
 import ssl
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +17,8 @@ from websockets.sync.client import ClientConnection, connect
 from vla0.errors import InputError
 from vla0.serve.wire import pack, unpack
 from vla0.spec import Observation, Spec
+
+logger = logging.getLogger(__name__)
 
 TOO_BIG = 1009  # why a server closes a connection: RFC 6455
 
@@ -55,7 +59,8 @@ class RemotePolicy:
         self.lock, self.held = Lock(), ExitStack()
         self.connection: ClientConnection | None = None
         self.metadata: dict[str, Any] = {}
-        self.owed = self.number = 0
+        self.number = self.dropped = 0  # of observations that were sent; of answers that were to none of them, or too late
+        self.owed: deque[int] = deque()  # numbers of observations that have not been answered, the oldest first
         self.reset_next = True
         self._connect(time.monotonic() + patience_s)
 
@@ -68,7 +73,7 @@ class RemotePolicy:
 
     def predict(self, observation: Observation, timeout_s: float | None = None) -> np.ndarray:
         """(T, D) float32: the next actions. Raises NoAnswerError after the deadline, InputError for what is refused."""
-        *_, actions = self._ask(observation, False, timeout_s)
+        *_, (_, actions) = self._ask(observation, False, timeout_s)
         return actions
 
     def predict_stream(self, observation: Observation, timeout_s: float | None = None) -> Iterator[np.ndarray]:
@@ -76,8 +81,9 @@ class RemotePolicy:
         if "stream" not in self.metadata.get("extensions", ()):
             yield from self.predict(observation, timeout_s)
             return
-        *actions, _ = self._ask(observation, True, timeout_s)
-        yield from actions
+        for whole, part in self._ask(observation, True, timeout_s):
+            if not whole:
+                yield part
 
     def reset(self) -> None:
         """A new episode: the server forgets this client's chunks with the next observation."""
@@ -88,7 +94,8 @@ class RemotePolicy:
         self.held.close()
         self.connection = None
 
-    def _ask(self, observation: Observation, stream: bool, timeout_s: float | None) -> Iterator[np.ndarray]:
+    def _ask(self, observation: Observation, stream: bool, timeout_s: float | None) -> Iterator[tuple[bool, np.ndarray]]:
+        """The parts of the answer: (False, a step (D,)) as it comes, and in the end (True, all of them (T, D))."""
         if not isinstance(observation, Observation):
             raise InputError(
                 "an Observation (vla0.spec)", type(observation).__name__, "Observation(images, instruction, state)"
@@ -124,19 +131,20 @@ class RemotePolicy:
             message |= {names[camera]: frame for camera, frame in message.pop("images").items() if camera in names}
         if observation.state is not None:
             message["state"] = np.asarray(observation.state, np.float64)
+        self.number += 1
         if self.metadata.get("extensions"):
-            self.number += 1
             message |= {"vla0/number": self.number, "vla0/reset": self.reset_next, "vla0/stream": stream}
             if observation.committed is not None:
                 message["vla0/committed"] = np.asarray(observation.committed, np.float64)
         elif observation.committed is not None:
             raise InputError("a server that can begin with committed actions", self.url, "serve with vla0")
+        self._drop_unasked()
         self.connection.send(pack(message))
         self.reset_next = False
-        self.owed += 1
+        self.owed.append(self.number)
 
-    def _receive(self, deadline: float) -> Iterator[np.ndarray]:
-        """The parts of the answer to the last observation; those to earlier ones are dropped."""
+    def _receive(self, deadline: float) -> Iterator[tuple[bool, np.ndarray]]:
+        """The parts of the answer to the last observation. Those to others, and a second one to the same, are dropped."""
         assert self.connection is not None
         while True:
             try:
@@ -145,16 +153,58 @@ class RemotePolicy:
                 raise NoAnswerError(f"no answer of {self.url} in time") from None
             answer = None if isinstance(found, str) else unpack(found)
             if answer is not None and "vla0/step" in answer:
-                if self.owed == 1 and answer.get("vla0/number") == self.number:
-                    yield np.asarray(answer["action"], np.float32)
+                if answer.get("vla0/number") == self.number:
+                    yield False, self._checked(answer.get("action"), step=True)
                 continue
-            self.owed -= 1
-            if self.owed > 0:
-                continue  # to an observation that is old by now
+            if not self._is_ours(None if answer is None else answer.get("vla0/number")):
+                self.dropped += 1
+                logger.info(
+                    "%s: an answer that was to nothing asked, or came too late, is dropped (%d)", self.url, self.dropped
+                )
+                continue
             if answer is None:
                 raise InputError(f"{self.url} refuses: {str(found)[-500:]}")
-            yield np.asarray(answer["actions"], np.float32)
+            yield True, self._checked(answer.get("actions"), step=False)
             return
+
+    def _is_ours(self, number: Any) -> bool:
+        """Whether an answer is that to the last observation; those before it are not waited for any more.
+
+        number: which the server gives back; None: it gives none, and answers in the order in which it was asked.
+        """
+        if number is None and self.owed:
+            number = self.owed[0]
+        if number not in self.owed:
+            return False
+        while self.owed.popleft() != number:
+            pass
+        return number == self.number
+
+    def _drop_unasked(self) -> None:
+        """Where nothing is owed, what has come all the same would be taken for the answer to what is about to be asked."""
+        assert self.connection is not None
+        while not self.owed and not self.metadata.get("extensions"):
+            try:
+                self.connection.recv(timeout=0)
+            except TimeoutError:
+                return
+            self.dropped += 1
+            logger.warning("%s answers what it was not asked: dropped (%d)", self.url, self.dropped)
+
+    def _checked(self, found: Any, step: bool) -> np.ndarray:
+        """(T, D) float32, or of a step (D,). Raises InputError, naming the server, for what could not be executed."""
+        horizon, dimensions = self.metadata.get("horizon"), self.metadata.get("dimensions")
+        try:
+            actions = np.asarray(found, np.float32)
+        except (TypeError, ValueError):
+            actions = np.zeros(0, np.float32)
+        fits = actions.ndim == 2 - step and actions.size and (step or not horizon or len(actions) <= horizon)
+        if not fits or (dimensions and list(actions.shape)[-1:] != [dimensions]) or not np.isfinite(actions).all():
+            most = f"at most {horizon} actions" if horizon else "actions"
+            expected = f"{'an action' if step else most} of {dimensions or 'some'} finite numbers from {self.url}"
+            got = f"shape {actions.shape}" if not fits or np.isfinite(actions).all() else "numbers that are not finite"
+            raise InputError(expected, got, "look at the server: nothing of it is executed")
+        return actions
 
     def _connect(self, deadline: float) -> None:
         """Tries again, each time after twice the wait, until the deadline."""
@@ -168,7 +218,8 @@ class RemotePolicy:
                 )  # fmt: skip
                 connection = self.held.enter_context(own)
                 self.metadata = unpack(bytes(connection.recv(timeout=max(0.0, deadline - time.monotonic()), decode=False)))
-                self.connection, self.owed, self.reset_next = connection, 0, True
+                self.connection, self.reset_next = connection, True
+                self.owed.clear()
                 return
             except InvalidStatus as error:
                 if error.response.status_code in (401, 403):
