@@ -21,11 +21,13 @@ from conftest import make_observation, make_spec, serving
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from vla0 import InputError, Observation
 from vla0.cli.act import pairs_of, serve
 from vla0.policy import VLA0
+from vla0.serve import wire
 from vla0.serve.client import NoAnswerError, RemotePolicy
 from vla0.serve.door import Limits
 from vla0.serve.request import request
@@ -141,6 +143,53 @@ def test_what_would_do_nothing_is_refused(policy):
         Server(policy, keys={"top": "x"})
     with pytest.raises(InputError, match="--api-key-file"):
         asyncio.run(Server(policy).run("0.0.0.0", 0, asyncio.Event()))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"\xdd\x01\xe0\x00\x00" + b"\x90" * (30 << 20), b"\x91" * (2 << 20), b"\x81\xa1x" * (1 << 20),
+        b"\xdc\xff\xff" + b"\xc0" * 65535, b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff\xa1x",
+        b"\x81\xa1x\xdc\xff\xff" + b"\xdc\xff\xff" * 60000,
+    ],
+    ids=["empty lists", "deep lists", "deep mappings", "many", "a length that lies", "another", "lists of lists"],
+)  # fmt: skip
+def test_a_message_that_would_hold_up_whoever_builds_it_is_refused_at_once(message):
+    began = time.perf_counter()
+    with pytest.raises(InputError):
+        unpack(message)
+    assert time.perf_counter() - began < 0.5  # it took 33 s; this is milliseconds, whatever else runs here
+
+
+WHATEVER = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(max_size=400)
+    | st.binary(max_size=70_000),
+    lambda own: st.lists(own, max_size=20) | st.dictionaries(st.text(max_size=3), own, max_size=20),
+    max_leaves=40,
+)  # fmt: skip
+
+
+@given(WHATEVER)
+def test_what_is_skipped_is_what_msgpack_writes(content):
+    """The walk over a message ends where the message ends, whatever kinds of things are in it."""
+    packed, place, left = msgpack.packb(content), 0, 1
+    while left:
+        entries, place = wire._skipped(packed, place)
+        left += entries - 1
+    assert place == len(packed)
+
+
+def test_a_web_page_is_not_let_in_unless_it_is_asked_for(policy):
+    """Any page that a browser on this machine shows could move the robot else: browsers say whose page asks."""
+    with serving(policy) as (url, _):
+        for origin in ("https://evil.example", "http://127.0.0.1:3000", "null"):
+            with pytest.raises(InvalidStatus, match="403"):
+                connect(url, origin=origin)
+        connect(url).close()
+    with serving(policy, origins=("https://lab.example",)) as (url, _):
+        connect(url, origin="https://lab.example").close()
+        with pytest.raises(InvalidStatus):
+            connect(url, origin="https://lab.example.evil")
 
 
 def test_only_who_knows_the_key_is_let_in(policy):

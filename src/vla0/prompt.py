@@ -1,6 +1,8 @@
 """The words: system text, chat turns, the answer's tokens, the label mask, masked action augmentation."""
 
+import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,9 @@ from vla0.settings import JITTER
 from vla0.spec import Observation, Spec
 from vla0.vision import compose
 
-Seen = tuple[Sequence[np.ndarray], str]  # images and the text before the answer
+Seen = tuple[Sequence[np.ndarray], str, str]  # images, the text before the answer, and of it what somebody said
 IGNORE = -100  # a label that the loss leaves out
+PLACE = "\x00"  # where somebody's words stand in a chat
 HIDDEN = "?"  # an answer's character that the model may not see and need not write
 
 
@@ -51,6 +54,8 @@ class Prompt:
                     "use another base model",
                 )
             self.ids[character] = ids[0]
+        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self.marks = re.compile(f"(?=({'|'.join(map(re.escape, added))}))" if added else r"(?!)")  # overlapping ones, too
         self.symbol_ids = [self.ids[character] for character in SYMBOLS] + [self.end_id]  # by symbol of vla0.codec
 
     def chat(self, count: int, words: str) -> str:
@@ -62,21 +67,6 @@ class Prompt:
             messages, tokenize=False, add_generation_prompt=True, add_vision_id=self.spec.vision_id
         )
 
-    def batch(
-        self,
-        images: Sequence[Sequence[np.ndarray] | np.ndarray],
-        instructions: Sequence[str],
-        answers: Sequence[str] | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """What the model takes, one row per sample, padded on the left; `labels` (B, L) iff answers.
-
-        images: for each sample the output of `compose`, or one image; instructions: of `words`; answers: text of a chunk, in
-        which "?" is a character to hide. An answer is followed by the end token; both are labelled, hidden characters not.
-        """
-        images = [[own] if isinstance(own, np.ndarray) else own for own in images]
-        chats = [self.chat(len(own), words) for own, words in zip(images, instructions, strict=True)]
-        return self.gather(list(zip(images, chats, strict=True)), answers)
-
     def gather(
         self, seen: Sequence[Seen], answers: Sequence[str] | None = None, begun: Sequence[str] | None = None
     ) -> dict[str, torch.Tensor]:
@@ -84,11 +74,11 @@ class Prompt:
 
         begun: how each answer begins, when acting: the model goes on from there.
         """
-        images, text = [own for own, _ in seen], [chat for _, chat in seen]
+        images = [own for own, *_ in seen]
         # What `processor(text, images)` does, without the validator that it builds anew at each call: 5.0 → 1.6 ms.
         pictures = self.processor.image_processor([image for own in images for image in own], do_resize=False)
         grids = torch.as_tensor(np.asarray(pictures["image_grid_thw"]))
-        prompts = self._read(text, [len(own) for own in images], (grids.prod(1) // self.merged).tolist())
+        prompts = self._read(seen, (grids.prod(1) // self.merged).tolist())
         if begun is not None:
             prompts = [prompt + self.answer_ids(own)[:-1] for prompt, own in zip(prompts, begun, strict=True)]
         image = self.processor.image_token_id
@@ -111,18 +101,27 @@ class Prompt:
             batch["labels"] = _left_padded(labels, IGNORE)
         return batch
 
-    def _read(self, text: Sequence[str], counts: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    def _read(self, seen: Sequence[Seen], sizes: Sequence[int]) -> list[list[int]]:
         """Tokens of chats; the mark of an image comes as often as the image has tokens.
 
-        counts: images of each chat. sizes: tokens of each image, of all chats one after another.
+        sizes: tokens of each image, of all chats one after another. Words are read as words: what looks like a token of
+        the chat in them (an end of a turn, an image) is none.
         """
-        mark, left, full = self.processor.image_token, iter(sizes), []
-        for own, count in zip(text, counts, strict=True):
-            first, *others = own.split(mark)
-            if len(others) != count:
-                raise InputError(f"words without the mark of an image, '{mark}'", f"{own!r}", "leave it out of the instruction")
-            full.append(first + "".join(mark * next(left) + part for part in others))
-        return [list(ids) for ids in self.processor.tokenizer(full)["input_ids"]]
+        mark, left, parts = self.processor.image_token, iter(sizes), []
+        for images, chat, said in seen:
+            cuts = [found.start() + 1 for found in self.marks.finditer(said)]
+            own = [chat]
+            if cuts:  # cut in two, none of them is a token
+                before, _, after = self.chat(len(images), PLACE).partition(PLACE)
+                if chat != before + said + after:
+                    raise InputError("words without tokens of the model's", repr(said), "leave them out of the instruction")
+                bounds = [0, *cuts, len(said)]
+                own = [said[first:last] for first, last in pairwise(bounds)]
+                own[0], own[-1] = before + own[0], own[-1] + after
+            first, *others = own[0].split(mark)
+            parts.append([first + "".join(mark * next(left) + part for part in others), *own[1:]])
+        rows = iter(self.processor.tokenizer([part for own in parts for part in own])["input_ids"])
+        return [[token for _ in own for token in next(rows)] for own in parts]
 
     def observe(
         self,
@@ -142,9 +141,9 @@ class Prompt:
         rng: np.random.Generator | None = None,
         jitter: tuple[float, float, float, float] = JITTER,
     ) -> Seen:
-        """(images, text before the answer) of an observation."""
-        images = compose(observation, self.spec, rng, jitter)
-        return images, self.chat(len(images), words(observation, self.spec))
+        """(images, text before the answer, of it the words of the observation)."""
+        images, said = compose(observation, self.spec, rng, jitter), words(observation, self.spec)
+        return images, self.chat(len(images), said), said
 
     def answer_ids(self, answer: str) -> list[int]:
         """The tokens of an answer and its end: one a character, so that hiding some never merges others."""

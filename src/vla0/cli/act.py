@@ -29,6 +29,7 @@ def serve(
     replan: Annotated[
         int | None, typer.Option(help="steps a client executes per query, where they are ensembled; default 1")
     ] = None,
+    origin: Annotated[list[str] | None, typer.Option(help="a web page that may ask, https://...; default none")] = None,
     embodiment: Annotated[str, typer.Option(help="of a checkpoint trained on a mixture: whose robot acts")] = MAIN,
     device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
     clients: Annotated[int | None, typer.Option(help="at most, at once; default 128")] = None,
@@ -61,6 +62,8 @@ def serve(
         refuse_idle({"--replan": replan}, "--ensemble")
     if protocol == "lerobot":
         refuse_idle({"--rate": rate}, "--protocol openpi")
+    if protocol != "openpi":
+        refuse_idle({"--origin": origin or None}, "--protocol openpi")
     if tls_cert is None:
         refuse_idle({"--tls-key": tls_key}, "--tls-cert")
     if base_url is None:
@@ -81,7 +84,7 @@ def serve(
     else:
         policy = VLA0.from_pretrained(checkpoint, device, embodiment=embodiment)
     if protocol == "openpi":
-        server = Server(policy, limits, pairs, secret, replan, ensemble)
+        server = Server(policy, limits, pairs, secret, replan, ensemble, origin or ())
         scheme = "wss" if tls_cert else "ws"
         ready = lambda bound: console.print(f"{shown(policy.spec)}\n{scheme}://{host}:{bound}")  # noqa: E731
         served(server, host, port, tls_cert, tls_key, ready)

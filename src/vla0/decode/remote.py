@@ -7,6 +7,7 @@ trained on it, without loss, and what comes back is read as strictly as everythi
 import base64
 import io
 import json
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -36,6 +37,9 @@ class Chat:
     begun: str  # of the answer, a space at its end
 
 
+MARK = re.compile(r"<\|[^|<>]*\|>|</?(s|bos|eos|pad|image|video|tool_call|(start|end)_of_\w+)>|\[/?INST\]|<\uff5c")
+
+
 class ChatPrompt:
     """Observations → chats, as `Prompt` makes tokens of them: the same pictures, words and turns."""
 
@@ -52,7 +56,10 @@ class ChatPrompt:
         content: list[dict[str, Any]] = []
         for picture in compose(observation, self.spec):
             content.append({"type": "image_url", "image_url": {"url": _url(picture)}})
-        content.append({"type": "text", "text": words(observation, self.spec)})
+        said = words(observation, self.spec)
+        if found := MARK.search(said):  # the server's template and tokenizer would take it for one
+            raise InputError("words without tokens of a model's", repr(found[0]), "leave them out of the instruction")
+        content.append({"type": "text", "text": said})
         system = {"role": "system", "content": self.spec.system_text()}
         return Chat([system, {"role": "user", "content": content}], begun)
 

@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
 from typing import Any
@@ -37,6 +37,7 @@ class Server:
 
     ensemble: none, and a client gets whole chunks; else `replan` ensembled steps for each observation, whose chunks are
     remembered for each connection by itself. keys: camera → its name in messages. key: what clients have to know.
+    origins: web pages that may talk to it, as "https://lab.example"; a browser says whose page asks, others say nothing.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Server:
         key: str | None = None,
         replan: int = 1,
         ensemble: str = NONE,
+        origins: Sequence[str] = (),
     ):
         self.policy, self.limits, self.keys, self.key = policy, limits or Limits(), keys or {}, key
+        self.origins: list[Any] = [None, *origins]  # None: no browser
         self.replan, self.weights = replan, ensemble
         spec = policy.spec
         refuse_other_cameras(self.keys, spec)
@@ -78,7 +81,7 @@ class Server:
         batches = asyncio.create_task(self._batches())
         async with serve(
             self._talk, host, port, ssl=context, compression=None, max_size=self.limits.message_bytes,
-            process_request=self._handshake, max_queue=4, ping_interval=20, ping_timeout=20,
+            origins=self.origins, process_request=self._handshake, max_queue=4, ping_interval=20, ping_timeout=20,
         ) as server:  # fmt: skip
             if ready is not None:
                 ready(server.sockets[0].getsockname()[1])
@@ -147,7 +150,7 @@ class Server:
         if not isinstance(message, bytes):
             raise InputError("binary messages", "text", "send what openpi-client packs")
         arrived = time.monotonic()
-        asked = request(unpack(message, self.limits.message_bytes), self.policy.spec, self.keys, self.limits.side)
+        asked = await asyncio.to_thread(self._read, message)  # megabytes, which others need not wait for
         session.begin(asked.reset, arrived)
         answers: asyncio.Queue[Any] = asyncio.Queue()
         with self.meters.request():
@@ -160,6 +163,9 @@ class Server:
             actions = session.answer(part, arrived)
             spent = (time.monotonic() - arrived) * 1e3
             await connection.send(pack({"actions": actions, "server_timing": {"infer_ms": spent}, **number}))
+
+    def _read(self, message: bytes) -> Request:
+        return request(unpack(message, self.limits.message_bytes), self.policy.spec, self.keys, self.limits.side)
 
     async def _batches(self) -> None:
         """Forever: what is waiting goes to the model together."""

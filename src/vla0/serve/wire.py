@@ -10,6 +10,7 @@ from vla0.errors import InputError
 
 KINDS = "biuf"  # of dtypes: booleans, integers, floats; never objects
 DEEPEST = 4  # mappings and lists inside each other
+MOST = 10_000  # entries of mappings and lists, all together: pictures are arrays, of one entry each
 _REMEDY = "send what openpi-client packs, or use vla0.serve.client"
 
 
@@ -28,6 +29,7 @@ def unpack(message: bytes | str, most_bytes: int | None = None) -> dict[str, Any
     size = len(message) if most_bytes is None else most_bytes
     if len(message) > size:
         raise InputError(f"a message of {size} bytes at most", f"{len(message)}", "send smaller pictures")
+    _bounded(message)
     try:
         content = msgpack.unpackb(
             message, object_hook=_read, strict_map_key=False,
@@ -41,6 +43,56 @@ def unpack(message: bytes | str, most_bytes: int | None = None) -> dict[str, Any
         raise InputError("a mapping with names as keys", type(content).__name__, _REMEDY)
     _shallow(content, DEEPEST)
     return content
+
+
+def _bounded(message: bytes) -> None:
+    """Raises InputError for a message of too many or too deep entries, before anything is built of it.
+
+    Thirty megabytes of empty lists are thirty million objects, which hold up whoever builds them for half a minute.
+    """
+    place, count, open_ = 0, 0, [1]  # entries that are still to come, of each list or mapping that is open
+    while open_:
+        if open_[-1] == 0:
+            open_.pop()
+            continue
+        open_[-1] -= 1
+        count += 1
+        if count > MOST or len(open_) > DEEPEST + 3:  # an array is a mapping with a list in it
+            raise InputError(f"at most {MOST} entries, {DEEPEST} levels deep", "more", _REMEDY)
+        if place >= len(message):
+            return  # cut off, which msgpack says
+        entries, place = _skipped(message, place)
+        if entries:
+            open_.append(entries)
+
+
+def _skipped(message: bytes, place: int) -> tuple[int, int]:
+    """(entries that follow, where the next thing begins) of what stands at a place, by msgpack's specification."""
+    kind = message[place]
+    if kind < 0x80 or kind >= 0xE0 or kind in (0xC0, 0xC1, 0xC2, 0xC3):  # small numbers, nothing, true and false
+        return 0, place + 1
+    if kind < 0x90:
+        return 2 * (kind & 0x0F), place + 1
+    if kind < 0xA0:
+        return kind & 0x0F, place + 1
+    if kind < 0xC0:
+        return 0, place + 1 + (kind & 0x1F)
+    if kind in FIXED:
+        return 0, place + 1 + FIXED[kind]
+    width, each, more = SIZED[kind]
+    size = int.from_bytes(message[place + 1 : place + 1 + width])
+    return each * size, place + 1 + width + more + (0 if each else size)
+
+
+FIXED = {  # kind → bytes that follow: numbers and extensions of fixed size
+    0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8,
+    0xD4: 2, 0xD5: 3, 0xD6: 5, 0xD7: 9, 0xD8: 17,
+}  # fmt: skip
+SIZED = {  # kind → bytes of its size, entries for each of that, bytes besides: texts, bytes, extensions, lists, mappings
+    0xC4: (1, 0, 0), 0xC5: (2, 0, 0), 0xC6: (4, 0, 0), 0xC7: (1, 0, 1), 0xC8: (2, 0, 1), 0xC9: (4, 0, 1),
+    0xD9: (1, 0, 0), 0xDA: (2, 0, 0), 0xDB: (4, 0, 0),
+    0xDC: (2, 1, 0), 0xDD: (4, 1, 0), 0xDE: (2, 2, 0), 0xDF: (4, 2, 0),
+}  # fmt: skip
 
 
 def _array(value: Any) -> Any:
