@@ -349,11 +349,12 @@ def test_an_arm_that_nobody_can_carry_goes_to_its_limits_by_itself_and_a_real_on
         arm.connect()
         start = np.array([arm.get_observation()[name] for name in JOINTS])
         arm.disconnect()
-        low, high = start + [12, 5, -15, 10, -5, 10], start + [16, 10, -10, 15, 5, 20]  # of few demonstrations, elsewhere
+        low = start + np.array([12, 5, -15, 10, -5, 10])  # of few demonstrations, elsewhere
+        high = start + np.array([16, 10, -10, 15, 5, 20])
         spec, said = arm_spec(low=tuple(low), high=tuple(high)), []
         with serving(Reach(spec)) as (url, _):
             own = session(Carried(arm), url)
-            with pytest.raises(InputError, match="'shoulder_pan.pos' near .*, its limits; got .*; move it there"):
+            with pytest.raises(InputError, match=r"'shoulder_pan.pos' near .*, its limits; got .*; move it there"):
                 own.run()
             assert arm.diary == []
             assert np.abs(arm.joints - start).max() < 1
