@@ -22,9 +22,9 @@ AS_IT_COMES = "as it comes"
 SETTINGS: dict[str, dict[str, str]] = {
     AS_IT_COMES: {},
     "vla0's": {},
-    "GOMP_SPINCOUNT=100": {"GOMP_SPINCOUNT": "100"},
-    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+    **{f"GOMP_SPINCOUNT={count}": {"GOMP_SPINCOUNT": str(count)} for count in (300, 1000, 10_000)},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
+    "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
 OURS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 WIDTHS = (64, 256, 1024)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 if importlib.util.find_spec("mujoco") is None:
-    pytest.skip("MuJoCo is an extra: uv sync --extra robot", allow_module_level=True)
+    pytest.skip("MuJoCo is an extra: make install", allow_module_level=True)
 
 from vla0 import InputError
 from vla0.collect import CollectConfig, collect

@@ -14,7 +14,7 @@ from vla0.cluster import Cluster
 from vla0.evaluate import EvalConfig, evaluate
 from vla0.table import read_episodes
 
-ray = pytest.importorskip("ray", reason="Ray is an extra: uv sync --extra cluster")
+ray = pytest.importorskip("ray", reason="Ray is an extra: make install")
 
 
 @pytest.fixture(scope="module")

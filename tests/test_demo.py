@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 if importlib.util.find_spec("metaworld") is None:
-    pytest.skip("Meta-World is an extra: uv sync --extra metaworld", allow_module_level=True)
+    pytest.skip("Meta-World is an extra: make install", allow_module_level=True)
 
 ROOT = Path(__file__).parents[1]
 STEPS = 30

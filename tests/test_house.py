@@ -1,9 +1,12 @@
 """The laws of the house that can be read off the files."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "vla0"
 ROOMS = (
@@ -58,3 +61,21 @@ def test_a_simulators_and_a_robots_process_import_no_torch():
         "import sys, vla0.parallel, vla0.evaluate, vla0.cli, vla0.robot.loop, vla0.serve.client; print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("given", "heard"),
+    [
+        ({}, "GOMP_SPINCOUNT = '3000'"),
+        ({"GOMP_SPINCOUNT": "77"}, "GOMP_SPINCOUNT = '77'"),
+        ({"OMP_WAIT_POLICY": "active"}, "GOMP_SPINCOUNT = '30000000000'"),
+    ],
+)
+def test_openmp_hears_how_its_threads_shall_wait_before_torch_is_loaded(given, heard):
+    """From its own account; what a user has set stays."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    found = subprocess.run(
+        [sys.executable, "-c", "from vla0 import VLA0"], capture_output=True, text=True, check=True,
+        env={**environment, **given, "OMP_DISPLAY_ENV": "verbose"},
+    )  # fmt: skip
+    assert heard in found.stderr

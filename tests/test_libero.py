@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 if importlib.util.find_spec("libero") is None:
-    pytest.skip("LIBERO is an extra: uv sync --extra libero", allow_module_level=True)
+    pytest.skip("LIBERO is an extra: make install", allow_module_level=True)
 
 from vla0 import InputError
 from vla0.envs import libero, libero_files

@@ -9,7 +9,7 @@ import pytest
 from conftest import make_recipe
 
 if importlib.util.find_spec("metaworld") is None:
-    pytest.skip("Meta-World is an extra: uv sync --extra metaworld", allow_module_level=True)
+    pytest.skip("Meta-World is an extra: make install", allow_module_level=True)
 
 from vla0 import InputError
 from vla0.collect import CollectConfig, NoisyEnv, collect

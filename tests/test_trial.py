@@ -8,7 +8,7 @@ import pytest
 from conftest import make_spec
 
 if importlib.util.find_spec("metaworld") is None:
-    pytest.skip("Meta-World is an extra: uv sync --extra metaworld", allow_module_level=True)
+    pytest.skip("Meta-World is an extra: make install", allow_module_level=True)
 
 from vla0 import InputError
 from vla0.evaluate import EvalConfig
@@ -54,7 +54,7 @@ def test_a_machine_with_another_checkpoint_in_that_folder_is_refused(checkpoints
 
 @pytest.mark.slow
 def test_a_trial_on_ray_is_the_trial_here(checkpoints, tmp_path):
-    pytest.importorskip("ray", reason="Ray is an extra: uv sync --extra cluster")
+    pytest.importorskip("ray", reason="Ray is an extra: make install")
     found = {}
     for name, ray in (("here", None), ("ray", "local")):
         lines = trial(checkpoints["tiled"], CONFIG, tmp_path / name, ["blank", "random"], workers=2, ray=ray)

@@ -10,9 +10,10 @@ __all__ = ["VLA0", "InputError", "Observation", "Spec"]
 __version__ = "0.1.0"
 
 # OpenMP's threads spin where they wait for each other. Beside a busy process the one that is waited for has no core then, and
-# torch takes ten times as long and more (benchmarks/shared_cores.py). Read when torch is loaded, so it is said before.
+# torch takes many times as long; threads that sleep at once take longer where they are alone. benchmarks/shared_cores.py tells
+# how this was chosen. It is read when torch is loaded, here and in processes that are started from here.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 def __getattr__(name: str) -> Any:
