@@ -63,16 +63,15 @@ def start_of(body: LeRobotBody, limits: Limits, told: Callable[[str], None]) -> 
         return None
     try:
         refuse_elsewhere(start, limits, body.actions)
+        return start
     except InputError as error:
-        if not body.went_itself(np.clip(start, limits.low, limits.high)):
+        start = np.clip(start, limits.low, limits.high)
+        if not body.went_itself(start):
             raise
         expected, got, _ = error.args
         told(f"the simulated arm went to its limits by itself: expected {expected}; got {got}")
         body.observe()
-        start = body.position()
-        assert start is not None  # it said where it was a moment ago
-        refuse_elsewhere(start, limits, body.actions)
-    return start
+        return start  # as it was asked to go; where it weighs down on its servos, it stands a little beside
 
 
 def refuse_elsewhere(start: np.ndarray, limits: Limits, actions: Sequence[str]) -> None:
