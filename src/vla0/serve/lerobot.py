@@ -8,14 +8,16 @@ LeRobot's own messages are taken. The protocol knows no key: it is for this mach
 import contextlib
 import io
 import logging
+import math
 import pickle
 import signal
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from queue import Empty, Queue
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -24,7 +26,7 @@ import torch
 from lerobot.async_inference.helpers import RemotePolicyConfig, TimedAction, TimedObservation
 from lerobot.transport import services_pb2, services_pb2_grpc
 
-from vla0.arrays import load_arrays
+from vla0.arrays import Record, load_arrays
 from vla0.errors import InputError
 from vla0.rollout import rest
 from vla0.serve.door import Limits, not_free, refuse_open
@@ -156,14 +158,20 @@ class LeRobotServer:
 def _unpacked(data: bytes, kind: type) -> Any:
     """A message of LeRobot's, of which nothing was run. Raises InputError for any other."""
     found = load_arrays(io.BytesIO(data), "a message", MESSAGES)
-    if not isinstance(found, kind):
-        raise InputError(f"a {kind.__name__}", type(found).__name__, "use the robot_client of LeRobot 0.6.1")
-    if isinstance(found, TimedObservation):
-        if not isinstance(found.observation, Mapping) or not isinstance(found.timestep, int):
-            raise InputError("an observation with its step", f"{type(found.observation).__name__}", "use LeRobot's client")
-    elif not (isinstance(found.lerobot_features, Mapping) and isinstance(found.rename_map, Mapping)):
+    if not isinstance(found, Record) or found.name != kind.__name__:
+        got = found.name if isinstance(found, Record) else type(found).__name__
+        raise InputError(f"a {kind.__name__}", got, "use the robot_client of LeRobot 0.6.1")
+    own = SimpleNamespace(**{name: found.get(name) for name in (f.name for f in fields(kind))})
+    if kind is TimedObservation:
+        own.must_go = bool(own.must_go)
+        fine = isinstance(own.observation, Mapping) and type(own.timestep) is int and isinstance(own.timestamp, int | float)
+        if not fine or not math.isfinite(own.timestamp):
+            raise InputError(
+                "an observation with its step and time", f"{type(own.observation).__name__}", "use LeRobot's client"
+            )
+    elif not (isinstance(own.lerobot_features, Mapping) and isinstance(own.rename_map, Mapping)):
         raise InputError("features and a rename_map", "none", "use the robot_client of LeRobot 0.6.1")
-    return found
+    return own
 
 
 def serve_lerobot(
