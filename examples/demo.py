@@ -7,6 +7,7 @@ finished stages are kept.
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ FPS = 40  # decisions a second, half of Meta-World's own: half the pictures to d
 STEPS = 50  # 1.25 s; the expert needs up to 46
 CONTROLS = ("blank", "untrained", "random")
 PACKAGES = ("torch", "transformers", "lerobot", "metaworld", "mujoco", "numpy")
+ENDING_S = 10.0  # that an interrupted command may take to end
 console = Console()
 
 
@@ -39,6 +41,17 @@ def run(
     install_s: Annotated[float, typer.Option(help="seconds the installation took, for the record")] = 0.0,
 ) -> None:
     """Run the demo, or what is missing of it."""
+    try:
+        stages(out, config, task, demonstrations, episodes, steps, install_s)
+    except KeyboardInterrupt:
+        console.print("interrupted: run again to go on")
+        sys.exit(130)
+
+
+def stages(
+    out: Path, config: Path, task: list[str], demonstrations: int, episodes: int, steps: int | None, install_s: float
+) -> None:
+    """One after another; a stage that is done is not done again. Raises KeyboardInterrupt where one was interrupted."""
     out.mkdir(parents=True, exist_ok=True)
     seconds = Seconds(out / "seconds.json")
     seconds.add("install", install_s)
@@ -78,8 +91,20 @@ class Seconds:
         """Runs a `vla0` command and adds its time; ends the demo where it fails."""
         console.print(f"[bold]vla0 {' '.join(map(str, words))}[/bold]")
         started = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "vla0.cli", *map(str, words)]).returncode
-        self.add(stage, time.monotonic() - started)
+        process = subprocess.Popen([sys.executable, "-m", "vla0.cli", *map(str, words)])
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # a terminal's Ctrl-C reaches the command too, and it puts away what it has
+            try:
+                process.wait(ENDING_S)
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                process.wait()
+            raise
+        finally:
+            self.add(stage, time.monotonic() - started)
+        if code in (130, -signal.SIGINT):
+            raise KeyboardInterrupt
         if code:
             sys.exit(code)
 

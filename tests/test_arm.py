@@ -331,6 +331,45 @@ def test_a_demonstration_may_begin_a_step_outside_of_where_its_actions_led():
             refuse_elsewhere(np.array([start]), limits, ["gripper.pos"])
 
 
+class Carried:
+    """A robot that moves by commands and by hand alone, as real ones do."""
+
+    def __init__(self, robot):
+        self.robot = robot
+
+    def __getattr__(self, name):
+        if name == "go_by_itself":
+            raise AttributeError(name)
+        return getattr(self.robot, name)
+
+
+def test_an_arm_that_nobody_can_carry_goes_to_its_limits_by_itself_and_a_real_one_is_refused():
+    arm = make_robot(["--robot.type=sim", "--robot.width=64", "--robot.height=48", "--robot.seed=10000"])
+    try:
+        arm.connect()
+        start = np.array([arm.get_observation()[name] for name in JOINTS])
+        arm.disconnect()
+        low = start + np.array([12, 5, -15, 10, -5, 10])  # of few demonstrations, elsewhere
+        high = start + np.array([16, 10, -10, 15, 5, 20])
+        spec, said = arm_spec(low=tuple(low), high=tuple(high)), []
+        with serving(Reach(spec)) as (url, _):
+            own = session(Carried(arm), url)
+            with pytest.raises(InputError, match=r"'shoulder_pan.pos' near .*, its limits; got .*; move it there"):
+                own.run()
+            assert arm.diary == []
+            assert np.abs(arm.joints - start).max() < 1
+            own = session(arm, url)
+            own.told = said.append
+            report = own.run()[0]
+        assert report.stopped is None
+        assert "by itself" in said[0]
+        assert len(arm.diary) > 10
+        assert_within(spec, arm)
+        assert (np.abs(arm.joints - np.clip(arm.joints, low, high)) < 3).all()
+    finally:
+        arm.disconnect()
+
+
 def test_relative_actions_are_bounded_by_the_states_of_the_demonstrations(arm):
     spec = arm_spec(relative=(0, 1), state=((-50.0,) * 6, (50.0,) * 6))
     limits = limits_of(spec, LeRobotBody(arm, spec, "reach"))

@@ -2,34 +2,31 @@
 
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
+import yaml
 
 if importlib.util.find_spec("metaworld") is None:
     pytest.skip("Meta-World is an extra: uv sync --extra metaworld", allow_module_level=True)
 
 ROOT = Path(__file__).parents[1]
+STEPS = 30
+
+
+def words(out, demonstrations=2, steps=3, episodes=1):
+    sizes = ["--demonstrations", demonstrations, "--steps", steps, "--episodes", episodes, "--install-s", 1.5]
+    return [sys.executable, "examples/demo.py", *map(str, ["--out", out, "--task", "coffee-button-v3", *sizes])]
 
 
 def demo(out):
-    words = [
-        "--out",
-        out,
-        "--task",
-        "coffee-button-v3",
-        "--demonstrations",
-        2,
-        "--steps",
-        3,
-        "--episodes",
-        1,
-        "--install-s",
-        1.5,
-    ]
-    return subprocess.run([sys.executable, "examples/demo.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(words(out), cwd=ROOT, capture_output=True, text=True)
 
 
 def test_a_bar_that_vanishes_says_how_many_and_the_loss_has_plain_numbers(tmp_path):
@@ -66,3 +63,43 @@ def test_the_demo_goes_from_nothing_to_results_and_keeps_what_is_done(tmp_path):
     episodes = (tmp_path / "demo" / "eval" / "episodes.jsonl").read_text()
     assert demo(tmp_path / "demo").returncode == 0
     assert (tmp_path / "demo" / "eval" / "episodes.jsonl").read_text() == episodes
+
+
+def test_ctrl_c_in_any_stage_loses_no_more_than_what_was_under_way(tmp_path):
+    """As a terminal sends it: to the demo, its command and all their processes."""
+    out, recipe = tmp_path / "demo", tmp_path / "recipe.yaml"
+    content = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    content["logging"] |= {"save_every_n_steps": 2, "log_every_n_steps": 1}
+    recipe.write_text(json.dumps(content))
+    command = [*words(out, 12, STEPS, 4), "--config", str(recipe)]
+
+    def interrupted(begun):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True)
+        until = time.monotonic() + 120
+        while not begun():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        said, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert said.splitlines()[-1] == "interrupted: run again to go on"
+        assert "Traceback" not in said + errors, errors
+
+    interrupted(lambda: len(list(out.glob(".dataset.episodes-*/*.npz"))) > 1)
+    assert not (out / "dataset").exists()
+    interrupted((out / "train" / "last").exists)
+    done = int((out / "train" / "last").resolve().name.removeprefix("step-"))
+    assert 2 <= done < STEPS
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+    log = out / "eval" / "episodes.jsonl"
+    interrupted(lambda: log.exists() and len(log.read_text().splitlines()) > 1)
+    played = log.read_text()
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert log.read_text().startswith(played)
+    assert json.loads((out / "dataset" / "meta" / "info.json").read_text())["total_episodes"] == 12
+    state = json.loads((out / "train" / "state" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    assert [line["step"] for line in state["log_history"] if "loss" in line] == list(range(1, STEPS + 1))
+    found = json.loads((out / "results.json").read_text())["tasks"]
+    assert [own["coffee-button-v3"]["episodes"] for own in found.values()] == [4] * 4

@@ -1,5 +1,6 @@
 """vla0: an unmodified vision-language model as a robot policy. It writes its actions as text."""
 
+import os
 from typing import Any
 
 from vla0.errors import InputError
@@ -7,6 +8,11 @@ from vla0.spec import Observation, Spec
 
 __all__ = ["VLA0", "InputError", "Observation", "Spec"]
 __version__ = "0.1.0"
+
+# OpenMP's threads spin where they wait for each other. Beside a busy process the one that is waited for has no core then, and
+# torch takes ten times as long and more (benchmarks/shared_cores.py). Read when torch is loaded, so it is said before.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def __getattr__(name: str) -> Any:

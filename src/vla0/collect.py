@@ -7,13 +7,16 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -143,8 +146,8 @@ def collect(config: CollectConfig, out: str | Path, workers: int | None = None) 
     """Writes a LeRobotDataset v3.0 of the expert's solved episodes; {task: (solved, failed and left out)}.
 
     A task that has no expert, or that it fails too often, is left out with a warning. At `out` there is never a half-written
-    dataset: it is built beside and renamed. Same arguments, same dataset. Of a slow simulator the finished episodes outlive an
-    interruption, in a hidden folder beside `out`, and the same call goes on from there.
+    dataset: it is built beside and renamed. Same arguments, same dataset. The finished episodes outlive an interruption, in a
+    hidden folder beside `out`, and the same call goes on from there.
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -165,11 +168,9 @@ def collect(config: CollectConfig, out: str | Path, workers: int | None = None) 
         if not module.has_expert(task):
             logger.warning("%s has no expert and is left out", task)
     config = replace(config, tasks=tuple(filter(module.has_expert, config.tasks)))
-    store = None
-    if module.HEAVY:
-        same = replace(config, tasks=(), episodes=1, videos=False)  # what an episode depends on, beside task and seed
-        store = out.with_name(f".{out.name}.episodes-{hashlib.sha256(repr(same).encode()).hexdigest()[:8]}")
-        store.mkdir(exist_ok=True)
+    same = replace(config, tasks=(), episodes=1, videos=False)  # what an episode depends on, beside task and seed
+    store = out.with_name(f".{out.name}.episodes-{hashlib.sha256(repr(same).encode()).hexdigest()[:8]}")
+    store.mkdir(exist_ok=True)
     failures, solved = dict.fromkeys(config.tasks, 0), dict.fromkeys(config.tasks, 0)
     dataset: Any = None
     try:
@@ -186,12 +187,13 @@ def collect(config: CollectConfig, out: str | Path, workers: int | None = None) 
                 dataset.add_frame({**frames, "observation.state": state, "action": action, "task": demonstration.instruction})
             dataset.save_episode()
         if dataset is None:
+            shutil.rmtree(store)
             raise InputError("a task that its expert solves", f"{failures or 'no expert'}", "less noise, or another task")
         dataset.finalize()
         shutil.rmtree(partial / "images", ignore_errors=True)  # LeRobot's scratch copies
         partial.rename(out)
-        if store is not None:
-            shutil.rmtree(store)
+        for left in (store, *out.parent.glob(f".{out.name}.partial-*")):  # the latter of runs that were killed
+            shutil.rmtree(left, ignore_errors=True)
     except BaseException:
         if dataset is not None:  # else it writes its rest later, where nothing shall be left
             with contextlib.suppress(Exception):
@@ -214,7 +216,9 @@ def _stream(
     ahead: dict[str, list[Future]] = {task: [] for task in config.tasks}
     columns = (TextColumn("collecting"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"), TimeRemainingColumn())
     context = multiprocessing.get_context("spawn")
-    with Progress(*columns) as progress, ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with Progress(*columns) as progress, ExitStack() as stack:
+        pool = ProcessPoolExecutor(workers, context, _work_for_a_parent)
+        stack.callback(pool.shutdown, cancel_futures=True)  # an interruption does not wait for what was to come
         bar = progress.add_task("", total=len(order))
         for place, task in enumerate(order):
             demonstration = None
@@ -232,4 +236,10 @@ def _stream(
                 logger.warning("%s is given up: its expert failed at %d seeds", task, failures[task])
                 spent.add(task)
             progress.advance(bar)
-        pool.shutdown(cancel_futures=True)
+
+
+def _work_for_a_parent() -> None:
+    """A worker's beginning: Ctrl-C is its parent's to see, and it ends with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent: Any = multiprocessing.parent_process()
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -145,6 +145,11 @@ class LeRobotBody:
             still = {name: 0.0 if name.endswith(".vel") else value for name, value in self.command.items()}
             self.robot.send_action(still or {name: 0.0 for name in self.actions if name.endswith(".vel")})
 
+    def went_itself(self, goal: np.ndarray) -> bool:
+        """Whether it went to a position (D,) by itself: a simulated arm does, where its servos can; a real one never."""
+        go = getattr(self.robot, "go_by_itself", None)
+        return go is not None and go({name: float(value) for name, value in zip(self.actions, goal, strict=True)})
+
     def stop(self) -> None:
         """As `hold`: under power it does not fall. `release` ends that."""
         self.hold()

@@ -1,7 +1,7 @@
 """The limits of a robot under a checkpoint: what its demonstrations did, and what a user makes of that."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,29 @@ def _each(name: str, value: Any, actions: list[str], before: list[float] | None)
     if len(value) != len(actions) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
         raise InputError(f"{name}: a number, {len(actions)} numbers, or numbers by name", f"{value}", f"names are {actions}")
     return [NEVER if v == math.inf else float(v) for v in value]
+
+
+def start_of(body: LeRobotBody, limits: Limits, told: Callable[[str], None]) -> np.ndarray | None:
+    """(D,) where a body that has been looked at begins, in the terms of actions; None where it reports no such thing.
+
+    Raises InputError where it stands far outside of its limits. Only an arm that nobody can move by hand, a simulated one, goes
+    to the nearest place within them first, and `told` gets a line.
+    """
+    start = body.position()
+    if start is None:
+        return None
+    try:
+        refuse_elsewhere(start, limits, body.actions)
+    except InputError as error:
+        if not body.went_itself(np.clip(start, limits.low, limits.high)):
+            raise
+        expected, got, _ = error.args
+        told(f"the simulated arm went to its limits by itself: expected {expected}; got {got}")
+        body.observe()
+        start = body.position()
+        assert start is not None  # it said where it was a moment ago
+        refuse_elsewhere(start, limits, body.actions)
+    return start
 
 
 def refuse_elsewhere(start: np.ndarray, limits: Limits, actions: Sequence[str]) -> None:

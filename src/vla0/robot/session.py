@@ -14,7 +14,7 @@ import numpy as np
 
 from vla0.errors import InputError
 from vla0.robot.arm import LeRobotBody
-from vla0.robot.bounds import limits_of, refuse_elsewhere, refuse_unlimited
+from vla0.robot.bounds import limits_of, refuse_unlimited, start_of
 from vla0.robot.clock import RealWorld
 from vla0.robot.guard import Guard
 from vla0.robot.keys import STOP_KEYS, Flag, listening
@@ -152,9 +152,7 @@ class Session:
         self.policy.reset()
         self.body.frames = {camera: frames.__class__(maxlen=spec.history) for camera, frames in self.body.frames.items()}
         self._look()
-        start = self.body.position()
-        if start is not None:
-            refuse_elsewhere(start, self.limits, self.body.actions)
+        start = start_of(self.body, self.limits, self.told)
         guard = Guard(self.body, self.limits, 1 / self.fps, start, config.live, config.hold_s, config.stop_s)
         self.guard = guard
         if self.why is not None:  # looked at once the guard can be found: what came before has found none

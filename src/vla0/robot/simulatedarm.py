@@ -18,6 +18,9 @@ from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+GOING_S, LOOK_S = 5.0, 0.1  # how long it may go by itself, and how often it looks whether it is there
+STILL, THERE = 0.05, 3.0  # degrees between two looks; from the goal, below which its own weight draws it
+
 
 @RobotConfig.register_subclass("sim")
 @dataclass(kw_only=True)
@@ -110,6 +113,26 @@ class SimulatedArm(Robot):
             self.goal = goal
             self.diary.append((time.monotonic(), wanted))
         return {name: float(v) for name, v in zip(ACTIONS, goal, strict=True)}
+
+    def go_by_itself(self, goal: dict[str, float]) -> bool:
+        """Goes to these positions, as fast as its servos do, and rests there; False, and still, where they cannot.
+
+        What nobody can carry to where an episode may begin: real arms have no such method.
+        """
+        self._awake()
+        wanted = np.array([goal[name] for name in ACTIONS])
+        if (within(wanted) != wanted).any():
+            return False
+        with self.lock:
+            self.goal, before = wanted, self.joints
+        for _ in range(round(GOING_S / LOOK_S)):
+            time.sleep(LOOK_S)
+            with self.lock:
+                now = self.joints
+            if np.abs(now - before).max() < STILL and np.abs(now - wanted).max() < THERE:
+                return True
+            before = now
+        return False
 
     def _awake(self) -> None:
         if not self.is_connected:
