@@ -7,6 +7,7 @@ from worlds import make_line, walk
 
 from vla0 import InputError, Spec
 from vla0.evaluate import EvalConfig, evaluate, make_env
+from vla0.files import held
 from vla0.table import mean_success, mend, read_episodes, suites, summary, table, wilson
 from vla0.trial import blanked, exchanged, fit, random_actions
 
@@ -257,3 +258,38 @@ def test_a_video_holds_what_the_policy_looked_at_or_every_step(tmp_path):
         with av.open(str(tmp_path / f"{render}" / "videos" / "policy_line_0.mp4")) as video:
             assert sum(1 for _ in video.decode(video=0)) == frames
             assert video.streams.video[0].average_rate == rate
+
+
+def test_two_evaluations_do_not_share_a_folder(tmp_path):
+    with held(tmp_path / "out", "evaluation"), pytest.raises(InputError, match="for this evaluation alone"):
+        run(tmp_path, config_of(tmp_path / "world"))
+    run(tmp_path, config_of(tmp_path / "world"))
+
+
+LINE = {"policy": "policy", "task": "a", "seed": 1, "success": True, "steps": 3, "video": "videos/a.mp4", "error": None}
+
+
+def test_an_episode_is_counted_once_whoever_wrote_it(tmp_path):
+    file = tmp_path / "episodes.jsonl"
+    other = {**LINE, "success": False}
+    file.write_text(
+        "".join(
+            json.dumps(line) + "\n" for line in (LINE, {**LINE, "error": "boom", "success": None}, other, {**LINE, "seed": 2})
+        )
+    )
+    lines = read_episodes(file)
+    assert [line["seed"] for line in lines] == [1, 1, 2]
+    assert summary(lines)["policy"]["a"]["episodes"] == 2
+    assert summary(lines)["policy"]["a"]["successes"] == 2
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    ["", "{", "[]", "7", json.dumps({**LINE, "seed": "<script>"}), json.dumps({**LINE, "policy": 3}), json.dumps({"policy": "x"}),
+     json.dumps({**LINE, "success": "yes"}), json.dumps({**LINE, "steps": [1]})],
+)  # fmt: skip
+def test_a_damaged_line_in_the_middle_is_named(tmp_path, damaged):
+    file = tmp_path / "episodes.jsonl"
+    file.write_text(f"{json.dumps(LINE)}\n{damaged}\n{json.dumps({**LINE, 'seed': 2})}\n")
+    with pytest.raises(InputError, match="line 2"):
+        read_episodes(file)

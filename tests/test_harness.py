@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import anyio
 import numpy as np
 import pytest
 import yaml
@@ -18,6 +19,8 @@ from vla0.rollout import ChunkPolicy
 from vla0.tiny import tiny_model, tiny_processor
 
 pytest.importorskip("vla_eval", reason="vla-eval is not installed")
+
+from vla_eval.model_servers.predict import PredictModelServer
 
 from vla0.serve.harness import HarnessServer, serve_harness
 
@@ -44,6 +47,25 @@ def test_a_harness_is_given_what_vla0s_own_evaluation_executes(policy, replan, e
         for name, answer in zip(seen, found, strict=True):
             expected = [alone[name].act(seen[name]) for _ in range(replan)]
             np.testing.assert_allclose(answer["actions"], expected, atol=1e-6)
+
+
+def test_one_clients_fault_is_its_own(policy, monkeypatch):
+    """Whoever is decoded with it gets what he would have got alone."""
+    server = HarnessServer(policy)
+    broken, good, poor = (sent(make_observation(seed), {}) for seed in range(3))
+    broken["states"], poor["images"] = np.full(2, np.nan), {}
+    found = server.predict_batch([broken, good, poor], [Context(name) for name in "abc"])
+    expected = policy.predict_batch([make_observation(1)])[0, :1]
+    np.testing.assert_allclose(found[1]["actions"], expected, atol=1e-6)
+
+    async def answered(self, obs, ctx):
+        return found[obs]
+
+    monkeypatch.setattr(PredictModelServer, "_dispatch_batched", answered)
+    assert anyio.run(server._dispatch_batched, 1, None) is found[1]
+    for place, message in ((0, "a finite state"), (2, "camera 'front'")):
+        with pytest.raises(InputError, match=message):
+            anyio.run(server._dispatch_batched, place, None)
 
 
 def test_what_a_benchmark_lacks_is_said_in_words(policy):

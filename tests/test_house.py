@@ -10,7 +10,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "vla0"
 ROOMS = (
-    "errors noise place spec settings relative bridge arrays codec ensemble rollout vision prompt pictures stored bounds source data windows tiny model adapter writeup recipe decode policy chart keep trainer train "
+    "errors noise files place spec settings relative bridge arrays codec ensemble rollout vision prompt pictures stored bounds source data windows tiny model adapter writeup recipe resume decode policy chart keep trainer train "
     "envs collect table parallel cluster evaluate report trial bench doctor inspect hub convert serve robot cli"
 ).split()  # fmt: skip
 SPINE = ROOMS[: ROOMS.index("envs")]

@@ -437,6 +437,46 @@ def test_a_hostile_message_runs_nothing_and_hurts_nobody(lerobot_server, tmp_pat
     assert len(pickle.loads(stub.GetActions(services_pb2.Empty()).data)) == 5
 
 
+def test_a_stream_that_does_not_end_is_ended_and_newcomers_push_nobody_out(lerobot_server, monkeypatch):
+    import grpc
+    from lerobot.transport import services_pb2
+
+    from vla0.serve import lerobot as module
+
+    stub, _ = lerobot_server
+    monkeypatch.setattr(module, "STREAM_S", 0.3)
+    stub.Ready(services_pb2.Empty())
+    stub.SendPolicyInstructions(instructions())
+    go = threading.Event()
+
+    def endless():
+        yield from parts(raw())
+        go.wait(20)
+
+    began = time.monotonic()
+    with pytest.raises(grpc.RpcError):
+        stub.SendObservations(endless())
+    assert time.monotonic() - began < 10
+    go.set()
+    stub.SendObservations(parts(raw()))  # it is served as before
+    assert stub.GetActions(services_pb2.Empty()).data
+
+
+def test_a_newcomer_pushes_nobody_out_who_is_active():
+    from vla0.serve.door import Limits
+    from vla0.serve.lerobot import Client, LeRobotServer
+
+    server = LeRobotServer(Reach(), Limits(clients=2))
+    for name in ("a", "b"):
+        server._admit(name, Client({}, {}, 3))
+    server._admit("a", Client({}, {}, 3))  # who begins anew keeps his place
+    with pytest.raises(InputError, match="at most 2 clients"):
+        server._admit("c", Client({}, {}, 3))
+    server.clients["b"].heard_at -= 100
+    server._admit("c", Client({}, {}, 3))
+    assert list(server.clients) == ["a", "c"]
+
+
 def test_lerobots_protocol_stays_on_this_machine(tmp_path):
     from vla0.serve.lerobot import LeRobotServer, serve_lerobot
 

@@ -226,3 +226,16 @@ def test_a_real_browser_shows_the_report(evaluated, tmp_path):
     assert found, result.stderr[-2000:]
     seen = json.loads(found.group(1))
     assert seen == {"videos": [[32, 1, True]] * 3, "curves": 3 * 2 * (5 + 1), "rows": 3, "wide": True}
+
+
+@pytest.mark.parametrize(
+    "video", ["../secret.mp4", "/etc/passwd", "videos/../../secret.mp4", "videos/secret.txt", "secret.mp4"]
+)
+def test_a_report_shows_no_file_from_elsewhere(evaluated, video):
+    (evaluated.parent / "secret.mp4").write_bytes(b"secret")
+    log = evaluated / "episodes.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    lines[0]["video"] = video
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InputError, match="videos in"):
+        write_report(evaluated)

@@ -31,7 +31,7 @@ from vla0.serve import wire
 from vla0.serve.client import NoAnswerError, RemotePolicy
 from vla0.serve.door import Limits
 from vla0.serve.request import request
-from vla0.serve.server import Server
+from vla0.serve.server import Server, together
 from vla0.serve.wire import pack, unpack
 
 KEY = "a key that is long enough"
@@ -255,10 +255,9 @@ def test_bad_input_is_answered_and_hurts_nobody_else(policy):
 
 
 def test_one_wrong_observation_of_a_batch_is_answered_alone(policy):
-    server = Server(policy)
     right, wrong = make_observation(0), make_observation(1)
     wrong = Observation(wrong.images, wrong.instruction, np.array([np.inf, 0.0]))
-    found = server._together([right, wrong, right])
+    found = together(policy, [right, wrong, right], None)
     assert isinstance(found[1], InputError)
     np.testing.assert_array_equal(found[0], policy.predict_batch([right])[0])
     np.testing.assert_array_equal(found[2], found[0])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,7 @@ from conftest import make_dataset, make_recipe
 
 from vla0 import InputError, train
 from vla0.data import Samples, collator
+from vla0.files import held
 from vla0.keep import action_error, point
 from vla0.policy import VLA0
 from vla0.prompt import IGNORE, Prompt
@@ -532,7 +534,7 @@ def test_wandb_gets_what_tensorboard_gets(dataset, tmp_path, monkeypatch):
 def test_shards_give_the_losses_of_one_process_and_an_ordinary_checkpoint(dataset, tmp_path):
     """FSDP2 over two processes, measured and gone on with on the way."""
     held_out = {**make_recipe(dataset, tmp_path)["data"], "held_out": 1}
-    settings = {"num_steps": 2, "save_every_n_steps": 1, "data": held_out}
+    settings = {"num_steps": 2, "save_every_n_steps": 1, "keep_last": 2, "data": held_out}
     main(config_of(dataset, tmp_path / "one", batch_size=4, **settings))
     (tmp_path / "sharded.py").write_text(SHARDED)
     recipe = make_recipe(dataset, tmp_path / "two", batch_size=2, shard=True, **settings)
@@ -554,3 +556,72 @@ def test_sharding_that_would_not_happen_is_refused(dataset, tmp_path):
         main(config_of(dataset, tmp_path / "run", shard=True))
     with pytest.raises(InputError, match="both"):
         config_of(dataset, tmp_path / "run", shard=True, lora={"rank": 4})
+
+
+def whole(output: Path) -> dict[str, bytes]:
+    """What of a run lies in its checkpoint, and how it was ranked."""
+    files = {name: (output / "last" / name).read_bytes() for name in ("README.md", "vla0.json")}
+    return {**files, "metrics": (output / "metrics.jsonl").read_bytes(), "best": (output / "best").resolve().name.encode()}
+
+
+@pytest.mark.parametrize("at", ["the end", "the middle"])
+def test_what_a_kill_left_unfinished_of_a_save_is_made_good(dataset, tmp_path, at):
+    """`last` has moved, and then the power went: no card, no rank, no chart."""
+    data = {**make_recipe(dataset, tmp_path)["data"], "held_out": 1}
+    settings = {"num_steps": 4 if at == "the end" else 6, "save_every_n_steps": 2, "keep_last": 3, "data": data}
+    plain, cut = tmp_path / "plain", tmp_path / "cut"
+    main(config_of(dataset, plain, **settings))
+    shutil.copytree(plain, cut, symlinks=True)
+    recipe = json.loads((cut / "recipe.json").read_text())
+    recipe["logging"]["output_dir"] = str(cut)
+    (cut / "recipe.json").write_text(json.dumps(recipe))
+    step = 4
+    for later in ("step-000006",) if at == "the middle" else ():
+        shutil.rmtree(cut / later)
+    point(cut / "last", f"step-{step:06d}")
+    for name in ("README.md", "training.png"):
+        (cut / f"step-{step:06d}" / name).unlink()
+    lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(lines[:1]))
+    point(cut / "best", "step-000002")
+    main(config_of(dataset, cut, **settings))
+    assert (cut / "last" / "training.png").is_file()
+    assert whole(cut) == whole(plain)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda run: (run / "recipe.json").write_text(""), "JSON in"),
+        (lambda run: (run / "recipe.json").write_text('{"model"'), "JSON in"),
+        (lambda run: (state_of(run) / "trainer_state.json").write_text("[]"), "a JSON object"),
+        (lambda run: (state_of(run) / "trainer_state.json").write_text("{}"), "global_step and max_steps"),
+        (lambda run: cut(state_of(run) / "trainer_state.json"), "JSON in"),
+        (lambda run: cut(state_of(run) / "optimizer.pt"), "a training state that is whole"),
+        (lambda run: (state_of(run) / "optimizer.pt").write_bytes(b""), "a training state that is whole"),
+        (lambda run: shutil.rmtree((run / "last").resolve()), "the checkpoint that"),
+    ],
+)
+def test_a_run_whose_files_are_damaged_says_so_and_never_begins_anew(dataset, tmp_path, damage, named):
+    main(config_of(dataset, tmp_path / "run", num_steps=4, save_every_n_steps=2))
+    state = state_of(tmp_path / "run") / "trainer_state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "global_step": 3}))  # as if it had more to do
+    before = sorted(file.name for file in (tmp_path / "run").iterdir())
+    damage(tmp_path / "run")
+    with pytest.raises(InputError, match=named):
+        main(config_of(dataset, tmp_path / "run", num_steps=4, save_every_n_steps=2))
+    assert {*before, ".lock", ".owner"} >= {file.name for file in (tmp_path / "run").iterdir()}
+
+
+def state_of(run: Path) -> Path:
+    return run / "state" / "checkpoint-4"
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_two_trainings_do_not_share_a_folder(dataset, tmp_path):
+    with held(tmp_path / "run", "training"), pytest.raises(InputError, match=rf"alone; got process {os.getpid()} on"):
+        main(config_of(dataset, tmp_path / "run"))
+    main(config_of(dataset, tmp_path / "run"))

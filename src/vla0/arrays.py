@@ -1,35 +1,222 @@
-"""numpy arrays out of a pickle, and nothing else: a file of somebody else's cannot run code here."""
+"""numpy arrays out of a pickle, and nothing else: the few opcodes that are needed, by a reader that builds nothing else.
 
-import pickle
-from collections.abc import Collection
-from typing import IO, Any
+pickle's own reader, told which classes it may find, still lets a stranger change those classes, allocates what five bytes ask
+for, and expands what it decodes (CVE-2026-25874 and its kin). Here no class is looked up, nothing is called, and what is
+built is bounded by the bytes that came.
+"""
+
+import math
+import pickletools
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import IO, Any, Literal
+
+import numpy as np
 
 from vla0.errors import InputError
 
-_KNOWN = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
-_BUILDERS = ("_reconstruct", "scalar", "_frombuffer")  # of numpy's own modules, whose names changed with numpy 2
+MOST = 200_000  # opcodes: an array is a dozen, whatever its size
+KINDS = "biuf"  # of numbers: booleans, integers, floats
+NUMPY = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
+PLAIN = ("builtins", "__builtin__")  # of which protocol 2 writes bytes that are empty, and bytearrays
+BUILDERS = ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer")  # of numpy's modules
 
 
-class _Arrays(pickle.Unpickler):
-    also: Collection[tuple[str, str]] = ()
+@dataclass
+class Record:
+    """What was said of an object of a class that is known by name: its arguments and its fields, none of which was run."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        own = module in ("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
-        if (module, name) in _KNOWN or (module, name) in self.also or (own and name in _BUILDERS):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
+    name: str
+    arguments: tuple[Any, ...] = ()
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field."""
+        return self.fields.get(name, default)
+
+
+class _Name(str):
+    """A global of a pickle: its last name, after its module was found to be a known one."""
+
+
+@dataclass
+class _Dtype:
+    name: str
+    order: Literal["<", ">", "|", "="] = "="
+
+    def made(self) -> np.dtype:
+        made = np.dtype(self.name).newbyteorder(self.order)
+        if made.kind not in KINDS:
+            raise ValueError(f"numbers of kind {KINDS}, not {made}")
+        return made
+
+
+class _Array:
+    """An array whose shape and numbers have not come yet."""
 
 
 def load_arrays(file: IO[bytes], where: str, also: Collection[tuple[str, str]] = ()) -> Any:
     """What a pickle of arrays, numbers, strings, lists and dicts holds. Raises InputError for any other, having run nothing.
 
-    also: (module, name) of plain classes of data that are known too.
+    also: (module, name) of classes of data that are known too: of their objects a Record comes.
     """
+    data = file.read()
     try:
-        reader = _Arrays(file)
-        reader.also = also
-        return reader.load()
+        return _Reader(data, also).read()
     except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
         remedy = "fetch the file again from who made it"
         raise InputError(f"a pickle of numpy arrays alone in '{where}'", reason, remedy) from None
+
+
+class _Reader:
+    def __init__(self, data: bytes, also: Collection[tuple[str, str]]):
+        self.data, self.also = data, also
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.left = len(data) + 4096  # bytes that may still be made of other bytes
+
+    def read(self) -> Any:
+        for count, (code, argument, _) in enumerate(pickletools.genops(self.data)):
+            if count > MOST:
+                raise ValueError(f"more than {MOST} opcodes")
+            if code.name == "STOP":
+                (found,) = self.stack
+                return found
+            if code.name in _VALUES:
+                self.stack.append(argument)
+            elif code.name not in ("PROTO", "FRAME"):
+                _ACTIONS[code.name](self, argument)
+
+    def since_mark(self) -> list[Any]:
+        first = self.marks.pop()
+        found, self.stack[first:] = self.stack[first:], []
+        return found
+
+    def taken(self, count: int) -> tuple[Any, ...]:
+        if len(self.stack) < count + (self.marks[-1] if self.marks else 0):
+            raise ValueError("too little on the stack")
+        found, self.stack[len(self.stack) - count :] = tuple(self.stack[len(self.stack) - count :]), []
+        return found
+
+    def named(self, module: Any, name: Any) -> None:
+        known = (module in NUMPY and name in BUILDERS) or (module in PLAIN and name in ("bytes", "bytearray"))
+        known |= (module, name) in (("_codecs", "encode"), *self.also)
+        if not known or not isinstance(name, str):
+            raise ValueError(f"{module}.{name}")
+        self.stack.append(_Name(name))
+
+    def called(self, name: Any, arguments: Any) -> Any:
+        if not isinstance(name, _Name) or not isinstance(arguments, tuple):
+            raise ValueError("a call of what is no name")
+        if name == "encode":
+            text, coding = arguments
+            if coding not in ("latin1", "latin-1"):
+                raise ValueError(f"text in {coding!r}")
+            return self.paid(text.encode("latin1"))
+        if name in ("bytes", "bytearray"):
+            raw = b"" if not arguments else arguments[0] if len(arguments) == 1 else self.called(_Name("encode"), arguments)
+            if not isinstance(raw, bytes):
+                raise ValueError(f"bytes of {type(raw).__name__}")
+            return raw if name == "bytes" else bytearray(self.paid(raw))
+        if name == "dtype":
+            return _Dtype(str(arguments[0]))
+        if name == "_reconstruct":
+            kind, shape, _ = arguments
+            if kind != "ndarray" or shape != (0,):
+                raise ValueError(f"{kind} of shape {shape}")
+            return _Array()
+        if name == "scalar":
+            dtype, raw = arguments
+            (value,) = np.frombuffer(raw, dtype.made())
+            return value
+        if name == "_frombuffer":
+            raw, dtype, shape, order = arguments
+            return self.array(shape, dtype, order == "F", raw)
+        if name == "ndarray":
+            raise ValueError("an array out of nothing")
+        return Record(str(name), arguments)
+
+    def array(self, shape: tuple[int, ...], dtype: _Dtype, fortran: bool, raw: Any) -> np.ndarray:
+        own = dtype.made()
+        if not isinstance(raw, bytes | bytearray) or math.prod(shape) * own.itemsize != len(raw):
+            raise ValueError(f"an array of shape {shape} out of other bytes")
+        return np.frombuffer(raw, own).reshape(shape, order="F" if fortran else "C")
+
+    def built(self, state: Any) -> None:
+        (target,) = self.taken(1)
+        if isinstance(target, _Dtype):
+            _, order, *parts = state
+            if order not in ("<", ">", "|", "=") or any(part is not None for part in parts[:3]):
+                raise ValueError("a dtype of parts")
+            target.order = order
+        elif isinstance(target, _Array):
+            _, shape, dtype, fortran, raw = state
+            made = self.array(shape, dtype, bool(fortran), raw)
+            for place in [place for place, held in self.memo.items() if held is target][:2]:
+                self.memo[place] = made
+            target = made
+        elif isinstance(target, Record):
+            state = state[0] if isinstance(state, tuple) else state
+            if not isinstance(state, Mapping):
+                raise ValueError(f"a {target.name} of {type(state).__name__}")
+            target.fields.update({str(name): value for name, value in state.items()})
+        else:
+            raise ValueError(f"something made of a {type(target).__name__}")
+        self.stack.append(target)
+
+    def paid(self, made: bytes) -> bytes:
+        self.left -= len(made)
+        if self.left < 0:
+            raise ValueError("more bytes than came")
+        return made
+
+    def remembered(self, place: int | None) -> None:
+        (held,) = self.taken(1)
+        self.memo[len(self.memo) if place is None else place] = held
+        self.stack.append(held)
+
+    def put_in(self, pairs: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not dict:
+            raise ValueError("entries of what is no mapping")
+        target.update(zip(pairs[::2], pairs[1::2], strict=True))
+
+    def put_on(self, entries: list[Any]) -> None:
+        target = self.stack[-1]
+        if type(target) is not list:
+            raise ValueError("entries of what is no list")
+        target.extend(entries)
+
+
+def _push(make: Callable[[_Reader, Any], Any]) -> Callable[[_Reader, Any], None]:
+    return lambda reader, argument: reader.stack.append(make(reader, argument))
+
+
+_VALUES = {  # opcodes whose argument is the value
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT", "BINFLOAT", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "BYTEARRAY8", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+}  # fmt: skip
+_ACTIONS: dict[str, Callable[[_Reader, Any], Any]] = {
+    "NONE": _push(lambda reader, _: None), "NEWTRUE": _push(lambda reader, _: True), "NEWFALSE": _push(lambda reader, _: False),
+    "MARK": lambda reader, _: reader.marks.append(len(reader.stack)),
+    "POP": lambda reader, _: reader.taken(1),
+    "EMPTY_TUPLE": _push(lambda reader, _: ()), "TUPLE": _push(lambda reader, _: tuple(reader.since_mark())),
+    "TUPLE1": _push(lambda reader, _: reader.taken(1)), "TUPLE2": _push(lambda reader, _: reader.taken(2)),
+    "TUPLE3": _push(lambda reader, _: reader.taken(3)),
+    "EMPTY_LIST": _push(lambda reader, _: []), "LIST": _push(lambda reader, _: reader.since_mark()),
+    "APPEND": lambda reader, _: reader.put_on(list(reader.taken(1))),
+    "APPENDS": lambda reader, _: reader.put_on(reader.since_mark()),
+    "EMPTY_DICT": _push(lambda reader, _: {}), "SETITEM": lambda reader, _: reader.put_in(list(reader.taken(2))),
+    "SETITEMS": lambda reader, _: reader.put_in(reader.since_mark()),
+    "GLOBAL": lambda reader, argument: reader.named(*argument.split(" ", 1)),
+    "STACK_GLOBAL": lambda reader, _: reader.named(*reader.taken(2)),
+    "REDUCE": _push(lambda reader, _: reader.called(*reader.taken(2))),
+    "NEWOBJ": _push(lambda reader, _: reader.called(*reader.taken(2))),
+    "BUILD": lambda reader, _: reader.built(*reader.taken(1)),
+    "PUT": lambda reader, place: reader.remembered(int(place)), "BINPUT": lambda reader, place: reader.remembered(place),
+    "LONG_BINPUT": lambda reader, place: reader.remembered(place), "MEMOIZE": lambda reader, _: reader.remembered(None),
+    "GET": _push(lambda reader, place: reader.memo[int(place)]), "BINGET": _push(lambda reader, place: reader.memo[place]),
+    "LONG_BINGET": _push(lambda reader, place: reader.memo[place]),
+}  # fmt: skip

@@ -44,7 +44,9 @@ def chart(losses: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, An
         panel("held-out error, dataset's units", *((name.replace("error/", ""), measured, name, dots) for name in errors))
     if any("success" in m for m in measured):
         panel("success in the simulator", ("", measured, "success", {"color": BLUE, **dots})).set_ylim(0, 1.05)
-    figure.savefig(file, dpi=100)
+    partial = file.with_name(f".{file.name}")  # whole, or not there
+    figure.savefig(partial, dpi=100, format="png")
+    partial.replace(file)
 
 
 def plain_log(axes: Any) -> None:

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vla0.ensemble import TemporalEnsemble
 from vla0.envs import ENVS, make, simulator
 from vla0.errors import InputError, refuse_idle, refuse_unknown
+from vla0.files import held, read_json, write_whole
 from vla0.parallel import ATTEMPTS, Crew, Play, Predict
 from vla0.rollout import Env
 from vla0.spec import tupled
@@ -93,8 +94,12 @@ def evaluate(
     """
     acting = (horizon, config.replan, config.ensemble, config.ensemble_k, config.periodic)
     TemporalEnsemble(*acting)  # refuses what it must before anything starts
-    out = Path(out)
-    (out / "videos").mkdir(parents=True, exist_ok=True)
+    with held(Path(out), "evaluation"):
+        return _run(policies, acting, config, Path(out), workers, make_env, identity, render, crew)
+
+
+def _run(policies, acting, config: EvalConfig, out: Path, workers, make_env, identity, render, crew) -> list[dict[str, Any]]:
+    (out / "videos").mkdir(exist_ok=True)
     _same_settings(out / "evaluation.json", {**asdict(config), **(identity or {})})
     log = out / "episodes.jsonl"
     mend(log)
@@ -129,12 +134,12 @@ def evaluate(
 def _same_settings(file: Path, now: dict[str, Any]) -> None:
     now = json.loads(json.dumps(now))
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = read_json(file, "remove it if the results beside it are of the same settings, or evaluate into another folder")
         refuse_unknown(before, now, str(file))
         for key in now:
             if key != "episodes" and before.get(key) != now[key]:
                 raise InputError(f"{key} {before.get(key)}, as in '{file}'", f"{now[key]}", "evaluate into another folder")
-    file.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(now, indent=2) + "\n")
 
 
 def _progress() -> Progress:

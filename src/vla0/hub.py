@@ -9,6 +9,7 @@ import numpy as np
 
 from vla0.envs.libero_files import CACHE
 from vla0.errors import InputError, nearest
+from vla0.files import write_whole
 from vla0.place import UNWANTED
 from vla0.spec import Spec
 
@@ -77,8 +78,6 @@ def upgrade(folder: Path, repo: str) -> None:
     info = json.loads(file.read_text(encoding="utf-8"))
     version = info.get("codebase_version")
     if version == "v2.0":
-        from vla0.keep import write_whole
-
         logger.info("'%s' is of v2.0: measuring its episodes one by one", folder)
         write_whole(folder / "meta" / "episodes_stats.jsonl", _episode_statistics(folder, info))
         info["codebase_version"] = version = "v2.1"

@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from vla0 import model as models
 from vla0.adapter import merged, plain
 from vla0.chart import chart
 from vla0.data import Mixture, Samples
+from vla0.files import write_whole
 from vla0.policy import VLA0
 from vla0.relative import shortest
 from vla0.spec import MAIN, Spec
+
+FINISHED = "training.png"  # the last file of a checkpoint: where it is, nothing is left to do
 
 Measure = Callable[[VLA0, Path], Mapping[str, float]]  # a policy tried in a simulator: must return "success"
 
@@ -72,6 +75,23 @@ class Keeper(TrainerCallback):
                 models.save(self.output / step, plain(model), self.processor, self.specs, weights)
             point(self.output / "last", step)
         del gathered
+        self._finish(state)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Makes good what a kill left unfinished of the checkpoint that a run goes on from."""
+        folder = self.output / f"step-{state.global_step:06d}"
+        if state.global_step and folder.is_dir() and not (folder / FINISHED).is_file():
+            self._finish(state)
+
+    def make_good(self, state: str) -> None:
+        """The same for the last checkpoint of a run whose steps are done; state: the Trainer's folder of it."""
+        self.trainer.state = TrainerState.load_from_json(f"{state}/trainer_state.json")
+        self.trainer.state.is_world_process_zero = self.trainer.is_world_process_zero()
+        self._finish(self.trainer.state)
+
+    def _finish(self, state) -> None:
+        """Measures a checkpoint that is whole, writes its card, ranks it, makes room, and draws how it went: in this order."""
+        step = f"step-{state.global_step:06d}"
         with torch.random.fork_rng():  # a run that goes on from here has measured nothing
             metrics = self._measured(state, step) if self._due(state) else {}
         if state.is_world_process_zero:
@@ -79,7 +99,7 @@ class Keeper(TrainerCallback):
             self._rank(step, metrics)
             self._prune()
             losses = [line for line in state.log_history if "loss" in line]
-            chart(losses, self._metrics(), self.output / step / "training.png")
+            chart(losses, self._metrics(), self.output / step / FINISHED)
 
     def _specs(self) -> dict[str, tuple[str, Spec]]:
         """{embodiment: (dataset, Spec)}."""
@@ -206,10 +226,3 @@ def point(link: Path, name: str) -> None:
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(name)
     fresh.replace(link)
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file that is never half there."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)

@@ -1,7 +1,6 @@
 """episodes.jsonl → a report.html to look at: success per task, videos, predicted against executed actions."""
 
 import base64
-import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vla0.errors import InputError
+from vla0.files import read_json
 from vla0.table import PUBLISHED, mean_success, read_episodes, suites, summary, wilson
 
 CONTROLS = {  # policies to compare with, and what the page says of them
@@ -135,10 +135,10 @@ def _settings(file: Path) -> str:
     if not file.is_file():
         return ""
     text = file.read_text(encoding="utf-8")
-    count = json.loads(text).get("versions", {}).get("stand-in assets", 0)
-    warning = (
-        f"<p class=no>{count} of the meshes are stand-ins: no rate here compares with a published one.</p>" if count else ""
-    )
+    versions = read_json(file, "evaluate into another folder").get("versions")
+    count = versions.get("stand-in assets", 0) if isinstance(versions, dict) else 0
+    told = f"{escape(str(count))} of the meshes are stand-ins: no rate here compares with a published one."
+    warning = f"<p class=no>{told}</p>" if count else ""
     return f"{warning}<details><summary>settings and versions</summary><pre>{escape(text)}</pre></details>"
 
 
@@ -147,9 +147,17 @@ def _shown(out: Path, lines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[
     ended = sorted((line for line in lines if line["error"] is None), key=lambda line: (line["success"], line["seed"]))
     found = []
     for line in ended[:SHOWN]:
-        with np.load((out / line["video"]).with_suffix(".npz")) as arrays:
+        with np.load(_inside(out, line["video"]).with_suffix(".npz")) as arrays:
             found.append((line, (arrays["actions"], arrays["queries"], arrays["chunks"])))
     return found
+
+
+def _inside(out: Path, video: str) -> Path:
+    """A video's file. Raises InputError for one that does not lie in the results' own folder, or is none."""
+    file = (out / video).resolve()
+    if not file.is_relative_to((out / "videos").resolve()) or file.suffix != ".mp4":
+        raise InputError(f"videos in '{out / 'videos'}'", f"'{video}'", "these results were not made by vla0: do not show them")
+    return file
 
 
 def _scale(drawn: Sequence[Drawn]) -> Scale:
@@ -173,7 +181,7 @@ def _section(out: Path, policy: str, task: str, lines, shown, scale: Scale, name
 
 def _figure(out: Path, line: Mapping[str, Any], drawn: Drawn, scale: Scale, names: Sequence[str] | None) -> str:
     word = "<span class=ok>solved</span>" if line["success"] else "<span class=no>not solved</span>"
-    video = base64.b64encode((out / line["video"]).read_bytes()).decode()
+    video = base64.b64encode(_inside(out, line["video"]).read_bytes()).decode()
     actions = drawn[0]
     alike = len(actions) - int(np.flatnonzero((actions != actions[-1]).any(1)).max(initial=-1)) - 1
     # A picture that an action does not change gives that action again, until the episode ends.

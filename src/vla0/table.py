@@ -10,15 +10,40 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
+from vla0.errors import InputError
+
 # Success in percent, VLA-0, arXiv 2510.13054; the mean over the four is 94.7.
 PUBLISHED = {"libero_spatial": 97.0, "libero_object": 97.8, "libero_goal": 96.2, "libero_10": 87.6}
 # Its ablation, means over the four suites.
 PUBLISHED_ROWS = {"ensembling mean": 94.7, "no ensembling": 92.0, "separate images": 94.5}
 
+KINDS: dict[str, Any] = {  # key of a line → what its value may be
+    "policy": str, "task": str, "seed": int, "success": bool | None, "steps": int | None, "video": str | None,
+    "error": str | None,
+}  # fmt: skip
+
 
 def read_episodes(file: Path) -> list[dict[str, Any]]:
-    """The lines of episodes.jsonl; none where there is no file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    """The lines of episodes.jsonl, of each policy, task and seed one that ended; none where there is no file.
+
+    Raises InputError for a line that is damaged, or is none of an evaluation.
+    """
+    found, ended = [], set()
+    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines() if file.exists() else (), 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or any(not isinstance(line.get(key), kind) for key, kind in KINDS.items()):
+            got = f"line {number}: {text[:80]!r}"
+            raise InputError(f"an episode in each line of '{file}'", got, "remove that line: its episode is played again")
+        key = (line["policy"], line["task"], line["seed"])
+        if line["error"] is None:
+            if key in ended:  # of two evaluators that wrote here
+                continue
+            ended.add(key)
+        found.append(line)
+    return found
 
 
 def mend(file: Path) -> None:

@@ -1,14 +1,14 @@
 """Fine-tuning: from a recipe to the folder `last`, and on from there where it stopped."""
 
-import dataclasses
 import errno
 import json
 import logging
 import math
 import os
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,10 +23,12 @@ from vla0 import model as models
 from vla0.adapter import adapted
 from vla0.data import Mixture, Samples, collator
 from vla0.errors import InputError, refuse_unknown
-from vla0.keep import Keeper, Measure, write_whole
+from vla0.files import held, write_whole
+from vla0.keep import FINISHED, Keeper, Measure
 from vla0.place import locate
 from vla0.prompt import Prompt
 from vla0.recipe import UNITS, TrainConfig
+from vla0.resume import DAMAGED, DATA, ended, recorded, refuse_other_data, resumable
 from vla0.source import Source, sources_of
 from vla0.spec import Spec
 from vla0.tiny import TINY, tiny_model, tiny_processor
@@ -34,18 +36,24 @@ from vla0.trainer import VLA0Trainer, arguments
 
 logger = logging.getLogger(__name__)
 
-FREE = ("logging.", "data.num_workers")  # keys of a recipe that may change when a run goes on
-DATA = "data that was read"  # key of recipe.json: what it held when the run began
 SEVERAL = "several GPUs, a process each, for training.shard"
+CUT = ("PytorchStreamReader", "unexpected EOF", "not a ZIP archive", "Invalid magic number")  # of a file that was cut off
 FULL = ("No space left", "PytorchStreamWriter failed", "Disk quota")  # how those who write say that a disk is full
 
 
 def main(config: TrainConfig, measure: Measure | None = None) -> Path:
     """Trains, or goes on where the same recipe stopped; the folder `last`. measure: tries a checkpoint when it is due."""
+    alone = int(os.environ.get("RANK", 0)) == 0  # of several processes the first has the folder, for all of them
+    with held(Path(config.logging.output_dir), "training") if alone else nullcontext():
+        return _run(config, measure)
+
+
+def _run(config: TrainConfig, measure: Measure | None) -> Path:
     training, output = config.training, Path(config.logging.output_dir)
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    resume = _resumable(config, output, processes)
-    if resume is not None and _ended(resume):
+    resume = resumable(config, output, processes)
+    over = resume is not None and ended(resume)
+    if over and (output / "last" / FINISHED).is_file():
         logger.info("'%s' has ended already", output)
         return output / "last"
     if training.shard and processes < 2:
@@ -54,12 +62,12 @@ def main(config: TrainConfig, measure: Measure | None = None) -> Path:
     set_seed(training.seed)
     sources = sources_of(config.data)
     if resume is not None:
-        _refuse_other_data(output, sources)
-    vlm, processor, specs = _start(config, sources, output / "last" if resume else None)
+        refuse_other_data(output, sources)
+    vlm, processor, specs = _start(config, sources, output / "last" if resume else None, over)
     parts = [Samples(source, specs[name], training.seed) for name, source in sources.items()]
     samples = Mixture(parts, [s.config.weight for s in sources.values()], training.seed) if len(parts) > 1 else parts[0]
     held_out = {name: Samples(s, specs[name], held_out=True) for name, s in sources.items() if s.config.held_out}
-    vlm = adapted(vlm, config.model.lora, config.model.freeze_vision_encoder)
+    vlm = vlm if over else adapted(vlm, config.model.lora, config.model.freeze_vision_encoder)
     per_epoch = math.ceil(math.ceil(len(samples) / (training.batch_size * processes)) / training.gradient_accumulation_steps)
     steps = training.num_steps or math.ceil((training.num_epochs or 0) * per_epoch)
     output.mkdir(parents=True, exist_ok=True)
@@ -78,6 +86,9 @@ def main(config: TrainConfig, measure: Measure | None = None) -> Path:
         raise InputError(SEVERAL, f"{processes} on {trainer.args.device}", "leave it out here")
     trainer.held_out_collator = collator(prompts, None)
     keeper.trainer = trainer
+    if over:  # all steps are done, and the last save is not: it was killed in the middle of it
+        keeper.make_good(str(resume))
+        return output / "last"
     with _explained(config):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     return output / "last"
@@ -104,16 +115,16 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
         logger.warning("%s only saves: there is no data.held_out and no simulator to measure", asked[0])
     if config.model.tiny and config.model.name != TINY:
         logger.warning("model.tiny changes nothing: the model is %s", config.model.name)
-    training, recorded = config.training, _recorded(config, processes)
-    batch = recorded["global_batch"]
+    training, written = config.training, recorded(config, processes)
+    batch = written["global_batch"]
     logger.info("%.1f of %.1f million weights are trained", trained / 1e6, whole / 1e6)
     logger.info(
         "%d steps of %d samples (%d a device, %d devices, %d parts): %.2f times the %d rows; learning rate %g, not scaled",
         steps, batch, training.batch_size, processes, training.gradient_accumulation_steps, steps * batch / len(samples),
         len(samples), training.learning_rate,
     )  # fmt: skip
-    recorded[DATA] = {part.source.config.dataset: part.source.fingerprint() for part in parts}
-    write_whole(output / "recipe.json", json.dumps(recorded, indent=2) + "\n")
+    written[DATA] = {part.source.config.dataset: part.source.fingerprint() for part in parts}
+    write_whole(output / "recipe.json", json.dumps(written, indent=2) + "\n")
 
 
 @contextmanager
@@ -126,7 +137,11 @@ def _explained(config: TrainConfig) -> Iterator[None]:
         remedy += "training.gradient_checkpointing=true or model.lora.rank=64 take less too"
         got = str(error).splitlines()[0]
         raise InputError(f"memory for training.batch_size={config.training.batch_size}", got, remedy) from error
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise InputError("a training state that is whole", f"{type(error).__name__}: {error}", DAMAGED) from error
     except (OSError, RuntimeError, SafetensorError) as error:
+        if any(word in str(error) for word in CUT):
+            raise InputError("a training state that is whole", str(error).splitlines()[0][:200], DAMAGED) from error
         if getattr(error, "errno", None) == errno.ENOSPC or any(word in str(error) for word in FULL):
             got = str(error).strip().splitlines()[-1][:200]
             remedy = "free some and give the same command again: the checkpoint before is whole"
@@ -141,13 +156,15 @@ def spec_of(config: TrainConfig, source: Source) -> Spec:
     return Spec(base_model=config.model.name, **source.spec_fields(action.chunk_size), **written, **config.spec)
 
 
-def _start(config: TrainConfig, sources: Mapping[str, Source], last: Path | None) -> tuple[Any, Any, dict[str, Spec]]:
+def _start(
+    config: TrainConfig, sources: Mapping[str, Source], last: Path | None, over: bool
+) -> tuple[Any, Any, dict[str, Spec]]:
     """(model, processor, Specs) to train: of the run's own `last` where it goes on, else of the recipe."""
     lora = config.model.lora.rank > 0
     # Frozen weights learn nothing that bf16 would lose.
     dtype = torch.bfloat16 if lora and config.training.precision == "bf16" else torch.float32
     specs = {name: spec_of(config, source) if last is None else Spec.load(last, name) for name, source in sources.items()}
-    if last is not None and not lora:  # the Trainer brings the adapters, and what they change is as it was
+    if last is not None and (over or not lora):  # the Trainer brings the adapters, and what they change is as it was
         return *models.load(last, "cpu", dtype), specs
     bits = config.model.quantization
     device = "cpu" if bits is None or not torch.cuda.is_available() else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -169,64 +186,6 @@ def tiny_of(config: TrainConfig, specs: Mapping[str, Spec], sources: Mapping[str
     known = ("width", "layers", "heads", "vision_width", "vision_layers", "vision_heads", "seed")
     refuse_unknown(config.model.tiny, known, "model.tiny")
     return tiny_model(processor, **config.model.tiny), processor
-
-
-def _recorded(config: TrainConfig, processes: int) -> dict[str, Any]:
-    """What recipe.json holds."""
-    training = config.training
-    batch = training.batch_size * training.gradient_accumulation_steps * processes
-    return {**json.loads(json.dumps(dataclasses.asdict(config))), "global_batch": batch}
-
-
-def _resumable(config: TrainConfig, output: Path, processes: int) -> Path | None:
-    """The Trainer's folder to go on from; None for a new run. Raises InputError where another recipe ran there."""
-    last, file = output / "last", output / "recipe.json"
-    if not last.exists():
-        return None
-    before = _flat({key: value for key, value in _read(file).items() if key != DATA})
-    now = _flat(_recorded(config, processes))
-    for key in {**now, **before}:
-        if before.get(key) != now.get(key) and not key.startswith(FREE):
-            raise InputError(
-                f"the recipe of '{output}' to go on with", f"{key}: {now.get(key)} instead of {before.get(key)}",
-                "choose another output_dir, or remove that folder",
-            )  # fmt: skip
-    state = output / "state" / f"checkpoint-{int(last.resolve().name.removeprefix('step-'))}"
-    if not state.is_dir():
-        raise InputError(f"the training state of '{last}'", f"no '{state}'", "choose another output_dir")
-    return state
-
-
-def _refuse_other_data(output: Path, sources: Mapping[str, Source]) -> None:
-    """Raises InputError where a run would go on with data that it did not begin with."""
-    before = _read(output / "recipe.json").get(DATA, {})  # none in runs of older versions
-    for source in sources.values():
-        name, now = source.config.dataset, json.loads(json.dumps(source.fingerprint()))
-        for key, value in before.get(name, now).items():
-            if now.get(key) != value:
-                remedy = (
-                    "bring that dataset back, or choose another output_dir (model.name=CHECKPOINT goes on from its weights)"
-                )
-                raise InputError(
-                    f"the data that '{output}' began with", f"other {key} of '{name}': {now.get(key)}, were {value}", remedy
-                )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-
-def _flat(nested: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Keys with dots."""
-    flat = {}
-    for key, value in nested.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
-    return flat
-
-
-def _ended(state: Path) -> bool:
-    content = json.loads((state / "trainer_state.json").read_text(encoding="utf-8"))
-    return content["global_step"] >= content["max_steps"]
 
 
 if __name__ == "__main__":  # torchrun -m vla0.train --config ...

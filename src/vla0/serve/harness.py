@@ -15,10 +15,14 @@ from vla_eval.model_servers.serve import serve_async
 from vla_eval.specs import IMAGE_RGB, LANGUAGE, RAW, DimSpec
 
 from vla0.ensemble import NONE, TemporalEnsemble, steps_used
+from vla0.errors import InputError
 from vla0.serve.door import refuse_open, refuse_taken
 from vla0.serve.request import refuse_other_cameras, request
+from vla0.serve.server import together
 from vla0.serve.session import Session
+from vla0.spec import Observation
 
+REFUSED = "vla0/refused"  # in place of actions, to whom they are refused
 SIDE = 4096  # pixels of a picture
 
 
@@ -69,9 +73,29 @@ class HarnessServer(PredictModelServer):
         """The next `replan` actions for each, decoded together."""
         now = time.monotonic()
         sessions = [self.sessions.setdefault(ctx.session_id, self._session()) for ctx in ctx_batch]
-        asked = [session.expecting(self._seen(obs), now) for session, obs in zip(sessions, obs_batch, strict=True)]
-        chunks = self.policy.predict_batch(asked, self.steps)
-        return [{"actions": session.answer(chunk, now)} for session, chunk in zip(sessions, chunks, strict=True)]
+        asked = [self._asked(session, obs, now) for session, obs in zip(sessions, obs_batch, strict=True)]
+        fine = [own for own in asked if isinstance(own, Observation)]
+        chunks = iter(together(self.policy, fine, self.steps) if fine else ())
+        found = [next(chunks) if isinstance(own, Observation) else own for own in asked]
+        if len(found) == 1 and isinstance(found[0], InputError):
+            raise found[0]
+        return [
+            {REFUSED: own} if isinstance(own, InputError) else {"actions": session.answer(own, now)}
+            for session, own in zip(sessions, found, strict=True)
+        ]
+
+    async def _dispatch_batched(self, obs: Any, ctx: Any) -> Any:
+        """vla-eval fails a whole batch where one fails: here one's fault stays one's own."""
+        found = await super()._dispatch_batched(obs, ctx)
+        if REFUSED in found:
+            raise found[REFUSED]
+        return found
+
+    def _asked(self, session: Session, obs: Mapping[str, Any], now: float) -> Observation | InputError:
+        try:
+            return session.expecting(self._seen(obs), now)
+        except InputError as error:
+            return error
 
     def _seen(self, obs: Mapping[str, Any]) -> Any:
         message: dict[str, Any] = {**obs.get("images", {}), "prompt": obs.get("task_description")}

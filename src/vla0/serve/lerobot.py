@@ -8,14 +8,17 @@ LeRobot's own messages are taken. The protocol knows no key: it is for this mach
 import contextlib
 import io
 import logging
+import math
 import pickle
 import signal
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from queue import Empty, Queue
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -24,7 +27,7 @@ import torch
 from lerobot.async_inference.helpers import RemotePolicyConfig, TimedAction, TimedObservation
 from lerobot.transport import services_pb2, services_pb2_grpc
 
-from vla0.arrays import load_arrays
+from vla0.arrays import Record, load_arrays
 from vla0.errors import InputError
 from vla0.rollout import rest
 from vla0.serve.door import Limits, not_free, refuse_open
@@ -40,6 +43,9 @@ MESSAGES = {
     ("lerobot.configs.types", "PolicyFeature"),
     ("lerobot.configs.types", "FeatureType"),
 }
+STREAM_S = 10.0  # that a message may take to come
+PARTS = 10_000  # of a message
+IDLE_S = 60.0  # without a word, after which a client may have gone
 PATIENCE_S = 2.0  # that a client waits for actions before it hears that there are none
 
 
@@ -54,6 +60,7 @@ class Client:
     answered: set[int] = field(default_factory=set)
     last: tuple[int, np.ndarray] | None = None  # step and chunk of the last answer
     changing: Any = field(default_factory=threading.Lock)
+    heard_at: float = field(default_factory=time.monotonic)
 
 
 class LeRobotServer:
@@ -77,21 +84,13 @@ class LeRobotServer:
             wanted = _unpacked(message.data, RemotePolicyConfig)
             renamed = {str(old).rpartition(".")[2]: str(new).rpartition(".")[2] for old, new in wanted.rename_map.items()}
             steps = min(max(1, int(wanted.actions_per_chunk)), self.policy.spec.horizon)
-            with self.guests:
-                self.clients[context.peer()] = Client(wanted.lerobot_features, renamed, steps)
-                while len(self.clients) > self.limits.clients:
-                    self.clients.popitem(last=False)
+            self._admit(context.peer(), Client(wanted.lerobot_features, renamed, steps))
         return messages.Empty()
 
     def SendObservations(self, parts: Iterator[Any], context: Any) -> Any:  # noqa: N802
         """Takes the newest observation; one that nobody has asked about yet makes room for it."""
         with self._told(context):
-            held = io.BytesIO()
-            for part in parts:
-                held.write(part.data)
-                if held.tell() > self.limits.message_bytes:
-                    raise InputError(f"at most {self.limits.message_bytes} bytes", "more", "send smaller pictures")
-            seen, client = _unpacked(held.getvalue(), TimedObservation), self._client(context)
+            seen, client = _unpacked(self._whole(parts, context), TimedObservation), self._client(context)
             if not seen.must_go and seen.timestep in client.answered:
                 return messages.Empty()
             with client.changing:
@@ -117,6 +116,30 @@ class LeRobotServer:
             return messages.Actions(data=pickle.dumps(timed))
         return messages.Empty()
 
+    def _admit(self, peer: str, client: Client) -> None:
+        """Raises InputError where as many are here as may be: nobody who is active makes room for a newcomer."""
+        with self.guests:
+            self.clients.pop(peer, None)
+            idle = [name for name, own in self.clients.items() if time.monotonic() - own.heard_at > IDLE_S]
+            while len(self.clients) >= self.limits.clients and idle:
+                del self.clients[idle.pop(0)]
+            if len(self.clients) >= self.limits.clients:
+                raise InputError(f"at most {self.limits.clients} clients", "another", "come again when one has gone")
+            self.clients[peer] = client
+
+    def _whole(self, parts: Iterator[Any], context: Any) -> bytes:
+        """A message of its parts. A stream that does not end is ended: it would hold one of a few threads for ever."""
+        held, clock = io.BytesIO(), threading.Timer(STREAM_S, context.cancel)
+        clock.start()
+        try:
+            for count, part in enumerate(parts):
+                held.write(part.data)
+                if held.tell() > self.limits.message_bytes or count > PARTS:
+                    raise InputError(f"at most {self.limits.message_bytes} bytes", "more", "send smaller pictures")
+        finally:
+            clock.cancel()
+        return held.getvalue()
+
     def _chunk(self, client: Client, seen: TimedObservation) -> np.ndarray:
         spec, raw = self.policy.spec, dict(seen.observation)
         message: dict[str, Any] = {client.renamed.get(str(name), str(name)): value for name, value in raw.items()}
@@ -140,6 +163,7 @@ class LeRobotServer:
         with self.guests:
             if (client := self.clients.get(context.peer())) is None:
                 raise InputError("a client that has told what its robot is", "a stranger", "SendPolicyInstructions first")
+            client.heard_at = time.monotonic()
             return client
 
     @contextlib.contextmanager
@@ -156,14 +180,20 @@ class LeRobotServer:
 def _unpacked(data: bytes, kind: type) -> Any:
     """A message of LeRobot's, of which nothing was run. Raises InputError for any other."""
     found = load_arrays(io.BytesIO(data), "a message", MESSAGES)
-    if not isinstance(found, kind):
-        raise InputError(f"a {kind.__name__}", type(found).__name__, "use the robot_client of LeRobot 0.6.1")
-    if isinstance(found, TimedObservation):
-        if not isinstance(found.observation, Mapping) or not isinstance(found.timestep, int):
-            raise InputError("an observation with its step", f"{type(found.observation).__name__}", "use LeRobot's client")
-    elif not (isinstance(found.lerobot_features, Mapping) and isinstance(found.rename_map, Mapping)):
+    if not isinstance(found, Record) or found.name != kind.__name__:
+        got = found.name if isinstance(found, Record) else type(found).__name__
+        raise InputError(f"a {kind.__name__}", got, "use the robot_client of LeRobot 0.6.1")
+    own = SimpleNamespace(**{name: found.get(name) for name in (f.name for f in fields(kind))})
+    if kind is TimedObservation:
+        own.must_go = bool(own.must_go)
+        fine = isinstance(own.observation, Mapping) and type(own.timestep) is int and isinstance(own.timestamp, int | float)
+        if not fine or not math.isfinite(own.timestamp):
+            raise InputError(
+                "an observation with its step and time", f"{type(own.observation).__name__}", "use LeRobot's client"
+            )
+    elif not (isinstance(own.lerobot_features, Mapping) and isinstance(own.rename_map, Mapping)):
         raise InputError("features and a rename_map", "none", "use the robot_client of LeRobot 0.6.1")
-    return found
+    return own
 
 
 def serve_lerobot(

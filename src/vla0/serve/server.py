@@ -178,20 +178,13 @@ class Server:
             streams = [entry for entry in waiting if entry[0].stream]
             whole = [entry for entry in waiting if not entry[0].stream]
             if whole:
-                found = await loop.run_in_executor(self.thread, self._together, [entry[1] for entry in whole])
+                found = await loop.run_in_executor(
+                    self.thread, together, self.policy, [entry[1] for entry in whole], self.steps
+                )
                 for (_, _, answers), chunk in zip(whole, found, strict=True):
                     answers.put_nowait(chunk)
             for _, observation, answers in streams:
                 await loop.run_in_executor(self.thread, self._stream, observation, answers, loop)
-
-    def _together(self, observations: list[Observation]) -> list[Any]:
-        """A chunk for each, or the error that is its own."""
-        try:
-            return list(self.policy.predict_batch(observations, self.steps))
-        except Exception as error:
-            if len(observations) == 1:
-                return [told(error)]
-        return [self._together([observation])[0] for observation in observations]  # one of them is at fault
 
     def _stream(self, observation: Observation, answers: asyncio.Queue, loop: asyncio.AbstractEventLoop) -> None:
         def put(value: Any) -> None:
@@ -205,6 +198,16 @@ class Server:
             put(np.stack(actions))
         except Exception as error:
             put(told(error))
+
+
+def together(policy: VLA0, observations: Sequence[Observation], steps: int | None) -> list[np.ndarray | InputError]:
+    """A chunk for each, decoded together, or the error that is its own."""
+    try:
+        return list(policy.predict_batch(observations, steps))
+    except Exception as error:
+        if len(observations) == 1:
+            return [told(error)]
+    return [together(policy, [observation], steps)[0] for observation in observations]  # one of them is at fault
 
 
 def told(error: Exception) -> InputError:

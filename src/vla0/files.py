@@ -1,0 +1,53 @@
+"""Files that are whole or not there, and folders that one process has to itself."""
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from vla0.errors import InputError
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file that is never half there."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object that a file holds. Raises InputError where it holds none: cut off, empty, or something else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"JSON in '{file}'", f"{type(error).__name__}: {error}", remedy) from None
+    if not isinstance(content, dict):
+        raise InputError(f"a JSON object in '{file}'", type(content).__name__, remedy)
+    return content
+
+
+@contextmanager
+def held(folder: Path, job: str) -> Iterator[None]:
+    """A folder for oneself; given back however the process ends. Raises InputError where another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(folder / ".lock"), folder / ".owner"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+        raise InputError(
+            f"'{folder}' for this {job} alone", who, "wait until that has ended, or choose another folder"
+        ) from None
+    try:
+        write_whole(owner, f"process {os.getpid()} on {socket.gethostname()}, a {job}")
+        yield
+    finally:
+        if {own.name for own in folder.iterdir()} <= {".lock", ".owner"}:  # nothing came of it
+            shutil.rmtree(folder, ignore_errors=True)
+        lock.release()
