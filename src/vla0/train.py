@@ -157,7 +157,7 @@ def spec_of(config: TrainConfig, source: Source) -> Spec:
 
 
 def _start(
-    config: TrainConfig, sources: Mapping[str, Source], last: Path | None, over: bool
+    config: TrainConfig, sources: Mapping[str, Source], last: Path | None, over: bool = False
 ) -> tuple[Any, Any, dict[str, Spec]]:
     """(model, processor, Specs) to train: of the run's own `last` where it goes on, else of the recipe."""
     lora = config.model.lora.rank > 0
