@@ -65,6 +65,7 @@ def test_the_demo_goes_from_nothing_to_results_and_keeps_what_is_done(tmp_path):
     assert (tmp_path / "demo" / "eval" / "episodes.jsonl").read_text() == episodes
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_any_stage_loses_no_more_than_what_was_under_way(tmp_path):
     """As a terminal sends it: to the demo, its command and all their processes."""
     out, recipe = tmp_path / "demo", tmp_path / "recipe.yaml"
