@@ -84,7 +84,7 @@ def test_frames_that_ask_for_nothing_new_are_counted_within_episodes_only(datase
 
 
 def test_another_frame_rate_than_declared_is_named(dataset, altered):
-    altered(lambda source: setattr(source, "timestamps", source.timestamps * 2))
+    altered(lambda source: setattr(source.dataset, "times", source.dataset.times * 2))
     assert "0.2 s apart" in " ".join(examine(config_of(dataset)).problems)
 
 

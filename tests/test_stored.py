@@ -9,6 +9,7 @@ import pandas
 import pyarrow
 import pyarrow.parquet as parquet
 import pytest
+import torch
 from conftest import TASKS, frame_of, make_dataset
 from PIL import Image
 
@@ -242,3 +243,60 @@ def test_a_camera_that_is_flagged_as_depth_is_no_picture(folder):
     with pytest.raises(InputError, match=r"flags as depth maps.*data\.depth"):
         Source(DataConfig(str(folder), CAMERAS))
     assert list(Source(DataConfig(str(folder))).cameras) == ["hand"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda table: table.assign(task_index=[0.5, 1.0]), "whole numbers as task_index"),
+        (lambda table: table.assign(task_index=["a", "b"]), "whole numbers as task_index"),
+        (lambda table: table.assign(task_index=[0, None]), "whole numbers as task_index"),
+        (lambda table: table.assign(task_index=[0, 0]), "one sentence for task_index 0"),
+    ],
+)
+def test_numbers_of_sentences_that_are_none_are_named(folder, change, named):
+    changed(folder / "meta" / "tasks.parquet", change)
+    with pytest.raises(InputError, match=named):
+        Stored(folder)
+
+
+def test_a_column_that_is_no_numbers_is_named(folder):
+    stored = Stored(folder)
+    with pytest.raises(InputError, match=r"numbers in 'observation.images.top', as many in each row; got pictures"):
+        stored.column("observation.images.top")
+
+
+@pytest.mark.parametrize("column", ["episode_index", "length"])
+def test_a_column_that_the_episodes_lack_is_named(folder, column):
+    for file in folder.glob("meta/episodes/*/*.parquet"):
+        changed(file, lambda table: table.drop(columns=column))
+    with pytest.raises(InputError, match=column):
+        Stored(folder)
+
+
+def test_where_videos_lie_is_named_where_it_is_not_said(videos):
+    for file in videos.glob("meta/episodes/*/*.parquet"):
+        changed(file, lambda table: table.drop(columns="videos/observation.images.top/from_timestamp"))
+    with pytest.raises(InputError, match=r"where the videos of 'observation.images.top' lie"):
+        Source(DataConfig(str(videos), CAMERAS))
+
+
+def test_frames_late_in_a_long_file_are_found(videos, monkeypatch):
+    """LeRobot compares times in float32, whose steps at half an hour are wider than the tolerance of a short file."""
+    from lerobot.datasets import video_utils
+
+    asked = []
+
+    def decoded(file, times, tolerance, *others, **more):
+        asked.append((times, tolerance))
+        return torch.zeros(len(times), 3, 48, 64, dtype=torch.uint8)
+
+    source = Source(DataConfig(str(videos), CAMERAS))
+    monkeypatch.setattr(video_utils, "decode_video_frames", decoded)
+    reader = source.pictures["front"]
+    reader.places = {number: (file, first + 1800.0) for number, (file, first) in reader.places.items()}
+    source.sample(5, 2, 1)
+    ((time,), tolerance) = asked[0]
+    exact = time + 1e-5  # as a video's clock has it
+    assert abs(float(np.float32(exact)) - float(np.float32(time))) <= tolerance < 1 / source.fps / 2
+    assert tolerance >= float(np.spacing(np.float32(1800)))

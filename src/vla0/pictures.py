@@ -67,8 +67,11 @@ class Videos:
         if not depth and WIDE.match(kind := str(self.info.get("video.pix_fmt"))):
             refuse_depth(self.key, f"a video of more than 8 bits, FFmpeg's format {kind}")
         file, first = self.places[int(self.episode_of[rows[-1]])]
+        times = [first + float(self.times[row]) for row in rows]
+        # Rows' times are float32, and LeRobot compares them so: beyond 17 minutes of a file its steps are wider than 1e-4 s.
+        tolerance = TOLERANCE_S + 2 * float(np.spacing(np.float32(max(times))))
         frames = decode_video_frames(
-            file, [first + float(self.times[row]) for row in rows], TOLERANCE_S, video_backend(),
+            file, times, tolerance, video_backend(),
             return_uint8=not depth, is_depth=depth,
         )  # fmt: skip
         if not depth:

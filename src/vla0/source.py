@@ -101,7 +101,6 @@ class Source:
         self.actions = self.dataset.column(config.action)
         self.states = None if config.state is None else self.dataset.column(config.state)
         self.episode_of = self.dataset.episode_of
-        self.timestamps = np.asarray(self.dataset.narrow["timestamp"], np.float64)
         starts = np.flatnonzero(np.r_[True, self.episode_of[1:] != self.episode_of[:-1]])
         ends = np.r_[starts[1:], len(self.episode_of)]
         lengths = ends - starts
@@ -123,7 +122,7 @@ class Source:
         still = np.flatnonzero(self.actions.min(axis=0) == self.actions.max(axis=0)).tolist()
         if still:
             found.append(f"actions {still} never change: they cost their tokens and say nothing")
-        gaps = np.diff(self.timestamps)[self.start[1:] == self.start[:-1]]
+        gaps = np.diff(self.dataset.times)[self.start[1:] == self.start[:-1]]
         if len(gaps) and abs(np.median(gaps) * self.fps - 1) > 0.02:
             found.append(f"frames are {np.median(gaps):.4g} s apart, which is not the {self.fps:g} frames a second it declares")
         elif jumps := int((gaps * self.fps > 1.5).sum()):

@@ -10,6 +10,7 @@ import numpy as np
 from vla0.errors import InputError
 from vla0.pictures import Pictures, Videos, some, video_backend
 
+WRITE = "fetch the dataset again, or write it again with LeRobot's own tools (lerobot-edit-dataset)"
 CONVERTER = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
 
 
@@ -35,23 +36,40 @@ class Stored:
             raise InputError(f"a LeRobot dataset v3.0 in '{self.name}'", _reason(error), "fetch or write it again") from error
         self.fps, self.features = float(self.meta.fps), self.meta.features
         self.narrow = self.table.with_format("numpy")
-        self.episode_of = np.asarray(self.narrow["episode_index"])
+        self.episode_of = self._whole("episode_index").astype(np.int64)
+        self.times = self._whole("timestamp")
+        if lacking := [name for name in ("episode_index", "length") if name not in self.meta.episodes.column_names]:
+            raise InputError(f"'{lacking[0]}' in meta/episodes of '{self.name}'", "no such column", WRITE)
         self.places = {int(number): place for place, number in enumerate(self.meta.episodes["episode_index"])}
         self._compare_episodes()
 
     def column(self, key: str) -> np.ndarray:
-        """(N, D) float32: a narrow column, checked."""
-        values = np.stack(list(self.narrow[key])).astype(np.float32)
+        """(N, D) float32: a narrow column, checked. Raises InputError for what is no column of numbers, as many in each row."""
+        expected = f"numbers in '{key}', as many in each row"
+        if key in self.meta.camera_keys:
+            raise InputError(expected, "pictures", "name the column of actions, or of the state")
+        try:
+            values = np.stack(list(self.narrow[key])).astype(np.float32)
+        except (ValueError, TypeError) as error:
+            raise InputError(expected, _reason(error), "name another column, or mend those rows") from None
         values = values.reshape(len(values), -1)
         if not np.isfinite(values).all():
             row = int(np.argwhere(~np.isfinite(values))[0][0])
             raise InputError(f"finite numbers in '{key}'", f"row {row}: {values[row].tolist()}", "mend or drop that episode")
         return values
 
+    def _whole(self, key: str) -> np.ndarray:
+        """(N,) float64: a column that LeRobot itself writes in each row. Raises InputError where it is not there."""
+        values = np.asarray(self.narrow[key], np.float64) if key in self.features else np.full(1, np.nan)
+        if not np.isfinite(values).all():
+            row = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise InputError(f"'{key}' in each row of '{self.name}'", f"none in row {row}", WRITE)
+        return values
+
     def sentence_numbers(self) -> np.ndarray:
         """(N,): each row's task_index. Raises InputError for one that the table of sentences does not have."""
-        numbers = np.asarray(self.narrow["task_index"])
-        if unknown := sorted(set(numbers.tolist()) - set(self.sentences)):
+        numbers = self._whole("task_index").astype(np.int64)
+        if unknown := sorted(set(map(int, numbers)) - set(self.sentences)):
             episodes = sorted(set(self.episode_of[numbers == unknown[0]].tolist()))
             got = f"task_index {unknown[0]} in episode {episodes[0]}, and sentences {sorted(self.sentences)}"
             raise InputError("a sentence for each task_index", got, f"add it to '{self.root / 'meta' / 'tasks.parquet'}'")
@@ -66,42 +84,44 @@ class Stored:
         feature = self.features[key]
         if key not in self.meta.video_keys:
             return Pictures(key, feature, self.table)
-        table, base = self.meta.episodes, f"videos/{key}"
-        columns = [table[f"{base}/{name}"] for name in ("chunk_index", "file_index", "from_timestamp")]
-        found = {}
-        for number, place in self.places.items():
-            chunk, file, first = (column[place] for column in columns)
-            path = self.meta.video_path.format(video_key=key, chunk_index=chunk, file_index=file)
-            found[number] = (self.root / path, float(first))
-        return Videos(key, feature, found, self.episode_of, np.asarray(self.narrow["timestamp"], np.float64))
+        table, base, found = self.meta.episodes, f"videos/{key}", {}
+        try:
+            columns = [table[f"{base}/{name}"] for name in ("chunk_index", "file_index", "from_timestamp")]
+            for number, place in self.places.items():
+                chunk, file, first = (column[place] for column in columns)
+                path = self.meta.video_path.format(video_key=key, chunk_index=chunk, file_index=file)
+                found[number] = (self.root / path, float(first))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            expected = f"where the videos of '{key}' lie, in meta/episodes and video_path of meta/info.json"
+            raise InputError(expected, _reason(error), WRITE) from None
+        return Videos(key, feature, found, self.episode_of, self.times)
 
     def _compare_episodes(self) -> None:
         """The rows' episodes and the table's are the same, each in one stretch and in the order of time."""
         starts = np.flatnonzero(np.r_[True, self.episode_of[1:] != self.episode_of[:-1]])
         order = self.episode_of[starts].tolist()
-        remedy = "fetch the dataset again, or write it again with LeRobot's own tools (lerobot-edit-dataset)"
         if len(order) != len(set(order)):
             twice = next(number for number in order if order.count(number) > 1)
-            raise InputError("each episode's rows together", f"episode {twice} in several places", remedy)
+            raise InputError("each episode's rows together", f"episode {twice} in several places", WRITE)
         if len(self.places) != len(self.meta.episodes):
-            raise InputError("each episode once in meta/episodes", f"{len(self.places)} of {len(self.meta.episodes)}", remedy)
+            raise InputError("each episode once in meta/episodes", f"{len(self.places)} of {len(self.meta.episodes)}", WRITE)
         held = dict(zip(order, np.diff(np.r_[starts, len(self.episode_of)]).tolist(), strict=True))
         told = dict(zip(self.places, self.meta.episodes["length"], strict=True))
         if lacking := [number for number, length in told.items() if length and number not in held]:
             got = f"none for episodes {some(lacking)} of '{self.name}'"
-            raise InputError("rows in data/ for each episode of meta/episodes", got, remedy)
+            raise InputError("rows in data/ for each episode of meta/episodes", got, WRITE)
         if strange := [number for number in held if number not in told]:
             got = f"none for episodes {some(strange)} of '{self.name}'"
-            raise InputError("an entry in meta/episodes for each episode of data/", got, remedy)
+            raise InputError("an entry in meta/episodes for each episode of data/", got, WRITE)
         if other := [number for number in held if held[number] != told[number]]:
             number = other[0]
-            raise InputError(f"{told[number]} rows of episode {number}, as meta/episodes says", f"{held[number]}", remedy)
-        times = np.asarray(self.narrow["timestamp"], np.float64)
+            raise InputError(f"{told[number]} rows of episode {number}, as meta/episodes says", f"{held[number]}", WRITE)
+        times = self.times
         back = np.flatnonzero((np.diff(times) <= 0) & (self.episode_of[1:] == self.episode_of[:-1]))
         if len(back):
             row = int(back[0])
             got = f"{times[row + 1]:g} s after {times[row]:g} s in episode {self.episode_of[row]}"
-            raise InputError("rows of an episode in the order of time", got, remedy)
+            raise InputError("rows of an episode in the order of time", got, WRITE)
 
 
 def names_of(feature: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -197,16 +217,25 @@ def _sentences(root: Path) -> dict[int, str]:
     if "task_index" not in table.columns or not all(isinstance(text, str | bytes) for text in texts):
         got = f"columns {list(table.columns)}, index of {type(texts[0]).__name__ if texts else 'nothing'}"
         raise InputError(f"sentences and their task_index in '{file}'", got, "write that table again")
+    numbers = np.asarray(pandas.to_numeric(table["task_index"], errors="coerce"), np.float64)
+    if not (np.isfinite(numbers).all() and (numbers % 1 == 0).all()):
+        got = f"{table['task_index'].tolist()[:8]}"
+        raise InputError(f"whole numbers as task_index in '{file}'", got, "write that table again")
     found: dict[int, str] = {}
-    for number, text in zip(table["task_index"].tolist(), texts, strict=True):
+    for number, text in zip(numbers.astype(int).tolist(), texts, strict=True):
         try:
             sentence = text.decode() if isinstance(text, bytes) else text
         except UnicodeDecodeError as error:
             raise InputError(f"sentences in UTF-8 in '{file}'", f"{text!r}: {error}", "write that table again") from None
-        if found.setdefault(int(number), sentence) != sentence:
+        if found.setdefault(number, sentence) != sentence:
             raise InputError(f"one sentence for task_index {number} in '{file}'", "two", "write that table again")
     return found
 
 
 def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    """Its first line; where the libraries say no more than that it failed, what it comes of."""
+    while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [""]
+    text = lines[0] if len(lines) == 1 or len(lines[0]) > 20 else " ".join([*lines[:4], "...", lines[-1]])
+    return f"{type(error).__name__}: {text[:300]}"
