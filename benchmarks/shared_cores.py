@@ -3,8 +3,9 @@
 python benchmarks/shared_cores.py --checkpoint runs/demo/train/best
 
 Each setting has a process of its own, with its environment, that stays; they take turns, alone and beside busy processes,
-round after round, so that whatever else the machine does meets all of them. A rate is the median of the rounds, a share is of
-"unset" alone in the same run. "unset" is OpenMP's own default; "vla0" is what vla0 makes of it where the user has set nothing.
+round after round. A rate is the median of the rounds, a share is of "unset" alone in the same run. "unset" is OpenMP's own
+default; "vla0" is what vla0 makes of it where the user has set nothing. What others do on this machine would be measured too:
+it waits until they are quiet, and a measurement in which they were not is not counted.
 """
 
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import psutil
 import typer
 
 UNSET, VLA0 = "unset", "vla0"
@@ -34,6 +36,7 @@ WORKS = (*(f"40 layers of {width}, a step" for width in WIDTHS), "training, a st
 ROWS = 16  # of a training step of the policy
 WIDTH = 16  # of decoding's tree; what is measured by itself differs between settings
 BUSY = [sys.executable, "-c", "while True: pass"]
+QUIET, LOOK_S = 0.1, 0.3  # cores that others may use; seconds over which that is looked at
 
 
 def run(
@@ -41,32 +44,64 @@ def run(
     rounds: Annotated[int, typer.Option()] = 6,
     seconds: Annotated[float, typer.Option(help="of each measurement, at least one call")] = 0.5,
     busy: Annotated[int, typer.Option(help="busy processes beside")] = 1,
+    minutes: Annotated[float, typer.Option(help="after which it shows what it has")] = 30.0,
 ) -> None:
     """Print calls a second alone and beside, and their shares, as a table of each work."""
-    rates: dict[tuple[str, int, bool], list[float]] = {}
+    until = time.monotonic() + 60 * minutes
+    rates: dict[tuple[int, bool, str], list[float]] = {}
     members = {name: _member(name, checkpoint) for name in SETTINGS}
+    turns = [(which, beside, name) for which in range(len(WORKS)) for beside in (False, True) for name in SETTINGS]
     try:
-        for _ in range(rounds):
-            for which in range(len(WORKS)):
-                for beside in (False, True):
-                    others = [subprocess.Popen(BUSY) for _ in range(busy * beside)]
-                    try:
-                        for name, member in members.items():
-                            print(json.dumps([which, seconds]), file=member.stdin, flush=True)
-                            rates.setdefault((name, which, beside), []).append(float(member.stdout.readline()))
-                    finally:
-                        for other in others:
-                            other.kill()
-                            other.wait()
+        for turn in turns * rounds:
+            rate = None
+            while rate is None and time.monotonic() < until:
+                rate = _measured(members[turn[2]], turn[0], seconds, busy * turn[1])
+            if rate is not None:
+                rates.setdefault(turn, []).append(rate)
     finally:
         for member in members.values():
             member.kill()
     for which, title in enumerate(WORKS):
-        print(f"\n| {title} | alone, 1/s | beside {busy} busy, 1/s | alone | beside |\n|---|---|---|---|---|")
-        whole = float(np.median(rates[UNSET, which, False]))
+        print(f"\n| {title} | alone, 1/s | beside {busy} busy, 1/s | alone | beside | measured |\n|---|---|---|---|---|---|")
+        whole = np.median(rates.get((which, False, UNSET), [np.nan]))
         for name in SETTINGS:
-            alone, beside = (float(np.median(rates[name, which, shared])) for shared in (False, True))
-            print(f"| {name} | {alone:.3g} | {beside:.3g} | {alone / whole:.0%} | {beside / whole:.0%} |")
+            both = [rates.get((which, beside, name), [np.nan]) for beside in (False, True)]
+            alone, beside = map(np.median, both)
+            shares = f"{alone / whole:.0%} | {beside / whole:.0%} | {min(map(len, both))} times"
+            print(f"| {name} | {alone:.3g} | {beside:.3g} | {shares} |")
+
+
+def _measured(member: Any, which: int, seconds: float, busy: int) -> float | None:
+    """Calls a second beside `busy` busy processes, in a quiet moment; None where it was none."""
+    if _cores_of_others(lambda: time.sleep(LOOK_S), []) > QUIET:
+        return None
+    others = [subprocess.Popen(BUSY) for _ in range(busy)]
+    found: list[float] = []
+
+    def ask() -> None:
+        print(json.dumps([which, seconds]), file=member.stdin, flush=True)
+        found.append(float(member.stdout.readline()))
+
+    try:
+        used = _cores_of_others(ask, [member.pid, *(other.pid for other in others)])
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    return found[0] if used < QUIET else None
+
+
+def _cores_of_others(do: Callable[[], object], own: list[int]) -> float:
+    """How many cores were used, while something was done, by processes that are not named."""
+
+    def used() -> float:
+        whole = psutil.cpu_times()
+        ours = [psutil.Process(pid).cpu_times() for pid in own]
+        return sum(whole[:3]) + sum(whole[5:8]) - sum(own.user + own.system for own in ours)  # steal is of others too
+
+    started, before = time.perf_counter(), used()
+    do()
+    return (used() - before) / (time.perf_counter() - started)
 
 
 def _member(name: str, checkpoint: str) -> Any:
