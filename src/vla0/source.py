@@ -1,81 +1,18 @@
 """LeRobot rows → Sample. No dataset key and no frame rate is known above this file."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vla0.bounds import bounds, remarks
-from vla0.errors import InputError, refuse_unknown
+from vla0.errors import InputError
 from vla0.pictures import refuse_depth
 from vla0.relative import shortest
-from vla0.spec import MAIN, Observation, Sample, Spec, tupled
+from vla0.settings import DataConfig, refuse_other_views
+from vla0.spec import MAIN, Observation, Sample, Spec
 from vla0.stored import Stored, names_of
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which dataset, and what its columns are called; others to learn from beside it."""
-
-    dataset: str  # folder of a LeRobot dataset v3.0, or Hub id
-    cameras: Mapping[str, str] | None = None  # camera of the Spec → key of the dataset; None: all that have colours
-    action: str = "action"
-    state: str | None = None  # key of a state, which is written into the prompt
-    relative: tuple[int, ...] = ()  # action dimensions written as differences from the same dimension of the state
-    periodic: Mapping[int, tuple[float, float]] = field(default_factory=dict)  # action dimensions that wrap → low and high
-    depth: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # camera of depth maps → near and far, metres
-    statistics: str = "minmax"  # bounds of actions and state: "minmax", or "quantiles" for 1 % and 99 %
-    held_out: int = 0  # episodes kept from training, the last ones, for the loss on unseen data
-    revision: str | None = None
-    weight: float = 1.0  # how often a row comes in an epoch of a mixture
-    mixture: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name → fields that differ for another dataset
-    num_workers: int = 0  # processes that prepare batches
-
-    def __post_init__(self):
-        object.__setattr__(self, "relative", tupled(self.relative))
-        object.__setattr__(self, "depth", {camera: tupled(span) for camera, span in self.depth.items()})
-        object.__setattr__(self, "periodic", {dimension: tupled(turn) for dimension, turn in self.periodic.items()})
-        if self.statistics not in ("minmax", "quantiles"):
-            raise InputError("statistics: minmax or quantiles", f"'{self.statistics}'", "choose one of those")
-        if self.cameras is not None and (not isinstance(self.cameras, Mapping) or not self.cameras):
-            raise InputError("cameras, {name: key of the dataset}", f"{self.cameras}", "name one camera at least")
-        if self.held_out < 0:
-            raise InputError("held_out >= 0", f"{self.held_out}", "it counts episodes")
-        if not self.weight > 0:
-            raise InputError("weight > 0", f"{self.weight}", "1 shows each row once in an epoch")
-        if unknown := [camera for camera in self.depth if camera not in (self.cameras or {})]:
-            raise InputError(f"depth of cameras {list(self.cameras or {})}", f"'{unknown[0]}'", "name it under cameras too")
-        for name, other in self.mixture.items():
-            self._other(name, other)
-
-    def all(self) -> dict[str, "DataConfig"]:
-        """{name: the dataset's own}, the first of them MAIN; what an entry of the mixture leaves out is as here."""
-        return {MAIN: self, **{name: self._other(name, other) for name, other in self.mixture.items()}}
-
-    def _other(self, name: str, changes: Mapping[str, Any]) -> "DataConfig":
-        common = ("mixture", "num_workers")
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in common}
-        if not isinstance(changes, Mapping) or "dataset" not in changes:
-            raise InputError(f"a dataset in mixture.{name}", f"{changes!r}", "give dataset, and what differs from data")
-        if not name.isidentifier():
-            raise InputError("names of letters, digits and _ in a mixture", f"'{name}'", "it becomes part of a file's name")
-        refuse_unknown(changes, own, f"mixture.{name}")
-        other = DataConfig(**{**own, "weight": 1.0, **changes})
-        if self.cameras is None or other.cameras is None:
-            return other
-        if set(other.cameras) != set(self.cameras):
-            refuse_other_views(name, other.cameras, self.cameras)
-        return replace(other, cameras={camera: other.cameras[camera] for camera in self.cameras})  # one order for all
-
-
-def refuse_other_views(
-    name: str, found: Sequence[str] | Mapping[str, str], expected: Sequence[str] | Mapping[str, str]
-) -> None:
-    """Raises InputError: datasets of a mixture have other cameras."""
-    remedy = "give each dataset the same views under the same names: data.cameras and data.mixture.NAME.cameras"
-    raise InputError(f"the cameras {list(expected)} in mixture.{name}", f"{list(found)}", remedy)
 
 
 class Source:
