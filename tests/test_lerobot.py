@@ -255,7 +255,7 @@ def test_what_is_left_of_a_chunk_is_told_from_what_lerobot_fills_up_with(values,
     assert found == len(rest) or not rest[-1].any()
 
 
-def test_sentences_that_lerobot_would_exchange_and_depth_as_colours_are_refused(base, tmp_path):
+def test_what_lerobot_would_exchange_and_depth_as_colours_are_refused(base, tmp_path):
     import pandas
 
     folder = make_dataset(tmp_path / "exchanged", lengths=(3, 3))
@@ -265,6 +265,12 @@ def test_sentences_that_lerobot_would_exchange_and_depth_as_colours_are_refused(
     meta = LeRobotDataset("local/exchanged", folder).meta
     with pytest.raises(InputError, match=r"in the order of their task_index.*\[1, 0\]"):
         make_policy(config, ds_meta=meta)
+    folder = make_dataset(tmp_path / "turned", videos=True, lengths=(3, 3))
+    file = next(folder.glob("meta/episodes/*/*.parquet"))
+    pandas.read_parquet(file).iloc[::-1].reset_index(drop=True).to_parquet(file)
+    meta = LeRobotDataset("local/turned", folder, video_backend="pyav").meta
+    with pytest.raises(InputError, match=r"by whose places LeRobot takes them; got \[1, 0\]"):
+        make_policy(PreTrainedConfig.from_pretrained(_saved_config(tmp_path, base)), ds_meta=meta)
     meta = LeRobotDataset("local/deep", make_dataset(tmp_path / "deep", lengths=(3, 3))).meta
     meta.features["observation.images.top"]["info"] = {"is_depth_map": True}
     with pytest.raises(InputError, match="flags as depth maps"):

@@ -12,7 +12,7 @@ from vla0.data import Mixture, Samples, collator
 from vla0.policy import VLA0
 from vla0.prompt import Prompt
 from vla0.recipe import TrainConfig, build
-from vla0.source import DataConfig, Source
+from vla0.source import DataConfig, Source, sources_of
 from vla0.train import main
 
 CAMERAS = {"front": "observation.images.top"}
@@ -139,6 +139,27 @@ def test_a_mixture_that_means_nothing_is_refused(dataset, entry, message):
         DataConfig(str(dataset), CAMERAS, mixture={"other": entry})
     with pytest.raises(InputError, match="letters"):
         DataConfig(str(dataset), CAMERAS, mixture={"../x": {"dataset": "y"}})
+
+
+def test_guessed_cameras_of_a_mixture_have_one_order(dataset, tmp_path):
+    """Two datasets with the same views, recorded in another order."""
+    import json
+    import shutil
+
+    turned = shutil.copytree(dataset, tmp_path / "turned")
+    info = json.loads((turned / "meta" / "info.json").read_text())
+    info["features"] = {key: info["features"][key] for key in sorted(info["features"], key=lambda key: "top" in key)}
+    (turned / "meta" / "info.json").write_text(json.dumps(info))
+    found = sources_of(DataConfig(str(dataset), mixture={"other": {"dataset": str(turned)}}))
+    assert [list(source.cameras) for source in found.values()] == [["top", "hand"]] * 2
+    assert [source.spec_fields(2)["cameras"] for source in found.values()] == [("top", "hand")] * 2
+    one, other = (source.sample(0, 2, 1).observation.images for source in found.values())
+    assert all((one[camera] == other[camera]).all() for camera in ("top", "hand"))
+
+
+def test_a_revision_is_of_one_dataset():
+    config = DataConfig("owner/name", revision="v1", mixture={"other": {"dataset": "owner/other"}})
+    assert config.all()["other"].revision is None
 
 
 def test_the_ks_newest_chunks_are_averaged(processor, policy):

@@ -95,6 +95,16 @@ def test_a_command_does_not_go_where_no_demonstration_went():
     assert limits.safe(np.array([0.0, -169.0]), np.array([0.0, 169.0]), 0.1)[1] == 164.0  # the long way round
 
 
+@given(ANGLES, st.integers(-2, 2), st.floats(-180, 170), st.floats(5, 350))
+def test_a_command_is_the_nearest_of_its_bounds_on_the_circle(wanted, turns, low, width):
+    """Bounds 0 to 350 of a dataset whose angles go from 0 to 360, and a policy that gives back -90: 270, and not 0."""
+    limits = Limits((-1.0, low), (1.0, low + width), periodic=TURNS)
+    command = limits.safe(np.array([0.0, wanted + 360 * turns]), None, 0.1)[1]
+    assert low <= command <= low + width
+    nearest = 0.0 if (wanted - low) % 360 <= width else min(apart(wanted, low), apart(wanted, low + width))
+    assert apart(command, wanted) == pytest.approx(nearest, abs=1e-6)
+
+
 @pytest.fixture(scope="module")
 def turning(tmp_path_factory):
     """A dataset of a wrist that turns by three degrees a step, over the seam."""
@@ -131,7 +141,32 @@ def test_bounds_of_a_wrist_that_wraps_are_told_of_and_those_of_a_periodic_one_ar
     assert not source.problems(make_spec(base_model="tiny", **{**found, "horizon": 4}))
 
 
+def test_angles_outside_of_what_is_said_of_them_are_told_of(turning):
+    source = Source(DataConfig(str(turning), periodic={1: (0, 360)}))
+    assert "outside of its data.periodic, 0 to 360" in " ".join(source.problems())
+    with pytest.raises(InputError, match=r"dimensions of actions, 0\.\.1; got 9"):
+        Source(DataConfig(str(turning), periodic={9: (0, 360)})).spec_fields(4)
+
+
+@pytest.mark.parametrize(
+    ("field", "given"),
+    [
+        *(("periodic", given) for given in (5, None, [1], {1: 180}, {1: [0]}, {1: ["a", "b"]})), ("depth", 5),
+        ("depth", {"top": 1}), ("mixture", 5), ("relative", 5), ("relative", None), ("num_workers", -1),
+    ],
+)  # fmt: skip
+def test_what_is_no_setting_of_data_is_refused_in_words(field, given):
+    with pytest.raises(InputError, match=f"expected {field}"):
+        DataConfig("x", {"top": "k"}, **{field: given})
+
+
+def test_a_dimension_named_on_the_command_line_is_a_number():
+    assert DataConfig("x", periodic={"1": [-180, 180]}).periodic == {1: (-180, 180)}
+
+
 def test_only_what_a_circle_can_be_is_taken():
+    with pytest.raises(InputError, match="system, a text"):
+        make_spec(system=5)
     for turns in ([[9, -180, 180]], [[1, 180, -180]], [[1, -180]], [[1, 0, 1], [1, 0, 2]], [[1, 0, float("inf")]]):
         with pytest.raises(InputError, match="periodic"):
             make_spec(periodic=turns)

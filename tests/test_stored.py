@@ -64,6 +64,24 @@ def test_a_table_of_sentences_in_a_column_is_read_too(folder):
     assert Source(DataConfig(str(folder), CAMERAS)).tasks == list(TASKS)
 
 
+def test_episodes_without_a_sentence_are_named_before_they_are_trained_on(folder):
+    changed(folder / "meta" / "tasks.parquet", lambda table: table.set_axis([TASKS[0], " "]))
+    with pytest.raises(InputError, match="an empty one for episodes 1, 3"):
+        Source(DataConfig(str(folder), CAMERAS))
+
+
+def test_empty_episodes_are_counted_by_the_table_of_episodes(folder):
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    for declared in (2, 9):
+        (folder / "meta" / "info.json").write_text(json.dumps({**info, "total_episodes": declared}))
+        assert Source(DataConfig(str(folder), CAMERAS)).problems() == []
+
+
+def test_a_revision_of_a_folder_is_refused(folder):
+    with pytest.raises(InputError, match="a dataset of the Hub for data"):
+        Stored(folder, "v1.0")
+
+
 def test_a_table_without_sentences_is_refused(folder):
     changed(folder / "meta" / "tasks.parquet", lambda table: table.reset_index(drop=True))
     with pytest.raises(InputError, match="sentences and their task_index"):

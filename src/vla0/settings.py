@@ -30,14 +30,22 @@ class DataConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "relative", tupled(self.relative))
+        if not isinstance(self.relative, tuple):
+            raise InputError("relative, a list of action dimensions", f"{self.relative}", "e.g. data.relative=[0, 1, 2]")
+        _check_mapping("mixture", self.mixture, "{other: {dataset: DIR}}")
+        _check_mapping("depth", self.depth, "{top: [0.2, 1.5]}", pairs=True)
+        _check_mapping("periodic", self.periodic, "{5: [-180, 180]}", pairs=True)
         object.__setattr__(self, "depth", {camera: tupled(span) for camera, span in self.depth.items()})
-        object.__setattr__(self, "periodic", {dimension: tupled(turn) for dimension, turn in self.periodic.items()})
+        turns = {int(d) if str(d).isdecimal() else d: tupled(turn) for d, turn in self.periodic.items()}
+        object.__setattr__(self, "periodic", turns)  # a number that is a key of the command line comes as a word
         if self.statistics not in ("minmax", "quantiles"):
             raise InputError("statistics: minmax or quantiles", f"'{self.statistics}'", "choose one of those")
         if self.cameras is not None and (not isinstance(self.cameras, Mapping) or not self.cameras):
             raise InputError("cameras, {name: key of the dataset}", f"{self.cameras}", "name one camera at least")
         if self.held_out < 0:
             raise InputError("held_out >= 0", f"{self.held_out}", "it counts episodes")
+        if self.num_workers < 0:
+            raise InputError("num_workers >= 0", f"{self.num_workers}", "0 prepares batches in the process that trains")
         if not self.weight > 0:
             raise InputError("weight > 0", f"{self.weight}", "1 shows each row once in an epoch")
         if unknown := [camera for camera in self.depth if camera not in (self.cameras or {})]:
@@ -57,12 +65,22 @@ class DataConfig:
         if not name.isidentifier():
             raise InputError("names of letters, digits and _ in a mixture", f"'{name}'", "it becomes part of a file's name")
         refuse_unknown(changes, own, f"mixture.{name}")
-        other = DataConfig(**{**own, "weight": 1.0, **changes})
+        other = DataConfig(**{**own, "weight": 1.0, "revision": None, **changes})  # a revision is of one dataset
         if self.cameras is None or other.cameras is None:
             return other
         if set(other.cameras) != set(self.cameras):
             refuse_other_views(name, other.cameras, self.cameras)
         return replace(other, cameras={camera: other.cameras[camera] for camera in self.cameras})  # one order for all
+
+
+def _check_mapping(name: str, given: Any, example: str, pairs: bool = False) -> None:
+    """Raises InputError for what is no mapping, or of pairs one to something else."""
+    if not (isinstance(given, Mapping) and (not pairs or all(map(_pair, given.values())))):
+        raise InputError(f"{name}, a mapping{' to two numbers each' * pairs}", f"{given}", f"e.g. data.{name}={example}")
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
 
 
 def refuse_other_views(

@@ -8,7 +8,7 @@ import numpy as np
 
 from vla0.bounds import bounds, remarks
 from vla0.errors import InputError
-from vla0.pictures import refuse_depth
+from vla0.pictures import refuse_depth, some
 from vla0.relative import shortest
 from vla0.settings import DataConfig, refuse_other_views
 from vla0.spec import MAIN, Observation, Sample, Spec
@@ -48,6 +48,9 @@ class Source:
         numbers = sorted(self.dataset.sentences)
         self.tasks = [self.dataset.sentences[number] for number in numbers]
         self.task_of = np.searchsorted(numbers, self.dataset.sentence_numbers())  # (N,) places in `tasks`
+        if blank := [task for task in np.unique(self.task_of).tolist() if not self.tasks[task].strip()]:
+            got = f"an empty one for episodes {some(np.unique(self.episode_of[np.isin(self.task_of, blank)]).tolist())}"
+            raise InputError(f"a sentence for each episode of '{config.dataset}'", got, "write it into meta/tasks.parquet")
         self.pictures = {camera: self.dataset.pictures(key) for camera, key in self.cameras.items()}
 
     def __len__(self) -> int:
@@ -64,11 +67,16 @@ class Source:
             found.append(f"frames are {np.median(gaps):.4g} s apart, which is not the {self.fps:g} frames a second it declares")
         elif jumps := int((gaps * self.fps > 1.5).sum()):
             found.append(f"frames are missing at {jumps} places inside of episodes: a chunk goes on there as if they were not")
-        declared, held = int(self.dataset.meta.total_episodes), len(np.unique(self.episode_of))
-        if declared != held:
-            found.append(f"{declared - held} of {declared} episodes are empty")
-        if blank := [task for task in self.tasks if not task.strip()]:
-            found.append(f"{len(blank)} of the sentences are empty: name the tasks")
+        listed, held = len(self.dataset.places), len(np.unique(self.episode_of))
+        if listed != held:
+            found.append(f"{listed - held} of {listed} episodes are empty")
+        for dimension, (low, high) in self.config.periodic.items():
+            least, most = (float(end(self.actions[:, dimension])) for end in (np.min, np.max))
+            if min(least - low, high - most) < -1e-3 * (high - low):
+                found.append(
+                    f"action {dimension} goes from {least:g} to {most:g}, outside of its data.periodic, {low:g} to {high:g}, "
+                    "between which a policy gives it back: give the low and high that the dataset has"
+                )
         return found if spec is None else found + self.remarks(spec)
 
     def remarks(self, spec: Spec) -> list[str]:
@@ -89,6 +97,9 @@ class Source:
             if not all(isinstance(d, int) and 0 <= d < most for d in dims):
                 got = "no state" if self.states is None else f"{dims} of {len(self.actions[0])} and {len(self.states[0])}"
                 raise InputError("relative: dimensions that action and state both have", got, "set data.state, count from 0")
+        if unknown := [d for d in self.config.periodic if not (isinstance(d, int) and 0 <= d < self.actions.shape[1])]:
+            expected = f"periodic: dimensions of actions, 0..{self.actions.shape[1] - 1}"
+            raise InputError(expected, f"{unknown[0]}", "e.g. data.periodic={5: [-180, 180]}")
         periodic = tuple((dimension, *turn) for dimension, turn in self.config.periodic.items())
         fields: dict[str, Any] = {
             "fps": self.fps,
@@ -150,11 +161,12 @@ class Source:
 
 
 def sources_of(config: DataConfig) -> dict[str, Source]:
-    """{name: Source} of a recipe's datasets, MAIN first. Raises InputError where they have other cameras, or another order."""
+    """{name: Source} of a recipe's datasets, MAIN first. Raises InputError where they have other cameras."""
     found = {name: Source(own) for name, own in config.all().items()}
     for name, source in found.items():
-        if list(source.cameras) != list(found[MAIN].cameras):
+        if set(source.cameras) != set(found[MAIN].cameras):
             refuse_other_views(name, source.cameras, found[MAIN].cameras)
+        source.cameras = {camera: source.cameras[camera] for camera in found[MAIN].cameras}  # one order for all
     return found
 
 

@@ -100,6 +100,7 @@ class Spec:
         change = self.most_change
         fine = change is None or (len(change) == self.dimensions and all(math.isfinite(c) and c >= 0 for c in change))
         _check(fine, f"most_change: {self.dimensions} numbers >= 0", change, "take the dataset's, or null")
+        _check(isinstance(self.system, str), "system, a text", self.system, "leave it out for the published one")
         try:
             self.system_text()
         except (KeyError, IndexError, ValueError) as error:

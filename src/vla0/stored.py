@@ -167,6 +167,8 @@ def _folder(dataset: str | Path, revision: str | None) -> Path:
     except ImportError as error:
         raise InputError("lerobot to read datasets", str(error), "pip install 'vla0[lerobot]'") from None
     given = Path(dataset).expanduser()
+    if given.is_dir() and revision is not None:
+        raise InputError("a dataset of the Hub for data.revision", f"the folder '{dataset}'", "leave the revision out")
     own = HF_LEROBOT_HOME / dataset  # what was recorded here
     if given.is_dir() or (revision is None and (own / "meta" / "info.json").is_file()):
         folder = given if given.is_dir() else own

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vla0.errors import InputError
+from vla0.relative import beside
 from vla0.spec import Spec, tupled
 
 NEVER = 1e9  # a limit that is none
@@ -44,7 +45,7 @@ class Limits:
 
     def safe(self, action: np.ndarray, last: np.ndarray | None, period_s: float) -> np.ndarray:
         """The nearest action within all limits; last: the command before, if there was one."""
-        safe = np.clip(np.asarray(action, np.float64), self.low, self.high)
+        safe = np.clip(self._turned(np.asarray(action, np.float64)), self.low, self.high)
         if self.workspace is not None:
             safe = np.clip(self.workspace(safe), self.low, self.high)
         if last is not None:
@@ -55,6 +56,11 @@ class Limits:
                 most = np.minimum(most, np.array(self.velocity) * period_s)
             safe = self._changed(safe, last, most)
         return safe
+
+    def _turned(self, action: np.ndarray) -> np.ndarray:
+        """(D,): what lies outside of its bounds in a periodic dimension, by whole turns to where it is nearest to them."""
+        low, high = np.array(self.low), np.array(self.high)
+        return np.where((low <= action) & (action <= high), action, beside(action, (low + high) / 2, self.periodic))
 
     def _changed(self, safe: np.ndarray, last: np.ndarray, most: np.ndarray) -> np.ndarray:
         """(D,): from `last` towards `safe` by `most`; of a periodic dimension over the seam, where its bounds meet there."""

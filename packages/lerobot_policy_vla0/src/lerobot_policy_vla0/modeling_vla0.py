@@ -226,6 +226,9 @@ def _refuse_misread(config: VLA0Config, meta: Any) -> None:
     if meta.tasks is not None and (numbers := meta.tasks["task_index"].tolist()) != list(range(len(numbers))):
         remedy = "write meta/tasks.parquet in that order, or train with `vla0 train`"
         raise InputError("sentences in the order of their task_index, by which LeRobot takes them", f"{numbers[:8]}", remedy)
+    if meta.episodes is not None and (numbers := list(meta.episodes["episode_index"])) != list(range(len(numbers))):
+        remedy = "write the dataset again with lerobot-edit-dataset, or train with `vla0 train`"
+        raise InputError("episodes 0, 1, 2 ... in meta/episodes, by whose places LeRobot takes them", f"{numbers[:8]}", remedy)
 
 
 def _follow(config: VLA0Config, spec: Spec) -> None:
