@@ -56,6 +56,7 @@ def test_train_then_eval_refuses_what_does_not_fit(vla0, dataset, tmp_path):
     spec = json.loads((last / "vla0.json").read_text())
     (last / "vla0.json").write_text(json.dumps(spec | {"low": [-1.0] * 4, "high": [1.0] * 4, "most_change": None}))
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--replan", "9"), "replan")
+    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--replan", "0"), "replan in 1..")  # not the default
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--replan", "2"), "would do nothing")
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--control", "dark"), "control")
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--inexact", "dark"), "mode")

@@ -51,8 +51,11 @@ class _Dtype:
         return made
 
 
+@dataclass
 class _Array:
     """An array whose shape and numbers have not come yet."""
+
+    places: list[int] = field(default_factory=list)  # of the memo that hold it
 
 
 def load_arrays(file: IO[bytes], where: str, also: Collection[tuple[str, str]] = ()) -> Any:
@@ -154,8 +157,9 @@ class _Reader:
         elif isinstance(target, _Array):
             _, shape, dtype, fortran, raw = state
             made = self.array(shape, dtype, bool(fortran), raw)
-            for place in [place for place, held in self.memo.items() if held is target][:2]:
-                self.memo[place] = made
+            for place in target.places:
+                if self.memo[place] is target:
+                    self.memo[place] = made
             target = made
         elif isinstance(target, Record):
             state = state[0] if isinstance(state, tuple) else state
@@ -174,7 +178,10 @@ class _Reader:
 
     def remembered(self, place: int | None) -> None:
         (held,) = self.taken(1)
-        self.memo[len(self.memo) if place is None else place] = held
+        place = len(self.memo) if place is None else place
+        self.memo[place] = held
+        if isinstance(held, _Array):
+            held.places.append(place)
         self.stack.append(held)
 
     def put_in(self, pairs: list[Any]) -> None:

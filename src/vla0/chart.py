@@ -1,8 +1,11 @@
 """How a training went, as one picture: loss, share of right tokens, and what was measured on the way."""
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+from vla0.files import write_whole
 
 BLUE, GREY = "#3b6fd4", "#9aa5b8"
 
@@ -44,9 +47,9 @@ def chart(losses: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, An
         panel("held-out error, dataset's units", *((name.replace("error/", ""), measured, name, dots) for name in errors))
     if any("success" in m for m in measured):
         panel("success in the simulator", ("", measured, "success", {"color": BLUE, **dots})).set_ylim(0, 1.05)
-    partial = file.with_name(f".{file.name}")  # whole, or not there
-    figure.savefig(partial, dpi=100, format="png")
-    partial.replace(file)
+    held = BytesIO()
+    figure.savefig(held, dpi=100)
+    write_whole(file, held.getvalue())
 
 
 def plain_log(axes: Any) -> None:

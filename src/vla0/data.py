@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,9 @@ class Samples(torch.utils.data.Dataset):
         """The Sample of one of the rows."""
         return self.source.sample(self.rows[index], self.spec.horizon, self.spec.history)
 
+    @cached_property
     def remarks(self) -> list[str]:
-        """What the Spec's bounds lose of the rows."""
+        """What the Spec's bounds lose of the rows; all of them are gone through, once."""
         return self.source.remarks(self.spec)
 
     def outside(self) -> np.ndarray:

@@ -32,8 +32,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else "remove it"
 
 
-def refuse_idle(given: Mapping[str, Any], needed: str) -> None:
+def given(**settings: Any) -> dict[str, Any]:
+    """The settings that are not None: for the others whoever is called has a default of his own."""
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def refuse_idle(settings: Mapping[str, Any], needed: str) -> None:
     """Raises InputError for the first setting that was given although it does nothing without what is needed."""
-    for name, value in given.items():
-        if value is not None and value is not False:
+    for name, value in settings.items():
+        if not (value is None or value is False or value == []):
             raise InputError(f"{needed} for {name}", f"{name} {value} without it", "leave it out: it would do nothing")

@@ -47,6 +47,7 @@ class Keeper(TrainerCallback):
     ):
         """specs, held_out: by embodiment. every: steps between two measurements, 0 for one at each save."""
         self.output, self.processor, self.samples, self.specs = output, processor, samples, specs
+        self.parts = samples.parts if isinstance(samples, Mixture) else [samples]
         self.held_out, self.measure, self.every, self.keep_last, self.sharded = held_out, measure, every, keep_last, sharded
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -95,7 +96,8 @@ class Keeper(TrainerCallback):
         with torch.random.fork_rng():  # a run that goes on from here has measured nothing
             metrics = self._measured(state, step) if self._due(state) else {}
         if state.is_world_process_zero:
-            write_whole(self.output / step / "README.md", card(self._specs(), state.global_step, metrics, self._remarks()))
+            remarks = [text for part in self.parts for text in part.remarks]
+            write_whole(self.output / step / "README.md", card(self._specs(), state.global_step, metrics, remarks))
             self._rank(step, metrics)
             self._prune()
             losses = [line for line in state.log_history if "loss" in line]
@@ -103,13 +105,7 @@ class Keeper(TrainerCallback):
 
     def _specs(self) -> dict[str, tuple[str, Spec]]:
         """{embodiment: (dataset, Spec)}."""
-        parts = self.samples.parts if isinstance(self.samples, Mixture) else [self.samples]
-        return {n: (part.source.config.dataset, part.spec) for n, part in zip(self.specs, parts, strict=True)}
-
-    def _remarks(self) -> list[str]:
-        """What the bounds of the data lose."""
-        parts = self.samples.parts if isinstance(self.samples, Mixture) else [self.samples]
-        return [text for part in parts for text in part.remarks()]
+        return {n: (part.source.config.dataset, part.spec) for n, part in zip(self.specs, self.parts, strict=True)}
 
     def _measured(self, state, step: str) -> dict[str, float]:
         metrics: dict[str, float] = {}

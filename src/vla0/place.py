@@ -7,6 +7,11 @@ from vla0.errors import InputError
 UNWANTED = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # pickles
 
 
+def of_the_hub(name: str | Path) -> bool:
+    """Whether a name may be owner/name on the Hub, where there is no such folder here."""
+    return str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
+
+
 def locate(path: str | Path, weights: bool = True) -> Path:
     """The local folder of a checkpoint: the path itself where it is one, else that of a Hub id, with or without weights."""
     if Path(path).is_dir():
@@ -17,6 +22,5 @@ def locate(path: str | Path, weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(str(path), ignore_patterns=UNWANTED if weights else [*UNWANTED, "*.safetensors"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        local = str(path).startswith(("/", ".", "~")) or str(path).count("/") != 1
-        reason = "no such folder" if local else str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0] if of_the_hub(path) else "no such folder"
         raise InputError("a checkpoint folder or Hub id", f"'{path}' ({reason})", "check the path or the connection") from None

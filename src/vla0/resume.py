@@ -73,6 +73,7 @@ def _flat(nested: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def ended(state: Path) -> bool:
+    """Whether all steps of a run are done; state: the Trainer's folder of its last checkpoint."""
     content = read_json(state / "trainer_state.json", DAMAGED)
     step, most = content.get("global_step"), content.get("max_steps")
     if not (isinstance(step, int) and isinstance(most, int)):

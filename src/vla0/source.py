@@ -38,7 +38,7 @@ class Source:
         self.actions = self.dataset.column(config.action)
         self.states = None if config.state is None else self.dataset.column(config.state)
         self.episode_of = self.dataset.episode_of
-        starts = np.flatnonzero(np.r_[True, self.episode_of[1:] != self.episode_of[:-1]])
+        starts = self.dataset.starts
         ends = np.r_[starts[1:], len(self.episode_of)]
         lengths = ends - starts
         self.start, self.end = np.repeat(starts, lengths), np.repeat(ends, lengths)  # (N,) of each row's episode

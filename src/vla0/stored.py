@@ -9,6 +9,7 @@ import numpy as np
 
 from vla0.errors import InputError
 from vla0.pictures import Pictures, Videos, some, video_backend
+from vla0.place import of_the_hub
 
 WRITE = "fetch the dataset again, or write it again with LeRobot's own tools (lerobot-edit-dataset)"
 CONVERTER = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
@@ -37,6 +38,7 @@ class Stored:
         self.fps, self.features = float(self.meta.fps), self.meta.features
         self.narrow = self.table.with_format("numpy")
         self.episode_of = self._whole("episode_index").astype(np.int64)
+        self.starts = np.flatnonzero(np.r_[True, self.episode_of[1:] != self.episode_of[:-1]])  # each episode's first row
         self.times = self._whole("timestamp")
         if lacking := [name for name in ("episode_index", "length") if name not in self.meta.episodes.column_names]:
             raise InputError(f"'{lacking[0]}' in meta/episodes of '{self.name}'", "no such column", WRITE)
@@ -98,14 +100,13 @@ class Stored:
 
     def _compare_episodes(self) -> None:
         """The rows' episodes and the table's are the same, each in one stretch and in the order of time."""
-        starts = np.flatnonzero(np.r_[True, self.episode_of[1:] != self.episode_of[:-1]])
-        order = self.episode_of[starts].tolist()
+        order = self.episode_of[self.starts].tolist()
         if len(order) != len(set(order)):
             twice = next(number for number in order if order.count(number) > 1)
             raise InputError("each episode's rows together", f"episode {twice} in several places", WRITE)
         if len(self.places) != len(self.meta.episodes):
             raise InputError("each episode once in meta/episodes", f"{len(self.places)} of {len(self.meta.episodes)}", WRITE)
-        held = dict(zip(order, np.diff(np.r_[starts, len(self.episode_of)]).tolist(), strict=True))
+        held = dict(zip(order, np.diff(np.r_[self.starts, len(self.episode_of)]).tolist(), strict=True))
         told = dict(zip(self.places, self.meta.episodes["length"], strict=True))
         if lacking := [number for number, length in told.items() if length and number not in held]:
             got = f"none for episodes {some(lacking)} of '{self.name}'"
@@ -144,17 +145,13 @@ def _flat(names: Any) -> list[str]:
 def refuse_missing(dataset: str | Path) -> None:
     """Raises InputError for what is no folder here and cannot be a dataset of the Hub. Imports nothing heavy."""
     given = Path(dataset).expanduser()
-    if given.is_dir() or (_of_the_hub(dataset) and not given.exists()):
+    if given.is_dir() or (of_the_hub(dataset) and not given.exists()):
         return
     if given.exists():
         raise InputError(
             "the folder of a LeRobot dataset", f"'{dataset}', a file", "give the folder that holds meta/ and data/"
         )
     raise InputError("a folder that is there, or owner/name on the Hub", f"'{dataset}'", "correct the path")
-
-
-def _of_the_hub(dataset: str | Path) -> bool:
-    return str(dataset).count("/") == 1 and not str(dataset).startswith((".", "/", "~"))
 
 
 def _folder(dataset: str | Path, revision: str | None) -> Path:

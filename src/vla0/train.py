@@ -105,7 +105,7 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
     if int(os.environ.get("RANK", 0)) != 0:
         return
     for part in parts:
-        for text in part.source.problems(part.spec):
+        for text in (*part.source.problems(), *part.remarks):
             logger.warning("%s: %s", part.source.config.dataset, text)
         if (clipped := part.outside()).any():
             text = "%s: %s of %d actions lie outside the bounds, by dimension, and are clipped"

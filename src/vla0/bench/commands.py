@@ -35,14 +35,14 @@ def decode(
     json: Annotated[Path | None, typer.Option(help="file for the rows")] = None,
 ) -> None:
     """Time the ways of decoding on the same inputs, and compare their tokens."""
-    timed = {"--chunks": chunks, "--way": way or None, "--inexact": inexact or None, "--json": json}
+    timed = {"--chunks": chunks, "--way": way, "--inexact": inexact, "--json": json}
     if certify is None:
         refuse_idle({"--out": out}, "--certify")
     else:
         refuse_idle({**timed, "--calibrate": calibrate}, "no --certify")
     if calibrate:
-        refuse_idle({**timed, "--batch": batch or None, "--replan": replan or None, "--recipe": recipe}, "no --calibrate")
-    chunks, read = chunks or 20, None
+        refuse_idle({**timed, "--batch": batch, "--replan": replan, "--recipe": recipe}, "no --calibrate")
+    chunks, read = 20 if chunks is None else chunks, None
     if recipe is not None:
         from vla0.recipe import TrainConfig, read_config
 

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from vla0.cli.screen import app, console
-from vla0.errors import InputError, nearest, refuse_idle
+from vla0.errors import InputError, given, nearest, refuse_idle
 from vla0.noise import quiet
 from vla0.spec import MAIN, Spec
 
@@ -47,8 +47,8 @@ def serve(
 
     secret = secret_of(api_key_file)
     pairs = pairs_of("--key", key or [])
-    given = {"side": side, "clients": clients, "rate": rate, "message_bytes": message_mib and int(message_mib * 2**20)}
-    limits = Limits(**{name: value for name, value in given.items() if value is not None})
+    message_bytes = None if message_mib is None else int(message_mib * 2**20)
+    limits = Limits(**given(side=side, clients=clients, rate=rate, message_bytes=message_bytes))
     if protocol not in PROTOCOLS:
         raise InputError(f"--protocol of {PROTOCOLS}", f"'{protocol}'", "choose one of those")
     refuse_open(host, secret, protocol)
@@ -63,14 +63,13 @@ def serve(
     if protocol == "lerobot":
         refuse_idle({"--rate": rate}, "--protocol openpi")
     if protocol != "openpi":
-        refuse_idle({"--origin": origin or None}, "--protocol openpi")
+        refuse_idle({"--origin": origin}, "--protocol openpi")
     if tls_cert is None:
         refuse_idle({"--tls-key": tls_key}, "--tls-cert")
     if base_url is None:
         refuse_idle({"--engine": engine}, "--base-url")
     else:
         refuse_idle({"--device": device}, "no --base-url, whose engine has its own,")
-    replan = replan or 1
     if protocol == "lerobot" and ensemble != "none":
         raise InputError("--protocol lerobot without --ensemble", ensemble, "its client averages by itself (aggregate_fn_name)")
     spec = Spec.load(locate(checkpoint, weights=False), embodiment)
@@ -80,11 +79,11 @@ def serve(
 
     quiet()
     if base_url is not None:
-        policy = VLA0.remote(base_url, spec, engine=engine or "vllm")
+        policy = VLA0.remote(base_url, spec, **given(engine=engine))
     else:
         policy = VLA0.from_pretrained(checkpoint, device, embodiment=embodiment)
     if protocol == "openpi":
-        server = Server(policy, limits, pairs, secret, replan, ensemble, origin or ())
+        server = Server(policy, limits, pairs, secret, ensemble=ensemble, origins=origin or (), **given(replan=replan))
         scheme = "wss" if tls_cert else "ws"
         ready = lambda bound: console.print(f"{shown(policy.spec)}\n{scheme}://{host}:{bound}")  # noqa: E731
         served(server, host, port, tls_cert, tls_key, ready)
@@ -100,7 +99,7 @@ def serve(
     if protocol == "lerobot":
         own.serve_lerobot(own.LeRobotServer(policy, limits, pairs), host, port, say)
     else:
-        own.serve_harness(own.HarnessServer(policy, pairs, replan, ensemble), host, port, say)
+        own.serve_harness(own.HarnessServer(policy, pairs, ensemble=ensemble, **given(replan=replan)), host, port, say)
 
 
 @app.command("robot", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -157,8 +156,9 @@ def robot(
 
     folder = (out or Path(f"runs/robot/{datetime.now():%Y-%m-%d_%H-%M-%S}")) if record else None
     config = SessionConfig(
-        instruction, live, way, replan, weights or "v1", fps, resample, episodes, seconds, reset_s, hold_s, stop_s, folder, view
-    )
+        instruction, live, way, replan, fps=fps, resample=resample, episodes=episodes, seconds=seconds, reset_s=reset_s,
+        hold_s=hold_s, stop_s=stop_s, out=folder, view=view, **given(weights=weights),
+    )  # fmt: skip
     pairs, narrowed = pairs_of("--camera", camera or []), _limits(limits)
     arm = make_robot(words)
     console.print(f"asking {policy_url}")

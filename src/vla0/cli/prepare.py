@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from vla0.cli.screen import app, console
-from vla0.errors import InputError, refuse_idle
+from vla0.errors import InputError, given, refuse_idle
 from vla0.noise import quiet
 
 
@@ -45,7 +45,8 @@ def collect(
     quiet()
     found = run(
         CollectConfig(
-            tasks, env, episodes, seed, image_size, start or "stock", fps or 80, quick, noise_share, noise_scale, videos
+            tasks, env, episodes, seed, image_size, quick=quick, noise_share=noise_share, noise_scale=noise_scale,
+            videos=videos, **given(start=start, fps=fps),
         ), out, workers
     )  # fmt: skip
     for name, (solved, failed) in found.items():

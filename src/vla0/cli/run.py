@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from vla0.cli.screen import app, console
-from vla0.errors import refuse_idle
+from vla0.errors import given, refuse_idle
 from vla0.noise import quiet
 from vla0.spec import MAIN, Spec
 
@@ -81,8 +81,8 @@ def evaluate(
     if env != "libero":
         refuse_idle({"--quick": quick}, "--env libero")
     settings = EvalConfig(
-        named(env, task, suite, assets), env, episodes, None, replan or 1, ensemble or "v1", max_steps, image_size,
-        start or "stock", quick=quick,
+        named(env, task, suite, assets), env, episodes, max_steps=max_steps, image_size=image_size, quick=quick,
+        **given(replan=replan, ensemble=ensemble, start=start),
     )  # fmt: skip
     refuse_unknown_controls(control or [])
     Spec.load(locate(checkpoint, weights=False), embodiment)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vla0.errors import InputError
-from vla0.relative import beside
+from vla0.relative import beside, shortest, wrapped
 from vla0.spec import Spec, tupled
 
 NEVER = 1e9  # a limit that is none
@@ -65,12 +65,11 @@ class Limits:
     def _changed(self, safe: np.ndarray, last: np.ndarray, most: np.ndarray) -> np.ndarray:
         """(D,): from `last` towards `safe` by `most`; of a periodic dimension over the seam, where its bounds meet there."""
         near = np.clip(safe, last - most, last + most)
+        goal = last + np.clip(shortest(safe - last, self.periodic), -most, most)
+        around = wrapped(goal, self.periodic)
         for d, low, high in self.periodic:
             if (high - self.high[d]) + (self.low[d] - low) > most[d]:
                 continue  # what lies between the bounds cannot be crossed
-            turn = high - low
-            step = (safe[d] - last[d] + turn / 2) % turn - turn / 2
-            goal = last[d] + np.clip(step, -most[d], most[d])
-            around = (goal - low) % turn + low
-            near[d] = around if self.low[d] <= around <= self.high[d] else np.clip(goal, self.low[d], self.high[d])
+            within = self.low[d] <= around[d] <= self.high[d]
+            near[d] = around[d] if within else np.clip(goal[d], self.low[d], self.high[d])
         return near
