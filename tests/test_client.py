@@ -112,3 +112,58 @@ def test_each_step_of_a_stream_is_given_as_it_comes():
         assert len(came) == 3
         assert came[0] < 0.3 < came[2]  # not all of them when the last is there
         policy.close()
+
+
+@pytest.mark.parametrize("odd", [{"horizon": "3"}, {"dimensions": 0}, {"extensions": 1}, {"cameras": {"front": 3}}, {"cameras": []}])
+def test_what_a_server_says_of_itself_is_refused_by_its_name_where_it_cannot_be(odd):
+    with faked(lambda count, message: [], OURS | odd) as url, pytest.raises(InputError, match=next(iter(odd))):
+        RemotePolicy(url)
+
+
+@pytest.mark.parametrize("number", [[1], np.array([1, 1]), {"a": 1}, "1", None, True, 1.0])
+def test_an_answer_whose_number_is_none_is_dropped(number):
+    """Also in a stream."""
+    answers = [{"vla0/step": 0, "action": np.ones(2, np.float32), "vla0/number": number}]
+    answers += [{"actions": np.ones((1, 2), np.float32), "vla0/number": number}]
+    with faked(lambda count, message: [*answers, marked(7, message)]) as url:
+        policy = RemotePolicy(url)
+        assert policy.predict(make_observation(0)).tolist() == [[7, 7]]
+        assert list(policy.predict_stream(make_observation(0))) == []
+        policy.close()
+
+
+def test_a_flood_of_answers_to_nothing_ends_with_the_deadline():
+    flood = [{"actions": np.ones((1, 2), np.float32), "vla0/number": -1}] * 100_000
+    with faked(lambda count, message: flood) as url:
+        policy, began = RemotePolicy(url), time.monotonic()
+        with pytest.raises(NoAnswerError):
+            policy.predict(make_observation(0), timeout_s=0.3)
+        assert time.monotonic() - began < 2
+        policy.close()
+
+
+def test_an_answer_of_many_megabytes_is_not_taken_in():
+    with faked(lambda count, message: [{"actions": np.zeros((5_000_000, 2), np.float32), **message}]) as url:
+        policy = RemotePolicy(url)
+        with pytest.raises(InputError, match="answers of at most"):
+            policy.predict(make_observation(0), timeout_s=5.0)
+        policy.close()
+
+
+@pytest.mark.parametrize("other", [{"horizon": 9}, {"spec": "another"}, {"replan": 2}])
+def test_another_policy_behind_the_same_address_is_refused(other):
+    """A server that was begun anew with another checkpoint: limits and pace of the robot were those of the first."""
+    told = dict(OURS)
+
+    def talk(connection):
+        connection.send(pack(told))
+        told.update(other)
+        connection.recv()
+        connection.close()
+
+    with serve(talk, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        policy = RemotePolicy(f"ws://127.0.0.1:{server.socket.getsockname()[1]}")
+        with pytest.raises(InputError, match=f"another, by its {next(iter(other))}"):
+            policy.predict(make_observation(0), timeout_s=3.0)
+        server.shutdown()

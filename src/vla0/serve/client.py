@@ -15,12 +15,14 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.sync.client import ClientConnection, connect
 
 from vla0.errors import InputError
+from vla0.serve.said import actions_of, metadata_of
 from vla0.serve.wire import pack, unpack
 from vla0.spec import Observation, Spec
 
 logger = logging.getLogger(__name__)
 
-TOO_BIG = 1009  # why a server closes a connection: RFC 6455
+TOO_BIG = 1009  # why either side closes a connection: RFC 6455
+LARGEST = 16 * 2**20  # bytes of a server's message: chunks are kilobytes
 
 
 class NoAnswerError(TimeoutError):
@@ -112,6 +114,9 @@ class RemotePolicy:
                     return
                 except ConnectionClosed as lost:  # the observation is still fresh: once more, until the deadline
                     self.connection = None
+                    if lost.sent is not None and lost.sent.code == TOO_BIG:
+                        got = "a larger one"
+                        raise InputError(f"answers of at most {LARGEST} bytes from {self.url}", got, "look at it") from None
                     if lost.rcvd is not None and lost.rcvd.code == TOO_BIG:
                         raise InputError(f"a message that {self.url} takes", "a larger one", "send smaller pictures") from None
                     if given:  # half a stream has been used: another would not continue it
@@ -146,17 +151,18 @@ class RemotePolicy:
     def _receive(self, deadline: float) -> Iterator[tuple[bool, np.ndarray]]:
         """The parts of the answer to the last observation. Those to others, and a second one to the same, are dropped."""
         assert self.connection is not None
-        while True:
+        while (left := deadline - time.monotonic()) > 0:  # however much comes that is not asked for
             try:
-                found = self.connection.recv(timeout=max(0.0, deadline - time.monotonic()))
+                found = self.connection.recv(timeout=left)
             except TimeoutError:
-                raise NoAnswerError(f"no answer of {self.url} in time") from None
+                break
             answer = None if isinstance(found, str) else unpack(found)
             if answer is not None and "vla0/step" in answer:
-                if answer.get("vla0/number") == self.number:
-                    yield False, self._checked(answer.get("action"), step=True)
+                number = answer.get("vla0/number")
+                if type(number) is int and number == self.number:
+                    yield False, actions_of(answer.get("action"), self.metadata, self.url, step=True)
                 continue
-            if not self._is_ours(None if answer is None else answer.get("vla0/number")):
+            if not self._is_ours(answer):
                 self.dropped += 1
                 logger.info(
                     "%s: an answer that was to nothing asked, or came too late, is dropped (%d)", self.url, self.dropped
@@ -164,17 +170,20 @@ class RemotePolicy:
                 continue
             if answer is None:
                 raise InputError(f"{self.url} refuses: {str(found)[-500:]}")
-            yield True, self._checked(answer.get("actions"), step=False)
+            yield True, actions_of(answer.get("actions"), self.metadata, self.url, step=False)
             return
+        raise NoAnswerError(f"no answer of {self.url} in time")
 
-    def _is_ours(self, number: Any) -> bool:
+    def _is_ours(self, answer: Mapping[str, Any] | None) -> bool:
         """Whether an answer is that to the last observation; those before it are not waited for any more.
 
-        number: which the server gives back; None: it gives none, and answers in the order in which it was asked.
+        Errors (None), which are text, and what servers say that know no numbers, come in the order of the observations.
         """
-        if number is None and self.owed:
-            number = self.owed[0]
-        if number not in self.owed:
+        if answer is not None and self.metadata.get("extensions"):
+            number = answer.get("vla0/number")
+        else:
+            number = self.owed[0] if self.owed else None
+        if type(number) is not int or number not in self.owed:
             return False
         while self.owed.popleft() != number:
             pass
@@ -191,21 +200,6 @@ class RemotePolicy:
             self.dropped += 1
             logger.warning("%s answers what it was not asked: dropped (%d)", self.url, self.dropped)
 
-    def _checked(self, found: Any, step: bool) -> np.ndarray:
-        """(T, D) float32, or of a step (D,). Raises InputError, naming the server, for what could not be executed."""
-        horizon, dimensions = self.metadata.get("horizon"), self.metadata.get("dimensions")
-        try:
-            actions = np.asarray(found, np.float32)
-        except (TypeError, ValueError):
-            actions = np.zeros(0, np.float32)
-        fits = actions.ndim == 2 - step and actions.size and (step or not horizon or len(actions) <= horizon)
-        if not fits or (dimensions and list(actions.shape)[-1:] != [dimensions]) or not np.isfinite(actions).all():
-            most = f"at most {horizon} actions" if horizon else "actions"
-            expected = f"{'an action' if step else most} of {dimensions or 'some'} finite numbers from {self.url}"
-            got = f"shape {actions.shape}" if not fits or np.isfinite(actions).all() else "numbers that are not finite"
-            raise InputError(expected, got, "look at the server: nothing of it is executed")
-        return actions
-
     def _connect(self, deadline: float) -> None:
         """Tries again, each time after twice the wait, until the deadline."""
         wait_s, reason = 0.02, "no time left"
@@ -213,11 +207,12 @@ class RemotePolicy:
         while (left := deadline - time.monotonic()) > 0:
             try:
                 own = connect(
-                    self.url, compression=None, max_size=None, additional_headers=self.headers, open_timeout=left,
+                    self.url, compression=None, max_size=LARGEST, additional_headers=self.headers, open_timeout=left,
                     close_timeout=1, ssl=self.context,
                 )  # fmt: skip
                 connection = self.held.enter_context(own)
-                self.metadata = unpack(bytes(connection.recv(timeout=max(0.0, deadline - time.monotonic()), decode=False)))
+                told = connection.recv(timeout=max(0.0, deadline - time.monotonic()), decode=False)
+                self.metadata = metadata_of(unpack(bytes(told)), self.metadata, self.url)
                 self.connection, self.reset_next = connection, True
                 self.owed.clear()
                 return
