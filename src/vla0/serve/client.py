@@ -114,7 +114,7 @@ class RemotePolicy:
                     return
                 except ConnectionClosed as lost:  # the observation is still fresh: once more, until the deadline
                     self.connection = None
-                    if lost.sent is not None and lost.sent.code == TOO_BIG:
+                    if lost.sent is not None and lost.sent.code == TOO_BIG and not lost.rcvd_then_sent:
                         got = "a larger one"
                         raise InputError(f"answers of at most {LARGEST} bytes from {self.url}", got, "look at it") from None
                     if lost.rcvd is not None and lost.rcvd.code == TOO_BIG:
