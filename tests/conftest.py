@@ -148,9 +148,9 @@ def make_recipe(dataset: Path, output: Path, **changes) -> dict:
 
 
 @contextmanager
-def serving(policy, **settings):
+def serving(policy, kind=Server, **settings):
     """A server in a thread: its address; ended as by SIGTERM."""
-    server, ports, loops = Server(policy, **settings), [], []
+    server, ports, loops = kind(policy, **settings), [], []
 
     async def run():
         stop = asyncio.Event()

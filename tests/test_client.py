@@ -114,7 +114,9 @@ def test_each_step_of_a_stream_is_given_as_it_comes():
         policy.close()
 
 
-@pytest.mark.parametrize("odd", [{"horizon": "3"}, {"dimensions": 0}, {"extensions": 1}, {"cameras": {"front": 3}}, {"cameras": []}])
+@pytest.mark.parametrize(
+    "odd", [{"horizon": "3"}, {"dimensions": 0}, {"extensions": 1}, {"cameras": {"front": 3}}, {"cameras": []}]
+)
 def test_what_a_server_says_of_itself_is_refused_by_its_name_where_it_cannot_be(odd):
     with faked(lambda count, message: [], OURS | odd) as url, pytest.raises(InputError, match=next(iter(odd))):
         RemotePolicy(url)

@@ -1,18 +1,23 @@
 """The policy as a model server of vla-eval: its own orchestrator, its own client, no Docker."""
 
+import io
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import anyio
+import msgpack
 import numpy as np
 import pytest
 import yaml
-from conftest import TASKS, make_observation, make_spec
+from conftest import TASKS, make_observation, make_spec, serving
+from PIL import Image
 
 from vla0 import VLA0, InputError
 from vla0.rollout import ChunkPolicy
@@ -20,14 +25,13 @@ from vla0.tiny import tiny_model, tiny_processor
 
 pytest.importorskip("vla_eval", reason="vla-eval is not installed")
 
-from vla_eval.model_servers.predict import PredictModelServer
+from vla_eval.connection import Connection
+from vla_eval.protocol.messages import Message, MessageType, pack_message, unpack_message
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
-from vla0.serve.harness import HarnessServer, serve_harness
-
-
-class Context:
-    def __init__(self, name):
-        self.session_id = name
+from vla0.serve.door import Limits, served
+from vla0.serve.harness import HarnessServer
 
 
 def sent(observation, names):
@@ -37,52 +41,107 @@ def sent(observation, names):
 
 @pytest.mark.parametrize(("replan", "ensemble"), [(1, "v1"), (2, "mean"), (3, "none"), (1, "none")])
 def test_a_harness_is_given_what_vla0s_own_evaluation_executes(policy, replan, ensemble):
-    """Two episodes of one policy at once, neither meeting the other's chunks."""
-    names = {"front": "agentview"}
-    server = HarnessServer(policy, names, replan, ensemble)
-    alone = {name: ChunkPolicy(lambda o: policy.predict_batch([o])[0], 3, replan, ensemble) for name in "ab"}
-    for step in range(0, 6, replan):
-        seen = {"a": make_observation(step), "b": make_observation(step + 50)}
-        found = server.predict_batch([sent(o, names) for o in seen.values()], [Context(name) for name in seen])
-        for name, answer in zip(seen, found, strict=True):
-            expected = [alone[name].act(seen[name]) for _ in range(replan)]
-            np.testing.assert_allclose(answer["actions"], expected, atol=1e-6)
+    """Two episodes at once of each of two clients, by vla-eval's own; nobody meets another's chunks."""
+    names, expected = {"front": "agentview"}, {}
+    for start in (0, 20, 50, 70):
+        alone = ChunkPolicy(lambda o: policy.predict_batch([o])[0], 3, replan, ensemble)
+        expected[start] = [alone.act(make_observation(start + step)) for step in range(6)]
+
+    async def episodes(url, client):
+        async with Connection(url) as connection:
+            assert connection.server_info["observation_params"]["send_wrist_image"]
+            for start in (client, client + 20):
+                await connection.start_episode({"task": {"name": "any"}})
+                for step, action in enumerate(expected[start]):
+                    answer = await connection.act(sent(make_observation(start + step), names))
+                    np.testing.assert_allclose(answer["actions"], action, atol=1e-5)
+                await connection.end_episode({})
+
+    async def together(url):
+        async with anyio.create_task_group() as group:
+            group.start_soon(episodes, url, 0)
+            group.start_soon(episodes, url, 50)
+
+    with serving(policy, HarnessServer, keys=names, replan=replan, ensemble=ensemble) as (url, _):
+        anyio.run(together, url)
 
 
-def test_one_clients_fault_is_its_own(policy, monkeypatch):
-    """Whoever is decoded with it gets what he would have got alone."""
-    server = HarnessServer(policy)
-    broken, good, poor = (sent(make_observation(seed), {}) for seed in range(3))
-    broken["states"], poor["images"] = np.full(2, np.nan), {}
-    found = server.predict_batch([broken, good, poor], [Context(name) for name in "abc"])
-    expected = policy.predict_batch([make_observation(1)])[0, :1]
-    np.testing.assert_allclose(found[1]["actions"], expected, atol=1e-6)
-
-    async def answered(self, obs, ctx):
-        return found[obs]
-
-    monkeypatch.setattr(PredictModelServer, "_dispatch_batched", answered)
-    assert anyio.run(server._dispatch_batched, 1, None) is found[1]
-    for place, message in ((0, "a finite state"), (2, "camera 'front'")):
-        with pytest.raises(InputError, match=message):
-            anyio.run(server._dispatch_batched, place, None)
+def asked(connection, kind, payload, seq=1):
+    """What a server says to a message; an error as its text."""
+    connection.send(payload if isinstance(payload, bytes | str) else pack_message(Message(kind, payload, seq)))
+    found = unpack_message(connection.recv(timeout=20))
+    return found.payload["error"] if found.type is MessageType.ERROR else found
 
 
-def test_what_a_benchmark_lacks_is_said_in_words(policy):
-    server = HarnessServer(policy)
-    whole = sent(make_observation(0), {})
-    for changes, message in (
+SEEN = sent(make_observation(0), {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"images": {}}, "camera 'front'"),
+        ({"images": [1]}, "images, a mapping"),
         ({"task_description": None}, "a sentence"),
         ({"states": None}, "a state"),
-    ):
-        with pytest.raises(InputError, match=message):
-            server.predict_batch([{**whole, **changes}], [Context("a")])
-    assert server.get_observation_params()["send_wrist_image"]
+        ({"states": np.full(2, np.nan)}, "a finite state"),
+        ({"images": {**SEEN["images"], "front": {"__image__": True, "format": "png", "data": b"none"}}}, "a PNG or JPEG"),
+        ({"images": {**SEEN["images"], "front": {"__image__": True, "format": "raw", "data": b"1", "dtype": "|u1", "shape": [9, 9, 3]}}}, "shape and bytes agree"),
+        ({"images": {**SEEN["images"], "front": {"__ndarray__": True, "data": b"12345678", "dtype": "|O", "shape": [1]}}}, "arrays of numbers"),
+    ],
+)  # fmt: skip
+def test_what_a_benchmark_lacks_is_said_in_words_and_to_it_alone(policy, changes, message):
+    expected = policy.predict_batch([make_observation(0)])[0][0]
+    with serving(policy, HarnessServer) as (url, _), connect(url) as broken, connect(url) as good:
+        for connection in (broken, good):
+            connection.send(pack_message(Message(MessageType.EPISODE_START, {}, 0)))
+        assert message in asked(broken, MessageType.OBSERVATION, {**SEEN, **changes})
+        for connection in (good, broken):
+            np.testing.assert_allclose(asked(connection, MessageType.OBSERVATION, SEEN).payload["actions"], expected, atol=1e-5)
+
+
+def test_an_observation_belongs_to_an_episode(policy):
+    with serving(policy, HarnessServer) as (url, _), connect(url) as connection:
+        assert "send episode_start first" in asked(connection, MessageType.OBSERVATION, SEEN)
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of few bytes and many pixels."""
+    file = io.BytesIO()
+    Image.new("RGB", (side, side)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_message_of_vla_evals_cannot_swell_nor_hold_up_others(policy):
+    """Its own server takes any size, and builds whatever a message says."""
+    picture = {"__image__": True, "format": "png", "data": bomb(3000)}
+    with serving(policy, HarnessServer, limits=Limits(message_bytes=4 * 2**20)) as (url, _), connect(url) as connection:
+        assert "at most 4194304 bytes" in asked(connection, MessageType.OBSERVATION, {"images": {"front": picture}})
+        small = {"__image__": True, "format": "png", "data": bomb(1000)}
+        assert "bytes" in asked(connection, MessageType.OBSERVATION, {"images": {str(n): small for n in range(100)}})
+        nested = msgpack.packb({"type": "hello", "payload": [[[]] * 50_000] * 20, "seq": 1})
+        began = time.monotonic()
+        assert "entries" in asked(connection, None, nested)
+        assert time.monotonic() - began < 1
+        assert asked(connection, MessageType.HELLO, {}).payload["protocol_version"] == 1
+
+
+def test_a_web_page_can_neither_ask_nor_change_the_server_of_a_harness(policy):
+    """vla-eval's own server answers any page, and takes settings from a GET."""
+    with serving(policy, HarnessServer) as (url, _):
+        with pytest.raises(InvalidStatus, match="403"):
+            connect(url, origin="http://evil.example")
+        with connect(f"{url}/config?max_batch_size=0") as connection:  # a name like any other
+            assert asked(connection, MessageType.HELLO, {}).type is MessageType.HELLO
+        port = url.rpartition(":")[2]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as answer:
+            assert answer.status == 200
+
+
+def test_a_harness_is_refused_what_cannot_be(policy):
     with pytest.raises(InputError, match="no key"):
-        serve_harness(server, "0.0.0.0", 0)
+        served(HarnessServer(policy), "0.0.0.0", 0)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="choose another --port"):
-        serve_harness(server, "127.0.0.1", taken.getsockname()[1])
+        served(HarnessServer(policy), "127.0.0.1", taken.getsockname()[1])
     with pytest.raises(InputError, match="name those of the checkpoint"):
         HarnessServer(policy, {"side": "x"})
     with pytest.raises(InputError, match="do nothing"):

@@ -55,15 +55,10 @@ def serve(
     refuse_taken(host, port)
     if protocol != "openpi" and (secret or tls_cert):
         raise InputError(f"--protocol {protocol} without a key or TLS", "one of them", "its clients know none")
-    if protocol == "vla-eval":
-        asked = {"--clients": clients, "--rate": rate, "--message-mib": message_mib, "--side": side}
-        refuse_idle(asked, "another --protocol than vla-eval, which has limits of its own,")
-    elif ensemble == "none":
+    if protocol != "vla-eval" and ensemble == "none":
         refuse_idle({"--replan": replan}, "--ensemble")
-    if protocol == "lerobot":
-        refuse_idle({"--rate": rate}, "--protocol openpi")
     if protocol != "openpi":
-        refuse_idle({"--origin": origin}, "--protocol openpi")
+        refuse_idle({"--origin": origin, "--rate": rate}, "--protocol openpi")
     if tls_cert is None:
         refuse_idle({"--tls-key": tls_key}, "--tls-cert")
     if base_url is None:
@@ -99,7 +94,9 @@ def serve(
     if protocol == "lerobot":
         own.serve_lerobot(own.LeRobotServer(policy, limits, pairs), host, port, say)
     else:
-        own.serve_harness(own.HarnessServer(policy, pairs, ensemble=ensemble, **given(replan=replan)), host, port, say)
+        served(
+            own.HarnessServer(policy, pairs, ensemble=ensemble, limits=limits, **given(replan=replan)), host, port, ready=say
+        )
 
 
 @app.command("robot", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

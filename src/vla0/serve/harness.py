@@ -1,121 +1,151 @@
-"""The policy for vla-eval (AllenAI's harness over LIBERO, SimplerEnv, RoboTwin and more), as one of its model servers.
+"""vla-eval's protocol (AllenAI's harness over LIBERO, SimplerEnv, RoboTwin and more): the policy as one of its model servers.
 
-A harness asks for one action at a time. With an ensemble each is averaged here, as in vla0's own evaluation; vla-eval's own
-ensembling never comes into play where it asks again only once a chunk has been executed.
+A harness asks for one action at a time. With an ensemble each is averaged here, as in vla0's own evaluation. Of vla-eval the
+messages are used, its server is not: that takes messages of any size from any web page, and lets it change settings.
 """
 
-import signal
+import asyncio
+import io
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import anyio
-from vla_eval.model_servers.predict import PredictModelServer
-from vla_eval.model_servers.serve import serve_async
+import numpy as np
+from PIL import Image
+from vla_eval.protocol.messages import Message, MessageType, make_hello_payload, pack_message
 from vla_eval.specs import IMAGE_RGB, LANGUAGE, RAW, DimSpec
+from websockets.asyncio.server import ServerConnection
 
 from vla0.ensemble import NONE, TemporalEnsemble, steps_used
 from vla0.errors import InputError
-from vla0.serve.door import refuse_open, refuse_taken
-from vla0.serve.request import refuse_other_cameras, request
-from vla0.serve.server import together
+from vla0.policy import VLA0
+from vla0.serve.door import Limits
+from vla0.serve.request import Request, request
+from vla0.serve.server import Server
 from vla0.serve.session import Session
-from vla0.spec import Observation
+from vla0.serve.wire import array_of, unpack
 
-REFUSED = "vla0/refused"  # in place of actions, to whom they are refused
-SIDE = 4096  # pixels of a picture
+REMEDY = "use vla-eval's client"
 
 
-class HarnessServer(PredictModelServer):
+@dataclass
+class Episodes(Session):
+    """What one client's connection remembers, and the actions that it has not asked for yet."""
+
+    actions: deque[np.ndarray] = field(default_factory=deque)
+    seq: int = 0  # of its last message
+    begun: bool = False  # an episode
+
+    def reset(self) -> None:
+        """A new episode: forgets all chunks."""
+        super().reset()
+        self.actions.clear()
+
+
+class HarnessServer(Server):
     """policy: of a checkpoint. keys: camera → the benchmark's name of it. replan, ensemble: as for vla0.ensemble."""
 
-    def __init__(self, policy: Any, keys: Mapping[str, str] | None = None, replan: int = 1, ensemble: str = NONE):
-        super().__init__(chunk_size=replan, max_batch_size=64)
-        self.policy, self.keys, self.replan, self.weights = policy, dict(keys or {}), replan, ensemble
-        self.sessions: dict[str, Session] = {}
+    protocol = "vla-eval"
+    ping_s = None  # a client whose simulator is busy does not answer
+
+    def __init__(
+        self,
+        policy: VLA0,
+        keys: Mapping[str, str] | None = None,
+        replan: int = 1,
+        ensemble: str = NONE,
+        limits: Limits | None = None,
+    ):
+        super().__init__(policy, replace(limits or Limits(), rate=math.inf), keys)  # actions that are there cost nothing
+        self.replan, self.weights = replan, ensemble
         self._session()  # refuses what it must before anybody comes
-        refuse_other_cameras(self.keys, policy.spec)
         self.steps = steps_used(policy.spec.horizon, replan, ensemble)
 
-    def _session(self) -> Session:
+    def _session(self) -> Episodes:
         spec = self.policy.spec
         ensemble = TemporalEnsemble(spec.horizon, self.replan, self.weights, spec.ensemble_k, spec.periodic)
-        return Session(ensemble, self.replan, spec.fps)
+        return Episodes(ensemble, self.replan, spec.fps)
 
-    def get_action_spec(self) -> dict[str, DimSpec]:
-        """The dataset's own dimensions and units: what they mean, the benchmark knows."""
-        return {"actions": DimSpec("actions", self.policy.spec.dimensions, "raw")}
-
-    def get_observation_spec(self) -> dict[str, DimSpec]:
-        """Cameras by the benchmark's names, and the sentence."""
-        found: dict[str, DimSpec] = {"language": LANGUAGE}
-        for camera in self.policy.spec.cameras:
-            found[self.keys.get(camera) or camera] = IMAGE_RGB
-        return found | ({"state": RAW} if self.policy.spec.state else {})
-
-    def get_observation_params(self) -> dict[str, Any]:
-        """What a benchmark shall send; those that do not know a name pass over it."""
+    def hello(self) -> dict[str, Any]:
+        """What a benchmark is told: cameras by its own names, the sentence, and the dataset's own dimensions and units."""
         spec = self.policy.spec
-        # LIBERO's rotation of the hand as the datasets and vla0 have it: without this its sign differs at times.
-        return {"send_wrist_image": len(spec.cameras) > 1, "send_state": spec.state is not None, "quat_no_antipodal": True}
+        seen: dict[str, DimSpec] = {"language": LANGUAGE} | ({"state": RAW} if spec.state else {})
+        seen |= {self.keys.get(camera) or camera: IMAGE_RGB for camera in spec.cameras}
+        # LIBERO's rotation of the hand as the datasets and vla0 have it: without quat_no_antipodal its sign differs at times.
+        asked = {"send_wrist_image": len(spec.cameras) > 1, "send_state": spec.state is not None, "quat_no_antipodal": True}
+        return make_hello_payload(
+            model_server=type(self).__name__, capabilities={}, observation_params=asked,
+            action_spec={"actions": DimSpec("actions", spec.dimensions, "raw").to_dict()},
+            observation_spec={name: own.to_dict() for name, own in seen.items()},
+        )  # fmt: skip
 
-    async def on_episode_start(self, config: dict[str, Any], ctx: Any) -> None:
-        """A new episode: its session forgets all chunks."""
-        self.sessions[ctx.session_id] = self._session()
-        await super().on_episode_start(config, ctx)
+    async def _greet(self, connection: ServerConnection) -> None:
+        """Here the client says the first word."""
 
-    async def on_episode_end(self, result: dict[str, Any], ctx: Any) -> None:
-        """Its chunks are forgotten."""
-        self.sessions.pop(ctx.session_id, None)
-        await super().on_episode_end(result, ctx)
+    def _refusal(self, session: Any, error: InputError) -> bytes:
+        return pack_message(Message(MessageType.ERROR, {"error": str(error)}, session.seq))
 
-    def predict_batch(self, obs_batch: list[Any], ctx_batch: list[Any]) -> list[Any]:
-        """The next `replan` actions for each, decoded together."""
-        now = time.monotonic()
-        sessions = [self.sessions.setdefault(ctx.session_id, self._session()) for ctx in ctx_batch]
-        asked = [self._asked(session, obs, now) for session, obs in zip(sessions, obs_batch, strict=True)]
-        fine = [own for own in asked if isinstance(own, Observation)]
-        chunks = iter(together(self.policy, fine, self.steps) if fine else ())
-        found = [next(chunks) if isinstance(own, Observation) else own for own in asked]
-        if len(found) == 1 and isinstance(found[0], InputError):
-            raise found[0]
-        return [
-            {REFUSED: own} if isinstance(own, InputError) else {"actions": session.answer(own, now)}
-            for session, own in zip(sessions, found, strict=True)
-        ]
+    async def _answer(self, connection: ServerConnection, session: Any, message: Any) -> None:
+        if not isinstance(message, bytes):
+            raise InputError("binary messages", "text", REMEDY)
+        arrived = time.monotonic()
+        kind, payload, session.seq = await asyncio.to_thread(self._told, message)
+        if kind is MessageType.HELLO:
+            await connection.send(pack_message(Message(kind, self.hello(), session.seq)))
+        elif kind in (MessageType.EPISODE_START, MessageType.EPISODE_END):
+            session.reset()
+            session.begun = kind is MessageType.EPISODE_START
+        elif kind is MessageType.OBSERVATION:
+            if not session.begun:
+                raise InputError("an episode that has begun", "an observation", f"send episode_start first, or {REMEDY}")
+            if not session.actions:
+                asked = await asyncio.to_thread(self._seen, payload)
+                session.actions.extend(session.answer(await self._decoded(session, asked, arrived), arrived)[: self.replan])
+            action = {"actions": np.asarray(session.actions.popleft(), np.float32)}
+            await connection.send(pack_message(Message(MessageType.ACTION, action, session.seq)))
 
-    async def _dispatch_batched(self, obs: Any, ctx: Any) -> Any:
-        """vla-eval fails a whole batch where one fails: here one's fault stays one's own."""
-        found = await super()._dispatch_batched(obs, ctx)
-        if REFUSED in found:
-            raise found[REFUSED]
-        return found
+    def _told(self, message: bytes) -> tuple[MessageType, dict[str, Any], int]:
+        left = self.limits.message_bytes  # that pictures may become, all together
 
-    def _asked(self, session: Session, obs: Mapping[str, Any], now: float) -> Observation | InputError:
-        try:
-            return session.expecting(self._seen(obs), now)
-        except InputError as error:
-            return error
+        def read(found: dict[Any, Any]) -> Any:
+            nonlocal left
+            if "__image__" not in found:
+                return array_of(found.get("dtype"), found.get("shape"), found.get("data")) if "__ndarray__" in found else found
+            if found.get("format") == "raw":
+                return array_of(found.get("dtype"), found.get("shape"), found.get("data"))
+            picture = picture_of(found.get("data"), left)
+            left -= picture.nbytes
+            return picture
 
-    def _seen(self, obs: Mapping[str, Any]) -> Any:
-        message: dict[str, Any] = {**obs.get("images", {}), "prompt": obs.get("task_description")}
-        state = next((obs[name] for name in ("states", "state") if obs.get(name) is not None), None)
+        content = unpack(message, self.limits.message_bytes, read)
+        kind, payload, seq = content.get("type"), content.get("payload"), content.get("seq")
+        if kind not in [known.value for known in MessageType] or not isinstance(payload, dict) or type(seq) is not int:
+            raise InputError("a message of vla-eval: type, payload and seq", f"type {str(kind)[:40]!r}", REMEDY)
+        return MessageType(kind), payload, seq
+
+    def _seen(self, payload: Mapping[str, Any]) -> Request:
+        images = payload.get("images")
+        if not isinstance(images, Mapping):
+            raise InputError("images, a mapping", type(images).__name__, REMEDY)
+        message: dict[str, Any] = {**images, "prompt": payload.get("task_description")}
+        state = next((payload[name] for name in ("states", "state") if payload.get(name) is not None), None)
         if state is not None:
             message["state"] = state
-        return request(message, self.policy.spec, self.keys, SIDE).observation
+        return request(message, self.policy.spec, self.keys, self.limits.side)
 
 
-def serve_harness(server: HarnessServer, host: str, port: int, ready: Callable[[int], None] = lambda port: None) -> None:
-    """Serves until it is interrupted. Raises InputError where it cannot, or must not, listen."""
-    refuse_open(host, protocol="vla-eval")
-
-    async def serving() -> None:
-        # Received here, else a SIGINT does nothing where a shell has started it in the background, which ignores them.
-        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-            async with anyio.create_task_group() as group:
-                ready(await group.start(serve_async, server, host, port))
-                async for _ in signals:
-                    group.cancel_scope.cancel()
-
-    refuse_taken(host, port)
-    anyio.run(serving)
+def picture_of(data: Any, most: int) -> np.ndarray:
+    """A PNG's or JPEG's pixels. Raises InputError before it makes more than `most` bytes of them."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
+            needed = picture.width * picture.height * len(picture.getbands())
+            if needed > most:
+                raise InputError(f"pictures of at most {most} bytes", f"{needed}", "make them smaller first")
+            return np.array(picture)
+    except InputError:
+        raise
+    except Exception as error:  # what is damaged fails in many ways
+        raise InputError("a PNG or JPEG", f"{type(error).__name__}: {str(error)[:100]}", REMEDY) from None

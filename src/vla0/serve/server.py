@@ -33,12 +33,15 @@ PATIENCE = 10  # messages in a row that nobody can read, and then the client is 
 
 
 class Server:
-    """Answers observations with chunks, decoding together what arrives together.
+    """Answers observations with chunks, decoding together what arrives together, in openpi's protocol; others build on it.
 
     ensemble: none, and a client gets whole chunks; else `replan` ensembled steps for each observation, whose chunks are
     remembered for each connection by itself. keys: camera → its name in messages. key: what clients have to know.
     origins: web pages that may talk to it, as "https://lab.example"; a browser says whose page asks, others say nothing.
     """
+
+    protocol = "openpi"
+    ping_s: float | None = 20.0  # between two looks whether a client is still there
 
     def __init__(
         self,
@@ -77,11 +80,11 @@ class Server:
 
     async def run(self, host: str, port: int, stop: asyncio.Event, context: Any = None, ready: Any = None) -> None:
         """Serves until `stop`, and then ends what was begun. context: of TLS. ready: called with the port that was bound."""
-        refuse_open(host, self.key)
+        refuse_open(host, self.key, self.protocol)
         batches = asyncio.create_task(self._batches())
         async with serve(
             self._talk, host, port, ssl=context, compression=None, max_size=self.limits.message_bytes,
-            origins=self.origins, process_request=self._handshake, max_queue=4, ping_interval=20, ping_timeout=20,
+            origins=self.origins, process_request=self._handshake, max_queue=4, ping_interval=self.ping_s, ping_timeout=20,
         ) as server:  # fmt: skip
             if ready is not None:
                 ready(server.sockets[0].getsockname()[1])
@@ -101,7 +104,7 @@ class Server:
 
     def _handshake(self, connection: ServerConnection, handshake: Handshake) -> Response | None:
         """Health and meters for whoever may ask; a key from whoever wants to talk."""
-        if handshake.path == "/healthz":
+        if handshake.path in ("/healthz", "/health"):
             return connection.respond(HTTPStatus.OK, "OK\n")
         given = handshake.headers.get("Authorization", "").encode("utf-8", "replace")
         if self.key is not None and not hmac.compare_digest(given, f"Api-Key {self.key}".encode()):
@@ -118,7 +121,7 @@ class Server:
         self.meters.clients.set(self.clients)
         session, wrong = self._session(), 0
         try:
-            await connection.send(pack(self.metadata()))
+            await self._greet(connection)
             async for message in connection:
                 if self.stopping:
                     break
@@ -131,7 +134,7 @@ class Server:
                 except Exception as error:  # whatever a message does, it does to its sender alone
                     self.meters.errors.inc()
                     wrong += 1
-                    await connection.send(str(told(error)))
+                    await connection.send(self._refusal(session, told(error)))
                     if wrong >= PATIENCE:
                         await connection.close(1008, "too many messages that cannot be read")
         except ConnectionClosed:
@@ -146,23 +149,40 @@ class Server:
         if len(session.arrivals) > self.limits.rate:
             raise InputError(f"at most {self.limits.rate:g} messages a second", f"{len(session.arrivals)}", "ask less often")
 
+    async def _greet(self, connection: ServerConnection) -> None:
+        """What a client hears as it comes."""
+        await connection.send(pack(self.metadata()))
+
+    def _refusal(self, session: Session, error: InputError) -> str | bytes:
+        """What a client hears of an error."""
+        return str(error)
+
     async def _answer(self, connection: ServerConnection, session: Session, message: Any) -> None:
+        """Answers one message, or raises."""
         if not isinstance(message, bytes):
             raise InputError("binary messages", "text", "send what openpi-client packs")
         arrived = time.monotonic()
         asked = await asyncio.to_thread(self._read, message)  # megabytes, which others need not wait for
         session.begin(asked.reset, arrived)
+        number = {} if asked.number is None else {"vla0/number": asked.number}
+
+        async def step(ahead: int, action: np.ndarray) -> None:
+            await connection.send(pack({"vla0/step": ahead, "action": action, **number}))
+
+        actions = session.answer(await self._decoded(session, asked, arrived, step), arrived)
+        spent = (time.monotonic() - arrived) * 1e3
+        await connection.send(pack({"actions": actions, "server_timing": {"infer_ms": spent}, **number}))
+
+    async def _decoded(self, session: Session, asked: Request, arrived: float, step: Any = None) -> np.ndarray:
+        """(T, D): what the model says to a request, decoded with others. step: called with each action of a stream."""
         answers: asyncio.Queue[Any] = asyncio.Queue()
         with self.meters.request():
             await self.queue.put((asked, session.expecting(asked.observation, arrived), answers))
-            number = {} if asked.number is None else {"vla0/number": asked.number}
-            while isinstance(part := await answers.get(), tuple):  # a step of a stream
-                await connection.send(pack({"vla0/step": part[0], "action": part[1], **number}))
-            if isinstance(part, BaseException):
-                raise part
-            actions = session.answer(part, arrived)
-            spent = (time.monotonic() - arrived) * 1e3
-            await connection.send(pack({"actions": actions, "server_timing": {"infer_ms": spent}, **number}))
+            while isinstance(part := await answers.get(), tuple):
+                await step(*part)
+        if isinstance(part, BaseException):
+            raise part
+        return part
 
     def _read(self, message: bytes) -> Request:
         return request(unpack(message, self.limits.message_bytes), self.policy.spec, self.keys, self.limits.side)

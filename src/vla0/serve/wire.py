@@ -1,6 +1,7 @@
 """Messages: msgpack with numpy arrays, as openpi's clients write them. What a stranger sends is checked before it is used."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -19,10 +20,12 @@ def pack(content: Any) -> Any:
     return msgpack.packb(content, default=_array)
 
 
-def unpack(message: bytes | str, most_bytes: int | None = None) -> dict[str, Any]:
+def unpack(
+    message: bytes | str, most_bytes: int | None = None, read: Callable[[dict[Any, Any]], Any] | None = None
+) -> dict[str, Any]:
     """The mapping that a message holds. Raises InputError for everything else, having run nothing of it.
 
-    A text is what a server says of an error: it rises as one.
+    A text is what a server says of an error: it rises as one. read: {...} → what it stands for, of another protocol.
     """
     if isinstance(message, str):
         raise InputError(message[-2000:])
@@ -32,7 +35,7 @@ def unpack(message: bytes | str, most_bytes: int | None = None) -> dict[str, Any
     _bounded(message)
     try:
         content = msgpack.unpackb(
-            message, object_hook=_read, strict_map_key=False,
+            message, object_hook=read or _read, strict_map_key=False,
             max_str_len=1 << 16, max_bin_len=size, max_array_len=1 << 16, max_map_len=256, max_ext_len=0,
         )  # fmt: skip
     except InputError:
@@ -109,17 +112,27 @@ def _read(found: dict[Any, Any]) -> Any:
     if b"__ndarray__" not in found and b"__npgeneric__" not in found:
         return found
     name, data = found.get(b"dtype"), found.get(b"data")
+    if b"__npgeneric__" in found:
+        if not isinstance(data, int | float | bool):
+            raise InputError("a number", type(data).__name__, _REMEDY)
+        return dtype_of(name).type(data)
+    return array_of(name, found.get(b"shape"), data)
+
+
+def dtype_of(name: Any) -> np.dtype:
+    """The dtype of numbers that a name tells. Raises InputError for any other."""
     try:
         dtype = np.dtype(name if isinstance(name, str) else "O")
     except (TypeError, ValueError):
         dtype = np.dtype("O")
     if dtype.kind not in KINDS or dtype.itemsize > 8:
         raise InputError("arrays of numbers", f"dtype {str(name)[:40]}", _REMEDY)
-    if b"__npgeneric__" in found:
-        if not isinstance(data, int | float | bool):
-            raise InputError("a number", type(data).__name__, _REMEDY)
-        return dtype.type(data)
-    shape = found.get(b"shape")
+    return dtype
+
+
+def array_of(name: Any, shape: Any, data: Any) -> np.ndarray:
+    """The array of a dtype's name, a shape and its bytes. Raises InputError where they do not agree."""
+    dtype = dtype_of(name)
     fine = (
         isinstance(data, bytes) and isinstance(shape, list | tuple) and len(shape) <= 5
         and all(isinstance(side, int) and not isinstance(side, bool) and 0 <= side < 1 << 24 for side in shape)
