@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -162,3 +163,24 @@ def test_a_state_that_changes_nothing_is_said_once(policy, processor, caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "state= changes nothing: this checkpoint was trained without one"
     ]
+
+
+def test_threads_that_share_a_policy_get_what_each_would_get_alone(policy):
+    seen = [make_observation(seed) for seed in range(24)]
+    alone = [policy.predict_batch([own])[0] for own in seen]
+    with ThreadPoolExecutor(6) as threads:
+        together = list(threads.map(lambda own: policy.predict_batch([own])[0], seen))
+        streamed = list(threads.map(lambda own: _streamed(policy, own), seen))
+    np.testing.assert_array_equal(alone, together)
+    for own, found in zip(alone, streamed, strict=True):
+        assert found is None or np.array_equal(own, found)  # one stream at a time: others are told so
+    assert any(found is not None for found in streamed)
+
+
+def _streamed(policy, observation):
+    try:
+        return np.stack(list(policy.predict_stream(observation)))
+    except InputError as error:
+        if "one stream at a time" not in str(error):
+            raise
+        return None

@@ -1,6 +1,7 @@
 """VLA0: an image and a sentence in, a chunk of actions out."""
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from pathlib import Path
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class VLA0:
-    """A VLM that writes actions. `predict` is pure; `act` remembers its chunks until `reset`."""
+    """A VLM that writes actions. `predict` is pure, also from several threads; `act` remembers its chunks until `reset`."""
 
     told = False  # that a state is given in vain
 
@@ -38,6 +39,7 @@ class VLA0:
         self._ready(replan, weights)
 
     def _ready(self, replan: int, weights: str | Sequence[float] | None) -> Self:
+        self.alone = threading.RLock()  # a decode's keys and values lie in one place; held for a pass at least
         averaged = min(-(-self.spec.horizon // replan), self.spec.ensemble_k or self.spec.horizon) > 1
         return self.acting(replan, weights or ("v1" if averaged else ensemble.NONE))
 
@@ -124,14 +126,21 @@ class VLA0:
         if not observations:
             raise InputError("one observation at least", "none", "pass a list of them")
         self._check(chunk_size)
-        levels = self.decoder.decode(*self._asked(observations, chunk_size))
+        with self.alone:
+            levels = self.decoder.decode(*self._asked(observations, chunk_size))
         return np.stack([self._actions(*pair) for pair in zip(levels, observations, strict=True)])
 
     def predict_stream(self, observation: Observation, chunk_size: int | None = None) -> Iterator[np.ndarray]:
         """The actions (D,) of `predict`, one after another, each as soon as it is certain."""
         self._check(chunk_size)
         given = 0
-        for (levels,) in self.decoder.stream(*self._asked([observation], chunk_size)):
+        with self.alone:
+            parts = self.decoder.stream(*self._asked([observation], chunk_size))
+        while True:
+            with self.alone:
+                (levels,) = next(parts, (None,))
+            if levels is None:
+                return
             yield from self._actions(levels[given:], observation)
             given = len(levels)
 
