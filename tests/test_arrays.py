@@ -36,11 +36,12 @@ def call(function: bytes, *arguments: bytes) -> bytes:
     return function + b"(" + b"".join(arguments) + b"tR"
 
 
+SAME = [1, (2, 3)]
 CONTENT = {
     "min": np.arange(7, dtype=np.float32), "picture": np.arange(48, dtype=np.uint8).reshape(4, 4, 3)[:, ::-1],
     "column": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "big": np.arange(3, dtype=">i4"), "flag": np.array([True, False]),
     "nothing": np.zeros((0, 3)), "one": np.float64(2.5), "whole": np.int64(7), "words": ["a", "ä", ""], "deep": {"x": (1, None, 2.5)},
-    "large": 2**70, "bytes": b"\x00\xff", "more": bytearray(b"xy"), "again": [1] * 300,
+    "shared": [SAME, {"a": SAME}, [SAME] * 3], "large": 2**70, "bytes": b"\x00\xff", "more": bytearray(b"xy"), "again": [1] * 300,
 }  # fmt: skip
 
 
@@ -80,6 +81,15 @@ def test_of_an_object_that_is_known_a_record_comes_and_no_class_is_touched(monke
 
 
 ENCODE, THING = name("_codecs", "encode"), name("somewhere", "Thing")
+BUFFER, U1 = name("numpy._core.numeric", "_frombuffer"), call(name("numpy", "dtype"), text("u1"))
+RAW = call(name("numpy._core.multiarray", "_reconstruct"), name("numpy", "ndarray"), b"K\x00\x85", b"C\x01b")
+
+
+def doubled(times: int) -> bytes:
+    """A tuple that holds one twice, which holds one twice, and so on."""
+    return b")\x94" + b"".join(b"0h" + bytes([n]) + b"h" + bytes([n]) + b"\x86\x94" for n in range(times))
+
+
 ATTACKS = {
     "a command": call(name("os", "system"), text("touch here")),
     "eval": call(name("builtins", "eval"), text("1")),
@@ -103,6 +113,18 @@ ATTACKS = {
     "a number of digits": b"L" + b"9" * 100_000 + b"L\n",
     "an end without a beginning": b"t",
     "nothing": b"",
+    "a shape of text": call(BUFFER, b"C\x00", U1, b"(" + text("a") + b"\x8a\x05" + (1 << 32).to_bytes(5, "little") + b"t", text("C")),
+    "a shape of fractions": call(BUFFER, b"C\x00", U1, b"(G\x3f\xf0\x00\x00\x00\x00\x00\x00t", text("C")),
+    "a key that is hashed for ever": b"}" + doubled(40) + b"Ns",
+    "a codec that is printed for ever": call(ENCODE, text("a"), doubled(40)),
+    "a dtype that is printed for ever": call(name("numpy", "dtype"), doubled(40)),
+    "a name that is printed for ever": doubled(40) + text("x") + b"\x93",
+    "a field that is printed for ever": THING + b")R}" + doubled(40) + b"Nsb",
+    "keys of one hash": b"}(" + b"".join(b"\x8a\x0b" + (n * (2**61 - 1)).to_bytes(11, "little") + b"N" for n in range(1, 30_000)) + b"u",
+    "an array that comes many times": RAW + b"\x94" * 30_000 + b"(N" + b"(K\x00tN" + b"N" + b"C\x00" + b"t\x94" + b"j\x00\x00\x00\x00" * 30_000 + b"b",
+    "what is walked through for ever": doubled(40),
+    "what is in itself": b"]\x94h\x00a",
+    "a dtype of thousands": call(BUFFER, b"C\x00", call(name("numpy", "dtype"), text("i4," * 50_000)), b")", text("C")),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""numpy arrays out of a pickle, and nothing else: the few opcodes that are needed, by a reader that builds nothing else.
+"""numpy arrays out of a pickle: the few opcodes that are needed, by a reader that builds nothing else.
 
 pickle's own reader, told which classes it may find, still lets a stranger change those classes, allocates what five bytes ask
 for, and expands what it decodes (CVE-2026-25874 and its kin). Here no class is looked up, nothing is called, and what is
@@ -7,7 +7,7 @@ built is bounded by the bytes that came.
 
 import math
 import pickletools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import IO, Any, Literal
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from vla0.errors import InputError
 
-MOST = 200_000  # opcodes: an array is a dozen, whatever its size
+MOST = 200_000  # opcodes: an array is a dozen, whatever its size; and things that one meets who walks through what was read
 KINDS = "biuf"  # of numbers: booleans, integers, floats
 NUMPY = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
 PLAIN = ("builtins", "__builtin__")  # of which protocol 2 writes bytes that are empty, and bytearrays
@@ -86,6 +86,7 @@ class _Reader:
                 raise ValueError(f"more than {MOST} opcodes")
             if code.name == "STOP":
                 (found,) = self.stack
+                _size(found, {})
                 return found
             if code.name in _VALUES:
                 self.stack.append(argument)
@@ -104,9 +105,10 @@ class _Reader:
         return found
 
     def named(self, module: Any, name: Any) -> None:
+        if type(module) is not str or type(name) is not str:
+            raise ValueError("a name that is no text")
         known = (module in NUMPY and name in BUILDERS) or (module in PLAIN and name in ("bytes", "bytearray"))
-        known |= (module, name) in (("_codecs", "encode"), *self.also)
-        if not known or not isinstance(name, str):
+        if not known and (module, name) not in (("_codecs", "encode"), *self.also):
             raise ValueError(f"{module}.{name}")
         self.stack.append(_Name(name))
 
@@ -115,21 +117,20 @@ class _Reader:
             raise ValueError("a call of what is no name")
         if name == "encode":
             text, coding = arguments
-            if coding not in ("latin1", "latin-1"):
-                raise ValueError(f"text in {coding!r}")
+            if type(text) is not str or type(coding) is not str or coding not in ("latin1", "latin-1"):
+                raise ValueError("text that is not in latin1")
             return self.paid(text.encode("latin1"))
         if name in ("bytes", "bytearray"):
             raw = b"" if not arguments else arguments[0] if len(arguments) == 1 else self.called(_Name("encode"), arguments)
             if not isinstance(raw, bytes):
                 raise ValueError(f"bytes of {type(raw).__name__}")
             return raw if name == "bytes" else bytearray(self.paid(raw))
-        if name == "dtype":
-            return _Dtype(str(arguments[0]))
+        if name == "dtype" and type(arguments[0]) is str and len(arguments[0]) <= 16:
+            return _Dtype(arguments[0])
         if name == "_reconstruct":
             kind, shape, _ = arguments
-            if kind != "ndarray" or shape != (0,):
-                raise ValueError(f"{kind} of shape {shape}")
-            return _Array()
+            if isinstance(kind, _Name) and kind == "ndarray" and type(shape) is tuple and len(shape) == 1 and shape[0] == 0:
+                return _Array()
         if name == "scalar":
             dtype, raw = arguments
             (value,) = np.frombuffer(raw, dtype.made())
@@ -137,13 +138,15 @@ class _Reader:
         if name == "_frombuffer":
             raw, dtype, shape, order = arguments
             return self.array(shape, dtype, order == "F", raw)
-        if name == "ndarray":
-            raise ValueError("an array out of nothing")
+        if name in BUILDERS:
+            raise ValueError(f"{name} of what it is never made of")
         return Record(str(name), arguments)
 
     def array(self, shape: tuple[int, ...], dtype: _Dtype, fortran: bool, raw: Any) -> np.ndarray:
         own = dtype.made()
-        if not isinstance(raw, bytes | bytearray) or math.prod(shape) * own.itemsize != len(raw):
+        if type(shape) is not tuple or not all(type(side) is int and 0 <= side < 1 << 32 for side in shape[:32]):
+            raise ValueError("an array of no shape")  # a product of anything else may be anything, and of any size
+        if not isinstance(raw, bytes | bytearray) or math.prod(shape[:32]) * own.itemsize != len(raw):
             raise ValueError(f"an array of shape {shape} out of other bytes")
         return np.frombuffer(raw, own).reshape(shape, order="F" if fortran else "C")
 
@@ -160,12 +163,13 @@ class _Reader:
             for place in target.places:
                 if self.memo[place] is target:
                     self.memo[place] = made
+            target.places.clear()
             target = made
         elif isinstance(target, Record):
             state = state[0] if isinstance(state, tuple) else state
-            if not isinstance(state, Mapping):
+            if type(state) is not dict or any(type(name) is not str for name in state):
                 raise ValueError(f"a {target.name} of {type(state).__name__}")
-            target.fields.update({str(name): value for name, value in state.items()})
+            target.fields.update(state)
         else:
             raise ValueError(f"something made of a {type(target).__name__}")
         self.stack.append(target)
@@ -186,8 +190,9 @@ class _Reader:
 
     def put_in(self, pairs: list[Any]) -> None:
         target = self.stack[-1]
-        if type(target) is not dict:
-            raise ValueError("entries of what is no mapping")
+        # Tuples in tuples are hashed for ever, and numbers of one hash are compared each with all others.
+        if type(target) is not dict or not all(type(k) is str or (type(k) is int and abs(k) < 1 << 31) for k in pairs[::2]):
+            raise ValueError("entries of what is no mapping, or by what is neither text nor a small number")
         target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     def put_on(self, entries: list[Any]) -> None:
@@ -195,6 +200,20 @@ class _Reader:
         if type(target) is not list:
             raise ValueError("entries of what is no list")
         target.extend(entries)
+
+
+def _size(found: Any, known: dict[int, int], levels: int = 50) -> int:
+    """How many things one meets who walks through it: thirty lists, each the one before twice, are a thousand million."""
+    inside = found.values() if type(found) is dict else found if type(found) in (list, tuple) else ()
+    inside = (*found.arguments, found.fields) if isinstance(found, Record) else inside
+    if inside and id(found) not in known:
+        if not levels:
+            raise ValueError("things too deep in each other, or one in itself")
+        known[id(found)] = sum(_size(part, known, levels - 1) for part in inside)
+    size = 1 + (known[id(found)] if inside else 0)
+    if size > MOST:
+        raise ValueError(f"more than {MOST} things")
+    return size
 
 
 def _push(make: Callable[[_Reader, Any], Any]) -> Callable[[_Reader, Any], None]:

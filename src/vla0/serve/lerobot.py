@@ -13,7 +13,7 @@ import pickle
 import signal
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -57,7 +57,7 @@ class Client:
     renamed: Mapping[str, str]
     steps: int
     waiting: Queue = field(default_factory=lambda: Queue(1))  # the newest observation
-    answered: set[int] = field(default_factory=set)
+    answered: deque[int] = field(default_factory=lambda: deque(maxlen=1000))  # steps
     last: tuple[int, np.ndarray] | None = None  # step and chunk of the last answer
     changing: Any = field(default_factory=threading.Lock)
     heard_at: float = field(default_factory=time.monotonic)
@@ -154,7 +154,7 @@ class LeRobotServer:
             expected = rest(client.last[1], min(seen.timestep - client.last[0], spec.horizon))
             observation = replace(observation, expected=expected)
         chunk = self.policy.predict_batch([observation])[0]
-        client.answered.add(seen.timestep)
+        client.answered.append(seen.timestep)
         client.last = seen.timestep, chunk
         return chunk
 

@@ -122,7 +122,7 @@ def _read(found: dict[Any, Any]) -> Any:
 def dtype_of(name: Any) -> np.dtype:
     """The dtype of numbers that a name tells. Raises InputError for any other."""
     try:
-        dtype = np.dtype(name if isinstance(name, str) else "O")
+        dtype = np.dtype(name if isinstance(name, str) and len(name) <= 16 else "O")
     except (TypeError, ValueError):
         dtype = np.dtype("O")
     if dtype.kind not in KINDS or dtype.itemsize > 8:
