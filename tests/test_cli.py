@@ -110,7 +110,7 @@ def test_usage_errors_have_exit_code_2(vla0):
         ("serve --checkpoint x --tls-key x", "--tls-cert for --tls-key"),
         ("serve --checkpoint x --engine vllm", "--base-url for --engine"),
         ("serve --checkpoint x --base-url http://x --device cpu", "no --base-url"),
-        ("serve --checkpoint x --protocol vla-eval --rate 3", "another --protocol than vla-eval"),
+        ("serve --checkpoint x --protocol vla-eval --rate 3", "--protocol openpi"),
         ("robot --instruction go --weights mean", "--way ensemble for --weights"),
         ("robot --instruction go --way ensemble --replan 2", "--way sync or async"),
         ("robot --instruction go --resample", "--fps for --resample"),

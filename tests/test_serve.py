@@ -28,10 +28,13 @@ from vla0 import InputError, Observation
 from vla0.cli.act import pairs_of, serve
 from vla0.policy import VLA0
 from vla0.serve import wire
+from vla0.serve.batches import Batches, together
 from vla0.serve.client import NoAnswerError, RemotePolicy
 from vla0.serve.door import Limits
+from vla0.serve.meters import Meters
 from vla0.serve.request import request
-from vla0.serve.server import Server, together
+from vla0.serve.server import Server
+from vla0.serve.session import Session
 from vla0.serve.wire import pack, unpack
 
 KEY = "a key that is long enough"
@@ -565,3 +568,58 @@ def test_a_client_says_itself_what_the_server_will_not_take(policy):
             remote.predict(replace(seen, images=large))
         assert remote.predict(seen).shape == (3, 3)
         remote.close()
+
+
+def test_what_a_thread_has_seen_already_gives_the_same_chunk(policy):
+    seen = [make_observation(seed) for seed in range(3)]
+    np.testing.assert_array_equal(policy.predict_batch(seen), policy.predict_batch([policy.see(own) for own in seen]))
+
+
+def test_a_message_may_be_a_full_hd_picture_of_each_camera_unless_said_otherwise(policy):
+    assert 2 * 1920 * 1080 * 3 < Limits().of(policy.spec).message_bytes < 2 * 1920 * 1080 * 3 + 2**21
+    assert Limits(message_bytes=7).of(policy.spec).message_bytes == 7
+
+
+def busy(*used: float) -> tuple[Batches, list[Session]]:
+    """Batches, and sessions for which the model worked so many seconds just now."""
+    batches, now = Batches(None, None, 64, Meters()), time.monotonic()
+    batches.sessions = [Session(None, 1, 20.0, heard_at=now, used=own, used_at=now) for own in used]
+    return batches, batches.sessions
+
+
+def test_who_takes_more_of_the_server_than_others_waits_and_who_takes_as_much_does_not():
+    batches, (heavy, *others) = busy(0.5, *[0.02] * 20)
+    batches.charge(heavy, 0.05)
+    batches.charge(others[0], 0.05)
+    assert 0.3 < heavy.free_at - time.monotonic() < 0.46
+    assert others[0].free_at <= time.monotonic()
+    batches, alike = busy(*[0.3] * 4)
+    for own in alike:
+        batches.charge(own, 0.05)
+    batches, (alone,) = busy(5.0)
+    batches.charge(alone, 1.0)
+    assert all(own.free_at <= time.monotonic() for own in (*alike, alone))
+
+
+def test_who_sends_megabytes_in_vain_is_not_heard_for_a_while_and_does_not_keep_the_server_from_ending(policy):
+    with serving(policy) as (url, server), connect(url, compression=None, max_size=None) as rude:
+        rude.recv()
+        rude.send(b"\x81\xa1x\xc6" + (8 << 20).to_bytes(4, "big") + bytes(8 << 20))
+        assert "camera 'front'" in rude.recv(timeout=10)
+        time.sleep(0.1)
+        (session,) = server.batches.sessions
+        assert 5 < session.free_at - time.monotonic() < 9
+        good = RemotePolicy(url)
+        assert good.predict(make_observation(0)).shape == (3, 3)
+        good.close()
+        rude.send(pack({}))
+        began = time.monotonic()
+    assert time.monotonic() - began < 8  # not the pause of who is still there
+
+
+def test_who_comes_again_and_again_waits_at_the_door(policy):
+    with serving(policy, limits=Limits(clients=4)) as (url, _):
+        began = time.monotonic()
+        for _ in range(14):
+            RemotePolicy(url).close()
+        assert time.monotonic() - began > 10 * 0.05 - 0.05

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -129,6 +130,10 @@ class VLA0:
         with self.alone:
             levels = self.decoder.decode(*self._asked(observations, chunk_size))
         return np.stack([self._actions(*pair) for pair in zip(levels, observations, strict=True)])
+
+    def see(self, observation: Observation) -> Observation:
+        """The observation with its pictures cropped and resized, so that `predict_batch` need not: for threads with time."""
+        return observation if self.model is None else replace(observation, seen=self.prompt.see(observation))
 
     def predict_stream(self, observation: Observation, chunk_size: int | None = None) -> Iterator[np.ndarray]:
         """The actions (D,) of `predict`, one after another, each as soon as it is certain."""

@@ -32,6 +32,9 @@ def words(observation: Observation, spec: Spec) -> str:
     return f"State: {' '.join(map(str, levels.tolist()))}\n{observation.instruction}"
 
 
+MARKS = 20  # tokens of the model's that words may spell: each is cut in two, which takes time
+
+
 class Prompt:
     """Observations (and answers) → what the model takes. `processor` is that of a Qwen2.5-VL style model."""
 
@@ -133,7 +136,8 @@ class Prompt:
     ) -> dict[str, torch.Tensor]:
         """The batch of observations: both flows come through here, and differ in answers and generators only."""
         pairs = zip(observations, rngs or [None] * len(observations), strict=True)
-        return self.gather([self.see(observation, rng, jitter) for observation, rng in pairs], answers, begun)
+        seen = [self.see(own, rng, jitter) if own.seen is None or rng is not None else own.seen for own, rng in pairs]
+        return self.gather(seen, answers, begun)
 
     def see(
         self,
@@ -143,6 +147,8 @@ class Prompt:
     ) -> Seen:
         """(images, text before the answer, of it the words of the observation)."""
         images, said = compose(observation, self.spec, rng, jitter), words(observation, self.spec)
+        if sum(1 for _ in self.marks.finditer(said)) > MARKS:
+            raise InputError(f"words with at most {MARKS} tokens of the model's in them", "more", "say it in words")
         return images, self.chat(len(images), said), said
 
     def answer_ids(self, answer: str) -> list[int]:

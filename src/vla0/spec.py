@@ -185,6 +185,7 @@ class Observation:
     captured_at: float | None = None  # monotonic seconds of the oldest frame
     expected: np.ndarray | None = None  # (n, D) actions thought to come, of the last chunk: decodes faster, changes nothing
     committed: np.ndarray | None = None  # (n, D) actions that will have been executed: the chunk begins with them, and goes on
+    seen: Any = None  # what VLA0.see made of it
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ def serve(
     device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
     clients: Annotated[int | None, typer.Option(help="at most, at once; default 128")] = None,
     rate: Annotated[float | None, typer.Option(help="messages a second of one client, at most; default 200")] = None,
-    message_mib: Annotated[float | None, typer.Option(help="size of a message, at most; default 32")] = None,
+    message_mib: Annotated[
+        float | None, typer.Option(help="size of a message, at most; default full HD of each camera")
+    ] = None,
     side: Annotated[int | None, typer.Option(help="pixels of a picture's side, at most; default 4096")] = None,
     protocol: Annotated[str, typer.Option(help="openpi; lerobot, its robot_client's gRPC; or vla-eval, a harness")] = "openpi",
     base_url: Annotated[str | None, typer.Option(help="of another engine that serves the checkpoint: OpenAI's API")] = None,
@@ -47,7 +49,7 @@ def serve(
 
     secret = secret_of(api_key_file)
     pairs = pairs_of("--key", key or [])
-    message_bytes = None if message_mib is None else int(message_mib * 2**20)
+    message_bytes = None if message_mib is None else max(1, int(message_mib * 2**20))
     limits = Limits(**given(side=side, clients=clients, rate=rate, message_bytes=message_bytes))
     if protocol not in PROTOCOLS:
         raise InputError(f"--protocol of {PROTOCOLS}", f"'{protocol}'", "choose one of those")

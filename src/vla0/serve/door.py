@@ -6,7 +6,7 @@ import signal
 import socket
 import ssl
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,21 @@ KEYLESS = {  # protocols that know no key → how to do without another address
 class Limits:
     """What a client may ask for."""
 
-    message_bytes: int = 32 * 2**20
+    message_bytes: int = 0  # 0: a picture of 1920 x 1080 of each camera and frame, and a MiB
     side: int = 4096  # pixels of a picture
     clients: int = 128
     rate: float = 200.0  # messages a second of one client, over a second
+    bytes_s: float = 64 * 2**20  # of one client: what comes faster is not read yet
     batch: int = 64  # observations decoded together
 
     def __post_init__(self):
-        if min(self.message_bytes, self.side, self.clients, self.rate, self.batch) < 1:
+        if self.message_bytes < 0 or min(self.side, self.clients, self.rate, self.batch) < 1:
             raise InputError("limits of one at least", f"{asdict(self)}", "give numbers from 1")
+
+    def of(self, spec: Spec) -> "Limits":
+        """These, with the size of a message that a checkpoint needs where none was given."""
+        needed = 2**20 + len(spec.cameras) * spec.history * 1920 * 1080 * 3
+        return replace(self, message_bytes=self.message_bytes or needed)
 
 
 def shown(spec: Spec) -> str:

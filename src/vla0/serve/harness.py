@@ -31,7 +31,7 @@ from vla0.serve.wire import array_of, unpack
 REMEDY = "use vla-eval's client"
 
 
-@dataclass
+@dataclass(eq=False)
 class Episodes(Session):
     """What one client's connection remembers, and the actions that it has not asked for yet."""
 
@@ -62,7 +62,7 @@ class HarnessServer(Server):
         super().__init__(policy, replace(limits or Limits(), rate=math.inf), keys)  # actions that are there cost nothing
         self.replan, self.weights = replan, ensemble
         self._session()  # refuses what it must before anybody comes
-        self.steps = steps_used(policy.spec.horizon, replan, ensemble)
+        self.batches.steps = steps_used(policy.spec.horizon, replan, ensemble)
 
     def _session(self) -> Episodes:
         spec = self.policy.spec
@@ -103,6 +103,7 @@ class HarnessServer(Server):
                 raise InputError("an episode that has begun", "an observation", f"send episode_start first, or {REMEDY}")
             if not session.actions:
                 asked = await asyncio.to_thread(self._seen, payload)
+                self.batches.charge(session, time.monotonic() - arrived)
                 session.actions.extend(session.answer(await self._decoded(session, asked, arrived), arrived)[: self.replan])
             action = {"actions": np.asarray(session.actions.popleft(), np.float32)}
             await connection.send(pack_message(Message(MessageType.ACTION, action, session.seq)))
@@ -134,7 +135,8 @@ class HarnessServer(Server):
         state = next((payload[name] for name in ("states", "state") if payload.get(name) is not None), None)
         if state is not None:
             message["state"] = state
-        return request(message, self.policy.spec, self.keys, self.limits.side)
+        asked = request(message, self.policy.spec, self.keys, self.limits.side)
+        return replace(asked, observation=self.policy.see(asked.observation))
 
 
 def picture_of(data: Any, most: int) -> np.ndarray:

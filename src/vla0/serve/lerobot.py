@@ -30,9 +30,9 @@ from lerobot.transport import services_pb2, services_pb2_grpc
 from vla0.arrays import Record, load_arrays
 from vla0.errors import InputError
 from vla0.rollout import rest
+from vla0.serve.batches import told
 from vla0.serve.door import Limits, not_free, refuse_open
 from vla0.serve.request import refuse_other_cameras, request
-from vla0.serve.server import told
 
 logger = logging.getLogger(__name__)
 messages: Any = services_pb2  # generated: its names are not in its text
@@ -67,7 +67,7 @@ class LeRobotServer:
     """The service, LeRobot's AsyncInference. policy: of a checkpoint; keys: camera → the robot's name of it."""
 
     def __init__(self, policy: Any, limits: Limits | None = None, keys: Mapping[str, str] | None = None):
-        self.policy, self.limits, self.keys = policy, limits or Limits(), dict(keys or {})
+        self.policy, self.limits, self.keys = policy, (limits or Limits()).of(policy.spec), dict(keys or {})
         refuse_other_cameras(self.keys, policy.spec)
         self.clients: OrderedDict[str, Client] = OrderedDict()
         self.guests = threading.Lock()

@@ -5,7 +5,8 @@ import hmac
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
@@ -20,15 +21,18 @@ import vla0
 from vla0.ensemble import NONE, TemporalEnsemble, steps_used
 from vla0.errors import InputError, refuse_idle
 from vla0.policy import VLA0
+from vla0.serve.batches import Asked, Batches, told
 from vla0.serve.door import Limits, refuse_open
 from vla0.serve.meters import Meters
 from vla0.serve.request import Request, names, refuse_other_cameras, request
 from vla0.serve.session import Session
 from vla0.serve.wire import pack, unpack
-from vla0.spec import Observation
 
 logger = logging.getLogger(__name__)
 
+# Who sends what is refused is not heard for a while: REFUSED_S, or the longer, the more there was to read in vain.
+REFUSED_S, REFUSED_BYTES_S = 0.1, 2**20
+COMING_S = 0.05  # between clients that come
 PATIENCE = 10  # messages in a row that nobody can read, and then the client is asked to go
 
 
@@ -53,7 +57,7 @@ class Server:
         ensemble: str = NONE,
         origins: Sequence[str] = (),
     ):
-        self.policy, self.limits, self.keys, self.key = policy, limits or Limits(), keys or {}, key
+        self.policy, self.limits, self.keys, self.key = policy, (limits or Limits()).of(policy.spec), keys or {}, key
         self.origins: list[Any] = [None, *origins]  # None: no browser
         self.replan, self.weights = replan, ensemble
         spec = policy.spec
@@ -63,9 +67,8 @@ class Server:
         self._session()  # refuses what it must before anybody comes
         self.steps = None if ensemble == NONE else steps_used(spec.horizon, replan, ensemble)
         self.meters = Meters()
-        self.queue: asyncio.Queue[tuple[Request, Observation, asyncio.Queue[Any]]] = asyncio.Queue()
-        self.thread = ThreadPoolExecutor(1, "model")
-        self.clients, self.stopping = 0, False
+        self.batches = Batches(policy, self.steps, self.limits.batch, self.meters)
+        self.clients, self.stopping, self.next_at = 0, False, 0.0
 
     def metadata(self) -> dict[str, Any]:
         """What a client is told as it comes."""
@@ -81,28 +84,28 @@ class Server:
     async def run(self, host: str, port: int, stop: asyncio.Event, context: Any = None, ready: Any = None) -> None:
         """Serves until `stop`, and then ends what was begun. context: of TLS. ready: called with the port that was bound."""
         refuse_open(host, self.key, self.protocol)
-        batches = asyncio.create_task(self._batches())
+        batches = asyncio.create_task(self.batches.run())
         async with serve(
             self._talk, host, port, ssl=context, compression=None, max_size=self.limits.message_bytes,
-            origins=self.origins, process_request=self._handshake, max_queue=4, ping_interval=self.ping_s, ping_timeout=20,
+            origins=self.origins, process_request=self._handshake, max_queue=1, ping_interval=self.ping_s, ping_timeout=20,
         ) as server:  # fmt: skip
             if ready is not None:
                 ready(server.sockets[0].getsockname()[1])
             await stop.wait()
             self.stopping = True
             server.close(close_connections=False)
-            while not self.queue.empty() or self.meters.busy:
+            while not self.batches.idle:
                 await asyncio.sleep(0.01)
             await asyncio.gather(*(connection.close(1001, "the server ends") for connection in server.connections))
         batches.cancel()
-        self.thread.shutdown()
+        self.batches.thread.shutdown()
 
     def _session(self) -> Session:
         spec = self.policy.spec
         acting = (spec.horizon, self.replan, self.weights, spec.ensemble_k, spec.periodic)
         return Session(None if self.weights == NONE else TemporalEnsemble(*acting), self.replan, spec.fps)
 
-    def _handshake(self, connection: ServerConnection, handshake: Handshake) -> Response | None:
+    async def _handshake(self, connection: ServerConnection, handshake: Handshake) -> Response | None:
         """Health and meters for whoever may ask; a key from whoever wants to talk."""
         if handshake.path in ("/healthz", "/health"):
             return connection.respond(HTTPStatus.OK, "OK\n")
@@ -114,17 +117,22 @@ class Server:
             return Response(200, "OK", Headers({"Content-Type": kind, "Content-Length": str(len(text))}), text)
         if self.clients >= self.limits.clients:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{self.limits.clients} clients are here already\n")
+        # As many as may be here may come at once; who comes again and again waits at the door.
+        self.next_at = max(self.next_at, time.monotonic() - self.limits.clients * COMING_S) + COMING_S
+        await asyncio.sleep(self.next_at - time.monotonic())
         return None
 
     async def _talk(self, connection: ServerConnection) -> None:
         self.clients += 1
         self.meters.clients.set(self.clients)
         session, wrong = self._session(), 0
+        self.batches.sessions.append(session)
         try:
             await self._greet(connection)
             async for message in connection:
                 if self.stopping:
                     break
+                session.charge(len(message) / self.limits.bytes_s)
                 try:
                     self._not_too_fast(session)
                     await self._answer(connection, session, message)
@@ -134,17 +142,22 @@ class Server:
                 except Exception as error:  # whatever a message does, it does to its sender alone
                     self.meters.errors.inc()
                     wrong += 1
+                    session.charge(max(REFUSED_S, len(message) / REFUSED_BYTES_S))
                     await connection.send(self._refusal(session, told(error)))
                     if wrong >= PATIENCE:
                         await connection.close(1008, "too many messages that cannot be read")
+                if (left := session.free_at - time.monotonic()) > 0:  # its next message stays where it is
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(connection.wait_closed(), left)
         except ConnectionClosed:
             logger.debug("a client has gone")
         finally:
+            self.batches.sessions.remove(session)
             self.clients -= 1
             self.meters.clients.set(self.clients)
 
     def _not_too_fast(self, session: Session) -> None:
-        now = time.monotonic()
+        now = session.heard_at = time.monotonic()
         session.arrivals = [at for at in session.arrivals if now - at < 1.0] + [now]
         if len(session.arrivals) > self.limits.rate:
             raise InputError(f"at most {self.limits.rate:g} messages a second", f"{len(session.arrivals)}", "ask less often")
@@ -163,6 +176,7 @@ class Server:
             raise InputError("binary messages", "text", "send what openpi-client packs")
         arrived = time.monotonic()
         asked = await asyncio.to_thread(self._read, message)  # megabytes, which others need not wait for
+        self.batches.charge(session, time.monotonic() - arrived)
         session.begin(asked.reset, arrived)
         number = {} if asked.number is None else {"vla0/number": asked.number}
 
@@ -175,64 +189,8 @@ class Server:
 
     async def _decoded(self, session: Session, asked: Request, arrived: float, step: Any = None) -> np.ndarray:
         """(T, D): what the model says to a request, decoded with others. step: called with each action of a stream."""
-        answers: asyncio.Queue[Any] = asyncio.Queue()
-        with self.meters.request():
-            await self.queue.put((asked, session.expecting(asked.observation, arrived), answers))
-            while isinstance(part := await answers.get(), tuple):
-                await step(*part)
-        if isinstance(part, BaseException):
-            raise part
-        return part
+        return await self.batches.ask(Asked(session, asked, session.expecting(asked.observation, arrived)), step)
 
     def _read(self, message: bytes) -> Request:
-        return request(unpack(message, self.limits.message_bytes), self.policy.spec, self.keys, self.limits.side)
-
-    async def _batches(self) -> None:
-        """Forever: what is waiting goes to the model together."""
-        loop = asyncio.get_running_loop()
-        while True:
-            waiting = [await self.queue.get()]
-            while len(waiting) < self.limits.batch and not self.queue.empty():
-                waiting.append(self.queue.get_nowait())
-            self.meters.batches.observe(len(waiting))
-            streams = [entry for entry in waiting if entry[0].stream]
-            whole = [entry for entry in waiting if not entry[0].stream]
-            if whole:
-                found = await loop.run_in_executor(
-                    self.thread, together, self.policy, [entry[1] for entry in whole], self.steps
-                )
-                for (_, _, answers), chunk in zip(whole, found, strict=True):
-                    answers.put_nowait(chunk)
-            for _, observation, answers in streams:
-                await loop.run_in_executor(self.thread, self._stream, observation, answers, loop)
-
-    def _stream(self, observation: Observation, answers: asyncio.Queue, loop: asyncio.AbstractEventLoop) -> None:
-        def put(value: Any) -> None:
-            loop.call_soon_threadsafe(answers.put_nowait, value)
-
-        actions = []
-        try:
-            for step, action in enumerate(self.policy.predict_stream(observation, self.steps)):
-                actions.append(action)
-                put((step, action))
-            put(np.stack(actions))
-        except Exception as error:
-            put(told(error))
-
-
-def together(policy: VLA0, observations: Sequence[Observation], steps: int | None) -> list[np.ndarray | InputError]:
-    """A chunk for each, decoded together, or the error that is its own."""
-    try:
-        return list(policy.predict_batch(observations, steps))
-    except Exception as error:
-        if len(observations) == 1:
-            return [told(error)]
-    return [together(policy, [observation], steps)[0] for observation in observations]  # one of them is at fault
-
-
-def told(error: Exception) -> InputError:
-    """What a client is told of an error: its own fault in full, ours in a word."""
-    if isinstance(error, InputError):
-        return error
-    logger.error("the model failed", exc_info=error)
-    return InputError("an observation that the model can take", f"{type(error).__name__} in the server", "see the server's log")
+        asked = request(unpack(message, self.limits.message_bytes), self.policy.spec, self.keys, self.limits.side)
+        return replace(asked, observation=self.policy.see(asked.observation))

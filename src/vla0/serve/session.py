@@ -1,6 +1,8 @@
 """What a server remembers of one client."""
 
 import logging
+import math
+import time
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,10 +14,11 @@ from vla0.spec import Observation
 
 logger = logging.getLogger(__name__)
 
+LATELY_S = 1.0  # how long it is remembered who made the model work
 PAUSE_S = 10.0  # without a question, after which what was predicted before is not averaged with what comes
 
 
-@dataclass
+@dataclass(eq=False)
 class Session:
     """What one client's connection remembers. Nobody else's chunks ever come here."""
 
@@ -26,6 +29,10 @@ class Session:
     chunk: np.ndarray | None = None
     asked_at: float = 0.0
     arrivals: list[float] = field(default_factory=list)
+    heard_at: float = 0.0  # monotonic seconds, of its last message
+    free_at: float = 0.0  # before which its next is not read
+    used: float = 0.0  # seconds of the model's, lately, at `used_at`
+    used_at: float = 0.0
     resets: bool = False  # whether the client says where episodes begin
 
     def begin(self, reset: bool | None, now: float) -> None:
@@ -42,6 +49,14 @@ class Session:
             reset = True
         if reset:
             self.reset()
+
+    def lately(self, now: float) -> float:
+        """Seconds that the model worked for it, those of long ago forgotten."""
+        return self.used * math.exp((self.used_at - now) / LATELY_S)
+
+    def charge(self, seconds: float) -> None:
+        """For what it has made others wait, it waits itself."""
+        self.free_at = max(self.free_at, time.monotonic()) + seconds
 
     def reset(self) -> None:
         """A new episode: forgets all chunks."""

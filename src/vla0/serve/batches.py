@@ -1,0 +1,136 @@
+"""What waits for the model goes to it together; what would hold up others goes alone, one at a time."""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from vla0.errors import InputError
+from vla0.policy import VLA0
+from vla0.serve.meters import Meters
+from vla0.serve.request import Request
+from vla0.serve.session import LATELY_S, Session
+from vla0.spec import Observation
+
+logger = logging.getLogger(__name__)
+
+LONG = 300  # bytes of a sentence: with a longer one, all that are decoded with it are as long
+# Who takes more of the server's time than others do has the share of one of them, a tenth at least: after an answer it waits as
+# long as reading and decoding took, times the others, at most a second.
+LEAST, MORE, OTHERS, MOST_S = 0.1, 2.0, 9, 1.0
+
+
+@dataclass(eq=False)
+class Asked:
+    """A question on its way to the model, and where its answer goes: steps (int, action), and then a chunk or an error."""
+
+    session: Session
+    request: Request
+    observation: Observation
+    answers: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
+
+    @property
+    def alone(self) -> bool:
+        """Whether it would hold up who is decoded with it."""
+        return self.request.stream or len(self.observation.instruction.encode("utf-8", "replace")) > LONG
+
+
+class Batches:
+    """One model, asked by one thread. steps: of a chunk, that are decoded. most: observations at once."""
+
+    def __init__(self, policy: VLA0, steps: int | None, most: int, meters: Meters):
+        self.policy, self.steps, self.most, self.meters = policy, steps, most, meters
+        self.queue: asyncio.Queue[Asked] = asyncio.Queue()
+        self.waiting: deque[Asked] = deque()
+        self.thread = ThreadPoolExecutor(1, "model")
+        self.sessions: list[Session] = []  # of the clients that are here
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits, and nothing is decoded."""
+        return self.queue.empty() and not self.waiting and not self.meters.busy
+
+    async def ask(self, asked: Asked, step: Callable[[int, np.ndarray], Awaitable[None]] | None = None) -> np.ndarray:
+        """(T, D): the chunk. step: called with each action of a stream. Raises the error that is its own."""
+        with self.meters.request():
+            await self.queue.put(asked)
+            while isinstance(part := await asked.answers.get(), tuple):
+                if step is not None:
+                    await step(*part)
+            if isinstance(part, BaseException):
+                raise part
+            return part
+
+    async def run(self) -> None:
+        """Forever."""
+        loop = asyncio.get_running_loop()
+        while True:
+            if not self.waiting:
+                self.waiting.append(await self.queue.get())
+            while not self.queue.empty():
+                self.waiting.append(self.queue.get_nowait())
+            whole = [own for own in self.waiting if not own.alone][: self.most]
+            others = next((own for own in self.waiting if own.alone), None)
+            for own in [*whole, *([] if others is None else [others])]:
+                self.waiting.remove(own)
+            if whole:
+                self.meters.batches.observe(len(whole))
+                began = time.monotonic()
+                found = await loop.run_in_executor(
+                    self.thread, together, self.policy, [o.observation for o in whole], self.steps
+                )
+                for own, chunk in zip(whole, found, strict=True):
+                    self.charge(own.session, (time.monotonic() - began) / len(whole))
+                    own.answers.put_nowait(chunk)
+            if others is not None:
+                self.meters.batches.observe(1)
+                began = time.monotonic()
+                await loop.run_in_executor(self.thread, self._stream, others, loop)
+                self.charge(others.session, time.monotonic() - began)
+
+    def charge(self, own: Session, seconds: float) -> None:
+        """Who makes the model, or who reads for it, work more than others do waits before he is heard again."""
+        now = time.monotonic()
+        own.used = own.lately(now) + seconds
+        own.used_at = now
+        others = [other.lately(now) for other in self.sessions if other is not own and now - other.heard_at < LATELY_S]
+        if others and own.used > max(LEAST, MORE * sum(others) / len(others)):
+            own.charge(min(min(len(others), OTHERS) * seconds, MOST_S))
+
+    def _stream(self, asked: Asked, loop: asyncio.AbstractEventLoop) -> None:
+        def put(value: Any) -> None:
+            loop.call_soon_threadsafe(asked.answers.put_nowait, value)
+
+        actions = []
+        try:
+            for step, action in enumerate(self.policy.predict_stream(asked.observation, self.steps)):
+                actions.append(action)
+                if asked.request.stream:
+                    put((step, action))
+            put(np.stack(actions))
+        except Exception as error:
+            put(told(error))
+
+
+def together(policy: VLA0, observations: Sequence[Observation], steps: int | None) -> list[np.ndarray | InputError]:
+    """A chunk for each, decoded together, or the error that is its own."""
+    try:
+        return list(policy.predict_batch(observations, steps))
+    except Exception as error:
+        if len(observations) == 1:
+            return [told(error)]
+    return [together(policy, [observation], steps)[0] for observation in observations]  # one of them is at fault
+
+
+def told(error: Exception) -> InputError:
+    """What a client is told of an error: its own fault in full, ours in a word."""
+    if isinstance(error, InputError):
+        return error
+    logger.error("the model failed", exc_info=error)
+    return InputError("an observation that the model can take", f"{type(error).__name__} in the server", "see the server's log")
