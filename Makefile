@@ -11,7 +11,7 @@ APART := $(addprefix tests/test_, codec.py inexact.py remote.py serve.py spec.py
 CHECK := $(RUN)/python -c "from vla0.doctor import draw; draw()"
 GL_PACKAGES := libegl1 libegl-mesa0 libgl1-mesa-dri
 
-.PHONY: install rendering browser newest demo test test-all lint clean
+.PHONY: install rendering browser newest demo test test-all soak licences lint clean
 
 install: .venv/installed rendering
 
@@ -55,6 +55,13 @@ test: install browser newest
 test-all: install browser newest lint
 	$(RUN)/pytest -m ''
 	$(NEWEST)/bin/pytest -m '' $(CORE) $(APART)
+
+# All attacks, for so many minutes: make soak MINUTES=10. What goes wrong is in runs/soak, with the seed that finds it again.
+soak: install
+	PYTHONPATH=tests $(RUN)/python -m soak --minutes $(or $(MINUTES),60)
+
+licences: install
+	$(RUN)/python docs/licences.py
 
 # LeRobot holds transformers at 5.5. The rest is tested with the newest one too, in an environment of the base package alone.
 newest: $(NEWEST)/installed

@@ -1,6 +1,6 @@
 """Writes docs/licences.md: what is installed with vla0, under which licence, for which extra, and how lately it was released.
 
-python docs/licences.py, in the environment of `make install`, with PyPI in reach.
+`make licences`, with PyPI in reach.
 """
 
 import json
@@ -12,13 +12,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BASE = "base"
+TEXTS = {  # of a licence's text → which it is
+    "Permission is hereby granted, free of charge": "MIT, by its text",
+    "Redistribution and use in source and binary forms": "BSD, by its text",
+}
 HEAD = """# Licences
 
-What `pip install vla0` and its extras bring on Linux, by `python docs/licences.py` from `uv.lock` and what the packages say of themselves.
-vla0 itself is Apache-2.0. What it names itself is in **bold**, with the month of its newest release.
+What `pip install vla0` and its extras bring on Linux, from `uv.lock` and what the packages say of themselves (`make licences`).
+vla0 is Apache-2.0. What it asks for by name is in **bold**, with the month of its newest release.
 
-Of note: CUDA's libraries (`nvidia-*`), which torch brings, are NVIDIA's own; `easydict` (LGPL-3.0) comes with the extra `libero` alone and is
-imported, not changed.
+Of note: CUDA's libraries (`nvidia-*`), which torch brings, are NVIDIA's own. `easydict` (LGPL-3.0) comes with the extra
+`libero` alone, is imported and not changed.
 
 | package | version | licence | for | newest release |
 |---|---|---|---|---|
@@ -54,15 +58,15 @@ def direct() -> set[str]:
 
 
 def licence(package: metadata.Distribution) -> str:
-    """By the best source there is: SPDX, a short word, the classifiers, or the first line of its licence file."""
+    """By the best source there is: SPDX, a short word, the classifiers, or the text of its licence."""
     told = package.metadata
-    lines = [own.strip() for own in (told.get("License") or "").splitlines() if own.strip()]
+    lines = [own.strip() for own in (told.get("License") or "").splitlines() if own.strip() not in ("", "UNKNOWN")]
     classes = [own.rpartition(":: ")[2] for own in told.get_all("Classifier") or [] if own.startswith("License ::")]
     files = [own for own in package.files or [] if own.name.upper().startswith(("LICEN", "COPYING"))]
-    texts = [line.strip() for file in files[:1] for line in (file.read_text() or "").splitlines() if line.strip()]
+    texts = [words for file in files[:1] for own, words in TEXTS.items() if own in " ".join((file.read_text() or "").split())]
     short = [lines[0]] if len(lines) == 1 and len(lines[0]) < 60 else []
     plain = [own for own in classes if own not in ("OSI Approved", "Other/Proprietary License")]
-    found = [told.get("License-Expression"), *short, *plain[:1], *classes[:1], *[line[:60] for line in texts[:1]]]
+    found = [told.get("License-Expression"), *short, *plain[:1], *classes[:1], *texts]
     return next((own for own in found if own), "not said")
 
 
@@ -73,12 +77,16 @@ def released(name: str) -> str:
     return max(own["upload_time"] for own in files)[:7] if files else "?"
 
 
+def installed() -> dict[str, metadata.Distribution]:
+    """What is here, by its name in uv.lock."""
+    return {package.name.lower().replace("_", "-").replace(".", "-"): package for package in metadata.distributions()}
+
+
 def rows() -> Iterator[str]:
     """Lines of the table; those that are for other platforms are not installed, and left out."""
-    own, told = wanted(), direct()
-    installed = {package.name.lower().replace("_", "-").replace(".", "-"): package for package in metadata.distributions()}
+    own, told, here = wanted(), direct(), installed()
     for name in sorted(own):
-        if (package := installed.get(name)) is not None:
+        if (package := here.get(name)) is not None:
             when = released(name) if name in told else ""
             shown = f"**{name}**" if name in told else name
             yield f"| {shown} | {package.version} | {licence(package)} | {', '.join(own[name])} | {when} |\n"

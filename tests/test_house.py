@@ -2,6 +2,7 @@
 
 import ast
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,11 @@ def test_openmp_hears_how_its_threads_shall_wait_before_torch_is_loaded(given, h
         env={**environment, **given, "OMP_DISPLAY_ENV": "verbose"},
     )  # fmt: skip
     assert heard in found.stderr
+
+
+def test_the_list_of_licences_is_of_what_is_installed():
+    """`make licences` writes it anew."""
+    docs = SOURCE.parents[1] / "docs"
+    given = runpy.run_path(str(docs / "licences.py"))
+    told = {line.split("|")[1].strip(" *") for line in (docs / "licences.md").read_text().splitlines() if line.startswith("| ")}
+    assert told - {"package"} == {name for name in given["wanted"]() if given["installed"]().get(name)}

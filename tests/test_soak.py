@@ -1,6 +1,53 @@
 """Each attack of `make soak` for seconds, and always the same ones: `make soak` draws them anew."""
 
-from soak import Until, arm
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+
+import pytest
+from conftest import make_spec, serving
+from soak import Until, arm, messages, network
+
+from vla0 import VLA0
+from vla0.serve.door import Limits
+
+
+@pytest.fixture
+def here(policy):
+    """Servers in this process: what starts them in others is tested where the command is."""
+    pytest.importorskip("vla_eval", reason="vla-eval is not installed")
+    from vla0.serve.harness import HarnessServer
+
+    named = VLA0(policy.model, policy.processor, make_spec(state_names=("a", "b")))
+
+    @contextmanager
+    def serve(folder, *words):
+        with ExitStack() as stack:
+            if "lerobot" in words:
+                address = f"127.0.0.1:{stack.enter_context(grpc_of(named))}"
+            elif "vla-eval" in words:
+                address = stack.enter_context(serving(named, HarnessServer, ensemble="v1"))[0]
+            else:
+                address = stack.enter_context(serving(named, limits=Limits(rate=1e5)))[0]
+            yield SimpleNamespace(address=address.removeprefix("ws://"), ended=lambda: False, megabytes=lambda: 0.0)
+
+    return serve
+
+
+@contextmanager
+def grpc_of(policy):
+    """The port of a server of LeRobot's protocol."""
+    from vla0.serve.lerobot import LeRobotServer, serve_lerobot
+
+    stop, ports = threading.Event(), []
+    thread = threading.Thread(target=serve_lerobot, args=(LeRobotServer(policy), "127.0.0.1", 0, ports.append, stop))
+    thread.start()
+    while not ports:
+        time.sleep(0.01)
+    yield ports[0]
+    stop.set()
+    thread.join(20)
 
 
 def held(bars, at_least: int) -> None:
@@ -11,3 +58,13 @@ def held(bars, at_least: int) -> None:
 
 def test_no_command_is_late_out_of_bounds_or_after_the_stop(tmp_path):
     held(arm.episodes(Until(tries=200), 0, tmp_path), 200)
+
+
+def test_whatever_message_comes_each_is_answered_and_an_honest_client_notices_nothing(tmp_path, here):
+    held(messages.mutated(Until(tries=1200), 0, tmp_path, here), 400)
+
+
+def test_nobody_is_lost_or_answered_otherwise_beside_a_hostile_client(tmp_path, here):
+    """How long they wait is not for a test: `make soak` measures it."""
+    answers, _ = network.clients(Until(tries=1), 0, tmp_path, here)
+    held([answers], 64)

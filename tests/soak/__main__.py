@@ -17,7 +17,7 @@ from rich.table import Table
 
 from soak import Bar, Until
 
-SHARES = {"arm": 0.1, "messages": 0.2, "network": 0.1, "training": 0.4, "evaluation": 0.2}  # of the time, by part
+SHARES = {"arm": 0.1, "messages": 0.15, "network": 0.25, "training": 0.35, "evaluation": 0.15}  # of the time, by part
 
 
 def part(name: str):

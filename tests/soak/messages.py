@@ -12,7 +12,7 @@ from conftest import make_observation
 
 from soak import Bar, Until
 from soak.mutants import message, pickled
-from soak.servers import Served, served
+from soak.servers import served
 from vla0.serve.client import RemotePolicy
 from vla0.serve.wire import pack
 
@@ -211,17 +211,17 @@ class LeRobot:
 PROTOCOLS: tuple[Callable[..., Any], ...] = (OpenPi, VlaEval, LeRobot)
 
 
-def mutated(until: Until, seed: int, folder: Path) -> list[Bar]:
-    """Bars of messages: each is answered, nobody else notices, and memory stays flat."""
+def mutated(until: Until, seed: int, folder: Path, serve: Callable[..., Any] = served) -> list[Bar]:
+    """Bars of messages: each is answered, nobody else notices, and memory stays flat. serve: as `served`."""
     bars = [Bar(f"messages: {kind.__name__}", 33_334) for kind in PROTOCOLS]
     for place, (kind, bar) in enumerate(zip(PROTOCOLS, bars, strict=True)):
         own = Until(until.seconds / len(PROTOCOLS), until.tries / len(PROTOCOLS))
-        with served(folder, *kind.words) as server:
+        with serve(folder, *kind.words) as server:
             _mutated(kind, own, [seed, place], server, bar)
     return bars
 
 
-def _mutated(kind: Callable[..., Any], until: Until, seed: list[int], server: Served, bar: Bar) -> None:
+def _mutated(kind: Callable[..., Any], until: Until, seed: list[int], server: Any, bar: Bar) -> None:
     throwers = [kind(server.address, np.random.default_rng([*seed, own])) for own in range(THROWERS)]
     honest = kind(server.address, np.random.default_rng(0))
     expected, taken, held, rounds = honest.ask(), [], [], 0
@@ -241,7 +241,7 @@ def _mutated(kind: Callable[..., Any], until: Until, seed: list[int], server: Se
         for thread in threads:
             thread.join()
         bar.done, rounds = bar.done + ROUND * THROWERS, rounds + 1
-        if server.process.poll() is not None:
+        if server.ended():
             bar.wrong.append(f"round {rounds} of seed {seed}: the server has ended: {server.said()}")
             return
         if (found := honest.ask()) != expected:

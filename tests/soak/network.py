@@ -1,10 +1,12 @@
 """64 clients that ask at their pace, and a hostile one beside: nobody is lost, answered otherwise, or kept waiting."""
 
 import asyncio
+import math
 import multiprocessing
 import os
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from soak.servers import served
 from vla0.serve.wire import pack, unpack
 
 CLIENTS, SEEN = 64, 8  # that are honest; different observations
-WINDOW_S = 5.0  # without the hostile one, and with, by turns
+WINDOW_S = 5.0  # with the hostile one, at least; half as long without, by turns
 MOST_RISE = 1.5  # of the 99th percentile
 ANSWER_S = 60.0
 
@@ -108,12 +110,12 @@ class Honest:
             self.bar.wrong.append(f"client {client} was lost: {type(error).__name__}: {error}")
 
 
-def clients(until: Until, seed: int, folder: Path) -> list[Bar]:
-    """Bars of the honest ones' answers, and of how much longer they wait beside each attack."""
+def clients(until: Until, seed: int, folder: Path, serve: Callable[..., Any] = served) -> list[Bar]:
+    """Bars of the honest ones' answers, and of how much longer they wait beside each attack. serve: as `served`."""
     answers = Bar("network: 64 clients, none lost, each answered as before", 60 * 64)
     waits = Bar("network: the 99th percentile rises by less than half", len(ATTACKS))
     context, rng = multiprocessing.get_context("spawn"), np.random.default_rng(seed)
-    with served(folder, "--protocol", "openpi", "--rate", "100000") as server:
+    with serve(folder, "--protocol", "openpi", "--rate", "100000") as server:
         url = f"ws://{server.address}"
         with connect(url, compression=None, max_size=None) as connection:
             connection.recv(timeout=ANSWER_S)
@@ -129,16 +131,17 @@ def clients(until: Until, seed: int, folder: Path) -> list[Bar]:
         while until.goes_on(len(beside)):
             names = [name for name in ATTACKS if name not in beside] or list(ATTACKS)
             name = names[rng.integers(len(names))]
-            alone += honest.window(WINDOW_S, every_s)
+            window_s = max(WINDOW_S, until.seconds / (3 * len(ATTACKS)) if until.seconds < math.inf else 0.0)
+            alone += honest.window(window_s / 2, every_s)
             begins, ends = context.Event(), context.Event()
             process = context.Process(target=attack, args=(url, name, begins, ends), daemon=True)
             process.start()
             begins.wait(60)  # it has imported and packed what it needs
-            beside.setdefault(name, []).extend(honest.window(WINDOW_S, every_s))
+            beside.setdefault(name, []).extend(honest.window(window_s, every_s))
             ends.set()
             process.join(5)
             process.kill()
-            if server.process.poll() is not None:
+            if server.ended():
                 answers.wrong.append(f"the server has ended: {server.said()}")
                 break
     percentile = lambda own: float(np.percentile(own, 99)) * 1e3  # noqa: E731

@@ -30,6 +30,10 @@ class Served:
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGESIZE") / 2**20
 
+    def ended(self) -> bool:
+        """Whether it is no more."""
+        return self.process.poll() is not None
+
     def said(self) -> str:
         """The end of its log."""
         return self.log.read_text(encoding="utf-8", errors="replace")[-2000:]
