@@ -123,6 +123,22 @@ def test_a_resumed_mixture_ends_in_the_weights_of_an_uninterrupted_one(dataset, 
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_a_mixture_that_names_one_dataset_twice_goes_on(dataset, tmp_path):
+    """Seen by another camera: the fingerprint of one is not that of the other."""
+    recipe = make_recipe(dataset, tmp_path / "run")
+    hand = {"dataset": str(dataset), "cameras": {"front": "observation.images.hand"}}
+    recipe["data"] |= {"mixture": {"hand": hand}, "held_out": 1}
+    config = build(TrainConfig, recipe, "test")
+
+    def stop(policy, folder):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        main(config, stop)
+    main(config)
+    assert (tmp_path / "run" / "last").resolve().name == "step-000004"
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [

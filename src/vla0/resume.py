@@ -48,15 +48,15 @@ def resumable(config: TrainConfig, output: Path, processes: int) -> Path | None:
 def refuse_other_data(output: Path, sources: Mapping[str, Source]) -> None:
     """Raises InputError where a run would go on with data that it did not begin with."""
     before = _read(output / "recipe.json").get(DATA, {})  # none in runs of older versions
-    for source in sources.values():
-        name, now = source.config.dataset, json.loads(json.dumps(source.fingerprint()))
-        for key, value in before.get(name, now).items():
+    for name, source in sources.items():
+        now, own = json.loads(json.dumps(source.fingerprint())), source.config.dataset
+        for key, value in before.get(name, before.get(own, now)).items():  # of older versions by the dataset, not by its name
             if now.get(key) != value:
                 remedy = (
                     "bring that dataset back, or choose another output_dir (model.name=CHECKPOINT goes on from its weights)"
                 )
                 raise InputError(
-                    f"the data that '{output}' began with", f"other {key} of '{name}': {now.get(key)}, were {value}", remedy
+                    f"the data that '{output}' began with", f"other {key} of '{own}': {now.get(key)}, were {value}", remedy
                 )
 
 

@@ -71,7 +71,7 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
     per_epoch = math.ceil(math.ceil(len(samples) / (training.batch_size * processes)) / training.gradient_accumulation_steps)
     steps = training.num_steps or math.ceil((training.num_epochs or 0) * per_epoch)
     output.mkdir(parents=True, exist_ok=True)
-    _announce(config, output, vlm, samples, parts, steps, processes)
+    _announce(config, output, vlm, samples, dict(zip(sources, parts, strict=True)), steps, processes)
     keeper = Keeper(
         output, processor, samples, specs, held_out, measure, config.logging.steps("eval", per_epoch, 0),
         config.logging.keep_last, training.shard,
@@ -104,14 +104,14 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
         raise InputError(expected, got, "free some, or choose another logging.output_dir")
     if int(os.environ.get("RANK", 0)) != 0:
         return
-    for part in parts:
+    for part in parts.values():
         for text in (*part.source.problems(), *part.remarks):
             logger.warning("%s: %s", part.source.config.dataset, text)
         if (clipped := part.outside()).any():
             text = "%s: %s of %d actions lie outside the bounds, by dimension, and are clipped"
             logger.warning(text, part.source.config.dataset, clipped.tolist(), len(part))
     asked = [f"logging.eval_every_n_{unit}" for unit in UNITS if getattr(config.logging, f"eval_every_n_{unit}")]
-    if asked and not (config.simulator or any(part.source.config.held_out for part in parts)):
+    if asked and not (config.simulator or any(part.source.config.held_out for part in parts.values())):
         logger.warning("%s only saves: there is no data.held_out and no simulator to measure", asked[0])
     if config.model.tiny and config.model.name != TINY:
         logger.warning("model.tiny changes nothing: the model is %s", config.model.name)
@@ -123,7 +123,7 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
         steps, batch, training.batch_size, processes, training.gradient_accumulation_steps, steps * batch / len(samples),
         len(samples), training.learning_rate,
     )  # fmt: skip
-    written[DATA] = {part.source.config.dataset: part.source.fingerprint() for part in parts}
+    written[DATA] = {name: part.source.fingerprint() for name, part in parts.items()}
     write_whole(output / "recipe.json", json.dumps(written, indent=2) + "\n")
 
 
