@@ -21,7 +21,7 @@ from worlds import JOINTS, Reach, arm_spec
 import vla0.envs  # noqa: F401  says how MuJoCo draws
 from vla0 import InputError, Observation
 from vla0.cli.act import robot_words
-from vla0.robot.arm import LeRobotBody, make_robot
+from vla0.robot.arm import LeRobotBody, _age, make_robot
 from vla0.robot.bounds import limits_of, refuse_elsewhere
 from vla0.robot.limits import Limits
 from vla0.robot.resample import Resampled, sampled
@@ -463,3 +463,16 @@ def test_a_robot_that_is_not_there_is_said_so_in_one_line():
     assert done.returncode == 2, done.stderr
     assert "a robot that answers" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("clock", [time.perf_counter, time.time])
+def test_the_age_of_a_picture_is_told_whichever_clock_its_camera_counts_in(clock):
+    assert 2.9 < _age("front", clock() - 3.0) < 3.2
+    assert _age("front", clock()) < 0.1
+
+
+@pytest.mark.parametrize("taken", [time.time() + 1000, float("nan"), float("inf")])
+def test_a_camera_of_an_unknown_clock_is_refused(taken):
+    """It would be taken for fresh however long it has been frozen."""
+    with pytest.raises(InputError, match="how old a picture is, could not be told"):
+        _age("front", taken)

@@ -188,6 +188,18 @@ def test_an_info_that_is_no_json_is_named(folder):
         Stored(folder)
 
 
+def test_a_format_that_is_not_known_is_refused(folder):
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    (folder / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v9.0"}))
+    with pytest.raises(InputError, match=r"v3\.0 .*'v9\.0'"):
+        Stored(folder)
+
+
+def test_two_cameras_of_one_key_are_refused():
+    with pytest.raises(InputError, match="top' twice"):
+        DataConfig("x", cameras={"front": "observation.images.top", "wrist": "observation.images.top"})
+
+
 @pytest.mark.parametrize(
     ("names", "found"),
     [

@@ -42,6 +42,9 @@ class DataConfig:
             raise InputError("statistics: minmax or quantiles", f"'{self.statistics}'", "choose one of those")
         if self.cameras is not None and (not isinstance(self.cameras, Mapping) or not self.cameras):
             raise InputError("cameras, {name: key of the dataset}", f"{self.cameras}", "name one camera at least")
+        keys = [key for key in (self.cameras or {}).values() if isinstance(key, str)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise InputError("cameras, each of a key of its own", f"'{twice[0]}' twice", "leave one of them out")
         if self.held_out < 0:
             raise InputError("held_out >= 0", f"{self.held_out}", "it counts episodes")
         if self.num_workers < 0:

@@ -193,6 +193,9 @@ def _refuse_part(folder: Path, name: str) -> None:
         raise InputError(f"JSON with codebase_version in '{info}'", _reason(error), "fetch the dataset again") from None
     if version.startswith(("v1.", "v2.")):
         raise _old(f"--repo-id=local/{folder.name} --root={folder}")
+    if not version.startswith("v3."):
+        remedy = "write it with the LeRobot that vla0 takes"
+        raise InputError(f"a LeRobot dataset v3.0 in '{name}'", f"'{version[:40]}'", remedy)
     for pattern in ("meta/tasks.parquet", "meta/episodes/*/*.parquet", "data/*/*.parquet"):
         if not any(folder.glob(pattern)):
             raise InputError(f"{pattern} in '{name}'", "no such file", "fetch the dataset again, or record an episode")

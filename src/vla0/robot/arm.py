@@ -128,11 +128,11 @@ class LeRobotBody:
         return self.last
 
     def _captured_at(self) -> float:
-        """Monotonic seconds of the oldest picture, where its camera says; LeRobot's cameras count in perf_counter."""
+        """Monotonic seconds of the oldest picture, where its camera says. Raises InputError for a clock that is not known."""
         now = time.monotonic()
-        held = (getattr(self.robot, "cameras", None) or {}).values()
-        taken = [at for camera in held if (at := getattr(camera, "latest_timestamp", None)) is not None]
-        return now - max(0.0, time.perf_counter() - min(taken)) if taken else now
+        held = (getattr(self.robot, "cameras", None) or {}).items()
+        ages = [_age(name, at) for name, camera in held if (at := getattr(camera, "latest_timestamp", None)) is not None]
+        return now - max(ages, default=0.0)
 
     def send(self, action: np.ndarray) -> None:
         """Executes an action (D,)."""
@@ -174,6 +174,15 @@ def _cameras(pictures: Mapping[str, tuple], spec: Spec, renamed: Mapping[str, st
             kinds = ("depth maps", "colours") if camera in depth else ("colours", "depth maps")
             raise InputError(f"{kinds[0]} from '{name}'", kinds[1], "name the camera that the dataset had")
     return found
+
+
+def _age(camera: str, taken: float) -> float:
+    """Seconds since a picture was taken: LeRobot's cameras count in perf_counter, others in time.time."""
+    for clock in (time.perf_counter, time.time):
+        if (age := clock() - taken) > -0.5:
+            return max(0.0, age)
+    got = f"one {-age:.0f} s ahead of both: how old a picture is, could not be told"
+    raise InputError(f"latest_timestamp of camera '{camera}' in time.perf_counter or time.time", got, "mend its driver")
 
 
 def _names(what: str, trained: Sequence[str] | None, given: list[str], count: int | None) -> list[str]:

@@ -136,7 +136,7 @@ class HarnessServer(Server):
         if state is not None:
             message["state"] = state
         asked = request(message, self.policy.spec, self.keys, self.limits.side)
-        return replace(asked, observation=self.policy.see(asked.observation))
+        return replace(asked, observation=self.see(asked.observation))
 
 
 def picture_of(data: Any, most: int) -> np.ndarray:

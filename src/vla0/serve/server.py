@@ -66,6 +66,7 @@ class Server:
             refuse_idle({"replan": replan if replan != 1 else None}, "an ensemble")
         self._session()  # refuses what it must before anybody comes
         self.steps = None if ensemble == NONE else steps_used(spec.horizon, replan, ensemble)
+        self.see = getattr(policy, "see", lambda observation: observation)  # a policy of one's own need not have it
         self.meters = Meters()
         self.batches = Batches(policy, self.steps, self.limits.batch, self.meters)
         self.clients, self.stopping, self.next_at = 0, False, 0.0
@@ -193,4 +194,4 @@ class Server:
 
     def _read(self, message: bytes) -> Request:
         asked = request(unpack(message, self.limits.message_bytes), self.policy.spec, self.keys, self.limits.side)
-        return replace(asked, observation=self.policy.see(asked.observation))
+        return replace(asked, observation=self.see(asked.observation))
