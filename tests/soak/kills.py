@@ -3,17 +3,17 @@
 import hashlib
 import itertools
 import json
-import multiprocessing
-import os
 import random
-import re
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from soak import Bar, Until, moments
+from soak.crews import evaluation
+from soak.runs import Runs
+
+__all__ = ["evaluation", "training"]
 
 MOMENTS = {
     "step": "anywhere between the others",
@@ -31,38 +31,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "in parts": {**RECIPE, "gradient_accumulation_steps": 2, "num_steps": 6, "save_every_n_steps": 2},
     "workers": {**RECIPE, "workers": 1},
 }
+OF_LOADING = ("dtype", "is_local", "model_specific_special_tokens")  # keys that transformers adds to what it loaded
 KILLS = 10  # of a chain: then it runs to its end
-LONGEST_S = 120.0  # of one run; a second takes part of that
-
-
-class Runs:
-    """Processes forked from one that has imported what a run needs: a kill costs a second, not ten."""
-
-    def __init__(self, folder: Path):
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(moments.NEEDED)
-        self.log = folder / "run.log"
-
-    def start(self, function: Callable, *args: Any):
-        """The process of function(*args, log)."""
-        self.log.unlink(missing_ok=True)
-        process = self.context.Process(target=function, args=(*args, self.log))
-        process.start()
-        return process
-
-    def ended(self, process, seconds: float = LONGEST_S) -> int:
-        """How a process ended: 0, or minus the signal that killed it. Raises RuntimeError with what it said last otherwise."""
-        process.join(seconds)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise RuntimeError(f"did not end within {seconds:.0f} s: {self.said()}")
-        if process.exitcode > 0 or "Traceback" in self.said():
-            raise RuntimeError(f"ended with {process.exitcode}: {self.said()}")
-        return process.exitcode
-
-    def said(self) -> str:
-        return self.log.read_text(errors="replace")[-1500:] if self.log.exists() else ""
 
 
 def training(until: Until, seed: int, folder: Path) -> list[Bar]:
@@ -95,7 +65,8 @@ def training(until: Until, seed: int, folder: Path) -> list[Bar]:
                 kind = note.partition(",")[0] or "step"
                 every.done, outside = every.done + 1, outside + bool(plan and "outside" in plan)
                 bars[kind].done += 1
-                story.append(f"{plan} in {note}")
+                story.append(f"{attempt}: {note}")
+            runs.left_alone()
             runs.ended(runs.start(moments.loads, output))
             every.wrong += [f"{where}: {text}, after {story}" for text in differing(expected, state_of(output))]
         except RuntimeError as error:
@@ -143,13 +114,23 @@ def state_of(output: Path) -> dict[str, str]:
             continue  # of times, processes and paths
         if file.is_symlink():
             found[name] = f"to {file.readlink()}"
-        elif file.name == "trainer_state.json":
-            state = json.loads(file.read_text())
-            lines = [line for line in state["log_history"] if "loss" in line]  # a run that goes on measures nothing twice
-            found[name] = json.dumps([state["global_step"], state["epoch"], lines])
+        elif file.suffix == ".json":
+            try:
+                found[name] = json.dumps(_told(json.loads(file.read_text())), sort_keys=True)
+            except ValueError:
+                found[name] = f"no JSON: {file.read_text()[:60]!r}"
         elif file.is_file():
             found[name] = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     return found
+
+
+def _told(content: Any) -> Any:
+    """What a JSON file says, but whether a model was loaded or made, how long things took, and what was measured beside."""
+    if isinstance(content, dict):
+        loss_lines = {"log_history": [line for line in content.get("log_history", ()) if "loss" in line]}
+        content = content | loss_lines if "log_history" in content else content
+        return {key: _told(value) for key, value in content.items() if key not in OF_LOADING}
+    return [_told(value) for value in content] if isinstance(content, list) else content
 
 
 def differing(expected: dict[str, str], got: dict[str, str]) -> list[str]:

@@ -5,6 +5,7 @@ Nothing here is known to the product: functions are wrapped in the process of th
 
 import functools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,6 +15,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 import vla0
 
@@ -107,8 +110,10 @@ class Moments:
         os.pwrite(self.note, text.ljust(200)[:200].encode(), 0)
 
 
-def said_in(log: Path) -> None:
-    """What the process says, and what libraries say in it, goes to a file."""
+def begins(log: Path) -> None:
+    """Makes a forked process like one that was started by hand, in a session of its own; what it says goes to a file."""
+    os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # not that of the process it was forked from
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -116,7 +121,7 @@ def said_in(log: Path) -> None:
 
 def trains(dataset: Path, output: Path, changes: dict, note: Path, plan: dict | None, counts: Path | None, log: Path) -> None:
     """Trains as `vla0 train` would, after a look whether `last` loads. counts: a file for what was counted; its name, one of HOW."""
-    said_in(log)
+    begins(log)
     import torch
     from conftest import make_recipe
 
@@ -127,7 +132,7 @@ def trains(dataset: Path, output: Path, changes: dict, note: Path, plan: dict | 
 
     torch.set_num_threads(1)
     hush()
-    loads(output, log)
+    look(output)
     moments = Moments(note, plan, counts and counts.name)
     moments.wrap(train, "main", "step")
     moments.wrap(VLA0Trainer, "_save_checkpoint", "save")
@@ -148,7 +153,12 @@ def trains(dataset: Path, output: Path, changes: dict, note: Path, plan: dict | 
 
 def loads(output: Path, log: Path) -> None:
     """Fails where `last` or `best` of a training names what is no whole checkpoint."""
-    said_in(log)
+    begins(log)
+    look(output)
+
+
+def look(output: Path) -> None:
+    """The same, within a process that goes on."""
     from vla0.policy import VLA0
 
     for name in ("last", "best"):
@@ -158,8 +168,62 @@ def loads(output: Path, log: Path) -> None:
 
 def makes_data(folder: Path, log: Path) -> None:
     """The dataset of all trainings."""
-    said_in(log)
+    begins(log)
     from conftest import make_dataset
 
     shutil.rmtree(folder, ignore_errors=True)
     make_dataset(folder)
+
+
+class Walk:
+    """Done when the place, which the actions move, passes what task and seed say: some never are. Slow enough to be killed."""
+
+    fps, max_steps = 20.0, 12
+
+    def __init__(self, task: str):
+        self.task = task
+
+    def reset(self, seed):
+        self.place, self.goal = 0.0, 1 + 8 * np.random.default_rng([seed, *self.task.encode()]).random()
+        return self._observe()
+
+    def step(self, action):
+        time.sleep(0.01)
+        self.place += float(action[0])
+        return self._observe(), self.place > self.goal
+
+    def close(self):
+        pass
+
+    def _observe(self):
+        frame = np.full((32, 32, 3), int(self.place * 20), np.uint8)
+        return vla0.Observation({"front": frame}, self.task, np.array([self.place]))
+
+
+def make_walk(config, task):
+    """A world of an evaluation."""
+    return Walk(task)
+
+
+def walk(observations, pace=0.5):
+    """Chunks of a policy that walks."""
+    return np.full((len(observations), 4, 1), pace, np.float32)
+
+
+def evaluates(output: Path, tasks: tuple[str, ...], episodes: int, note: Path, plan: dict | None, counts: Path | None, log: Path):
+    """Evaluates two policies in `tasks` x `episodes` of that world."""
+    begins(log)
+    from vla0 import evaluate
+    from vla0.parallel import Crew
+
+    moments = Moments(note, plan, counts and counts.name)
+    moments.wrap(evaluate, "_run", "play")
+    for name in ("_same_settings", "mend", "read_episodes"):
+        moments.wrap(evaluate, name, "begin")
+    moments.wrap(Crew, "_hear", "hear")
+    moments.wrap(Crew, "_lost", "lost")
+    config = evaluate.EvalConfig(tasks, "walk", episodes, 0, ensemble="mean")
+    policies = {"policy": walk, "slow": functools.partial(walk, pace=0.3)}
+    evaluate.evaluate(policies, 4, config, output, workers=4, make_env=make_walk)
+    if counts is not None:
+        counts.write_text(json.dumps(moments.found))
