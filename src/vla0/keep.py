@@ -91,6 +91,8 @@ class Keeper(TrainerCallback):
         """The same for the last checkpoint of a run whose steps are done; state: the Trainer's folder of it."""
         self.trainer.state = TrainerState.load_from_json(f"{state}/trainer_state.json")
         self.trainer.state.is_world_process_zero = self.trainer.is_world_process_zero()
+        if plain(self.trainer.model) is not self.trainer.model:  # adapters; of others `last` was loaded
+            self.trainer._load_from_checkpoint(state)
         self._finish(self.trainer.state)
 
     def _finish(self, state) -> None:
