@@ -100,12 +100,19 @@ def differing(whole: Path, output: Path, hit: int) -> list[str]:
     written = (output / "episodes.jsonl").read_text().splitlines()
     errors = [line["error"] for line in lines if line["error"] is not None]
     if len(written) != len(lines) or len(lines) - len(errors) != len(expected):
-        wrong.append(f"{len(written)} lines, {len(lines) - len(errors)} ended episodes and {len(errors)} errors of {len(expected)}")
+        wrong.append(
+            f"{len(written)} lines, {len(lines) - len(errors)} ended episodes and {len(errors)} errors of {len(expected)}"
+        )
     if len(errors) > hit or any("process" not in error for error in errors):
         wrong.append(f"errors where {hit} workers were killed: {errors}")
     if told(lines) != told(expected):
-        wrong.append(f"other results: {[pair for pair in zip(told(lines), told(expected), strict=False) if pair[0] != pair[1]][:3]}")
-    tables = [[(t, row["episodes"], row["successes"]) for rows in summary(each).values() for t, row in rows.items()] for each in (lines, expected)]
+        wrong.append(
+            f"other results: {[pair for pair in zip(told(lines), told(expected), strict=False) if pair[0] != pair[1]][:3]}"
+        )
+    tables = [
+        [(t, row["episodes"], row["successes"]) for rows in summary(each).values() for t, row in rows.items()]
+        for each in (lines, expected)
+    ]
     if tables[0] != tables[1]:
         wrong.append(f"another table: {tables[0]} instead of {tables[1]}")
     for line in (line for line in lines if line["error"] is None):

@@ -27,7 +27,7 @@ MOMENTS = {
 RECIPE = {"num_steps": 7, "save_every_n_steps": 1, "keep_last": 2, "learning_rate": 0.02}
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": RECIPE,
-    "LoRA": {**RECIPE, "lora": {"rank": 4}},
+    "LoRA": {**RECIPE, "lora": {"rank": 4}, "precision": "bf16"},
     "in parts": {**RECIPE, "gradient_accumulation_steps": 2, "num_steps": 6, "save_every_n_steps": 2},
     "workers": {**RECIPE, "workers": 1},
 }

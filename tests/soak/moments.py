@@ -39,7 +39,13 @@ class Moments:
     """
 
     def __init__(self, note: Path, plan: dict[str, Any] | None = None, counts: str | None = None):
-        self.note, self.plan, self.counts, self.now, self.ticking = os.open(note, os.O_RDWR | os.O_CREAT), plan or {}, counts, "", False
+        self.note, self.plan, self.counts, self.now, self.ticking = (
+            os.open(note, os.O_RDWR | os.O_CREAT),
+            plan or {},
+            counts,
+            "",
+            False,
+        )
         self.found: dict[str, dict[str, float]] = {how: {} for how in HOW}
         self.since, self.left = time.monotonic(), {how: self.plan[how] for how in HOW if how in self.plan}
         self.own, self.known = str(Path(vla0.__file__).parent), {}
@@ -210,7 +216,9 @@ def walk(observations, pace=0.5):
     return np.full((len(observations), 4, 1), pace, np.float32)
 
 
-def evaluates(output: Path, tasks: tuple[str, ...], episodes: int, note: Path, plan: dict | None, counts: Path | None, log: Path):
+def evaluates(
+    output: Path, tasks: tuple[str, ...], episodes: int, note: Path, plan: dict | None, counts: Path | None, log: Path
+):
     """Evaluates two policies in `tasks` x `episodes` of that world."""
     begins(log)
     from vla0 import evaluate
