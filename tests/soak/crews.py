@@ -31,7 +31,7 @@ def evaluation(until: Until, seed: int, folder: Path) -> list[Bar]:
     for how in ("lines", "seconds"):  # each an evaluation that nobody kills
         whole = folder / f"whole-{how}"
         shutil.rmtree(whole, ignore_errors=True)
-        runs.ended(runs.start(moments.evaluates, whole, TASKS, EPISODES, folder / "note", None, folder / how))
+        runs.ended(runs.start(moments.evaluates, whole, TASKS, EPISODES, runs.note, None, folder / how))
         found = json.loads((folder / how).read_text())
         counted |= found if how == "lines" else {how: found[how]}  # lines take time: seconds are counted apart
     began, workers, parents = time.monotonic(), 0, 0
@@ -42,7 +42,7 @@ def evaluation(until: Until, seed: int, folder: Path) -> list[Bar]:
                 plan, of_workers = None, 0
                 if attempt < KILLS and until.goes_on(bar.done):
                     plan, of_workers = plan_of(rng, counted), rng.choice((0, 0, 1, 2))
-                run = runs.start(moments.evaluates, output, TASKS, EPISODES, folder / "note", plan, None)
+                run = runs.start(moments.evaluates, output, TASKS, EPISODES, runs.note, plan, None)
                 for _ in range(of_workers):
                     time.sleep(rng.uniform(0.3, 1.5))
                     if killed_worker(rng, run.pid, output):
@@ -54,7 +54,7 @@ def evaluation(until: Until, seed: int, folder: Path) -> list[Bar]:
                 if runs.ended(run) == 0:
                     break
                 parents, bar.done = parents + 1, bar.done + 1
-                story.append(f"{attempt}: {(folder / 'note').read_text().strip()}")
+                story.append(f"{attempt}: {runs.place() or 'at its beginning'}")
                 with held(output, "look"):  # free at once
                     pass
             runs.left_alone()
@@ -76,7 +76,7 @@ def plan_of(rng: random.Random, counted: dict[str, dict[str, float]]) -> dict[st
     if rng.random() < 0.3:
         return {"outside": rng.uniform(0, sum(counted["seconds"].values()))}
     kind, how = rng.choice(("play", "begin", "hear", "hear")), rng.choice(moments.HOW)
-    return {"kind": kind, how: rng.uniform(0, 0.7 * counted[how].get(kind, 0))}
+    return {"kind": kind, how: rng.uniform(0, 0.4 * counted[how].get(kind, 0))}
 
 
 def killed_worker(rng: random.Random, parent: int, output: Path) -> bool:

@@ -41,7 +41,8 @@ def training(until: Until, seed: int, folder: Path) -> list[Bar]:
     rng, runs = random.Random(seed), Runs(folder)
     every = Bar("kills of a training, resumed bit-equal", 50)
     bars = {kind: Bar(f"  {kind}: {words}", 3) for kind, words in MOMENTS.items()}
-    runs.ended(runs.start(moments.makes_data, folder / "data"))
+    if not (folder / "data").exists():
+        runs.ended(runs.start(moments.makes_data, folder / "data"))
     known: dict[str, tuple[dict, dict]] = {}
     outside, began = 0, time.monotonic()
     for number, name in enumerate(itertools.cycle(RECIPES)):
@@ -55,17 +56,16 @@ def training(until: Until, seed: int, folder: Path) -> list[Bar]:
                 plan = None
                 if attempt < KILLS and until.goes_on(every.done):
                     plan = plan_of(rng, counted, bars)
-                run = runs.start(moments.trains, folder / "data", output, RECIPES[name], folder / "note", plan, None)
+                run = runs.start(moments.trains, folder / "data", output, RECIPES[name], runs.note, plan, None)
                 if plan and "outside" in plan:
                     run.join(plan["outside"])
                     run.kill()
                 if runs.ended(run) == 0:
                     break
-                note = (folder / "note").read_text().strip()
-                kind = note.partition(",")[0] or "step"
+                kind = runs.place().partition(",")[0] or "step"
                 every.done, outside = every.done + 1, outside + bool(plan and "outside" in plan)
                 bars[kind].done += 1
-                story.append(f"{attempt}: {note}")
+                story.append(f"{attempt}: {runs.place() or 'at its beginning'}")
             runs.left_alone()
             runs.ended(runs.start(moments.loads, output))
             every.wrong += [f"{where}: {text}, after {story}" for text in differing(expected, state_of(output))]
@@ -96,7 +96,7 @@ def reference(runs: Runs, folder: Path, name: str) -> tuple[dict, dict]:
     for counts in ("lines", "seconds"):
         output, file = folder / f"{name}-{counts}", folder / counts
         shutil.rmtree(output, ignore_errors=True)
-        runs.ended(runs.start(moments.trains, folder / "data", output, RECIPES[name], folder / "note", None, file))
+        runs.ended(runs.start(moments.trains, folder / "data", output, RECIPES[name], runs.note, None, file))
         left.append(state_of(output))
         found = json.loads(file.read_text())
         counted |= found if counts == "lines" else {counts: found[counts]}

@@ -39,13 +39,8 @@ class Moments:
     """
 
     def __init__(self, note: Path, plan: dict[str, Any] | None = None, counts: str | None = None):
-        self.note, self.plan, self.counts, self.now, self.ticking = (
-            os.open(note, os.O_RDWR | os.O_CREAT),
-            plan or {},
-            counts,
-            "",
-            False,
-        )
+        self.note, self.plan, self.counts = os.open(note, os.O_RDWR | os.O_CREAT | os.O_TRUNC), plan or {}, counts
+        self.now, self.ticking = "", False
         self.found: dict[str, dict[str, float]] = {how: {} for how in HOW}
         self.since, self.left = time.monotonic(), {how: self.plan[how] for how in HOW if how in self.plan}
         self.own, self.known = str(Path(vla0.__file__).parent), {}

@@ -20,11 +20,12 @@ class Runs:
     def __init__(self, folder: Path):
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(moments.NEEDED)
-        self.log, self.killed = folder / "run.log", []
+        self.log, self.note, self.killed = folder / "run.log", folder / "note", []
 
     def start(self, function: Callable, *args: Any):
         """The process of function(*args, log)."""
-        self.log.unlink(missing_ok=True)
+        for file in (self.log, self.note):
+            file.unlink(missing_ok=True)
         process = self.context.Process(target=function, args=(*args, self.log))
         process.start()
         return process
@@ -42,7 +43,12 @@ class Runs:
             raise RuntimeError(f"ended with {process.exitcode}: {self.said()}")
         return process.exitcode
 
+    def place(self) -> str:
+        """Where the last run was when it ended."""
+        return self.note.read_text().strip("\0 ") if self.note.exists() else ""
+
     def said(self) -> str:
+        """The last words of the last run."""
         return self.log.read_text(errors="replace")[-1500:] if self.log.exists() else ""
 
     def left_alone(self, seconds: float = 15.0) -> None:
