@@ -1,5 +1,11 @@
+import itertools
 import json
+import multiprocessing
+import os
+import signal
+import sys
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +14,7 @@ from worlds import make_line, walk
 from vla0 import InputError, Spec
 from vla0.evaluate import EvalConfig, evaluate, make_env
 from vla0.files import held
+from vla0.parallel import Play, work, write_video
 from vla0.table import mean_success, mend, read_episodes, suites, summary, table, wilson
 from vla0.trial import blanked, exchanged, fit, random_actions
 
@@ -293,3 +300,62 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path, damaged):
     file.write_text(f"{json.dumps(LINE)}\n{damaged}\n{json.dumps({**LINE, 'seed': 2})}\n")
     with pytest.raises(InputError, match="line 2"):
         read_episodes(file)
+
+
+def test_a_kill_at_any_line_of_mending_loses_no_episode(tmp_path):
+    """A process for each line: it is killed before that."""
+    file, whole = tmp_path / "episodes.jsonl", b'{"policy": 1}\n{"policy": 2}\n'
+    for most in range(1000):
+        file.write_bytes(whole + b'{"pol')
+        if (process := os.fork()) == 0:
+            lines = itertools.count()
+
+            def trace(frame, event, argument, lines=lines, most=most):
+                if event == "line" and next(lines) == most:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return trace
+
+            sys.settrace(trace)
+            mend(file)
+            os._exit(0)
+        if os.waitpid(process, 0)[1] == 0:
+            break
+        assert file.read_bytes().startswith(whole)
+    assert most > 3
+    assert file.read_bytes() == whole
+
+
+def test_a_process_whose_parent_is_gone_ends_in_peace(tmp_path):
+    """It has asked, and nobody read it: a reset, no end of file."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    (tmp_path / "videos").mkdir()
+    play = Play(partial(make_line, config_of(tmp_path / "world")), (4, 1, "mean", None, None), 1)
+    process = context.Process(target=work, args=(theirs, play, tmp_path))
+    process.start()
+    theirs.close()
+    ours.send(("policy", "fine", 0))
+    assert ours.poll(60)
+    ours.close()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_a_video_is_whole_or_not_there(tmp_path):
+    rng, bad = np.random.default_rng(0), {"front": np.zeros((16, 16), np.uint8)}
+    good = [{"front": rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)} for _ in range(200)]
+    with pytest.raises(ValueError, match="dim"):
+        write_video(tmp_path / "one.mp4", [*good, bad], 20)
+    assert not list(tmp_path.iterdir())
+    write_video(tmp_path / "one.mp4", good, 20)
+    before = (tmp_path / "one.mp4").read_bytes()
+    with pytest.raises(ValueError, match="dim"):
+        write_video(tmp_path / "one.mp4", [*good, bad], 20)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("one.mp4", before)]
+
+
+def test_what_a_kill_left_of_a_video_goes_with_the_next_evaluation(tmp_path):
+    (tmp_path / "out" / "videos").mkdir(parents=True)
+    (tmp_path / "out" / "videos" / ".partial-17-policy_fine_0.mp4").write_bytes(b"half")
+    run(tmp_path, config_of(tmp_path / "world", episodes=1))
+    assert sorted(file.name for file in (tmp_path / "out" / "videos").iterdir()) == ["policy_fine_0.mp4", "policy_fine_0.npz"]

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vla0.ensemble import TemporalEnsemble
 from vla0.envs import ENVS, make, simulator
 from vla0.errors import InputError, refuse_idle, refuse_unknown
-from vla0.files import held, read_json, write_whole
+from vla0.files import clear_aside, held, read_json, write_whole
 from vla0.parallel import ATTEMPTS, Crew, Play, Predict
 from vla0.rollout import Env
 from vla0.spec import tupled
@@ -95,7 +95,10 @@ def evaluate(
     acting = (horizon, config.replan, config.ensemble, config.ensemble_k, config.periodic)
     TemporalEnsemble(*acting)  # refuses what it must before anything starts
     with held(Path(out), "evaluation"):
-        return _run(policies, acting, config, Path(out), workers, make_env, identity, render, crew)
+        try:
+            return _run(policies, acting, config, Path(out), workers, make_env, identity, render, crew)
+        finally:
+            clear_aside(Path(out) / "videos")  # of processes that died as they filmed, in this run or before
 
 
 def _run(policies, acting, config: EvalConfig, out: Path, workers, make_env, identity, render, crew) -> list[dict[str, Any]]:

@@ -13,12 +13,34 @@ from filelock import FileLock, Timeout
 
 from vla0.errors import InputError
 
+ASIDE = ".partial-"
+
 
 def write_whole(file: Path, content: str | bytes) -> None:
     """Writes a file that is never half there."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(file)
+
+
+@contextmanager
+def set_aside(file: Path) -> Iterator[Path]:
+    """A name to write to, of this process alone; what is written there stands at `file` once all of it is.
+
+    Ended before, by an error, it leaves nothing; by a kill, a file that `clear_aside` removes.
+    """
+    partial = file.with_name(f"{ASIDE}{os.getpid()}-{file.name}")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def clear_aside(folder: Path) -> None:
+    """Removes what kills have left half-written in a folder."""
+    for file in folder.glob(f"{ASIDE}*"):
+        file.unlink(missing_ok=True)
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:

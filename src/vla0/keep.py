@@ -1,6 +1,7 @@
 """`last` and `best`: clean checkpoint folders that are complete whenever they are named so."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from vla0.relative import shortest
 from vla0.spec import MAIN, Spec
 
 FINISHED = "training.png"  # the last file of a checkpoint: where it is, nothing is left to do
+
+HALF = re.compile(r"\.step-\d+\.(partial|old)(-\d+)?")  # what a kill leaves of a checkpoint that was being written
 
 Measure = Callable[[VLA0, Path], Mapping[str, float]]  # a policy tried in a simulator: must return "success"
 
@@ -88,6 +91,8 @@ class Keeper(TrainerCallback):
         """The same for the last checkpoint of a run whose steps are done; state: the Trainer's folder of it."""
         self.trainer.state = TrainerState.load_from_json(f"{state}/trainer_state.json")
         self.trainer.state.is_world_process_zero = self.trainer.is_world_process_zero()
+        if plain(self.trainer.model) is not self.trainer.model:  # adapters; of others `last` was loaded
+            self.trainer._load_from_checkpoint(state)
         self._finish(self.trainer.state)
 
     def _finish(self, state) -> None:
@@ -99,7 +104,7 @@ class Keeper(TrainerCallback):
             remarks = [text for part in self.parts for text in part.remarks]
             write_whole(self.output / step / "README.md", card(self._specs(), state.global_step, metrics, remarks))
             self._rank(step, metrics)
-            self._prune()
+            self._prune(state.global_step)
             losses = [line for line in state.log_history if "loss" in line]
             chart(losses, self._metrics(), self.output / step / FINISHED)
 
@@ -148,13 +153,19 @@ class Keeper(TrainerCallback):
         if best["step"] == step or not (self.output / "best").exists():
             point(self.output / "best", step)
 
-    def _prune(self) -> None:
+    def _prune(self, step: int) -> None:
+        """Leaves `last`, `best`, the last few, what the last two are gone on with from, and nothing half-written."""
         kept = {(self.output / name).resolve().name for name in ("last", "best")}
         # A checkpoint's evaluation lies beside it: step-000500-eval
         folders = sorted(f for f in self.output.glob("step-*") if f.name.removeprefix("step-").isdecimal())
         for folder in folders[: -self.keep_last]:
             if folder.name not in kept:
                 shutil.rmtree(folder)
+        states = {int(f.name.removeprefix("checkpoint-")): f for f in (self.output / "state").glob("checkpoint-*")}
+        two = sorted(number for number in states if number <= step)[-2:]  # a later one is what a kill left
+        unfinished = [f for f in self.output.iterdir() if HALF.fullmatch(f.name)]
+        for folder in [*unfinished, *(f for number, f in states.items() if number not in two)]:
+            shutil.rmtree(folder)
 
 
 def card(specs: Mapping[str, tuple[str, Spec]], step: int, metrics: Mapping[str, float], remarks: Sequence[str] = ()) -> str:

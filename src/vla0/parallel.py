@@ -10,6 +10,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from multiprocessing.connection import Connection, wait
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from vla0.errors import InputError
+from vla0.files import set_aside
 from vla0.rollout import ChunkPolicy, Env, rollout
 from vla0.spec import Episode, Observation
 
@@ -148,35 +150,51 @@ class Crew:
             logger.error("%s: given up after %d attempts; see the error lines", job, ATTEMPTS)
 
 
+class _AloneError(BaseException):  # no Exception: it is not the simulator's
+    """The parent has ended or was killed: nobody waits for an episode."""
+
+
 def work(pipe: Connection, play: Play, out: Path) -> None:
-    """A process's life: episodes in environments of its own, chunks from the parent."""
+    """A process's life: episodes in environments of its own, chunks from the parent; it ends when the parent does."""
+    with suppress(_AloneError, KeyboardInterrupt):
+        _work(pipe, play, out)
+
+
+def _work(pipe: Connection, play: Play, out: Path) -> None:
     envs: dict[str, Env] = {}
 
+    def tell(kind: str, content: Any) -> None:
+        try:
+            pipe.send((kind, content))
+        except OSError:
+            raise _AloneError from None
+
+    def hear() -> Any:
+        try:
+            return pipe.recv()
+        except (EOFError, OSError):  # a reset, where the parent was killed with a word unread
+            raise _AloneError from None
+
     def ask(observation: Observation) -> np.ndarray:
-        pipe.send(("asks", observation))
-        return pipe.recv()
+        tell("asks", observation)
+        return hear()
 
     policy = ChunkPolicy(ask, *play.acting)
     while True:
-        try:
-            job = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
+        job = hear()
         task = job[1]
         try:
             if task not in envs:
                 if len(envs) >= play.keep:
                     envs.pop(next(iter(envs))).close()
                 envs[task] = play.make_env(task)
-            pipe.send(("ends", episode(job, envs[task], policy, out, play.render)))
+            tell("ends", episode(job, envs[task], policy, out, play.render))
         except InputError as error:
-            pipe.send(("refused", error))
-        except (EOFError, BrokenPipeError, KeyboardInterrupt):
-            return
+            tell("refused", error)
         except Exception as error:  # whatever a simulator raises is a line of its own, never a failure of the policy
             envs.pop(task, None)
             logger.debug("%s", traceback.format_exc())
-            pipe.send(("ends", _line(job, error=f"{type(error).__name__}: {error}")))
+            tell("ends", _line(job, error=f"{type(error).__name__}: {error}"))
 
 
 def episode(job: Job, env: Env, policy: ChunkPolicy, out: Path, render: bool) -> dict[str, Any]:
@@ -201,16 +219,7 @@ def episode(job: Job, env: Env, policy: ChunkPolicy, out: Path, render: bool) ->
 
 def _line(job: tuple, success=None, steps=None, seconds=None, video=None, error=None) -> dict[str, Any]:
     name, task, seed = job
-    return {
-        "policy": name,
-        "task": task,
-        "seed": seed,
-        "success": success,
-        "steps": steps,
-        "seconds": seconds,
-        "video": video,
-        "error": error,
-    }
+    return dict(policy=name, task=task, seed=seed, success=success, steps=steps, seconds=seconds, video=video, error=error)
 
 
 def write_video(file: Path, frames: Sequence[Mapping[str, np.ndarray]], fps: float) -> None:
@@ -219,7 +228,8 @@ def write_video(file: Path, frames: Sequence[Mapping[str, np.ndarray]], fps: flo
 
     every = max(1, math.ceil(fps / 40))
     rate = Fraction(fps / every).limit_denominator(100)
-    with av.open(str(file), "w") as container:
+    # A process whose parent was killed may film on, while one of the next evaluation films the same episode.
+    with set_aside(file) as partial, av.open(str(partial), "w") as container:
         stream: Any = None
         for images in frames[::every]:
             picture = np.concatenate(list(images.values()), axis=1)
@@ -234,4 +244,6 @@ def write_video(file: Path, frames: Sequence[Mapping[str, np.ndarray]], fps: flo
 
 def _write_actions(file: Path, episode: Episode) -> None:
     queries = np.array([step for step, _ in episode.chunks], np.int64)
-    np.savez_compressed(file, actions=episode.actions, queries=queries, chunks=np.stack([chunk for _, chunk in episode.chunks]))
+    chunks = np.stack([chunk for _, chunk in episode.chunks])
+    with set_aside(file) as partial:
+        np.savez_compressed(partial, actions=episode.actions, queries=queries, chunks=chunks)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,9 @@ def mend(file: Path) -> None:
     """Cuts a last line that a kill left half-written."""
     if file.exists():
         content = file.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            file.write_bytes(whole)
+        whole = content.rfind(b"\n") + 1
+        if whole != len(content):
+            os.truncate(file, whole)  # in one instant: written anew, all lines would be lost to a kill in the middle
 
 
 def wilson(successes: int, episodes: int) -> tuple[float, float]:

@@ -63,11 +63,11 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
     sources = sources_of(config.data)
     if resume is not None:
         refuse_other_data(output, sources)
-    vlm, processor, specs = _start(config, sources, output / "last" if resume else None, over)
+    vlm, processor, specs = _start(config, sources, output / "last" if resume else None)
     parts = [Samples(source, specs[name], training.seed) for name, source in sources.items()]
     samples = Mixture(parts, [s.config.weight for s in sources.values()], training.seed) if len(parts) > 1 else parts[0]
     held_out = {name: Samples(s, specs[name], held_out=True) for name, s in sources.items() if s.config.held_out}
-    vlm = vlm if over else adapted(vlm, config.model.lora, config.model.freeze_vision_encoder)
+    vlm = adapted(vlm, config.model.lora, config.model.freeze_vision_encoder)
     per_epoch = math.ceil(math.ceil(len(samples) / (training.batch_size * processes)) / training.gradient_accumulation_steps)
     steps = training.num_steps or math.ceil((training.num_epochs or 0) * per_epoch)
     output.mkdir(parents=True, exist_ok=True)
@@ -156,15 +156,13 @@ def spec_of(config: TrainConfig, source: Source) -> Spec:
     return Spec(base_model=config.model.name, **source.spec_fields(action.chunk_size), **written, **config.spec)
 
 
-def _start(
-    config: TrainConfig, sources: Mapping[str, Source], last: Path | None, over: bool = False
-) -> tuple[Any, Any, dict[str, Spec]]:
+def _start(config: TrainConfig, sources: Mapping[str, Source], last: Path | None) -> tuple[Any, Any, dict[str, Spec]]:
     """(model, processor, Specs) to train: of the run's own `last` where it goes on, else of the recipe."""
     lora = config.model.lora.rank > 0
     # Frozen weights learn nothing that bf16 would lose.
     dtype = torch.bfloat16 if lora and config.training.precision == "bf16" else torch.float32
     specs = {name: spec_of(config, source) if last is None else Spec.load(last, name) for name, source in sources.items()}
-    if last is not None and (over or not lora):  # the Trainer brings the adapters, and what they change is as it was
+    if last is not None and not lora:  # the Trainer brings the adapters, and what they change is as it was
         return *models.load(last, "cpu", dtype), specs
     bits = config.model.quantization
     device = "cpu" if bits is None or not torch.cuda.is_available() else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"

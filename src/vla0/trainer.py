@@ -123,7 +123,8 @@ def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -
         gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
         use_liger_kernel=training.liger, liger_kernel_config=LIGER,
         bf16=training.precision == "bf16", seed=training.seed, dataloader_num_workers=config.data.num_workers,
-        logging_steps=logging.log_every_n_steps, save_steps=logging.steps("save", per_epoch, 500), save_total_limit=2,
+        logging_steps=logging.log_every_n_steps, save_steps=logging.steps("save", per_epoch, 500),
+        save_total_limit=None,  # the Keeper makes room: the Trainer goes by times of files, and removed what `last` stands on
         remove_unused_columns=False, label_names=["labels"], prediction_loss_only=True,
         report_to=list(followers) or "none", project=projects[0] if projects else "vla0", run_name=output.name,
         trackio_space_id=None,  # on this machine, not in a Space of the Hub
