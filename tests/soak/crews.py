@@ -61,8 +61,9 @@ def evaluation(until: Until, seed: int, folder: Path) -> list[Bar]:
             wrong = differing(whole, output, hit)
         except (RuntimeError, ValueError) as error:
             wrong = [str(error)]
-        bar.wrong += [f"{where}: {text}, after {story}" for text in wrong]
-        if not wrong:
+        if wrong:
+            bar.wrong.append(f"{where}: {'; '.join(wrong[:6])}; after {story}")
+        else:
             shutil.rmtree(output)
         if not until.goes_on(bar.done):
             break

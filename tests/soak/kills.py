@@ -1,4 +1,4 @@
-"""Kills of a training and of an evaluation, at random and where they hurt; what goes on from there must be as if never killed."""
+"""Kills of a training and of an evaluation, at random and where they hurt: what goes on must end as if never killed."""
 
 import hashlib
 import itertools
@@ -68,7 +68,8 @@ def training(until: Until, seed: int, folder: Path) -> list[Bar]:
                 story.append(f"{attempt}: {runs.place() or 'at its beginning'}")
             runs.left_alone()
             runs.ended(runs.start(moments.loads, output))
-            every.wrong += [f"{where}: {text}, after {story}" for text in differing(expected, state_of(output))]
+            if wrong := differing(expected, state_of(output)):
+                every.wrong.append(f"{where}: {'; '.join(wrong)}; after {story}")
         except RuntimeError as error:
             bars[kind].wrong.append(f"{where}: after {story}: {error}")
         if not any(text.startswith(where) for bar in (every, *bars.values()) for text in bar.wrong):
@@ -136,4 +137,4 @@ def _told(content: Any) -> Any:
 def differing(expected: dict[str, str], got: dict[str, str]) -> list[str]:
     """What is not as it should be, in words; none where all is."""
     names = [name for name in {**expected, **got} if expected.get(name) != got.get(name)]
-    return [f"{name}: {got.get(name, 'none')[:300]} instead of {expected.get(name, 'none')[:300]}" for name in names[:6]]
+    return [f"{name}: {got.get(name, 'none')[:100]} instead of {expected.get(name, 'none')[:100]}" for name in names[:6]]

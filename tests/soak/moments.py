@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 
 import vla0
+from vla0.noise import hush
+
+hush()  # before what is imported next, also in the process that all runs are forked from
 
 TOOL = sys.monitoring.PROFILER_ID
 TOUCHING = ("/shutil.py", "/pathlib.py", "/safetensors/", "/transformers/trainer")  # files whose lines count, beside our own
@@ -26,8 +29,8 @@ FILES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "o
 HOW = ("lines", "events", "seconds")  # a run is killed before a line, before it touches a file, or at an instant
 # What a run imports on its way, for the process that all runs are forked from. None of it computes or starts a thread.
 NEEDED = [
-    "vla0.train", "vla0.policy", "vla0.serve.server", "vla0.evaluate", "vla0.parallel", "pytest", "peft", "av", "matplotlib.figure",
-    "matplotlib.backends.backend_agg", "lerobot.datasets.lerobot_dataset", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+    "soak.moments", "vla0.train", "vla0.policy", "vla0.serve.server", "vla0.evaluate", "vla0.parallel", "pytest", "peft", "av",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "lerobot.datasets.lerobot_dataset", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
 ]  # fmt: skip
 
 
@@ -121,18 +124,19 @@ def begins(log: Path) -> None:
 
 
 def trains(dataset: Path, output: Path, changes: dict, note: Path, plan: dict | None, counts: Path | None, log: Path) -> None:
-    """Trains as `vla0 train` would, after a look whether `last` loads. counts: a file for what was counted; its name, one of HOW."""
+    """Trains as `vla0 train` would, after a look whether `last` loads.
+
+    counts: a file for what was counted, by the name of what is: one of HOW.
+    """
     begins(log)
     import torch
     from conftest import make_recipe
 
     from vla0 import keep, train
-    from vla0.noise import hush
     from vla0.recipe import TrainConfig, build
     from vla0.trainer import VLA0Trainer
 
     torch.set_num_threads(1)
-    hush()
     look(output)
     moments = Moments(note, plan, counts and counts.name)
     moments.wrap(train, "main", "step")
