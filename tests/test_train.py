@@ -660,3 +660,19 @@ def test_two_trainings_do_not_share_a_folder(dataset, tmp_path):
     with held(tmp_path / "run", "training"), pytest.raises(InputError, match=rf"alone; got process {os.getpid()} on"):
         main(config_of(dataset, tmp_path / "run"))
     main(config_of(dataset, tmp_path / "run"))
+
+
+def test_last_names_a_checkpoint_only_once_it_is_on_the_disk(dataset, tmp_path, monkeypatch):
+    """After a power cut it would name files that are empty, and the step before is gone."""
+    settled, named = [], []
+    monkeypatch.setattr(keep, "settle", lambda folder: settled.append(folder.name))
+    point = keep.point
+
+    def watched(link, name):
+        named.append((link.name, name, tuple(settled)))
+        point(link, name)
+
+    monkeypatch.setattr(keep, "point", watched)
+    main(config_of(dataset, tmp_path / "run"))
+    first, *_ = [own for own in named if own[0] == "last"]
+    assert first == ("last", "step-000002", ("checkpoint-2", "step-000002"))

@@ -126,6 +126,7 @@ def _run(policies, acting, config: EvalConfig, out: Path, workers, make_env, ide
                 lines.append(line)
                 file.write(json.dumps(line) + "\n")
                 file.flush()
+                os.fsync(file.fileno())
                 if line["error"] is None:
                     progress.advance(bar)
 

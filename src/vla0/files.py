@@ -5,7 +5,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,18 @@ def set_aside(file: Path) -> Iterator[Path]:
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def settle(folder: Path) -> None:
+    """Waits until a folder is on the disk, so that a power cut cannot take what is about to be named as whole."""
+    for place in [*folder.rglob("*"), folder]:
+        if place.is_file() or place.is_dir():
+            number = os.open(place, os.O_RDONLY)
+            try:
+                with suppress(OSError):  # of file systems that know no such thing of a folder
+                    os.fsync(number)
+            finally:
+                os.close(number)
 
 
 def clear_aside(folder: Path) -> None:

@@ -15,7 +15,7 @@ from vla0 import model as models
 from vla0.adapter import merged, plain
 from vla0.chart import chart
 from vla0.data import Mixture, Samples
-from vla0.files import write_whole
+from vla0.files import settle, write_whole
 from vla0.policy import VLA0
 from vla0.relative import shortest
 from vla0.spec import MAIN, Spec
@@ -77,6 +77,8 @@ class Keeper(TrainerCallback):
                 models.publish(whole, self.output / step, self.processor, self.specs)
             else:
                 models.save(self.output / step, plain(model), self.processor, self.specs, weights)
+            for folder in (whole, self.output / step):
+                settle(folder)
             point(self.output / "last", step)
         del gathered
         self._finish(state)
