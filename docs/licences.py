@@ -4,6 +4,7 @@
 """
 
 import json
+import sysconfig
 import tomllib
 import urllib.request
 from collections.abc import Iterator
@@ -79,7 +80,8 @@ def released(name: str) -> str:
 
 def installed() -> dict[str, metadata.Distribution]:
     """What is here, by its name in uv.lock."""
-    return {package.name.lower().replace("_", "-").replace(".", "-"): package for package in metadata.distributions()}
+    own = metadata.distributions(path=[sysconfig.get_path("purelib")])  # not what Ray brings in a folder of its own
+    return {package.name.lower().replace("_", "-").replace(".", "-"): package for package in own}
 
 
 def rows() -> Iterator[str]:
