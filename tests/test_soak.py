@@ -61,10 +61,10 @@ def test_no_command_is_late_out_of_bounds_or_after_the_stop(tmp_path):
 
 
 def test_whatever_message_comes_each_is_answered_and_an_honest_client_notices_nothing(tmp_path, here):
-    held(messages.mutated(Until(tries=1200), 0, tmp_path, here), 400)
+    held(messages.mutated(Until(tries=2400), 0, tmp_path, here), 800)
 
 
 def test_nobody_is_lost_or_answered_otherwise_beside_a_hostile_client(tmp_path, here):
     """How long they wait is not for a test: `make soak` measures it."""
-    answers, _ = network.clients(Until(tries=1), 0, tmp_path, here)
+    answers, _ = network.clients(Until(tries=1), 0, tmp_path, here, 4.0)
     held([answers], 64)

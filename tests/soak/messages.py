@@ -16,8 +16,9 @@ from soak.servers import served
 from vla0.serve.client import RemotePolicy
 from vla0.serve.wire import pack
 
-ROUND = 100  # messages of each thrower between two looks at the honest client
-THROWERS = 4
+ROUND = 25  # messages of each thrower between two looks at the honest client
+THROWERS = 32  # whoever is refused is not heard for a while
+GOOD = 6  # after so many a thrower says something right: who never does is shown out
 MORE_MIB = 96  # that a server may grow by after its first rounds, whose sizes of batches and pictures are new
 ANSWER_S = 60.0
 
@@ -39,7 +40,7 @@ class OpenPi:
     words = ("--protocol", "openpi", "--rate", "100000")
 
     def __init__(self, address: str, rng: np.random.Generator):
-        self.url, self.rng, self.connection = f"ws://{address}", rng, None
+        self.url, self.rng, self.connection, self.count = f"ws://{address}", rng, None, 0
         seen = small(0)
         whole = seen | {"vla0/number": 1, "vla0/reset": False, "vla0/stream": False, "vla0/committed": np.zeros((1, 3))}
         self.contents = [msgpack.unpackb(pack(own), strict_map_key=False) for own in (seen, whole)]
@@ -54,6 +55,9 @@ class OpenPi:
 
     def throw(self) -> bool:
         """One message; whether it was taken."""
+        self.count += 1
+        if self.count % GOOD == 0:
+            self.thrown(msgpack.packb(self.contents[-1]))
         return self.thrown(message(self.contents[self.rng.integers(len(self.contents))], self.rng))
 
     def thrown(self, data: bytes) -> bool:

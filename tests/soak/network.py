@@ -21,7 +21,7 @@ from soak.servers import served
 from vla0.serve.wire import pack, unpack
 
 CLIENTS, SEEN = 64, 8  # that are honest; different observations
-WINDOW_S = 5.0  # with the hostile one, at least; half as long without, by turns
+WINDOW_S = 30.0  # with the hostile one, at least; half as long without, by turns
 MOST_RISE = 1.5  # of the 99th percentile
 ANSWER_S = 60.0
 
@@ -110,7 +110,7 @@ class Honest:
             self.bar.wrong.append(f"client {client} was lost: {type(error).__name__}: {error}")
 
 
-def clients(until: Until, seed: int, folder: Path, serve: Callable[..., Any] = served) -> list[Bar]:
+def clients(until: Until, seed: int, folder: Path, serve: Callable[..., Any] = served, least_s: float = WINDOW_S) -> list[Bar]:
     """Bars of the honest ones' answers, and of how much longer they wait beside each attack. serve: as `served`."""
     answers = Bar("network: 64 clients, none lost, each answered as before", 60 * 64)
     waits = Bar("network: the 99th percentile rises by less than half", len(ATTACKS))
@@ -131,7 +131,7 @@ def clients(until: Until, seed: int, folder: Path, serve: Callable[..., Any] = s
         while until.goes_on(len(beside)):
             names = [name for name in ATTACKS if name not in beside] or list(ATTACKS)
             name = names[rng.integers(len(names))]
-            window_s = max(WINDOW_S, until.seconds / (3 * len(ATTACKS)) if until.seconds < math.inf else 0.0)
+            window_s = max(least_s, until.seconds / (3 * len(ATTACKS)) if until.seconds < math.inf else 0.0)
             alone += honest.window(window_s / 2, every_s)
             begins, ends = context.Event(), context.Event()
             process = context.Process(target=attack, args=(url, name, begins, ends), daemon=True)

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Who sends what is refused is not heard for a while: REFUSED_S, or the longer, the more there was to read in vain.
 REFUSED_S, REFUSED_BYTES_S = 0.1, 2**20
+READING = 2.0  # times that its seconds count: it holds the interpreter, which all others need, too
 COMING_S = 0.05  # between clients that come
 PATIENCE = 10  # messages in a row that nobody can read, and then the client is asked to go
 
@@ -177,7 +178,7 @@ class Server:
             raise InputError("binary messages", "text", "send what openpi-client packs")
         arrived = time.monotonic()
         asked = await asyncio.to_thread(self._read, message)  # megabytes, which others need not wait for
-        self.batches.charge(session, time.monotonic() - arrived)
+        self.batches.charge(session, READING * (time.monotonic() - arrived))
         session.begin(asked.reset, arrived)
         number = {} if asked.number is None else {"vla0/number": asked.number}
 
