@@ -623,3 +623,14 @@ def test_who_comes_again_and_again_waits_at_the_door(policy):
         for _ in range(14):
             RemotePolicy(url).close()
         assert time.monotonic() - began > 10 * 0.05 - 0.05
+
+
+def test_a_client_hears_why_where_megabytes_are_too_many(policy):
+    """They are not read to their end."""
+    large = {camera: np.zeros((4000, 4000, 3), np.uint8) for camera in policy.spec.cameras}
+    with serving(policy) as (url, _):
+        remote = RemotePolicy(url)
+        with pytest.raises(InputError, match="send smaller pictures"):
+            remote.predict(replace(make_observation(0), images=large), timeout_s=20.0)
+        assert remote.predict(make_observation(0)).shape == (3, 3)
+        remote.close()

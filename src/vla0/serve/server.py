@@ -32,9 +32,24 @@ logger = logging.getLogger(__name__)
 
 # Who sends what is refused is not heard for a while: REFUSED_S, or the longer, the more there was to read in vain.
 REFUSED_S, REFUSED_BYTES_S = 0.1, 2**20
+TOO_BIG = 1009  # why a connection is closed: RFC 6455
 READING = 2.0  # times that its seconds count: it holds the interpreter, which all others need, too
 COMING_S = 0.05  # between clients that come
 PATIENCE = 10  # messages in a row that nobody can read, and then the client is asked to go
+
+
+class Door(ServerConnection):
+    """A connection that reads no further where a message is refused for its size: else all of it would be read in vain."""
+
+    shut = False
+
+    def data_received(self, data: bytes) -> None:
+        """Of asyncio's protocols."""
+        super().data_received(data)
+        if not self.shut and (sent := self.protocol.close_sent) is not None and sent.code == TOO_BIG:
+            self.shut = True
+            self.transport.pause_reading()
+            self.loop.call_later(1.0, self.transport.abort)  # by then the client has read why
 
 
 class Server:
@@ -89,7 +104,8 @@ class Server:
         batches = asyncio.create_task(self.batches.run())
         async with serve(
             self._talk, host, port, ssl=context, compression=None, max_size=self.limits.message_bytes,
-            origins=self.origins, process_request=self._handshake, max_queue=1, ping_interval=self.ping_s, ping_timeout=20,
+            origins=self.origins, process_request=self._handshake, create_connection=Door, max_queue=1,
+            ping_interval=self.ping_s, ping_timeout=20,
         ) as server:  # fmt: skip
             if ready is not None:
                 ready(server.sockets[0].getsockname()[1])
