@@ -168,3 +168,21 @@ def serving(policy, kind=Server, **settings):
         loop.call_soon_threadsafe(stop.set)
         thread.join(20)
         assert not thread.is_alive()
+
+
+@contextmanager
+def grpc_of(policy):
+    """The port of a server of LeRobot's protocol."""
+    from vla0.serve.lerobot import LeRobotServer, serve_lerobot
+
+    stop, ports = threading.Event(), []
+    thread = threading.Thread(target=serve_lerobot, args=(LeRobotServer(policy), "127.0.0.1", 0, ports.append, stop))
+    thread.start()
+    while not ports:
+        time.sleep(0.01)
+    try:
+        yield ports[0]
+    finally:
+        stop.set()
+        thread.join(20)
+        assert not thread.is_alive()

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TASKS, make_dataset, make_observation
+from conftest import TASKS, grpc_of, make_dataset, make_observation
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -344,18 +344,9 @@ def lerobot_server():
     import grpc
     from lerobot.transport import services_pb2_grpc
 
-    from vla0.serve.lerobot import LeRobotServer, serve_lerobot
-
-    policy, stop, ports = Reach(), threading.Event(), []
-    thread = threading.Thread(target=serve_lerobot, args=(LeRobotServer(policy), "127.0.0.1", 0, ports.append, stop))
-    thread.start()
-    while not ports:
-        time.sleep(0.01)
-    with grpc.insecure_channel(f"127.0.0.1:{ports[0]}") as channel:
+    policy = Reach()
+    with grpc_of(policy) as port, grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         yield services_pb2_grpc.AsyncInferenceStub(channel), policy
-    stop.set()
-    thread.join(10)
-    assert not thread.is_alive()
 
 
 def instructions(**changes):

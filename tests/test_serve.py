@@ -578,6 +578,8 @@ def test_what_a_thread_has_seen_already_gives_the_same_chunk(policy):
 def test_a_message_may_be_a_full_hd_picture_of_each_camera_unless_said_otherwise(policy):
     assert 2 * 1920 * 1080 * 3 < Limits().of(policy.spec).message_bytes < 2 * 1920 * 1080 * 3 + 2**21
     assert Limits(message_bytes=7).of(policy.spec).message_bytes == 7
+    with pytest.raises(InputError, match="limits of one at least"):
+        Limits(message_bytes=0)
 
 
 def busy(*used: float) -> tuple[Batches, list[Session]]:

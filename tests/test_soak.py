@@ -1,12 +1,10 @@
 """Each attack of `make soak` for seconds, and always the same ones: `make soak` draws them anew."""
 
-import threading
-import time
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import pytest
-from conftest import make_spec, serving
+from conftest import grpc_of, make_spec, serving
 from soak import Until, arm, messages, network
 
 from vla0 import VLA0
@@ -33,21 +31,6 @@ def here(policy):
             yield SimpleNamespace(address=address.removeprefix("ws://"), ended=lambda: False, megabytes=lambda: 0.0)
 
     return serve
-
-
-@contextmanager
-def grpc_of(policy):
-    """The port of a server of LeRobot's protocol."""
-    from vla0.serve.lerobot import LeRobotServer, serve_lerobot
-
-    stop, ports = threading.Event(), []
-    thread = threading.Thread(target=serve_lerobot, args=(LeRobotServer(policy), "127.0.0.1", 0, ports.append, stop))
-    thread.start()
-    while not ports:
-        time.sleep(0.01)
-    yield ports[0]
-    stop.set()
-    thread.join(20)
 
 
 def held(bars, at_least: int) -> None:

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vla0.envs import make, simulator
 from vla0.errors import InputError
+from vla0.files import set_aside
 from vla0.rollout import Env, rollout
 from vla0.spec import Observation, tupled
 
@@ -123,15 +124,13 @@ def demonstrate(config: CollectConfig, task: str, seed: int, store: Path | None 
 
 
 def _write(file: Path, found: Demonstration | None) -> None:
-    partial = file.with_suffix(".partial")
-    with partial.open("wb") as stream:
+    with set_aside(file) as partial, partial.open("wb") as stream:
         if found is None:
             np.savez(stream)
         else:
             pictures = {f"images.{camera}": frames for camera, frames in found.images.items()}
             others = {"instruction": found.instruction, "states": found.states, "actions": found.actions}
             np.savez_compressed(stream, allow_pickle=False, **pictures, **others)
-    partial.replace(file)
 
 
 def _read(file: Path) -> Demonstration | None:

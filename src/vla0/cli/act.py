@@ -49,7 +49,7 @@ def serve(
 
     secret = secret_of(api_key_file)
     pairs = pairs_of("--key", key or [])
-    message_bytes = None if message_mib is None else max(1, int(message_mib * 2**20))
+    message_bytes = None if message_mib is None else int(message_mib * 2**20)
     limits = Limits(**given(side=side, clients=clients, rate=rate, message_bytes=message_bytes))
     if protocol not in PROTOCOLS:
         raise InputError(f"--protocol of {PROTOCOLS}", f"'{protocol}'", "choose one of those")

@@ -14,6 +14,7 @@ import torch
 from vla0.codec import Grammar
 from vla0.decode.draft import Draft
 from vla0.decode.engine import Engine
+from vla0.files import set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,10 @@ def width(engine: Engine, rows: int = 1, fresh: bool = False) -> int:
             "a pass of %s takes %.1f ms, of %d nodes %.1f ms: decoding uses %d", key, times[1], chosen, times[chosen], chosen
         )
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_text(json.dumps({name: {str(n): ms for n, ms in row.items()} for name, row in known.items()}, indent=1))
-        partial.replace(file)
+        with set_aside(file) as partial:  # several processes may measure at once
+            partial.write_text(
+                json.dumps({name: {str(n): ms for n, ms in row.items()} for name, row in known.items()}, indent=1)
+            )
     return best(known[key], rows)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from vla0.arrays import load_arrays
 from vla0.errors import InputError, nearest
+from vla0.files import set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +123,8 @@ def environment() -> Any:
     paths = {"benchmark_root": "", "bddl_files": "bddl_files", "init_states": "init_files", "datasets": "../datasets"}
     lines = [f"{key}: {package() / path}" for key, path in paths.items()] + [f"assets: {assets()}"]
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".config.{os.getpid()}"
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(folder / "config.yaml")
+    with set_aside(folder / "config.yaml") as partial:
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.environ["LIBERO_CONFIG_PATH"] = str(folder)
     logging.disable(logging.WARNING)  # robosuite's advice on its own set-up
     try:

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ LONG = 300  # bytes of a sentence: with a longer one, all that are decoded with 
 # Who takes more of the server's time than others do has the share of one of them, a tenth at least: after an answer it waits as
 # long as reading and decoding took, times the others, at most a second.
 LEAST, MORE, OTHERS, MOST_S = 0.1, 2.0, 9, 1.0
+READING = 2.0  # times that its seconds count: it holds the interpreter, which all others need, too
 
 
 @dataclass(eq=False)
@@ -46,20 +46,23 @@ class Batches:
 
     def __init__(self, policy: VLA0, steps: int | None, most: int, meters: Meters):
         self.policy, self.steps, self.most, self.meters = policy, steps, most, meters
-        self.queue: asyncio.Queue[Asked] = asyncio.Queue()
-        self.waiting: deque[Asked] = deque()
+        self.waiting: list[Asked] = []
+        self.asked = asyncio.Event()  # whether anybody waits
         self.thread = ThreadPoolExecutor(1, "model")
         self.sessions: list[Session] = []  # of the clients that are here
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing waits, and nothing is decoded."""
-        return self.queue.empty() and not self.waiting and not self.meters.busy
+    async def aside[T](self, session: Session, read: Callable[..., T], *given: Any) -> T:
+        """What `read` makes of a message, in a thread of its own: megabytes, which others need not wait for."""
+        began = time.monotonic()
+        found = await asyncio.to_thread(read, *given)
+        self.charge(session, READING * (time.monotonic() - began))
+        return found
 
     async def ask(self, asked: Asked, step: Callable[[int, np.ndarray], Awaitable[None]] | None = None) -> np.ndarray:
         """(T, D): the chunk. step: called with each action of a stream. Raises the error that is its own."""
         with self.meters.request():
-            await self.queue.put(asked)
+            self.waiting.append(asked)
+            self.asked.set()
             while isinstance(part := await asked.answers.get(), tuple):
                 if step is not None:
                     await step(*part)
@@ -71,28 +74,27 @@ class Batches:
         """Forever."""
         loop = asyncio.get_running_loop()
         while True:
+            await self.asked.wait()
+            alone = [own for own in self.waiting if own.alone]
+            whole = [own for own in self.waiting if not own.alone]
+            whole, alone, self.waiting = whole[: self.most], alone[:1], whole[self.most :] + alone[1:]
             if not self.waiting:
-                self.waiting.append(await self.queue.get())
-            while not self.queue.empty():
-                self.waiting.append(self.queue.get_nowait())
-            whole = [own for own in self.waiting if not own.alone][: self.most]
-            others = next((own for own in self.waiting if own.alone), None)
-            for own in [*whole, *([] if others is None else [others])]:
-                self.waiting.remove(own)
+                self.asked.clear()
             if whole:
                 self.meters.batches.observe(len(whole))
                 began = time.monotonic()
                 found = await loop.run_in_executor(
-                    self.thread, together, self.policy, [o.observation for o in whole], self.steps
+                    self.thread, together, self.policy, [own.observation for own in whole], self.steps
                 )
+                each = (time.monotonic() - began) / len(whole)
                 for own, chunk in zip(whole, found, strict=True):
-                    self.charge(own.session, (time.monotonic() - began) / len(whole))
+                    self.charge(own.session, each)
                     own.answers.put_nowait(chunk)
-            if others is not None:
+            for own in alone:
                 self.meters.batches.observe(1)
                 began = time.monotonic()
-                await loop.run_in_executor(self.thread, self._stream, others, loop)
-                self.charge(others.session, time.monotonic() - began)
+                await loop.run_in_executor(self.thread, self._stream, own, loop)
+                self.charge(own.session, time.monotonic() - began)
 
     def charge(self, own: Session, seconds: float) -> None:
         """Who makes the model, or who reads for it, work more than others do waits before he is heard again."""

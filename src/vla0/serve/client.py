@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.frames import CloseCode
 from websockets.sync.client import ClientConnection, connect
 
 from vla0.errors import InputError
@@ -21,7 +22,6 @@ from vla0.spec import Observation, Spec
 
 logger = logging.getLogger(__name__)
 
-TOO_BIG = 1009  # why either side closes a connection: RFC 6455
 LARGEST = 16 * 2**20  # bytes of a server's message: chunks are kilobytes
 
 
@@ -114,10 +114,10 @@ class RemotePolicy:
                     return
                 except ConnectionClosed as lost:  # the observation is still fresh: once more, until the deadline
                     self.connection = None
-                    if lost.sent is not None and lost.sent.code == TOO_BIG and not lost.rcvd_then_sent:
+                    if lost.sent is not None and lost.sent.code == CloseCode.MESSAGE_TOO_BIG and not lost.rcvd_then_sent:
                         got = "a larger one"
                         raise InputError(f"answers of at most {LARGEST} bytes from {self.url}", got, "look at it") from None
-                    if lost.rcvd is not None and lost.rcvd.code == TOO_BIG:
+                    if lost.rcvd is not None and lost.rcvd.code == CloseCode.MESSAGE_TOO_BIG:
                         raise InputError(f"a message that {self.url} takes", "a larger one", "send smaller pictures") from None
                     if given:  # half a stream has been used: another would not continue it
                         raise NoAnswerError(f"{self.url} was lost in the middle of an answer") from None

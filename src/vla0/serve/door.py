@@ -15,6 +15,7 @@ from vla0.spec import Spec
 
 logger = logging.getLogger(__name__)
 
+NEEDED = -1  # bytes of a message: as many as a checkpoint needs
 LOCAL = ("127.0.0.1", "localhost", "::1")
 KEYLESS = {  # protocols that know no key → how to do without another address
     "lerobot": "leave --host out, and reach it by a tunnel: ssh -L PORT:127.0.0.1:PORT this-machine",
@@ -26,7 +27,7 @@ KEYLESS = {  # protocols that know no key → how to do without another address
 class Limits:
     """What a client may ask for."""
 
-    message_bytes: int = 0  # 0: a picture of 1920 x 1080 of each camera and frame, and a MiB
+    message_bytes: int = NEEDED  # a picture of 1920 x 1080 of each camera and frame, and a MiB
     side: int = 4096  # pixels of a picture
     clients: int = 128
     rate: float = 200.0  # messages a second of one client, over a second
@@ -34,13 +35,14 @@ class Limits:
     batch: int = 64  # observations decoded together
 
     def __post_init__(self):
-        if self.message_bytes < 0 or min(self.side, self.clients, self.rate, self.batch) < 1:
+        sized = 1 if self.message_bytes == NEEDED else self.message_bytes
+        if min(sized, self.side, self.clients, self.rate, self.bytes_s, self.batch) < 1:
             raise InputError("limits of one at least", f"{asdict(self)}", "give numbers from 1")
 
     def of(self, spec: Spec) -> "Limits":
         """These, with the size of a message that a checkpoint needs where none was given."""
         needed = 2**20 + len(spec.cameras) * spec.history * 1920 * 1080 * 3
-        return replace(self, message_bytes=self.message_bytes or needed)
+        return replace(self, message_bytes=needed) if self.message_bytes == NEEDED else self
 
 
 def shown(spec: Spec) -> str:

@@ -4,7 +4,6 @@ A harness asks for one action at a time. With an ensemble each is averaged here,
 messages are used, its server is not: that takes messages of any size from any web page, and lets it change settings.
 """
 
-import asyncio
 import io
 import math
 import time
@@ -23,7 +22,7 @@ from vla0.ensemble import NONE, TemporalEnsemble, steps_used
 from vla0.errors import InputError
 from vla0.policy import VLA0
 from vla0.serve.door import Limits
-from vla0.serve.request import Request, request
+from vla0.serve.request import Request
 from vla0.serve.server import Server
 from vla0.serve.session import Session
 from vla0.serve.wire import array_of, unpack
@@ -92,7 +91,7 @@ class HarnessServer(Server):
         if not isinstance(message, bytes):
             raise InputError("binary messages", "text", REMEDY)
         arrived = time.monotonic()
-        kind, payload, session.seq = await asyncio.to_thread(self._told, message)
+        kind, payload, session.seq = await self.batches.aside(session, self._told, message)
         if kind is MessageType.HELLO:
             await connection.send(pack_message(Message(kind, self.hello(), session.seq)))
         elif kind in (MessageType.EPISODE_START, MessageType.EPISODE_END):
@@ -102,8 +101,7 @@ class HarnessServer(Server):
             if not session.begun:
                 raise InputError("an episode that has begun", "an observation", f"send episode_start first, or {REMEDY}")
             if not session.actions:
-                asked = await asyncio.to_thread(self._seen, payload)
-                self.batches.charge(session, time.monotonic() - arrived)
+                asked = await self.batches.aside(session, self._seen, payload)
                 session.actions.extend(session.answer(await self._decoded(session, asked, arrived), arrived)[: self.replan])
             action = {"actions": np.asarray(session.actions.popleft(), np.float32)}
             await connection.send(pack_message(Message(MessageType.ACTION, action, session.seq)))
@@ -135,8 +133,7 @@ class HarnessServer(Server):
         state = next((payload[name] for name in ("states", "state") if payload.get(name) is not None), None)
         if state is not None:
             message["state"] = state
-        asked = request(message, self.policy.spec, self.keys, self.limits.side)
-        return replace(asked, observation=self.see(asked.observation))
+        return self._request(message)
 
 
 def picture_of(data: Any, most: int) -> np.ndarray:

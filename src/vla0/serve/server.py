@@ -14,6 +14,7 @@ import numpy as np
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
 from websockets.http11 import Request as Handshake
 from websockets.http11 import Response
 
@@ -32,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 # Who sends what is refused is not heard for a while: REFUSED_S, or the longer, the more there was to read in vain.
 REFUSED_S, REFUSED_BYTES_S = 0.1, 2**20
-TOO_BIG = 1009  # why a connection is closed: RFC 6455
-READING = 2.0  # times that its seconds count: it holds the interpreter, which all others need, too
 COMING_S = 0.05  # between clients that come
 PATIENCE = 10  # messages in a row that nobody can read, and then the client is asked to go
 
@@ -46,7 +45,7 @@ class Door(ServerConnection):
     def data_received(self, data: bytes) -> None:
         """Of asyncio's protocols."""
         super().data_received(data)
-        if not self.shut and (sent := self.protocol.close_sent) is not None and sent.code == TOO_BIG:
+        if not self.shut and (sent := self.protocol.close_sent) is not None and sent.code == CloseCode.MESSAGE_TOO_BIG:
             self.shut = True
             self.transport.pause_reading()
             self.loop.call_later(1.0, self.transport.abort)  # by then the client has read why
@@ -81,10 +80,10 @@ class Server:
         if ensemble == NONE:
             refuse_idle({"replan": replan if replan != 1 else None}, "an ensemble")
         self._session()  # refuses what it must before anybody comes
-        self.steps = None if ensemble == NONE else steps_used(spec.horizon, replan, ensemble)
+        steps = None if ensemble == NONE else steps_used(spec.horizon, replan, ensemble)
         self.see = getattr(policy, "see", lambda observation: observation)  # a policy of one's own need not have it
         self.meters = Meters()
-        self.batches = Batches(policy, self.steps, self.limits.batch, self.meters)
+        self.batches = Batches(policy, steps, self.limits.batch, self.meters)
         self.clients, self.stopping, self.next_at = 0, False, 0.0
 
     def metadata(self) -> dict[str, Any]:
@@ -112,9 +111,11 @@ class Server:
             await stop.wait()
             self.stopping = True
             server.close(close_connections=False)
-            while not self.batches.idle:
+            while self.meters.busy:
                 await asyncio.sleep(0.01)
-            await asyncio.gather(*(connection.close(1001, "the server ends") for connection in server.connections))
+            await asyncio.gather(
+                *(connection.close(CloseCode.GOING_AWAY, "the server ends") for connection in server.connections)
+            )
         batches.cancel()
         self.batches.thread.shutdown()
 
@@ -163,7 +164,7 @@ class Server:
                     session.charge(max(REFUSED_S, len(message) / REFUSED_BYTES_S))
                     await connection.send(self._refusal(session, told(error)))
                     if wrong >= PATIENCE:
-                        await connection.close(1008, "too many messages that cannot be read")
+                        await connection.close(CloseCode.POLICY_VIOLATION, "too many messages that cannot be read")
                 if (left := session.free_at - time.monotonic()) > 0:  # its next message stays where it is
                     with suppress(TimeoutError):
                         await asyncio.wait_for(connection.wait_closed(), left)
@@ -193,8 +194,7 @@ class Server:
         if not isinstance(message, bytes):
             raise InputError("binary messages", "text", "send what openpi-client packs")
         arrived = time.monotonic()
-        asked = await asyncio.to_thread(self._read, message)  # megabytes, which others need not wait for
-        self.batches.charge(session, READING * (time.monotonic() - arrived))
+        asked = await self.batches.aside(session, self._read, message)
         session.begin(asked.reset, arrived)
         number = {} if asked.number is None else {"vla0/number": asked.number}
 
@@ -210,5 +210,9 @@ class Server:
         return await self.batches.ask(Asked(session, asked, session.expecting(asked.observation, arrived)), step)
 
     def _read(self, message: bytes) -> Request:
-        asked = request(unpack(message, self.limits.message_bytes), self.policy.spec, self.keys, self.limits.side)
+        return self._request(unpack(message, self.limits.message_bytes))
+
+    def _request(self, content: Mapping[str, Any]) -> Request:
+        """What a message asks for, its pictures made small already."""
+        asked = request(content, self.policy.spec, self.keys, self.limits.side)
         return replace(asked, observation=self.see(asked.observation))
