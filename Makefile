@@ -6,8 +6,8 @@ RUN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 NEWEST := .venv-newest
 TRANSFORMERS := 5.24.0
-CORE := $(addprefix tests/test_, engine.py fast.py decode.py invariant.py windows.py policy.py prompt.py model.py vision.py gpu.py)
-APART := $(addprefix tests/test_, codec.py inexact.py remote.py serve.py spec.py ensemble.py rollout.py bench.py)
+CORE := $(addprefix tests/, core decode test_policy.py checkpoint/test_io.py bench/test_gpu.py)
+APART := $(addprefix tests/, serve/test_server.py bench/test_bench.py)
 CHECK := $(RUN)/python -c "from vla0.doctor import draw; draw()"
 GL_PACKAGES := libegl1 libegl-mesa0 libgl1-mesa-dri
 

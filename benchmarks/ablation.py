@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vla0.table import mean_success, read_episodes, summary, wilson
+from vla0.sim.results import mean_success, read_episodes, summary, wilson
 
 BASE = "masked numbers"
 MASKS = {BASE: ["augmentation.mask=number"], "masked characters": ["augmentation.mask=character"]}
@@ -95,9 +95,7 @@ def file_of(row: str) -> str:
 def vla0(*words: object) -> None:
     """Runs a `vla0` command; ends where it fails."""
     console.print(f"[bold]vla0 {' '.join(map(str, words))}[/bold]")
-    code = subprocess.run(
-        [sys.executable, "-m", "vla0.cli", *map(str, words)], env={**os.environ, "TQDM_DISABLE": "1"}
-    ).returncode
+    code = subprocess.run([sys.executable, "-m", "vla0", *map(str, words)], env={**os.environ, "TQDM_DISABLE": "1"}).returncode
     if code:
         sys.exit(code)
 

@@ -23,12 +23,12 @@ import numpy as np
 import typer
 from rich.console import Console
 
-from vla0.envs.arm import ACTIONS, FIRST_SEED, RANGES, sentence
-from vla0.robot.arm import make_robot
+from vla0.core.spec import Observation, Spec
+from vla0.robot.lerobot_robot import make_robot
 from vla0.robot.loop import WAYS
 from vla0.robot.session import Session, SessionConfig
 from vla0.serve.client import RemotePolicy
-from vla0.spec import Observation, Spec
+from vla0.sim.arm import ACTIONS, FIRST_SEED, RANGES, sentence
 
 SHOWN_S, NEAR = 2.0, 6.0  # a goal is shown for so long; degrees
 LASTS_S = 5.0  # an episode of a policy

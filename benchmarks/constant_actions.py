@@ -9,8 +9,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from vla0.envs.metaworld import FIRST_SEED, STARTS, MetaWorldEnv, MetaWorldExpert
-from vla0.rollout import rollout
+from vla0.core.rollout import rollout
+from vla0.sim.metaworld import FIRST_SEED, STARTS, MetaWorldEnv, MetaWorldExpert
 
 TASKS = ["button-press-topdown-v3", "drawer-close-v3", "window-close-v3", "coffee-button-v3"]
 

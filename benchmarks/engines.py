@@ -12,8 +12,8 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from vla0.data.lerobot import DataConfig, Source
 from vla0.policy import VLA0
-from vla0.source import DataConfig, Source
 
 
 def run(

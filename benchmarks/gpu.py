@@ -23,29 +23,29 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+import training
 import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback
 
-from vla0 import model as models
-from vla0.adapter import adapted
 from vla0.bench import decode as decoding
-from vla0.bench import train as training
 from vla0.bench.certificate import certificate
 from vla0.bench.inputs import build_3b, product_rate
-from vla0.data import collator
-from vla0.decode.fast import Fast
-from vla0.decode.slots import Replay
-from vla0.decode.width import cache_file, key_of, read
+from vla0.checkpoint import io as models
+from vla0.checkpoint.tiny import tiny_model, tiny_processor
+from vla0.core.spec import MAIN, Observation, Sample, Spec
+from vla0.data.config import Augmentation
+from vla0.data.dataset import collator
+from vla0.data.lerobot import DataConfig
+from vla0.decode.kv_cache import Replay
+from vla0.decode.speculative import Fast
+from vla0.decode.tree_size import cache_file, key_of, read
 from vla0.policy import VLA0
-from vla0.recipe import LoggingConfig, TrainConfig, TrainingConfig
-from vla0.settings import Augmentation, Lora
-from vla0.source import DataConfig
-from vla0.spec import MAIN, Observation, Sample, Spec
-from vla0.tiny import tiny_model, tiny_processor
-from vla0.trainer import VLA0Trainer, arguments
+from vla0.train.config import LoggingConfig, Lora, TrainConfig, TrainingConfig
+from vla0.train.lora import adapted
+from vla0.train.trainer import VLA0Trainer, arguments
 
 COLOURS = ("red", "blue", "green")
 PLAIN = "one token a pass"
@@ -377,7 +377,7 @@ def trained(
     if compiled:
         for layer in own.model.language_model.layers:  # the tower's blocks, checkpointed, were not the same when computed anew
             layer.compile()
-    from vla0.prompt import Prompt
+    from vla0.core.prompt import Prompt
 
     prompt = Prompt(spec(), processor())
     with TemporaryDirectory() as folder:

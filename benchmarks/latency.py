@@ -15,13 +15,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vla0.envs.metaworld import FIRST_SEED, MetaWorldEnv
 from vla0.policy import VLA0
 from vla0.robot.clock import SimulatedWorld
-from vla0.robot.guard import Guard
 from vla0.robot.limits import Limits
 from vla0.robot.loop import WAYS, Pace, drive
-from vla0.table import wilson
+from vla0.robot.safety import Guard
+from vla0.sim.metaworld import FIRST_SEED, MetaWorldEnv
+from vla0.sim.results import wilson
 
 TASKS = ["button-press-topdown-v3", "drawer-close-v3", "window-close-v3"]
 

@@ -18,7 +18,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from vla0.evaluate import EvalConfig, evaluate, make_env
+from vla0.sim.evaluate import EvalConfig, evaluate, make_env
 
 DIMENSIONS = 7
 

@@ -13,12 +13,12 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from vla0.collect import NoisyEnv
-from vla0.envs import libero
-from vla0.envs.libero import LiberoEnv, make_expert
+from vla0.core.rollout import rollout
 from vla0.errors import InputError
-from vla0.rollout import rollout
-from vla0.table import wilson
+from vla0.sim import libero
+from vla0.sim.collect import NoisyEnv
+from vla0.sim.libero import LiberoEnv, make_expert
+from vla0.sim.results import wilson
 
 
 def attempt(task: str, episodes: int) -> tuple[str, list[int] | str]:

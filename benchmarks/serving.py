@@ -15,9 +15,9 @@ import typer
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from vla0.core.spec import Observation, Spec
 from vla0.serve.client import RemotePolicy
-from vla0.serve.wire import pack
-from vla0.spec import Observation, Spec
+from vla0.serve.msgpack_numpy import pack
 
 
 def run(
@@ -27,7 +27,7 @@ def run(
     messages: Annotated[int, typer.Option(help="damaged ones")] = 10_000,
 ) -> None:
     """Print what was answered, how fast, and what the server's memory did."""
-    command = [sys.executable, "-m", "vla0.cli", "serve", "--checkpoint", str(checkpoint), "--port", "0", "--rate", "10000"]
+    command = [sys.executable, "-m", "vla0", "serve", "--checkpoint", str(checkpoint), "--port", "0", "--rate", "10000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -9,8 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import typer
 
+from vla0.data.lerobot import DataConfig, Source
 from vla0.policy import VLA0
-from vla0.source import DataConfig, Source
 
 
 def draw(

@@ -18,8 +18,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vla0.chart import plain_log
-from vla0.table import mean_success, read_episodes, summary, table
+from vla0.sim.results import mean_success, read_episodes, summary, table
+from vla0.train.plots import plain_log
 
 TASKS = ("button-press-topdown-v3", "drawer-close-v3", "window-close-v3")
 START = ("--start", "above")  # of the hand: from there no task is solved without looking
@@ -91,7 +91,7 @@ class Seconds:
         """Runs a `vla0` command and adds its time; ends the demo where it fails."""
         console.print(f"[bold]vla0 {' '.join(map(str, words))}[/bold]")
         started = time.monotonic()
-        process = subprocess.Popen([sys.executable, "-m", "vla0.cli", *map(str, words)])
+        process = subprocess.Popen([sys.executable, "-m", "vla0", *map(str, words)])
         try:
             code = process.wait()
         except KeyboardInterrupt:  # a terminal's Ctrl-C reaches the command too, and it puts away what it has

@@ -12,11 +12,11 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from vla0.core.spec import Observation
 from vla0.robot.clock import RealWorld
-from vla0.robot.guard import Guard, Limits
 from vla0.robot.loop import Pace, drive
+from vla0.robot.safety import Guard, Limits
 from vla0.serve.client import RemotePolicy
-from vla0.spec import Observation
 
 
 class MyRobot:

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from vla0 import Observation, Spec
+from vla0.checkpoint.tiny import tiny_model, tiny_processor
 from vla0.policy import VLA0
-from vla0.recipe import LoggingConfig, ModelConfig, TrainConfig, TrainingConfig
 from vla0.serve.server import Server
-from vla0.tiny import tiny_model, tiny_processor
+from vla0.train.config import LoggingConfig, ModelConfig, TrainConfig, TrainingConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
 TASKS = ("push the red block", "open the drawer")

@@ -6,7 +6,7 @@ import pytest
 from conftest import make_observation, make_spec
 
 from vla0 import InputError
-from vla0.ensemble import ensemble_actions
+from vla0.core.ensemble import ensemble_actions
 from vla0.policy import VLA0
 
 

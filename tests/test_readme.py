@@ -8,7 +8,7 @@ import pytest
 from conftest import make_spec
 
 from vla0.policy import VLA0
-from vla0.recipe import TrainConfig, read_config
+from vla0.train.config import TrainConfig, read_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -23,7 +23,7 @@ def test_the_example_runs(policy, processor, tmp_path):
 
 
 def test_the_line_count_is_what_its_command_says():
-    claimed, command = re.search(r"The spine is ([\d,]+) lines: `(.*?)`", README).groups()
+    claimed, command = re.search(r"The method itself is ([\d,]+) lines: `(.*?)`", README).groups()
     counted = int(subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
     assert abs(int(claimed.replace(",", "")) - counted) <= 50
 

@@ -8,14 +8,14 @@ from conftest import grpc_of, make_spec, serving
 from soak import Until, arm, messages, network
 
 from vla0 import VLA0
-from vla0.serve.door import Limits
+from vla0.serve.listen import Limits
 
 
 @pytest.fixture
 def here(policy):
     """Servers in this process: what starts them in others is tested where the command is."""
     pytest.importorskip("vla_eval", reason="vla-eval is not installed")
-    from vla0.serve.harness import HarnessServer
+    from vla0.serve.vla_eval import HarnessServer
 
     named = VLA0(policy.model, policy.processor, make_spec(state_names=("a", "b")))
 

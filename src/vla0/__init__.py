@@ -3,8 +3,8 @@
 import os
 from typing import Any
 
+from vla0.core.spec import Observation, Spec
 from vla0.errors import InputError
-from vla0.spec import Observation, Spec
 
 __all__ = ["VLA0", "InputError", "Observation", "Spec"]
 __version__ = "0.1.0"

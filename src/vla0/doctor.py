@@ -12,15 +12,15 @@ from pathlib import Path
 
 from rich.table import Table
 
-from vla0.envs import libero_files
 from vla0.errors import InputError
+from vla0.sim import libero_files
 
 JOBS = ("train", "eval", "serve")
 GIB = 2**30
 MODELS = {"Qwen2.5-VL-3B": 3.75e9, "Qwen2.5-VL-7B": 8.29e9, "Qwen2.5-VL-72B": 73.4e9}  # parameters
 ACTING, TRAINING = 2.4, 17.0  # bytes a parameter: bf16 and what a decode keeps; fp32 with gradient and two moments
 FRAME = (  # drawn in a process of its own: a broken driver kills it
-    "import os, mujoco; "  # MUJOCO_GL is that of vla0.envs
+    "import os, mujoco; "  # MUJOCO_GL is that of vla0.sim
     'model = mujoco.MjModel.from_xml_string(\'<mujoco><worldbody><light pos="0 0 3"/><geom size=".3" rgba="1 0 0 1"/>'
     "</worldbody></mujoco>'); data = mujoco.MjData(model); mujoco.mj_forward(model, data); "
     "renderer = mujoco.Renderer(model, 64, 64); renderer.update_scene(data); picture = renderer.render(); renderer.close(); "
@@ -107,7 +107,7 @@ def _torch() -> str:
 
 
 def _lerobot() -> str:
-    from vla0.pictures import video_backend
+    from vla0.data.frames import video_backend
 
     version = metadata.version("lerobot")
     importlib.import_module("lerobot.datasets.lerobot_dataset")

@@ -11,17 +11,18 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from vla0 import ensemble, model
-from vla0.codec import ActionCodec, written
+from vla0.checkpoint import io as model
+from vla0.checkpoint.location import locate
+from vla0.core import ensemble
+from vla0.core.codec import ActionCodec, written
+from vla0.core.prompt import Prompt
+from vla0.core.relative import from_written, to_written
+from vla0.core.rollout import ChunkPolicy
+from vla0.core.spec import MAIN, Observation, Spec, embodiments
 from vla0.decode import decoder
+from vla0.decode.approximate import inexact
 from vla0.decode.draft import filled
-from vla0.decode.inexact import inexact
 from vla0.errors import InputError
-from vla0.place import locate
-from vla0.prompt import Prompt
-from vla0.relative import from_written, to_written
-from vla0.rollout import ChunkPolicy
-from vla0.spec import MAIN, Observation, Spec, embodiments
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class VLA0:
         return self
 
     def inexact(self, mode: str) -> "VLA0":
-        """Another policy of the same weights that decodes faster and may write other numbers: see vla0.decode.inexact."""
+        """Another policy of the same weights that decodes faster and may write other numbers: see vla0.decode.approximate."""
         if self.model is None:
             raise InputError("weights here", "a policy of another's server", "let that server be inexact")
         other = copy(self)
@@ -156,7 +157,7 @@ class VLA0:
         return ensemble.ensemble_actions(chunks, k or self.spec.ensemble_k, weights, self.spec.periodic)
 
     def acting(self, replan: int = 1, weights: str | Sequence[float] = "v1") -> Self:
-        """Itself, set to execute `replan` steps per query and to ensemble by `weights` (vla0.ensemble)."""
+        """Itself, set to execute `replan` steps per query and to ensemble by `weights` (vla0.core.ensemble)."""
         steps = ensemble.steps_used(self.spec.horizon, replan, weights)
         predict = lambda observation: self.predict_batch([observation], steps)[0]  # noqa: E731
         self._acting = ChunkPolicy(predict, self.spec.horizon, replan, weights, self.spec.ensemble_k, self.spec.periodic)

@@ -14,11 +14,11 @@ import numpy as np
 from soak import Bar, Until
 from soak.sham import Server
 from soak.world import GRAIN_S, Body, BusError, Untimed, World, instructed
-from vla0.relative import shortest
-from vla0.robot.guard import Guard
+from vla0.core.relative import shortest
 from vla0.robot.limits import NEVER, Limits
 from vla0.robot.loop import WAYS, Pace, drive
 from vla0.robot.resample import Resampled
+from vla0.robot.safety import Guard
 from vla0.serve import client
 from vla0.serve.client import RemotePolicy
 

@@ -15,8 +15,8 @@ import numpy as np
 from soak import Bar, Until, moments
 from soak.runs import Runs
 from vla0.files import held
-from vla0.parallel import ATTEMPTS
-from vla0.table import read_episodes, summary
+from vla0.sim.results import read_episodes, summary
+from vla0.sim.workers import ATTEMPTS
 
 TASKS, EPISODES = ("left", "right", "far/away", "near"), 5  # by two policies: forty
 KILLS = 6  # of a chain: then it runs to its end

@@ -14,7 +14,7 @@ from soak import Bar, Until
 from soak.mutants import message, pickled
 from soak.servers import served
 from vla0.serve.client import RemotePolicy
-from vla0.serve.wire import pack
+from vla0.serve.msgpack_numpy import pack
 
 ROUND = 25  # messages of each thrower between two looks at the honest client
 THROWERS = 32  # whoever is refused is not heard for a while

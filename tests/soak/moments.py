@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import vla0
-from vla0.noise import hush
+from vla0.quiet import hush
 
 hush()  # before what is imported next, also in the process that all runs are forked from
 
@@ -29,7 +29,7 @@ FILES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "o
 HOW = ("lines", "events", "seconds")  # a run is killed before a line, before it touches a file, or at an instant
 # What a run imports on its way, for the process that all runs are forked from. None of it computes or starts a thread.
 NEEDED = [
-    "soak.moments", "vla0.train", "vla0.policy", "vla0.serve.server", "vla0.evaluate", "vla0.parallel", "pytest", "peft", "av",
+    "soak.moments", "vla0.train.run", "vla0.policy", "vla0.serve.server", "vla0.sim.evaluate", "vla0.sim.workers", "pytest", "peft", "av",
     "matplotlib.figure", "matplotlib.backends.backend_agg", "lerobot.datasets.lerobot_dataset", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
 ]  # fmt: skip
 
@@ -132,9 +132,10 @@ def trains(dataset: Path, output: Path, changes: dict, note: Path, plan: dict | 
     import torch
     from conftest import make_recipe
 
-    from vla0 import keep, train
-    from vla0.recipe import TrainConfig, build
-    from vla0.trainer import VLA0Trainer
+    from vla0.train import checkpoints as keep
+    from vla0.train import run as train
+    from vla0.train.config import TrainConfig, build
+    from vla0.train.trainer import VLA0Trainer
 
     torch.set_num_threads(1)
     look(output)
@@ -220,8 +221,8 @@ def evaluates(
 ):
     """Evaluates two policies in `tasks` x `episodes` of that world."""
     begins(log)
-    from vla0 import evaluate
-    from vla0.parallel import Crew
+    from vla0.sim import evaluate
+    from vla0.sim.workers import Crew
 
     moments = Moments(note, plan, counts and counts.name)
     moments.wrap(evaluate, "_run", "play")

@@ -18,7 +18,7 @@ from websockets.sync.client import connect
 
 from soak import Bar, Until
 from soak.servers import served
-from vla0.serve.wire import pack, unpack
+from vla0.serve.msgpack_numpy import pack, unpack
 
 CLIENTS, SEEN = 64, 8  # that are honest; different observations
 WINDOW_S = 30.0  # with the hostile one, at least; half as long without, by turns

@@ -14,7 +14,7 @@ from typing import IO
 from conftest import TASKS, make_spec
 
 from vla0 import VLA0
-from vla0.tiny import tiny_model, tiny_processor
+from vla0.checkpoint.tiny import tiny_model, tiny_processor
 
 
 @dataclass
@@ -52,7 +52,7 @@ def checkpoint(folder: Path) -> Path:
 def served(folder: Path, *words: str) -> Iterator[Served]:
     """A server of `checkpoint(folder)`, until the end of the block; the words are those of `vla0 serve`."""
     log = folder / f"server-{os.getpid()}-{len(list(folder.glob('server-*')))}.log"
-    command = [sys.executable, "-m", "vla0.cli", "serve", "--checkpoint", str(checkpoint(folder / "checkpoint"))]
+    command = [sys.executable, "-m", "vla0", "serve", "--checkpoint", str(checkpoint(folder / "checkpoint"))]
     with log.open("w") as file:
         process = subprocess.Popen([*command, "--port", "0", *words], stdout=subprocess.PIPE, stderr=file, text=True)
         try:

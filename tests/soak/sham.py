@@ -7,7 +7,7 @@ import numpy as np
 from websockets.exceptions import ConnectionClosedError
 from websockets.frames import Close
 
-from vla0.serve.wire import pack, unpack
+from vla0.serve.msgpack_numpy import pack, unpack
 
 D = 4  # dimensions: when an action is meant for, a position, an angle, which question it answers
 

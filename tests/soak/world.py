@@ -9,9 +9,9 @@ import numpy as np
 from soak.sham import Clock
 from vla0 import Observation
 from vla0.robot import clock as clocks
-from vla0.robot import guard as guards
 from vla0.robot import limits as limiting
 from vla0.robot import loop as loops
+from vla0.robot import safety as guards
 from vla0.robot.loop import Pace
 
 GRAIN_S = 0.005  # between two looks of the watchdog

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from vla0 import model as models
 from vla0.bench.decode import parting, queries
 from vla0.bench.inputs import Episodes, moving_pictures
+from vla0.checkpoint import io as models
+from vla0.core.rollout import rest
 from vla0.decode import Fast
 from vla0.decode.draft import filled
-from vla0.decode.width import device_name
+from vla0.decode.tree_size import device_name
 from vla0.errors import InputError
 from vla0.policy import VLA0
-from vla0.rollout import rest
 
 
 def certificate(

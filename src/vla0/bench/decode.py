@@ -12,14 +12,14 @@ from rich.progress import Progress
 from rich.table import Column, Table
 
 from vla0.bench.inputs import Episodes, moving_pictures
-from vla0.codec import ActionCodec, Grammar
+from vla0.core.codec import ActionCodec, Grammar
+from vla0.core.prompt import Prompt
+from vla0.core.rollout import rest
 from vla0.decode import Fast, Reference
+from vla0.decode.approximate import MODES, inexact
 from vla0.decode.draft import filled
-from vla0.decode.inexact import MODES, inexact
 from vla0.errors import InputError
 from vla0.policy import VLA0
-from vla0.prompt import Prompt
-from vla0.rollout import rest
 
 BASELINE = "generate"
 WAYS: dict[str, dict[str, Any] | None] = {  # arguments of Fast; None: transformers' generate with a logits processor

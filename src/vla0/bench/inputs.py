@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from vla0 import model as models
+from vla0.checkpoint import io as models
+from vla0.checkpoint.tiny import tiny_model, tiny_processor
+from vla0.core.spec import Observation, Spec
+from vla0.data.lerobot import DataConfig, Source
+from vla0.decode.window_attention import in_windows
 from vla0.policy import VLA0
-from vla0.source import DataConfig, Source
-from vla0.spec import Observation, Spec
-from vla0.tiny import tiny_model, tiny_processor
-from vla0.windows import in_windows
 
 Episodes = Callable[[int], Iterator[Observation]]  # an episode's number → its observations, step by step, without an end
 

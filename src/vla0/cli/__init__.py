@@ -7,13 +7,13 @@ import sys
 from rich.console import Console
 from rich.logging import RichHandler
 
-from vla0.bench.commands import app as bench_app
 from vla0.cli import act, prepare, run
+from vla0.cli.bench import app as bench_app
 from vla0.cli.screen import app
 from vla0.errors import InputError
-from vla0.noise import hush
+from vla0.quiet import hush
 
-__all__ = ["act", "command", "main", "prepare", "run"]
+__all__ = ["act", "main", "prepare", "run"]
 
 app.add_typer(bench_app, name="bench")
 
@@ -23,18 +23,15 @@ def bench() -> None:
     """Measure on this machine."""
 
 
-def command(*words: str) -> None:
-    """The entry point, `words` before those of the command line: bad input is one line and exit code 2.
-
-    VLA0_DEBUG=1 shows where it came from.
-    """
+def main() -> None:
+    """The entry point: bad input is one line and exit code 2. VLA0_DEBUG=1 shows where it came from."""
     debug = bool(os.environ.get("VLA0_DEBUG"))
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", handlers=[handler])
     hush()
     logging.getLogger("vla0").setLevel(logging.DEBUG if debug else logging.INFO)
     try:
-        app([*words, *sys.argv[1:]])
+        app()
     except InputError as error:
         if debug:
             raise
@@ -43,8 +40,3 @@ def command(*words: str) -> None:
     except KeyboardInterrupt:
         print("vla0: interrupted; the same command goes on where it stopped", file=sys.stderr)
         sys.exit(130)
-
-
-def main() -> None:
-    """`vla0`."""
-    command()

@@ -9,9 +9,9 @@ import typer
 from rich.table import Table
 
 from vla0.cli.screen import app, console
+from vla0.core.spec import MAIN, Spec
 from vla0.errors import InputError, given, nearest, refuse_idle
-from vla0.noise import quiet
-from vla0.spec import MAIN, Spec
+from vla0.quiet import quiet
 
 PROTOCOLS = ("openpi", "lerobot", "vla-eval")
 
@@ -43,9 +43,9 @@ def serve(
     engine: Annotated[str | None, typer.Option(help="of --base-url: vllm (default), sglang or llama.cpp")] = None,
 ) -> None:
     """Act for robots elsewhere, over openpi's websocket protocol or another. Ctrl-C finishes what was begun."""
-    from vla0.place import locate
-    from vla0.serve.door import Limits, refuse_open, refuse_taken, secret_of, served, shown
-    from vla0.serve.request import refuse_other_cameras
+    from vla0.checkpoint.location import locate
+    from vla0.serve.listen import Limits, refuse_open, refuse_taken, secret_of, served, shown
+    from vla0.serve.messages import refuse_other_cameras
 
     secret = secret_of(api_key_file)
     pairs = pairs_of("--key", key or [])
@@ -85,7 +85,7 @@ def serve(
         ready = lambda bound: console.print(f"{shown(policy.spec)}\n{scheme}://{host}:{bound}")  # noqa: E731
         served(server, host, port, tls_cert, tls_key, ready)
         return
-    kind = "lerobot" if protocol == "lerobot" else "harness"
+    kind = protocol.replace("-", "_")
     try:
         own = importlib.import_module(f"vla0.serve.{kind}")
     except ImportError as error:
@@ -137,7 +137,7 @@ def robot(
     Space, esc, q or Ctrl-C stops it; the right arrow ends an episode, the left one forgets it too.
     A limits file says for example `step: 3` for all actions, `velocity: [30, 30, 30, 30, 30, 90]`, or `low: {gripper.pos: 10}`.
     """
-    from vla0.serve.door import secret_of
+    from vla0.serve.listen import secret_of
 
     if way == "ensemble":
         refuse_idle({"--replan": replan}, "--way sync or async: an ensemble asks as often as answers come,")
@@ -149,7 +149,7 @@ def robot(
         refuse_idle({"--out": out}, "--live and --record")
     words = robot_words(context.args, [parameter.opts[0] for parameter in context.command.params], kind)
     secret = secret_of(api_key_file)
-    from vla0.robot.arm import make_robot  # heavy: after what may be wrong has been looked at
+    from vla0.robot.lerobot_robot import make_robot  # heavy: after what may be wrong has been looked at
     from vla0.robot.session import Session, SessionConfig
     from vla0.serve.client import NoAnswerError, RemotePolicy
 
@@ -207,7 +207,7 @@ def robot_words(given: list[str], options: list[str], kind: str | None) -> list[
 def _limits(file: Path | None) -> Any:
     if file is None:
         return None
-    from vla0.recipe import read_yaml
+    from vla0.train.config import read_yaml
 
     if not file.is_file():
         raise InputError("a file of limits", f"'{file}', which is not there", "write one: `vla0 robot --help`")

@@ -8,7 +8,7 @@ from rich.markup import escape
 
 from vla0.cli.screen import app, console
 from vla0.errors import InputError, given, refuse_idle
-from vla0.noise import quiet
+from vla0.quiet import quiet
 
 
 @app.command()
@@ -32,15 +32,15 @@ def collect(
     workers: Annotated[int | None, typer.Option(help="processes; default one a core")] = None,
 ) -> None:
     """Let a scripted expert show a task, and store what it saw and did as a LeRobot dataset."""
-    from vla0.envs import named
+    from vla0.sim.simulator import named
 
     if env != "metaworld":
         refuse_idle({"--start": start, "--fps": fps}, "metaworld")
     if env != "libero":
         refuse_idle({"--quick": quick}, "libero")
     tasks = named(env, task, suite, assets)
-    from vla0.collect import CollectConfig
-    from vla0.collect import collect as run
+    from vla0.sim.collect import CollectConfig
+    from vla0.sim.collect import collect as run
 
     quiet()
     found = run(
@@ -91,7 +91,7 @@ def download(
     out: Annotated[Path | None, typer.Option(help="folder; default data/NAME, for the meshes where LIBERO looks")] = None,
 ) -> None:
     """Fetch LIBERO's meshes or a public LeRobot dataset from the Hub."""
-    from vla0.hub import download as run
+    from vla0.checkpoint.hub import download as run
 
     console.print(f"in {run(name, out)}")
 
@@ -103,7 +103,7 @@ def push(
     private: Annotated[bool, typer.Option(help="a new model is seen by its owner alone")] = False,
 ) -> None:
     """Upload a checkpoint to the Hub, model card and all: VLA0.from_pretrained("owner/name") then loads it."""
-    from vla0.hub import push as run
+    from vla0.checkpoint.hub import push as run
 
     quiet()
     console.print(run(checkpoint, repo, private))
@@ -126,7 +126,7 @@ def convert(
         refuse_idle({"--vision-id": vision_id, "--crop": crop}, "a run of the official code")
         spec = merge(run, out)
     else:
-        from vla0.convert import convert as run_convert
+        from vla0.checkpoint.convert import convert as run_convert
 
         spec = run_convert(run, out, vision_id, crop)
     console.print(f"checkpoint: {out}, {spec.horizon} steps of {spec.dimensions} numbers in 0..{spec.bins}")

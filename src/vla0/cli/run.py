@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 from vla0.cli.screen import app, console
+from vla0.core.spec import MAIN, Spec
 from vla0.errors import given, refuse_idle
-from vla0.noise import quiet
-from vla0.spec import MAIN, Spec
+from vla0.quiet import quiet
 
 
 @app.command()
@@ -19,17 +19,17 @@ def train(
     ] = None,
 ) -> None:
     """Fine-tune a VLM on a LeRobot dataset. The same command again goes on where it stopped."""
-    from vla0.evaluate import EvalConfig
-    from vla0.recipe import TrainConfig, build, read_config
-    from vla0.stored import refuse_missing
+    from vla0.data.storage import refuse_missing
+    from vla0.sim.evaluate import EvalConfig
+    from vla0.train.config import TrainConfig, build, read_config
 
     recipe = read_config(TrainConfig, config, overrides or [])
     for own in recipe.data.all().values():
         refuse_missing(own.dataset)
     if recipe.simulator is not None:
         build(EvalConfig, recipe.simulator, "simulator")
-    from vla0.train import main  # heavy: after what may be wrong in a recipe has been read
-    from vla0.trial import measured
+    from vla0.sim.experiment import measured
+    from vla0.train.run import main  # heavy: after what may be wrong in a recipe has been read
 
     quiet()
     last = main(recipe, measured(recipe.simulator))
@@ -66,11 +66,11 @@ def evaluate(
     separate: Annotated[str | None, typer.Option(help="a checkpoint trained with tile: false, for the ablation")] = None,
 ) -> None:
     """Try a checkpoint in a simulator: a table, videos and a report. The same command again goes on where it stopped."""
-    from vla0.envs import named
-    from vla0.evaluate import EvalConfig
-    from vla0.place import locate
-    from vla0.report import refuse_unknown_controls
-    from vla0.table import ablation_table, table
+    from vla0.checkpoint.location import locate
+    from vla0.sim.evaluate import EvalConfig
+    from vla0.sim.report import refuse_unknown_controls
+    from vla0.sim.results import ablation_table, table
+    from vla0.sim.simulator import named
 
     if ablation:
         refuse_idle({"--replan": replan, "--ensemble": ensemble}, "no --ablation, whose rows have their own,")
@@ -86,8 +86,8 @@ def evaluate(
     )  # fmt: skip
     refuse_unknown_controls(control or [])
     Spec.load(locate(checkpoint, weights=False), embodiment)
-    from vla0.trial import ablation as run_ablation  # heavy: after what may be wrong has been looked at
-    from vla0.trial import trial
+    from vla0.sim.experiment import ablation as run_ablation  # heavy: after what may be wrong has been looked at
+    from vla0.sim.experiment import trial
 
     quiet()
     if out is None:

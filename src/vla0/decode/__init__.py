@@ -3,10 +3,10 @@
 import logging
 from typing import Any
 
-from vla0.decode.fast import Fast
-from vla0.decode.reference import Reference, decode
+from vla0.core.greedy import Reference, decode
+from vla0.core.prompt import Prompt
+from vla0.decode.speculative import Fast
 from vla0.decode.support import supported
-from vla0.prompt import Prompt
 
 __all__ = ["Fast", "Reference", "decode", "decoder"]
 

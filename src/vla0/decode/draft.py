@@ -7,7 +7,7 @@ from heapq import heappop, heappush
 
 import numpy as np
 
-from vla0.codec import END, SPACE, SYMBOLS, Grammar
+from vla0.core.codec import END, SPACE, SYMBOLS, Grammar
 
 State = tuple[int, str]  # of the Grammar: numbers finished, digits of the current one
 Ranked = tuple[list[int], list[float]]  # symbols that may follow and their probabilities, likeliest first

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch.nn.functional import linear, pad
 
-from vla0.codec import Grammar
+from vla0.core.codec import Grammar
 from vla0.decode.compiled import layered
 from vla0.decode.draft import Tree, drawn
-from vla0.decode.sight import Sight
-from vla0.decode.slots import Replay, Slots, below
+from vla0.decode.kv_cache import Replay, Slots, below
 from vla0.decode.support import cache_argument
+from vla0.decode.vision_tower import Sight
 from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)

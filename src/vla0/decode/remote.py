@@ -18,11 +18,11 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from vla0.codec import ActionCodec, numerals
+from vla0.core.codec import ActionCodec, numerals
+from vla0.core.images import compose
+from vla0.core.prompt import words
+from vla0.core.spec import Observation, Spec
 from vla0.errors import InputError
-from vla0.prompt import words
-from vla0.spec import Observation, Spec
-from vla0.vision import compose
 
 ENGINES = ("vllm", "sglang", "llama.cpp")
 LEAST = 56 * 56  # pixels: Qwen2.5-VL's processor enlarges smaller pictures

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from vla0.adapter import LANGUAGE, adapted
 from vla0.bench.inputs import product_rate
+from vla0.checkpoint.io import default_device
+from vla0.checkpoint.location import locate
+from vla0.checkpoint.tiny import TINY
+from vla0.core.spec import MAIN, Spec
+from vla0.data.lerobot import Source
 from vla0.doctor import MODELS, TRAINING
 from vla0.errors import InputError
-from vla0.model import default_device
-from vla0.place import locate
-from vla0.recipe import TrainConfig
-from vla0.source import Source
-from vla0.spec import MAIN, Spec
-from vla0.tiny import TINY
-from vla0.train import tiny_of
+from vla0.train.config import TrainConfig
+from vla0.train.lora import LANGUAGE, adapted
+from vla0.train.run import tiny_of
 
 NF4 = 0.52  # bytes of a weight in 4 bits, scales included
 ALL = "full fine-tuning"

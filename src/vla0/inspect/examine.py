@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from vla0.codec import ActionCodec
+from vla0.core.codec import ActionCodec
+from vla0.core.images import compose
+from vla0.core.prompt import Prompt, words
+from vla0.core.relative import shortest, to_written
+from vla0.core.spec import Sample, Spec
+from vla0.data.lerobot import Source
 from vla0.inspect.cost import rate, size_of, trained_of
-from vla0.prompt import Prompt, words
-from vla0.recipe import TrainConfig
-from vla0.relative import shortest, to_written
-from vla0.source import Source
-from vla0.spec import Sample, Spec
-from vla0.train import spec_of
-from vla0.vision import compose
+from vla0.train.config import TrainConfig
+from vla0.train.run import spec_of
 
 PICTURES = 6  # shown
 TRIED = 40  # episodes of which a frame is read

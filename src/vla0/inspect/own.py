@@ -6,10 +6,10 @@ from typing import Any
 
 from yaml import safe_dump
 
+from vla0.data.lerobot import DataConfig, named
+from vla0.data.storage import Stored, refuse_missing
 from vla0.errors import InputError
-from vla0.recipe import LoggingConfig, TrainConfig, TrainingConfig, read_config
-from vla0.source import DataConfig, named
-from vla0.stored import Stored, refuse_missing
+from vla0.train.config import LoggingConfig, TrainConfig, TrainingConfig, read_config
 
 STATE = "observation.state"
 MOST_HELD_OUT, OF = 5, 10  # episodes, and at most one of so many

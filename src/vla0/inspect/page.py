@@ -11,7 +11,7 @@ from rich.table import Table
 
 from vla0.doctor import GIB
 from vla0.inspect.examine import Dimension, Survey
-from vla0.report import STYLE
+from vla0.sim.report import STYLE
 
 OWN = """
 .grid{grid-template-columns:repeat(auto-fill,minmax(20rem,1fr))}img{width:100%;border-radius:4px;display:block}

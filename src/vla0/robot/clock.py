@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vla0.spec import Observation
+from vla0.core.spec import Observation
 
 
 class Answer(Protocol):

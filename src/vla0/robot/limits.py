@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vla0.core.relative import beside, shortest, wrapped
+from vla0.core.spec import Spec, tupled
 from vla0.errors import InputError
-from vla0.relative import beside, shortest, wrapped
-from vla0.spec import Spec, tupled
 
 NEVER = 1e9  # a limit that is none
 

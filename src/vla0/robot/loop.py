@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vla0.ensemble import NONE, TemporalEnsemble
+from vla0.core.ensemble import NONE, TemporalEnsemble
+from vla0.core.spec import Observation
 from vla0.errors import InputError
 from vla0.robot.clock import Answer, World
-from vla0.robot.guard import Guard
-from vla0.spec import Observation
+from vla0.robot.safety import Guard
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vla0.errors import InputError
-from vla0.robot.arm import LeRobotBody
+from vla0.robot.lerobot_robot import LeRobotBody
 from vla0.robot.loop import Tick
 
 
@@ -24,7 +24,7 @@ class Recorder:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
         from lerobot.utils.feature_utils import hw_to_dataset_features
 
-        from vla0.pictures import video_backend
+        from vla0.data.frames import video_backend
 
         os.environ.setdefault("SVT_LOG", "1")  # the video encoder's greetings
         disable_progress_bar()

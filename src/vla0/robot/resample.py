@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from vla0.relative import Turns, shortest, wrapped
-from vla0.spec import Observation
+from vla0.core.relative import Turns, shortest, wrapped
+from vla0.core.spec import Observation
 
 
 class Resampled:

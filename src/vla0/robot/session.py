@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from vla0.errors import InputError
-from vla0.robot.arm import LeRobotBody
-from vla0.robot.bounds import limits_of, refuse_unlimited, start_of
 from vla0.robot.clock import RealWorld
-from vla0.robot.guard import Guard
 from vla0.robot.keys import STOP_KEYS, Flag, listening
+from vla0.robot.lerobot_robot import LeRobotBody
 from vla0.robot.loop import Pace, Report, Tick, drive
+from vla0.robot.motor_limits import limits_of, refuse_unlimited, start_of
 from vla0.robot.record import Recorder
 from vla0.robot.resample import Resampled
+from vla0.robot.safety import Guard
 from vla0.robot.view import View
 from vla0.serve.client import RemotePolicy
 

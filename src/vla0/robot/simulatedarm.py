@@ -1,6 +1,6 @@
 """A simulated arm in real time, as a LeRobot Robot: `vla0 robot --robot sim`, where no real one is at hand.
 
-The world of vla0.envs.arm, whose physics and cameras run here in a thread of their own, whatever the program does.
+The world of vla0.sim.arm, whose physics and cameras run here in a thread of their own, whatever the program does.
 """
 
 import logging
@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from lerobot.robots import Robot, RobotConfig
 
-from vla0.envs.arm import ACTIONS, CAMERAS, TASKS, World, within
 from vla0.errors import InputError
+from vla0.sim.arm import ACTIONS, CAMERAS, TASKS, World, within
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from vla0.errors import InputError
-from vla0.robot.arm import INSTALL, LeRobotBody
+from vla0.robot.lerobot_robot import INSTALL, LeRobotBody
 from vla0.robot.loop import Tick
 
 logger = logging.getLogger(__name__)

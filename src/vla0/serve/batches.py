@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from vla0.core.spec import Observation
 from vla0.errors import InputError
 from vla0.policy import VLA0
-from vla0.serve.meters import Meters
-from vla0.serve.request import Request
+from vla0.serve.messages import Request
+from vla0.serve.metrics import Meters
 from vla0.serve.session import LATELY_S, Session
-from vla0.spec import Observation
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidSta
 from websockets.frames import CloseCode
 from websockets.sync.client import ClientConnection, connect
 
+from vla0.core.spec import Observation, Spec
 from vla0.errors import InputError
-from vla0.serve.said import actions_of, metadata_of
-from vla0.serve.wire import pack, unpack
-from vla0.spec import Observation, Spec
+from vla0.serve.answers import actions_of, metadata_of
+from vla0.serve.msgpack_numpy import pack, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class RemotePolicy:
         """The parts of the answer: (False, a step (D,)) as it comes, and in the end (True, all of them (T, D))."""
         if not isinstance(observation, Observation):
             raise InputError(
-                "an Observation (vla0.spec)", type(observation).__name__, "Observation(images, instruction, state)"
+                "an Observation (vla0.core.spec)", type(observation).__name__, "Observation(images, instruction, state)"
             )
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         given = False

@@ -27,12 +27,12 @@ import torch
 from lerobot.async_inference.helpers import RemotePolicyConfig, TimedAction, TimedObservation
 from lerobot.transport import services_pb2, services_pb2_grpc
 
-from vla0.arrays import Record, load_arrays
+from vla0.checkpoint.safe_pickle import Record, load_arrays
+from vla0.core.rollout import rest
 from vla0.errors import InputError
-from vla0.rollout import rest
 from vla0.serve.batches import told
-from vla0.serve.door import Limits, not_free, refuse_open
-from vla0.serve.request import refuse_other_cameras, request
+from vla0.serve.listen import Limits, not_free, refuse_open
+from vla0.serve.messages import refuse_other_cameras, request
 
 logger = logging.getLogger(__name__)
 messages: Any = services_pb2  # generated: its names are not in its text

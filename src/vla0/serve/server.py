@@ -19,15 +19,15 @@ from websockets.http11 import Request as Handshake
 from websockets.http11 import Response
 
 import vla0
-from vla0.ensemble import NONE, TemporalEnsemble, steps_used
+from vla0.core.ensemble import NONE, TemporalEnsemble, steps_used
 from vla0.errors import InputError, refuse_idle
 from vla0.policy import VLA0
 from vla0.serve.batches import Asked, Batches, told
-from vla0.serve.door import Limits, refuse_open
-from vla0.serve.meters import Meters
-from vla0.serve.request import Request, names, refuse_other_cameras, request
+from vla0.serve.listen import Limits, refuse_open
+from vla0.serve.messages import Request, names, refuse_other_cameras, request
+from vla0.serve.metrics import Meters
+from vla0.serve.msgpack_numpy import pack, unpack
 from vla0.serve.session import Session
-from vla0.serve.wire import pack, unpack
 
 logger = logging.getLogger(__name__)
 

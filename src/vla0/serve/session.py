@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from vla0.ensemble import TemporalEnsemble
+from vla0.core.ensemble import TemporalEnsemble
+from vla0.core.rollout import rest
+from vla0.core.spec import Observation
 from vla0.errors import InputError
-from vla0.rollout import rest
-from vla0.spec import Observation
 
 logger = logging.getLogger(__name__)
 

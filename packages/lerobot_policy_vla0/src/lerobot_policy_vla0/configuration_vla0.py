@@ -12,9 +12,9 @@ from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig
 from lerobot.policies.rtc.configuration_rtc import RTCConfig
 
-from vla0.ensemble import NONE
-from vla0.settings import Augmentation
-from vla0.spec import SYSTEM, Spec
+from vla0.core.ensemble import NONE
+from vla0.core.spec import SYSTEM, Spec
+from vla0.data.config import Augmentation
 
 
 @PreTrainedConfig.register_subclass("vla0")

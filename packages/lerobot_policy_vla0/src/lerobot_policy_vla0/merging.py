@@ -6,10 +6,10 @@ from lerobot.configs import PreTrainedConfig
 from peft import PeftConfig, PeftModel
 
 from lerobot_policy_vla0.modeling_vla0 import VLA0Policy
-from vla0 import model as models
-from vla0.adapter import merged
+from vla0.checkpoint import io as models
+from vla0.core.spec import Spec
 from vla0.errors import InputError
-from vla0.spec import Spec
+from vla0.train.lora import merged
 
 
 def merge(adapters: str | Path, out: str | Path) -> Spec:

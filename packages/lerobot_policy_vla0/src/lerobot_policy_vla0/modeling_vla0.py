@@ -15,19 +15,19 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import Tensor
 
 from lerobot_policy_vla0.configuration_vla0 import VLA0Config
-from vla0 import model as models
-from vla0.adapter import LANGUAGE, VISION, adapted
-from vla0.data import collator
-from vla0.ensemble import TemporalEnsemble
+from vla0.checkpoint import io as models
+from vla0.checkpoint.location import locate
+from vla0.core.ensemble import TemporalEnsemble
+from vla0.core.images import DEPTH_REMEDY
+from vla0.core.prompt import IGNORE, Prompt
+from vla0.core.spec import SPEC_FILE, Observation, Sample, Spec
+from vla0.data.dataset import collator
+from vla0.data.storage import names_of
 from vla0.errors import InputError
-from vla0.place import locate
 from vla0.policy import VLA0
-from vla0.prompt import IGNORE, Prompt
-from vla0.settings import Lora
-from vla0.spec import SPEC_FILE, Observation, Sample, Spec
-from vla0.stored import names_of
-from vla0.trainer import answered, summed
-from vla0.vision import DEPTH_REMEDY
+from vla0.train.config import Lora
+from vla0.train.lora import LANGUAGE, VISION, adapted
+from vla0.train.trainer import answered, summed
 
 logger = logging.getLogger(__name__)
 

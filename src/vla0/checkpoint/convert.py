@@ -1,0 +1,96 @@
+"""A run folder of the official VLA-0 code → a checkpoint of ours. The weights are not touched."""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from transformers import AutoProcessor
+
+from vla0.checkpoint.io import link_files, put_in_place
+from vla0.checkpoint.lerobot_config import describe
+from vla0.checkpoint.safe_pickle import load_arrays
+from vla0.core.prompt import Prompt
+from vla0.core.spec import Spec
+from vla0.errors import InputError
+
+CAMERAS = ("agentview", "wrist")  # in the order of the official LIBERO recipe
+REMEDY = "give the folder of an official run: config.yaml, dataset_stats.pkl and model_last/"
+KEPT = (".safetensors", ".json", ".txt", ".jinja", ".model")
+
+
+def convert(run: str | Path, out: str | Path, vision_id: bool = False, crop: float | None = None) -> Spec:
+    """Writes the checkpoint `out` of an official run folder, and gives its Spec.
+
+    vision_id: "Picture 1: " before an image; the released weights were trained without it, whatever their config.yaml says,
+    because transformers then ignored it. crop: where config.yaml does not name it. Raises InputError for another folder.
+    """
+    run, out = Path(run), Path(out)
+    spec = read_spec(run, vision_id, crop)
+    weights = run / "model_last"
+    if not (weights / "config.json").is_file() or not list(weights.glob("*.safetensors")):
+        raise InputError(f"config.json and safetensors in '{weights}'", "none", "merge adapters and save as safetensors first")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        link_files(weights, partial, lambda file: file.suffix in KEPT)
+        spec.save(partial)
+        describe(partial, spec)
+        Prompt(spec, AutoProcessor.from_pretrained(partial))  # refuses a tokenizer that does not fit
+        put_in_place(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return spec
+
+
+def read_spec(run: Path, vision_id: bool = False, crop: float | None = None) -> Spec:
+    """The Spec of an official run folder, from its config.yaml and dataset_stats.pkl."""
+    for name in ("config.yaml", "dataset_stats.pkl"):
+        if not (run / name).is_file():
+            raise InputError(f"'{name}' in '{run}'", "none", REMEDY)
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        qwen = config["MODEL"]["QWEN"]
+        horizon, dimensions, bins = (int(qwen[key]) for key in ("horizon", "original_action_dim", "num_bins_actions"))
+        count, tile, sides = int(qwen["num_cam"]), bool(qwen["tiled_rgb_imgs"]), [int(side) for side in qwen["rgb_img_size"]]
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"an official config.yaml in '{run}'", reason, REMEDY) from None
+    if count > len(CAMERAS) or len(set(sides)) != 1:
+        remedy = "only the LIBERO recipes can be converted"
+        raise InputError("one or two cameras, square", f"{count} cameras of {sides}", remedy)
+    with (run / "dataset_stats.pkl").open("rb") as file:
+        statistics = load_arrays(file, f"{run}/dataset_stats.pkl")
+    low, high = _bounds(statistics, dimensions)
+    return Spec(
+        low, high, 20.0, CAMERAS[:count], str(qwen.get("qwen_model_id", "Qwen/Qwen2.5-VL-3B-Instruct")), horizon, bins,
+        image_size=sides[0], crop=_crop(config, crop), tile=tile, history=int(qwen.get("history", 1)), vision_id=vision_id,
+    )  # fmt: skip
+
+
+def _crop(config: Mapping[str, Any], given: float | None) -> float:
+    if given is not None:
+        return given
+    options = str((config.get("DATALOADER") or {}).get("ROBOVERSE", {}).get("cfg_opts", ""))
+    found = re.search(r"IMAGE\.crop_img:([0-9.]+)", options)
+    if not found:
+        remedy = "name the crop yourself: --crop 0.875"
+        raise InputError("IMAGE.crop_img in DATALOADER.ROBOVERSE.cfg_opts", f"'{options}'", remedy)
+    return float(found[1])
+
+
+def _bounds(statistics: Any, dimensions: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    try:
+        own = statistics["out_ori_act"]
+        low, high = (np.asarray(own[key], np.float64).reshape(-1) for key in ("min", "max"))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError("out_ori_act with min and max in dataset_stats.pkl", reason, REMEDY) from None
+    if len(low) != dimensions or len(high) != dimensions:
+        raise InputError(f"{dimensions} bounds in dataset_stats.pkl", f"{len(low)} and {len(high)}", REMEDY)
+    return tuple(map(float, low)), tuple(map(float, high))

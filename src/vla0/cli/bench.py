@@ -1,0 +1,91 @@
+"""`vla0 bench`: its subcommands."""
+
+from dataclasses import asdict
+from json import dumps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vla0.errors import InputError, refuse_idle
+from vla0.quiet import quiet
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.command()
+def decode(
+    model: Annotated[str, typer.Option(help="tiny or 3b (random weights), or a checkpoint folder or Hub id")] = "tiny",
+    batch: Annotated[list[int] | None, typer.Option(help="observations decoded together; several times for several")] = None,
+    replan: Annotated[list[int] | None, typer.Option(help="steps executed between queries; several times for several")] = None,
+    chunks: Annotated[int | None, typer.Option(help="decodes of each kind; default 20")] = None,
+    way: Annotated[list[str] | None, typer.Option(help="of the ways, those only; several times for several")] = None,
+    inexact: Annotated[list[str] | None, typer.Option(help="also: relaxed, fp8, int8 or nf4")] = None,
+    device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="see its dataset's pictures, not made-up ones")] = None,
+    calibrate: Annotated[bool, typer.Option(help="measure anew how many guesses a pass should check, and no more")] = False,
+    certify: Annotated[int | None, typer.Option(help="compare so many chunks with one token a pass, and no more")] = None,
+    out: Annotated[Path | None, typer.Option(help="with --certify: file for the certificate")] = None,
+    json: Annotated[Path | None, typer.Option(help="file for the rows")] = None,
+) -> None:
+    """Time the ways of decoding on the same inputs, and compare their tokens."""
+    timed = {"--chunks": chunks, "--way": way, "--inexact": inexact, "--json": json}
+    if certify is None:
+        refuse_idle({"--out": out}, "--certify")
+    else:
+        refuse_idle({**timed, "--calibrate": calibrate}, "no --certify")
+    if calibrate:
+        refuse_idle({**timed, "--batch": batch, "--replan": replan, "--recipe": recipe}, "no --calibrate")
+    chunks, read = 20 if chunks is None else chunks, None
+    if recipe is not None:
+        from vla0.train.config import TrainConfig, read_config
+
+        read = read_config(TrainConfig, recipe, [])
+    from vla0.bench import decode as benchmark  # heavy: after what may be wrong has been looked at
+    from vla0.bench.inputs import chosen, recorded
+    from vla0.decode import Fast
+    from vla0.decode.tree_size import width
+
+    quiet()
+    console = Console()
+    policy = chosen(model, device)
+    if not isinstance(policy.decoder, Fast):
+        raise InputError("a model that the fast decoder drives", f"'{model}', decoded plainly", "nothing to compare here")
+    if calibrate:
+        console.print(f"{width(policy.decoder.engine, fresh=True)} nodes a pass")
+        return
+    episodes = None
+    if read is not None:
+        episodes = recorded(read.data, policy.spec)
+    if certify is not None:
+        _certify(policy, certify, batch or [1], replan or [1], episodes, out)
+        return
+    batches, replans = batch or [1, 8, 32], replan or sorted({1, policy.spec.horizon})
+    ways = (*(way or benchmark.WAYS), *(inexact or ()))
+    benchmark.refuse(batches, replans, chunks, policy.spec.horizon, ways)
+    rows = benchmark.bench(policy, batches, replans, chunks, ways, episodes)
+    for table in benchmark.tables(rows):
+        console.print(table)
+    if json is not None:
+        write(json, [asdict(row) for row in rows])
+
+
+def _certify(policy: Any, chunks: int, batches: list[int], replans: list[int], episodes: Any, out: Path | None) -> None:
+    from vla0.bench.certificate import certificate
+
+    if len(batches) > 1 or len(replans) > 1:
+        raise InputError("one --batch and one --replan with --certify", f"{batches}, {replans}", "certify each on its own")
+    found = certificate(policy, chunks, batches[0], replans[0], episodes)
+    if out is not None:
+        write(out, found)
+    console = Console()
+    console.print(f"{found['identical']} of {found['chunks']} chunks identical to one token a pass")
+    console.print(f"{found['passes']:.1f} passes a chunk; {found['dtype']}, {found['device']}, {found['versions']}")
+    for own in found["differing"]:
+        console.print(f"chunk {own['chunk']}: {own['numbers']} numbers differ; margin where it parts {own['margin']:.3g}")
+
+
+def write(file: Path, rows: Any) -> None:
+    """The rows as JSON."""
+    file.write_text(dumps(rows, indent=2) + "\n", encoding="utf-8")

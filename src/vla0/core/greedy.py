@@ -1,0 +1,99 @@
+"""Plain constrained greedy decoding, one token a pass: what everything faster must equal."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from vla0.core.codec import END, ActionCodec, Grammar, written
+from vla0.core.prompt import Prompt
+
+
+class GrammarLogits(LogitsProcessor):
+    """Leaves of each row's logits only the symbols that the grammar allows next; the end alone after `numbers` of them."""
+
+    def __init__(self, grammar: Grammar, symbol_ids: list[int], numbers: int, starts: Sequence[tuple[int, str]] = ()):
+        """starts: of rows whose answers have begun, the state that they go on from."""
+        self.grammar, self.symbol_ids, self.numbers, self.starts = grammar, symbol_ids, numbers, starts
+        self.symbol_of = {token: symbol for symbol, token in enumerate(symbol_ids)}
+        self.states: list[tuple[int, str]] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores (B, V) with everything forbidden at -inf; rows that have ended may end again."""
+        if not self.states:
+            self.states = list(self.starts) or [self.grammar.start for _ in input_ids]
+        else:
+            last = [self.symbol_of.get(token) for token in input_ids[:, -1].tolist()]
+            self.states = [
+                state if state[0] >= self.numbers else self.grammar.advance(state, symbol)  # type: ignore[arg-type]
+                for state, symbol in zip(self.states, last, strict=True)
+            ]
+        allowed = torch.zeros(scores.shape, dtype=torch.bool)
+        for row, state in enumerate(self.states):
+            symbols = self.grammar.allowed(state) if state[0] < self.numbers else (END,)
+            allowed[row, [self.symbol_ids[s] for s in symbols]] = True
+        return scores.float().masked_fill(~allowed.to(scores.device), float("-inf"))  # type: ignore[return-value]
+
+
+class Reference:
+    """The decoder for every model, with the interface of the fast one: guesses help it nothing."""
+
+    def __init__(self, model: Any, prompt: Prompt):
+        self.model, self.prompt = model, prompt
+
+    def decode(
+        self,
+        batch: dict[str, torch.Tensor],
+        chunk_size: int | None = None,
+        guesses: Sequence[np.ndarray | None] | None = None,
+        begun: Sequence[np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """Levels (B, H, D) int64; the first `chunk_size` steps of them where given."""
+        return decode(self.model, batch, self.prompt, chunk_size, begun)
+
+    def stream(
+        self,
+        batch: dict[str, torch.Tensor],
+        chunk_size: int | None = None,
+        guesses: Sequence[np.ndarray | None] | None = None,
+        begun: Sequence[np.ndarray] | None = None,
+    ) -> Iterator[list[np.ndarray]]:
+        """The steps of each row, all at once."""
+        yield list(self.decode(batch, chunk_size, guesses, begun))
+
+
+@torch.inference_mode()
+def decode(
+    model: Any,
+    batch: dict[str, torch.Tensor],
+    prompt: Prompt,
+    chunk_size: int | None = None,
+    begun: Sequence[np.ndarray] | None = None,
+) -> np.ndarray:
+    """Levels (B, H, D) int64 of a batch without labels; the first `chunk_size` steps of them, and no more work than that.
+
+    begun: of each row the levels (n, D) that its text in the batch ends with; they come back as the first.
+    """
+    steps = prompt.spec.horizon if chunk_size is None else chunk_size
+    codec = ActionCodec(replace(prompt.spec, horizon=steps))
+    grammar = Grammar(codec.bins, prompt.spec.numbers)  # of the whole chunk: where to stop changes no token before it
+    numbers = steps * prompt.spec.dimensions
+    starts = [(levels.size, "") for levels in begun or ()]
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    output = model.generate(
+        **batch,
+        logits_processor=LogitsProcessorList([GrammarLogits(grammar, prompt.symbol_ids, numbers, starts)]),
+        max_new_tokens=grammar.longest, do_sample=False, num_beams=1, use_cache=True,
+        temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,  # whatever the base model's own file says
+        eos_token_id=prompt.end_id, pad_token_id=prompt.pad_id,
+    )  # fmt: skip
+    answers = output[:, batch["input_ids"].shape[1] :].tolist()
+    characters = {token: character for character, token in prompt.ids.items()}
+    text = ["".join(characters[t] for t in answer[: answer.index(prompt.end_id)]) for answer in answers]
+    if begun is not None:
+        text = [written(levels) + line for levels, line in zip(begun, text, strict=True)]
+    return np.stack([codec.read(line.removesuffix(" ")) for line in text])

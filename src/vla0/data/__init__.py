@@ -1,0 +1,1 @@
+"""A LeRobot dataset on the disk, to batches."""

@@ -1,0 +1,115 @@
+"""Where a server listens, and whom it lets in."""
+
+import asyncio
+import logging
+import signal
+import socket
+import ssl
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vla0.core.spec import Spec
+from vla0.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+NEEDED = -1  # bytes of a message: as many as a checkpoint needs
+LOCAL = ("127.0.0.1", "localhost", "::1")
+KEYLESS = {  # protocols that know no key → how to do without another address
+    "lerobot": "leave --host out, and reach it by a tunnel: ssh -L PORT:127.0.0.1:PORT this-machine",
+    "vla-eval": "leave --host out: vla-eval's containers share this machine's network",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may ask for."""
+
+    message_bytes: int = NEEDED  # a picture of 1920 x 1080 of each camera and frame, and a MiB
+    side: int = 4096  # pixels of a picture
+    clients: int = 128
+    rate: float = 200.0  # messages a second of one client, over a second
+    bytes_s: float = 64 * 2**20  # of one client: what comes faster is not read yet
+    batch: int = 64  # observations decoded together
+
+    def __post_init__(self):
+        sized = 1 if self.message_bytes == NEEDED else self.message_bytes
+        if min(sized, self.side, self.clients, self.rate, self.bytes_s, self.batch) < 1:
+            raise InputError("limits of one at least", f"{asdict(self)}", "give numbers from 1")
+
+    def of(self, spec: Spec) -> "Limits":
+        """These, with the size of a message that a checkpoint needs where none was given."""
+        needed = 2**20 + len(spec.cameras) * spec.history * 1920 * 1080 * 3
+        return replace(self, message_bytes=needed) if self.message_bytes == NEEDED else self
+
+
+def shown(spec: Spec) -> str:
+    """What is served, in a line."""
+    return f"{spec.horizon} steps of {spec.dimensions} numbers at {spec.fps:g} Hz from {', '.join(spec.cameras)}"
+
+
+def refuse_open(host: str, key: str | None = None, protocol: str = "openpi") -> None:
+    """Raises InputError where strangers could move the robot."""
+    if host not in LOCAL and protocol in KEYLESS:
+        raise InputError(f"{LOCAL[0]}, as {protocol}'s protocol knows no key", f"'{host}'", KEYLESS[protocol])
+    if host not in LOCAL and not key:
+        raise InputError(f"--api-key-file to listen on '{host}'", "no key", f"give one, or stay on {LOCAL[0]}")
+
+
+def refuse_taken(host: str, port: int) -> None:
+    """Raises InputError where nobody can listen, before a large model is loaded."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise not_free(host, port, error) from None
+
+
+def not_free(host: str, port: int, error: Exception) -> InputError:
+    """The error of a port that somebody else has."""
+    return InputError(f"'{host}' port {port} to listen on", str(error), "choose another --port, or end who has it")
+
+
+def secret_of(file: Path | None) -> str | None:
+    """The key that a file holds. Raises InputError for none, or one that could be guessed."""
+    if file is None:
+        return None
+    try:
+        secret = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("a file that holds the key", f"{type(error).__name__}: '{file}'", "name another") from None
+    if len(secret) < 16 or not secret.isascii():
+        raise InputError("a key of 16 ASCII characters or more", f"{len(secret)}", "openssl rand -hex 32 > FILE")
+    return secret
+
+
+def served(
+    server: Any,
+    host: str,
+    port: int,
+    cert: Path | None = None,
+    private: Path | None = None,
+    ready: Callable[[int], None] | None = None,
+) -> None:
+    """Serves until SIGINT or SIGTERM, and ends what was begun. Raises InputError where it cannot listen."""
+    context = None
+    if cert is not None:
+        try:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(cert, private)
+        except (OSError, ssl.SSLError) as error:
+            raise InputError("a certificate and its key (PEM)", f"{type(error).__name__}: '{cert}'", "name others") from None
+    elif host not in LOCAL:
+        logger.warning("without --tls-cert the key and the pictures cross the network in the open")
+
+    async def serving() -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, stop.set)
+        await server.run(host, port, stop, context, ready)
+
+    try:
+        asyncio.run(serving())
+    except OSError as error:
+        raise not_free(host, port, error) from None

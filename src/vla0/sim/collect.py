@@ -1,0 +1,244 @@
+"""An expert in an Env → a LeRobot dataset of what it saw and did."""
+
+import atexit
+import contextlib
+import hashlib
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vla0.core.rollout import Env, rollout
+from vla0.core.spec import Observation, tupled
+from vla0.errors import InputError
+from vla0.files import set_aside
+from vla0.sim.simulator import make, simulator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A solved episode of the expert."""
+
+    instruction: str
+    images: dict[str, np.ndarray]  # camera → (T, h, w, 3) uint8
+    states: np.ndarray  # (T, S) float32
+    actions: np.ndarray  # (T, D) float32: what the expert wanted, without the noise
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """What is demonstrated, and how. None: as the simulator has it."""
+
+    tasks: tuple[str, ...]
+    env: str = "metaworld"
+    episodes: int = 40  # solved ones, for each task
+    seed: int | None = None  # the first
+    image_size: int | None = None
+    start: str = "stock"  # of Meta-World's hand
+    fps: int = 80  # decisions a second in Meta-World
+    quick: bool = False  # LIBERO without shadows, reflections and multisampling
+    noise_share: float | None = None  # of the steps, whose action is disturbed
+    noise_scale: float | None = None  # standard deviation of the disturbance
+    videos: bool = False  # pictures stored as videos: a twentieth of the space, slower to read and to write
+
+    def __post_init__(self):
+        module = simulator(self.env)
+        tasks = tupled(self.tasks)
+        object.__setattr__(self, "tasks", tuple(map(module.task_named, tasks)) if self.env == "libero" else tasks)
+        for name, value in {"seed": module.SEEDS.start, "noise_share": module.NOISE[0], "noise_scale": module.NOISE[1]}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        seeds = range(self.seed or 0, (self.seed or 0) + 2 * self.episodes)
+        if self.episodes < 1 or seeds.start not in module.SEEDS or seeds[-1] not in module.SEEDS:
+            raise InputError(
+                f"episodes >= 1, and seeds in {module.SEEDS.start}..{module.SEEDS.stop - 1}",
+                f"{self.episodes} from seed {self.seed}",
+                "the others are for evaluation",
+            )
+
+
+class NoisyEnv:
+    """An Env that disturbs a share of the actions, so that the expert shows how to recover. Labels stay clean."""
+
+    def __init__(self, env: Env, rng: np.random.Generator, share: float, scale: float):
+        self.env, self.rng, self.share, self.scale = env, rng, share, scale
+        self.fps, self.max_steps = env.fps, env.max_steps
+
+    def reset(self, seed: int) -> Observation:
+        """Starts the episode of the seed, undisturbed."""
+        return self.env.reset(seed)
+
+    def step(self, action: np.ndarray) -> tuple[Observation, bool]:
+        """One tick with the action, at times disturbed by normal noise of `scale`."""
+        if self.rng.random() < self.share:
+            action = action + self.rng.normal(0, self.scale, action.shape)
+        return self.env.step(action)
+
+    def close(self) -> None:
+        """Closes the world below."""
+        self.env.close()
+
+
+@lru_cache(maxsize=4)  # a LIBERO world takes a gigabyte
+def _world(config: CollectConfig, task: str):
+    env = make(config.env, task, config.image_size, start=config.start, fps=config.fps, quick=config.quick)
+    atexit.register(env.close)  # before the interpreter takes OpenGL apart
+    return env, simulator(config.env).make_expert(env)
+
+
+def demonstrate(config: CollectConfig, task: str, seed: int, store: Path | None = None) -> Demonstration | None:
+    """The expert's episode for a seed; None where it failed. store: a folder where an earlier run left it, or this one does."""
+    file = None if store is None else store / f"{task.replace('/', '-')}_{seed}.npz"
+    if file is not None and file.exists():
+        return _read(file)
+    env, expert = _world(config, task)
+    seen: list[Observation] = []
+    noisy = NoisyEnv(env, np.random.default_rng([seed, 10_000]), config.noise_share or 0.0, config.noise_scale or 0.0)
+    episode = rollout(
+        noisy, expert, seed, lambda observation, _: seen.append(replace(observation, images=dict(observation.images)))
+    )
+    found = None
+    if episode.success:
+        images = {camera: np.stack([observation.images[camera] for observation in seen]) for camera in seen[0].images}
+        states = np.stack([observation.state for observation in seen if observation.state is not None])
+        found = Demonstration(seen[0].instruction, images, states, episode.actions)
+    if file is not None:
+        _write(file, found)
+    return found
+
+
+def _write(file: Path, found: Demonstration | None) -> None:
+    with set_aside(file) as partial, partial.open("wb") as stream:
+        if found is None:
+            np.savez(stream)
+        else:
+            pictures = {f"images.{camera}": frames for camera, frames in found.images.items()}
+            others = {"instruction": found.instruction, "states": found.states, "actions": found.actions}
+            np.savez_compressed(stream, allow_pickle=False, **pictures, **others)
+
+
+def _read(file: Path) -> Demonstration | None:
+    with np.load(file, allow_pickle=False) as arrays:
+        if not arrays.files:
+            return None
+        images = {key.removeprefix("images."): arrays[key] for key in arrays.files if key.startswith("images.")}
+        return Demonstration(str(arrays["instruction"]), images, arrays["states"], arrays["actions"])
+
+
+def collect(config: CollectConfig, out: str | Path, workers: int | None = None) -> dict[str, tuple[int, int]]:
+    """Writes a LeRobotDataset v3.0 of the expert's solved episodes; {task: (solved, failed and left out)}.
+
+    A task that has no expert, or that it fails too often, is left out with a warning. At `out` there is never a half-written
+    dataset: it is built beside and renamed. Same arguments, same dataset. The finished episodes outlive an interruption, in a
+    hidden folder beside `out`, and the same call goes on from there.
+    """
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from vla0.data.frames import video_backend
+
+    out, module = Path(out), simulator(config.env)
+    if out.exists():
+        raise InputError("a new folder", f"'{out}', which exists", "name another, or remove it")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    shape = (config.image_size or module.IMAGE_SIZE,) * 2 + (3,)
+    pictures = {"dtype": "video" if config.videos else "image", "shape": shape, "names": ["height", "width", "channels"]}
+    features = dict.fromkeys(module.CAMERAS.values(), pictures) | {
+        key: {"dtype": "float32", "shape": (len(names),), "names": list(names)}
+        for key, names in {"observation.state": module.STATES, "action": module.ACTIONS}.items()
+    }
+    for task in config.tasks:
+        if not module.has_expert(task):
+            logger.warning("%s has no expert and is left out", task)
+    config = replace(config, tasks=tuple(filter(module.has_expert, config.tasks)))
+    same = replace(config, tasks=(), episodes=1, videos=False)  # what an episode depends on, beside task and seed
+    store = out.with_name(f".{out.name}.episodes-{hashlib.sha256(repr(same).encode()).hexdigest()[:8]}")
+    store.mkdir(exist_ok=True)
+    failures, solved = dict.fromkeys(config.tasks, 0), dict.fromkeys(config.tasks, 0)
+    dataset: Any = None
+    try:
+        for task, demonstration in _stream(config, workers, failures, store):
+            solved[task] += 1
+            if dataset is None:  # the first episode has shown that all is well
+                dataset = LeRobotDataset.create(
+                    f"local/{out.name}", int(config.fps if config.env == "metaworld" else module.FPS), features, root=partial,
+                    robot_type=config.env, use_videos=config.videos, image_writer_threads=2, video_backend=video_backend(),
+                )  # fmt: skip
+            logger.debug("%s: %d steps", task, len(demonstration.actions))
+            for step, (state, action) in enumerate(zip(demonstration.states, demonstration.actions, strict=True)):
+                frames = {module.CAMERAS[camera]: images[step] for camera, images in demonstration.images.items()}
+                dataset.add_frame({**frames, "observation.state": state, "action": action, "task": demonstration.instruction})
+            dataset.save_episode()
+        if dataset is None:
+            shutil.rmtree(store)
+            raise InputError("a task that its expert solves", f"{failures or 'no expert'}", "less noise, or another task")
+        dataset.finalize()
+        shutil.rmtree(partial / "images", ignore_errors=True)  # LeRobot's scratch copies
+        partial.rename(out)
+        for left in (store, *out.parent.glob(f".{out.name}.partial-*")):  # the latter of runs that were killed
+            shutil.rmtree(left, ignore_errors=True)
+    except BaseException:
+        if dataset is not None:  # else it writes its rest later, where nothing shall be left
+            with contextlib.suppress(Exception):
+                dataset.finalize()
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {task: (solved[task], failures[task]) for task in config.tasks}
+
+
+def _stream(
+    config: CollectConfig, workers: int | None, failures: dict[str, int], store: Path | None
+) -> Iterator[tuple[str, Demonstration]]:
+    """Demonstrations in a fixed order, made in parallel processes; a heavy simulator's tasks one after another."""
+    workers = workers or os.cpu_count() or 1
+    turns = [task for _ in range(config.episodes) for task in config.tasks]
+    order = sorted(turns, key=config.tasks.index) if simulator(config.env).HEAVY else turns
+    seeds = {task: iter(range(config.seed or 0, (config.seed or 0) + 2 * config.episodes)) for task in config.tasks}
+    spent: set[str] = set()
+    ahead: dict[str, list[Future]] = {task: [] for task in config.tasks}
+    columns = (TextColumn("collecting"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"), TimeRemainingColumn())
+    context = multiprocessing.get_context("spawn")
+    with Progress(*columns) as progress, ExitStack() as stack:
+        pool = ProcessPoolExecutor(workers, context, _work_for_a_parent)
+        stack.callback(pool.shutdown, cancel_futures=True)  # an interruption does not wait for what was to come
+        bar = progress.add_task("", total=len(order))
+        for place, task in enumerate(order):
+            demonstration = None
+            while demonstration is None:
+                for coming, count in Counter(order[place : place + 2 * workers]).items():
+                    for seed in islice(seeds[coming], max(0, count - len(ahead[coming]))):
+                        ahead[coming].append(pool.submit(demonstrate, config, coming, seed, store))
+                if not ahead[task]:
+                    break  # all its seeds are used up
+                demonstration = ahead[task].pop(0).result()
+                failures[task] += demonstration is None
+            if demonstration is not None:
+                yield task, demonstration
+            elif task not in spent:
+                logger.warning("%s is given up: its expert failed at %d seeds", task, failures[task])
+                spent.add(task)
+            progress.advance(bar)
+
+
+def _work_for_a_parent() -> None:
+    """A worker's beginning: Ctrl-C is its parent's to see, and it ends with its parent, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent: Any = multiprocessing.parent_process()
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

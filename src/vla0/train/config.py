@@ -1,0 +1,224 @@
+"""A recipe: what it may say, and how it is read. Unknown keys are errors that name the nearest known one."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from vla0.core.spec import Spec
+from vla0.data.config import Augmentation
+from vla0.data.lerobot import DataConfig
+from vla0.errors import InputError, refuse_idle, refuse_unknown
+from vla0.train.published_config import ours
+
+LOOKS = ("image_size", "crop", "tile", "history", "vision_id", "system")  # fields of Spec that a recipe gives by their names
+UNITS = ("steps", "epochs")
+PLAIN = (int, float, str, bool, types.NoneType)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """LoRA (arXiv 2106.09685) of all linear layers: each weight learns the product of two thin matrices."""
+
+    rank: int = 0  # 0: all weights are trained
+    alpha: float | None = None  # the product counts alpha / rank times; None: twice the rank
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.rank < 0:
+            raise InputError("rank >= 0", f"{self.rank}", "0 trains all weights; 16 to 64 are usual")
+        if not self.rank:
+            refuse_idle({"lora.alpha": self.alpha, "lora.dropout": self.dropout or None}, "lora.rank")
+        if self.alpha is not None and not self.alpha > 0:
+            raise InputError("alpha > 0", f"{self.alpha}", "leave it out for twice the rank")
+        if not 0 <= self.dropout < 1:
+            raise InputError("dropout in [0, 1)", f"{self.dropout}", "0 is usual")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which VLM, and what of it is trained."""
+
+    name: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # Hub id, folder, or "tiny"
+    freeze_vision_encoder: bool = False  # the vision tower stays as it is
+    lora: Lora = field(default_factory=Lora)
+    quantization: str | None = None  # "nf4": the language model's frozen weights in 4 bits (QLoRA, arXiv 2305.14314)
+    tiny: Mapping[str, Any] = field(default_factory=dict)  # arguments of vla0.checkpoint.tiny.tiny_model
+
+    def __post_init__(self):
+        if self.quantization not in (None, "nf4"):
+            raise InputError("model.quantization: nf4 or null", f"'{self.quantization}'", "choose one of those")
+        if self.quantization and not self.lora.rank:
+            raise InputError("model.lora.rank with model.quantization", "0", "weights of 4 bits cannot learn: rank 64 is usual")
+
+
+@dataclass(frozen=True)
+class ActionConfig:
+    """How actions are written. Saved as `horizon`, `bins` and `ensemble_k` of the Spec."""
+
+    chunk_size: int = Spec.horizon  # H, steps that a chunk predicts
+    action_bins: int = Spec.bins  # levels are 0..action_bins inclusive
+    ensemble_k: int | None = None  # the newest chunks that acting averages; None: all that reach the instant
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long, how fast, with what. Defaults are the published ones for one GPU where there is one."""
+
+    num_steps: int | None = None  # or
+    num_epochs: float | None = None  # over the rows that are trained on
+    batch_size: int = 8  # per device
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 5e-6  # never scaled by the batch
+    lr_scheduler: str = "constant"  # a name of transformers' schedulers; constant takes a warm-up too
+    warmup_ratio: float = 0.0  # share of the steps
+    weight_decay: float = 1e-10
+    max_grad_norm: float = 0.0  # 0 leaves the gradient alone
+    optimizer: str = "adamw_torch_fused"  # a name of transformers' optimisers; adamw_8bit needs bitsandbytes
+    gradient_checkpointing: bool = False  # less memory, more time
+    liger: bool = False  # Liger's fused norms and SwiGLU, on GPUs; the loss is computed in parts anyway
+    shard: bool = False  # over the processes of torchrun or accelerate: FSDP2
+    precision: str = "bf16"  # or "fp32"; fp16 diverges
+    seed: int = 0
+
+    def __post_init__(self):
+        if (self.num_steps is None) == (self.num_epochs is None):
+            got = "neither" if self.num_steps is None else f"{self.num_steps} and {self.num_epochs}"
+            raise InputError("training.num_steps or training.num_epochs", got, "give one of them")
+        for name in ("num_steps", "num_epochs", "batch_size", "gradient_accumulation_steps"):
+            _positive(name, getattr(self, name))
+        if not self.learning_rate > 0:
+            raise InputError("learning_rate > 0", f"{self.learning_rate}", "5e-6 is the published one")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise InputError("warmup_ratio in 0..1", f"{self.warmup_ratio}", "it is a share of the steps")
+        if self.precision not in ("bf16", "fp32"):
+            raise InputError("precision: bf16 or fp32", f"'{self.precision}'", "fp16 was found to diverge: use bf16")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where things go, and how often. Every N epochs, or every N steps; TensorBoard is always written."""
+
+    output_dir: str  # folder of the run: checkpoints, last, best, TensorBoard
+    log_every_n_steps: int = 20
+    save_every_n_steps: int | None = None  # steps that a killed run loses at most
+    save_every_n_epochs: float | None = None  # neither: every 500 steps
+    eval_every_n_steps: int | None = None  # held-out episodes, and the simulator where the recipe names one
+    eval_every_n_epochs: float | None = None  # neither: at each save
+    keep_last: int = 1  # checkpoints, beside `best`
+    wandb: bool | str = False  # true, or the name of a project
+    trackio: bool | str = False  # likewise
+
+    def __post_init__(self):
+        for name in (
+            "log_every_n_steps",
+            "keep_last",
+            *(f"{what}_every_n_{unit}" for what in ("save", "eval") for unit in UNITS),
+        ):
+            _positive(name, getattr(self, name))
+        for what in ("save", "eval"):
+            if None not in (every := [getattr(self, f"{what}_every_n_{unit}") for unit in UNITS]):
+                raise InputError(f"{what}_every_n_steps or {what}_every_n_epochs", f"{every}", "give one of them")
+
+    def steps(self, what: str, per_epoch: float, default: int) -> int:
+        """Steps between two saves or evaluations ("save", "eval"); per_epoch: steps of an epoch."""
+        steps, epochs = (getattr(self, f"{what}_every_n_{unit}") for unit in UNITS)
+        return steps or (max(1, round(epochs * per_epoch)) if epochs else default)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A recipe. Keys have the names of the method's public write-up where it has one."""
+
+    data: DataConfig
+    training: TrainingConfig
+    logging: LoggingConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    action: ActionConfig = field(default_factory=ActionConfig)
+    spec: Mapping[str, Any] = field(default_factory=dict)  # further fields of Spec: how pictures and the system text look
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    simulator: Mapping[str, Any] | None = None  # an evaluation (vla0.sim.evaluate.EvalConfig), tried with the held-out episodes
+
+    def __post_init__(self):
+        refuse_unknown(self.spec, LOOKS, "spec")
+        if not self.data.mixture:
+            refuse_idle({"data.weight": self.data.weight if self.data.weight != 1 else None}, "data.mixture")
+        if self.training.shard and self.model.lora.rank:
+            raise InputError("training.shard or model.lora", "both", "LoRA of a 3B or 7B model fits one GPU: leave shard out")
+
+
+def read_config(cls: type, file: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """A config of a YAML file with `key=value` overrides (dots go deeper). Raises InputError for an unknown key.
+
+    The file may have the spelling of the method's public write-up (vla0.train.published_config).
+    """
+    return build(cls, read_yaml(file, overrides, ours), str(file))
+
+
+def read_yaml(file: str | Path, overrides: Sequence[str] = (), change: Callable[[Any], Any] = lambda content: content) -> Any:
+    """What a YAML file says, with `key=value` overrides; a mapping that is given whole replaces the file's.
+
+    change: what is done to the file's content, before the overrides.
+    Raises InputError where it is none.
+    """
+    try:
+        merged = OmegaConf.create(change(OmegaConf.to_container(OmegaConf.load(file))))
+        for word in overrides:
+            key, given, _ = word.partition("=")
+            if not (key and given):
+                raise InputError("key=value", f"'{word}'", "e.g. training.num_steps=500")
+            value = OmegaConf.select(OmegaConf.from_dotlist([word]), key)
+            section, dot, deeper = key.partition(".")
+            OmegaConf.update(merged, section.lower() + dot + deeper, value, merge=False, force_add=True)
+        return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except OSError as error:
+        reason = "which is not there" if isinstance(error, FileNotFoundError) else error.strerror
+        raise InputError("a YAML file", f"'{file}', {reason}", "name another; recipes are in configs/") from None
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise InputError(f"YAML in '{file}' and key=value", str(error).splitlines()[0], "correct it") from None
+
+
+def build(cls: type, content: Any, where: str) -> Any:
+    """A frozen dataclass of a mapping, dataclasses inside it too. Raises InputError for what does not fit."""
+    if not isinstance(content, Mapping):
+        raise InputError(f"a mapping in {where}", f"{content!r}", f"give keys of {cls.__name__}")
+    kinds = typing.get_type_hints(cls)
+    deeper = {f.name: f"{name}.{f.name}" for name, kind in kinds.items() for f in _fields(kind)}
+    for key in map(str, content):
+        if key not in kinds:
+            near = difflib.get_close_matches(key, [*kinds, *deeper], n=1, cutoff=0.0)[0]
+            raise InputError(f"a known key in {where}", f"unknown key '{key}'", f"did you mean '{deeper.get(near, near)}'?")
+    values = {}
+    for key, value in content.items():
+        kind = kinds[key]
+        choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        if dataclasses.is_dataclass(kind):
+            value = build(typing.cast(type, kind), value, f"{where}: {key}")
+        elif float in choices and type(value) is int:
+            value = float(value)
+        elif all(choice in PLAIN for choice in choices) and type(value) not in choices:
+            names = " or ".join("null" if choice is types.NoneType else choice.__name__ for choice in choices)
+            raise InputError(f"{key} as {names} in {where}", f"{value!r}", "correct the recipe")
+        values[key] = value
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    for name in needed:
+        if name not in values:
+            raise InputError(f"'{name}' in {where}", "nothing", f"add {name}: {kinds[name]}")
+    return cls(**values)
+
+
+def _fields(kind: Any) -> tuple[Any, ...]:
+    return dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not (value > 0 if isinstance(value, float) else value >= 1):
+        raise InputError(f"{name} > 0", f"{value}", "give a number above nothing")

@@ -1,0 +1,81 @@
+"""Whether, and from where, a run goes on: with the recipe and the data that it began with, and a state that is whole."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vla0.data.lerobot import Source
+from vla0.errors import InputError
+from vla0.files import read_json
+from vla0.train.config import TrainConfig
+
+FREE = ("logging.", "data.num_workers")  # keys of a recipe that may change when a run goes on
+DATA = "data that was read"  # key of recipe.json: what it held when the run began
+DAMAGED = "it is damaged: bring it back, or begin anew in another output_dir, from its weights: model.name=RUN/last"
+
+
+def recorded(config: TrainConfig, processes: int) -> dict[str, Any]:
+    """What recipe.json holds."""
+    training = config.training
+    batch = training.batch_size * training.gradient_accumulation_steps * processes
+    return {**json.loads(json.dumps(dataclasses.asdict(config))), "global_batch": batch}
+
+
+def resumable(config: TrainConfig, output: Path, processes: int) -> Path | None:
+    """The Trainer's folder to go on from; None for a new run. Raises InputError where another recipe ran there."""
+    last, file = output / "last", output / "recipe.json"
+    if last.is_symlink() and not last.exists():
+        got = f"'{last.readlink()}', which is not there"
+        raise InputError(f"the checkpoint that '{last}' names", got, "bring it back, or choose another output_dir")
+    if not last.exists():
+        return None
+    before = _flat({key: value for key, value in _read(file).items() if key != DATA})
+    now = _flat(recorded(config, processes))
+    for key in {**now, **before}:
+        if before.get(key) != now.get(key) and not key.startswith(FREE):
+            raise InputError(
+                f"the recipe of '{output}' to go on with", f"{key}: {now.get(key)} instead of {before.get(key)}",
+                "choose another output_dir, or remove that folder",
+            )  # fmt: skip
+    state = output / "state" / f"checkpoint-{int(last.resolve().name.removeprefix('step-'))}"
+    if not state.is_dir():
+        raise InputError(f"the training state of '{last}'", f"no '{state}'", "choose another output_dir")
+    return state
+
+
+def refuse_other_data(output: Path, sources: Mapping[str, Source]) -> None:
+    """Raises InputError where a run would go on with data that it did not begin with."""
+    before = _read(output / "recipe.json").get(DATA, {})  # none in runs of older versions
+    for name, source in sources.items():
+        now, own = json.loads(json.dumps(source.fingerprint())), source.config.dataset
+        for key, value in before.get(name, before.get(own, now)).items():  # of older versions by the dataset, not by its name
+            if now.get(key) != value:
+                remedy = (
+                    "bring that dataset back, or choose another output_dir (model.name=CHECKPOINT goes on from its weights)"
+                )
+                raise InputError(
+                    f"the data that '{output}' began with", f"other {key} of '{own}': {now.get(key)}, were {value}", remedy
+                )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return read_json(file, DAMAGED) if file.exists() else {}
+
+
+def _flat(nested: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Keys with dots."""
+    flat = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return flat
+
+
+def ended(state: Path) -> bool:
+    """Whether all steps of a run are done; state: the Trainer's folder of its last checkpoint."""
+    content = read_json(state / "trainer_state.json", DAMAGED)
+    step, most = content.get("global_step"), content.get("max_steps")
+    if not (isinstance(step, int) and isinstance(most, int)):
+        raise InputError(f"global_step and max_steps in '{state / 'trainer_state.json'}'", f"{step} and {most}", DAMAGED)
+    return step >= most
