@@ -1,4 +1,4 @@
-"""What each choice of a recipe is worth: the same recipe trained with one thing changed, several seeds, and tried.
+"""What each choice of a config is worth: the same config trained with one thing changed, several seeds, and tried.
 
 python benchmarks/ablation.py --env metaworld --dataset runs/demo/dataset --out runs/ablation
 python benchmarks/ablation.py --env libero --dataset runs/libero_tiny/dataset --out runs/ablation_libero
@@ -32,11 +32,11 @@ class Plan:
     """One environment's share of it."""
 
     config: Path
-    steps: int  # of training: fewer than the recipe's, so that rows can differ
+    steps: int  # of training: fewer than the config's, so that rows can differ
     tasks: list[str]
     acting: list[str]
     overrides: list[str]  # of all rows
-    rows: dict[str, list[str]]  # row: what differs from the recipe
+    rows: dict[str, list[str]]  # row: what differs from the config
     acted: dict[str, list[str]]  # how the first row acts otherwise; rows act by the newest chunk
 
 
@@ -45,18 +45,18 @@ PLANS = {
     "metaworld": Plan(
         config=Path("configs/demo.yaml"), steps=600,
         tasks=["button-press-topdown-v3", "drawer-close-v3", "window-close-v3"],
-        acting=["--replan", "1", "--start", "above", "--max-steps", "50"],  # as the demo does
+        acting=["--n-action-steps", "1", "--start", "above", "--max-steps", "50"],  # as the demo does
         overrides=[],
-        rows={**MASKS, "with the state": [STATE], "with the state, relative": [STATE, "data.relative=[0,1,2]"]},
+        rows={**MASKS, "with the state": [STATE], "with the state, relative": [STATE, "data.relative_dims=[0,1,2]"]},
         acted=ACTED,
     ),
     "libero": Plan(
         config=Path("configs/libero_tiny.yaml"), steps=1000, tasks=["object/0"],
-        acting=["--env", "libero", "--replan", "2", "--workers", "1"],
+        acting=["--env", "libero", "--n-action-steps", "2", "--workers", "1"],
         overrides=["training.precision=bf16"],  # 1.6 times faster on a CPU that has it
-        rows={**MASKS, "without the state": ["data.state=null"], "relative to the state": ["data.relative=[0,1,2]"]},
+        rows={**MASKS, "without the state": ["data.state=null"], "relative to the state": ["data.relative_dims=[0,1,2]"]},
         # Its chunks have two steps: to overlap, each has to be left after one.
-        acted={name: [*words, "--replan", "1"] for name, words in {"newest chunk of each step": [], **ACTED}.items()},
+        acted={name: [*words, "--n-action-steps", "1"] for name, words in {"newest chunk of each step": [], **ACTED}.items()},
     ),
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ python benchmarks/arm_latency.py --checkpoint runs/arm/train/last # a policy: ta
 The script: every two seconds the arm is to be somewhere else. It sees where the arm is and which goal is shown, and answers
 after the latency with a chunk of 8 steps at 20 Hz, four degrees a step at most. A goal is reached if the arm comes within six
 degrees of it in all joints while it is shown. The policy: its latency comes on top of the time that it takes itself; an
-episode of `vla0 eval --env arm`'s seeds is solved when the fingertips touch what the sentence names, failed after 5 s.
+episode of `vla0 eval --env arm`'s seeds is solved when the fingertips touch what the instruction names, failed after 5 s.
 """
 
 import asyncio
@@ -25,10 +25,10 @@ from rich.console import Console
 
 from vla0.core.spec import Observation, Spec
 from vla0.robot.lerobot_robot import make_robot
-from vla0.robot.loop import WAYS
-from vla0.robot.session import Session, SessionConfig
+from vla0.robot.loop import MODES
+from vla0.robot.session import RobotSession, SessionConfig
 from vla0.serve.client import RemotePolicy
-from vla0.sim.arm import ACTIONS, FIRST_SEED, RANGES, sentence
+from vla0.sim.arm import ACTIONS, FIRST_SEED, RANGES, instruction
 
 SHOWN_S, NEAR = 2.0, 6.0  # a goal is shown for so long; degrees
 LASTS_S = 5.0  # an episode of a policy
@@ -49,7 +49,7 @@ class Script:
         self.began = began
         self.spec = Spec(
             tuple(LOW), tuple(HIGH), 20.0, ("front", "wrist"), "none", image_size=56, state=(tuple(LOW), tuple(HIGH)),
-            action_names=ACTIONS, state_names=ACTIONS, most_change=(8.0,) * 6,
+            action_names=ACTIONS, state_names=ACTIONS, max_step_change=(8.0,) * 6,
         )  # fmt: skip
 
     def predict_batch(self, observations: list[Observation], steps: int | None = None) -> np.ndarray:
@@ -58,9 +58,9 @@ class Script:
         return np.stack([self._chunk(observation, now) for observation in observations])
 
     def _chunk(self, observation: Observation, goal: np.ndarray) -> np.ndarray:
-        begun = np.zeros((0, 6)) if observation.committed is None else observation.committed
+        begun = np.zeros((0, 6)) if observation.action_prefix is None else observation.action_prefix
         place, chunk = begun[-1] if len(begun) else observation.state, list(begun)
-        while len(chunk) < self.spec.horizon:
+        while len(chunk) < self.spec.chunk_size:
             place = place + np.clip(goal - place, -4, 4)
             chunk.append(place)
         return np.array(chunk, np.float32)
@@ -109,7 +109,7 @@ class Tally:
         return f"{self.done} of {self.of}{took}, {idle:.0%} idle, {self.pause_s * 1e3:.0f} ms"
 
 
-def watched(session: Session, arm: Any) -> tuple[Future, float]:
+def watched(session: RobotSession, arm: Any) -> tuple[Future, float]:
     """The session, which runs, and when its first command went out."""
     running = THREAD.submit(session.run)
     while not arm.diary and not running.done():
@@ -120,9 +120,9 @@ def watched(session: Session, arm: Any) -> tuple[Future, float]:
 def followed(url: str, way: str, goals: int, began: Any) -> Tally:
     """The script's goals."""
     arm: Any = make_robot(["--robot.type=sim", "--robot.width=64", "--robot.height=48"])
-    config = SessionConfig("reach", live=True, way=way, seconds=goals * SHOWN_S, stop_s=5.0, hold_s=1.0)
+    config = SessionConfig("reach", live=True, mode=way, seconds=goals * SHOWN_S, stop_s=5.0, hold_s=1.0)
     remote = RemotePolicy(url)
-    running, began.value = watched(Session(config, arm, remote, told=lambda line: None), arm)
+    running, began.value = watched(RobotSession(config, arm, remote, told=lambda line: None), arm)
     reached = set()
     while not running.done():
         now = time.monotonic()
@@ -142,9 +142,9 @@ def solved(url: str, way: str, tasks: list[str], episodes: int) -> Tally:
     for task in tasks:
         for seed in range(FIRST_SEED, FIRST_SEED + episodes):
             arm: Any = make_robot(["--robot.type=sim", f"--robot.seed={seed}"])
-            config = SessionConfig(sentence(task), live=True, way=way, seconds=LASTS_S, stop_s=5.0, hold_s=1.0)
+            config = SessionConfig(instruction(task), live=True, mode=way, seconds=LASTS_S, stop_s=5.0, hold_s=1.0)
             remote = RemotePolicy(url)
-            session = Session(config, arm, remote, told=lambda line: None)
+            session = RobotSession(config, arm, remote, told=lambda line: None)
             running, began = watched(session, arm)
             while not running.done() and task not in arm.touched:
                 time.sleep(0.005)
@@ -177,10 +177,10 @@ def run(
     server.start()
     url = f"ws://127.0.0.1:{ports.get(timeout=120)}"
     console = Console()
-    console.print("latency", *WAYS, sep=" | ")
+    console.print("latency", *MODES, sep=" | ")
     for added in latency_ms:
         latency.value = added / 1e3
-        cells = [followed(url, way, goals, began) if checkpoint is None else solved(url, way, task, episodes) for way in WAYS]
+        cells = [followed(url, way, goals, began) if checkpoint is None else solved(url, way, task, episodes) for way in MODES]
         console.print(f"{added} ms", *map(str, cells), sep=" | ")
     server.terminate()
     server.join()

@@ -37,10 +37,10 @@ def run(
             began = time.perf_counter()
             found[name] = policy.predict_batch([observation])[0]
             took[name].append((time.perf_counter() - began) * 1e3)
-        begun = replace(observation, committed=found["here"][: here.spec.horizon // 2] * 0.9)
+        prefixes = replace(observation, action_prefix=found["here"][: here.spec.chunk_size // 2] * 0.9)
         same["whole"] += np.array_equal(found["here"], found["there"])
         same["streamed"] += np.array_equal(found["here"], list(there.predict_stream(observation)))
-        same["begun"] += np.array_equal(here.predict_batch([begun]), there.predict_batch([begun]))
+        same["begun"] += np.array_equal(here.predict_batch([prefixes]), there.predict_batch([prefixes]))
     print(", ".join(f"{name}: {count} of {chunks} identical" for name, count in same.items()))
     print(", ".join(f"{name}: {np.median(times):.0f} ms a chunk" for name, times in took.items()))
 

@@ -39,8 +39,8 @@ from vla0.core.spec import MAIN, Observation, Sample, Spec
 from vla0.data.config import Augmentation
 from vla0.data.dataset import collator
 from vla0.data.lerobot import DataConfig
-from vla0.decode.kv_cache import Replay
-from vla0.decode.speculative import Fast
+from vla0.decode.kv_cache import CudaGraph
+from vla0.decode.speculative import SpeculativeDecoder
 from vla0.decode.tree_size import cache_file, key_of, read
 from vla0.policy import VLA0
 from vla0.train.config import LoggingConfig, Lora, TrainConfig, TrainingConfig
@@ -236,12 +236,12 @@ def certified(stage: Stage) -> None:
 
 def decoded(stage, policy, kinds, ways, chunks, base=True, profile=False) -> None:
     """Rows of ways of decoding; `generate` on the first two chunks, one token a pass on the first few."""
-    for batch, replan in kinds:
-        inputs = decoding.inputs_of(policy.prompt, observations, batch, replan, chunks)
+    for batch, n_action_steps in kinds:
+        inputs = decoding.inputs_of(policy.prompt, observations, batch, n_action_steps, chunks)
         expected: list[np.ndarray] = []
         baseline = 0.0
         if base:
-            row, expected = decoding.measure(policy, decoding.BASELINE, inputs[:2], replan, [], lambda: None)
+            row, expected = decoding.measure(policy, decoding.BASELINE, inputs[:2], n_action_steps, [], lambda: None)
             baseline = row.ms_median
             stage.note(**asdict(row))
         for way in ways:
@@ -251,14 +251,14 @@ def decoded(stage, policy, kinds, ways, chunks, base=True, profile=False) -> Non
             slow = way == PLAIN
             started = time.monotonic()
             row, levels = decoding.measure(
-                policy, way, inputs[: max(2, chunks // 5) if slow else chunks], replan, expected, lambda: None
+                policy, way, inputs[: max(2, chunks // 5) if slow else chunks], n_action_steps, expected, lambda: None
             )
             expected = levels if way == ways[0] else expected
             own = {**asdict(row), "whole_s": time.monotonic() - started, "ms_per_number": row.ms_median / 56}
             if baseline:
                 own["faster"] = baseline / row.ms_median
             stage.note(**own)
-        if batch == 1 and replan == 1 and len(expected) > 1:
+        if batch == 1 and n_action_steps == 1 and len(expected) > 1:
             near = [np.abs(a[0, 1:] - b[0, :-1]).mean() for a, b in pairwise(expected)]
             stage.note(way="how far successive chunks are apart, levels", mean=float(np.mean(near)))
         parts(stage, policy, inputs[0], batch, profile)
@@ -266,7 +266,7 @@ def decoded(stage, policy, kinds, ways, chunks, base=True, profile=False) -> Non
 
 def parts(stage: Stage, policy: VLA0, batch: dict[str, torch.Tensor], rows: int, profile: bool, **settings: Any) -> None:
     """What a chunk's time is made of: vision, first pass and the others on the device; the rest is the host's."""
-    decoder = Fast(policy.model, policy.prompt, **settings)
+    decoder = SpeculativeDecoder(policy.model, policy.prompt, **settings)
     started = time.perf_counter()
     decoder.decode(batch)
     first = time.perf_counter() - started
@@ -282,15 +282,15 @@ def parts(stage: Stage, policy: VLA0, batch: dict[str, torch.Tensor], rows: int,
         "batch": rows,
         **settings,
         "first_call_s": first,
-        "width": decoder.nodes(engine.held(rows)),
+        "tree_size": decoder.nodes(engine.held(rows)),
     }
     found |= {"same_again_ms": float(np.median(seconds)) * 1e3, "same_again_passes": decoder.passes}
-    for key, replay in engine.replays.items():
+    for key, replay in engine.graphs.items():
         found[f"{key[0]}_ms"] = device_ms(replay.graph.replay, 20)
     if torch.cuda.is_available():
         pixels = batch["pixel_values"].to(policy.model.device, policy.model.dtype)
         with torch.inference_mode():
-            vision = Replay(engine.sight, None, pixels) if rows == 1 else None
+            vision = CudaGraph(engine.vision_tower, None, pixels) if rows == 1 else None
             if vision:
                 found["vision_ms"] = device_ms(vision.graph.replay, 20)
         weights = sum(p.numel() * p.element_size() for p in policy.model.model.language_model.layers.parameters())
@@ -298,7 +298,7 @@ def parts(stage: Stage, policy: VLA0, batch: dict[str, torch.Tensor], rows: int,
     found["pass_ms_by_nodes"] = read(cache_file()).get(key_of(engine))
     stage.note(**found)
     if profile and torch.cuda.is_available():
-        for key, replay in engine.replays.items():
+        for key, replay in engine.graphs.items():
             stage.note(**kernels(key[0], replay.graph.replay))
 
 
@@ -369,7 +369,7 @@ def trained(
     stage: Stage, name: str, seconds: float, own: Any = None, prompt: Any = None, steps: int = 10**6, lora: int = 0,
     profiled: bool = False, plain: bool = False, compiled: bool = False, rate: float = 2e-4, **settings: Any,
 ) -> Any:  # fmt: skip
-    """Trains for some seconds as a recipe would, notes the speed, and gives the model."""
+    """Trains for some seconds as a config would, notes the speed, and gives the model."""
     gpu = torch.cuda.is_available()
     if own is None:
         own = vlm(stage.small, torch.bfloat16 if lora and gpu else torch.float32)
@@ -444,12 +444,12 @@ def lora(stage: Stage) -> None:
 
 
 def full(stage: Stage, name: str, **settings: Any) -> None:
-    """Another recipe of full fine-tuning, a few steps."""
+    """Another config of full fine-tuning, a few steps."""
     told: dict[str, Any] = {"batch_size": 16} | settings
     trained(stage, name, 8, **told)
 
 
-TRAINING: dict[str, dict[str, Any]] = {  # recipes of full fine-tuning, a stage each
+TRAINING: dict[str, dict[str, Any]] = {  # configs of full fine-tuning, a stage each
     "full_64_liger": {"batch_size": 64, "gradient_checkpointing": True, "liger": True},
     "full_16": {"gradient_checkpointing": True},
     "full_32": {"batch_size": 32, "gradient_checkpointing": True},
@@ -506,7 +506,7 @@ def run(
         print(f"expected a GPU that torch {torch.__version__} can use; got none, or a driver before CUDA {torch.version.cuda};")
         print("install a newer driver, or rehearse with --small. It would have measured:")
         for name in stage or STAGES:
-            print(f"  {name}: at most {STAGES[name][0]} s. {STAGES[name][1].__doc__ or 'Full fine-tuning by another recipe.'}")
+            print(f"  {name}: at most {STAGES[name][0]} s. {STAGES[name][1].__doc__ or 'Full fine-tuning by another config.'}")
         raise typer.Exit(2)
     out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("XDG_CACHE_HOME", str((out / "cache").absolute()))  # widths are measured anew

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from vla0.policy import VLA0
 from vla0.robot.clock import SimulatedWorld
-from vla0.robot.limits import Limits
-from vla0.robot.loop import WAYS, Pace, drive
-from vla0.robot.safety import Guard
+from vla0.robot.limits import ActionLimits
+from vla0.robot.loop import MODES, Pacer, drive
+from vla0.robot.safety import SafetyGuard
 from vla0.sim.metaworld import FIRST_SEED, MetaWorldEnv
 from vla0.sim.results import wilson
 
@@ -67,10 +67,10 @@ def run(
     """Print successes, the median time of those, and of the time that passed the share without a command."""
     policy = VLA0.from_pretrained(checkpoint)
     spec = policy.spec
-    console, table = Console(), Table("latency", *WAYS)
+    console, table = Console(), Table("latency", *MODES)
     for latency in latency_ms:
         cells = []
-        for way in WAYS:
+        for way in MODES:
             solved = tried = idle = passed = 0
             took: list[int] = []
             for task in TASKS:
@@ -79,8 +79,8 @@ def run(
                     hand = Hand(env, FIRST_SEED + seed)
                     world = SimulatedWorld(lambda o: policy.predict_batch([o])[0], lambda _, s=latency / 1e3: s)
                     hand.world = world
-                    guard = Guard(hand, Limits.of(spec), 1 / spec.fps, live=True, stop_s=1e6, now=world.now)
-                    pace = Pace(spec.fps, spec.horizon, way, replan=spec.horizon if way == "sync" else None)
+                    guard = SafetyGuard(hand, ActionLimits.of(spec), 1 / spec.fps, live=True, stop_s=1e6, now=world.now)
+                    pace = Pacer(spec.fps, spec.chunk_size, way, n_action_steps=spec.chunk_size if way == "sync" else None)
                     drive(world, guard, pace, ticks, lambda tick, h=hand: h.end(tick.step), lambda h=hand: h.done)
                     solved, tried = solved + hand.done, tried + 1
                     took += [hand.ticks] if hand.done else []

@@ -99,7 +99,7 @@ def measure(
 ) -> None:
     """Print each way's rate and where its time goes."""
     shape = {"episodes": workers * episodes, "max_steps": steps, "quick": quick}
-    config = EvalConfig((task,), "libero", replan=1, ensemble="none", **shape)
+    config = EvalConfig((task,), "libero", n_action_steps=1, ensemble="none", **shape)
     rates = {}
 
     def show(way, folder, model=0.0):
@@ -122,14 +122,17 @@ def measure(
         for process in processes:
             process.join()
         show("alone", folder)
-        ways = {f"evaluator, {replan} steps a query": (replan, Counted(zero)) for replan in (1, 8)}
+        ways = {f"evaluator, {n_action_steps} steps a query": (n_action_steps, Counted(zero)) for n_action_steps in (1, 8)}
         if checkpoint is not None:
             from vla0.policy import VLA0
 
             policy = VLA0.from_pretrained(checkpoint)
-            ways["evaluator, 1 step a query, model"] = (1, Counted(partial(policy.predict_batch, chunk_size=1)))
-        for number, (way, (replan, predict)) in enumerate(ways.items()):
-            own, folder = EvalConfig((task,), "libero", replan=replan, ensemble="none", **shape), Path(name) / str(number)
+            ways["evaluator, 1 step a query, model"] = (1, Counted(partial(policy.predict_batch, num_steps=1)))
+        for number, (way, (n_action_steps, predict)) in enumerate(ways.items()):
+            own, folder = (
+                EvalConfig((task,), "libero", n_action_steps=n_action_steps, ensemble="none", **shape),
+                Path(name) / str(number),
+            )
             folder.mkdir()
             evaluate({"policy": predict}, 8, own, Path(name) / f"out{number}", workers, partial(timed, folder=folder))
             show(way, folder, predict.seconds)

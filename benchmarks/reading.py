@@ -22,7 +22,7 @@ from vla0.errors import InputError
 from vla0.quiet import quiet
 
 BASELINE = "plain"
-SIZE, DIMENSIONS, SENTENCE = 256, 7, "move the red block"
+SIZE, DIMENSIONS, INSTRUCTION = 256, 7, "move the red block"
 
 
 def made(folder: Path, videos: bool = False, episodes: int = 4, frames: int = 50) -> Path:
@@ -38,7 +38,7 @@ def made(folder: Path, videos: bool = False, episodes: int = 4, frames: int = 50
     for _ in range(episodes):
         pictures = rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
         for step in range(frames):
-            frame: dict[str, Any] = {"task": SENTENCE}
+            frame: dict[str, Any] = {"task": INSTRUCTION}
             for camera, own in zip(("image", "image2"), pictures, strict=True):
                 moved = np.roll(np.kron(own, np.ones((16, 16, 1), np.uint8)), 2 * step, axis=1)
                 noise = rng.integers(-4, 5, moved.shape)  # a camera's: without it files are smaller than real ones
@@ -57,7 +57,7 @@ class Stock(torch.utils.data.Dataset):
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
         self.config, self.cameras = source.config, source.cameras
-        chunk = {self.config.action: [step / source.fps for step in range(spec.horizon)]}
+        chunk = {self.config.action: [step / source.fps for step in range(spec.chunk_size)]}
         root = source.dataset.root
         self.dataset: Any = LeRobotDataset(f"local/{root.name}", root, delta_timestamps=chunk, video_backend="pyav")
 
@@ -78,14 +78,17 @@ class Stock(torch.utils.data.Dataset):
         return self.sample(row), (0, 0, row), 0
 
 
-def bench(dataset: Path | str, horizon: int, rows: int, rounds: int) -> list[dict[str, Any]]:
+def bench(dataset: Path | str, chunk_size: int, rows: int, rounds: int) -> list[dict[str, Any]]:
     """Rows {way, samples_per_s}: the median of rounds in which the ways take turns, each reading the same rows."""
-    if min(horizon, rows, rounds) < 1:
-        raise InputError("horizon, rows and rounds >= 1", f"{horizon}, {rows} and {rounds}", "give whole numbers from 1")
+    if min(chunk_size, rows, rounds) < 1:
+        raise InputError("chunk_size, rows and rounds >= 1", f"{chunk_size}, {rows} and {rounds}", "give whole numbers from 1")
     source = Source(DataConfig(str(dataset)))
-    spec = Spec(base_model="none", horizon=horizon, **source.spec_fields(horizon))
+    spec = Spec(base_model="none", chunk_size=chunk_size, **source.spec_fields(chunk_size))
     stock = Stock(source, spec)
-    ways: Mapping[str, Callable[[int], Sample]] = {BASELINE: stock.sample, "vla0": lambda row: source.sample(row, horizon, 1)}
+    ways: Mapping[str, Callable[[int], Sample]] = {
+        BASELINE: stock.sample,
+        "vla0": lambda row: source.sample(row, chunk_size, 1),
+    }
     rng, seconds = np.random.default_rng(0), {way: [] for way in ways}
     for _ in track(range(rounds), "reading", transient=True):
         picks = rng.integers(0, len(source), rows).tolist()
@@ -123,7 +126,7 @@ def show(rows: list[dict[str, Any]], file: Path | None) -> None:
 def main(
     dataset: Annotated[str | None, typer.Option(help="LeRobot dataset; default one made up in the form of LIBERO's")] = None,
     videos: Annotated[bool, typer.Option(help="of the made-up one, videos instead of images")] = False,
-    horizon: Annotated[int, typer.Option(help="steps of a chunk")] = 8,
+    chunk_size: Annotated[int, typer.Option(help="steps of a chunk")] = 8,
     rows: Annotated[int, typer.Option(help="read by each way in each round")] = 100,
     rounds: Annotated[int, typer.Option(help="the ways take turns; the median counts")] = 5,
     out: Annotated[Path | None, typer.Option(help="file for the rows, JSON")] = None,
@@ -133,7 +136,7 @@ def main(
     with dataset_or_made(dataset, videos) as folder:
         if folder is None:
             raise InputError("lerobot, to read datasets", "not installed", "pip install 'vla0[lerobot]'")
-        show(bench(folder, horizon, rows, rounds), out)
+        show(bench(folder, chunk_size, rows, rounds), out)
 
 
 if __name__ == "__main__":

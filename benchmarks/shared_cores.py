@@ -117,11 +117,11 @@ def work(checkpoint: str) -> None:
     import torch
 
     from vla0.bench.inputs import chosen, moving_pictures
-    from vla0.decode import Fast
+    from vla0.decode import SpeculativeDecoder
 
     policy = chosen(checkpoint, "cpu")
-    assert isinstance(policy.decoder, Fast)
-    policy.decoder.width = WIDTH
+    assert isinstance(policy.decoder, SpeculativeDecoder)
+    policy.decoder.tree_size = WIDTH
     episode = moving_pictures(policy.spec)(0)
     observations = [next(episode) for _ in range(ROWS)]
     batch = policy.prompt.observe(observations)

@@ -134,8 +134,8 @@ class InMemory(torch.utils.data.Dataset):
     def __init__(self, spec: Spec, count: int = 64):
         stream = moving_pictures(spec)(0)
         rng = np.random.default_rng(0)
-        shape = (spec.horizon, spec.dimensions)
-        whole = np.ones(spec.horizon, bool)
+        shape = (spec.chunk_size, spec.dimensions)
+        whole = np.ones(spec.chunk_size, bool)
         self.rows = [Sample(next(stream), rng.random(shape, np.float32), whole) for _ in range(count)]
 
     def __len__(self) -> int:
@@ -152,7 +152,7 @@ def _inputs(settings: Settings, reader: str) -> tuple[Any, Prompt, Any]:
         spec = Spec((-1.0,) * 7, (1.0,) * 7, 20.0, ("agentview", "wrist"), settings.model)
     else:
         source = Source(DataConfig(settings.dataset))
-        spec = Spec(base_model=settings.model, **source.spec_fields(Spec.horizon))
+        spec = Spec(base_model=settings.model, **source.spec_fields(Spec.chunk_size))
     if settings.model in (TINY, "3b"):
         processor: Any = tiny_processor([spec.system_text(), "move the red blue green block"])
         model: Any = tiny_model(processor) if settings.model == TINY else build_3b(processor, default_device(), torch.float32)

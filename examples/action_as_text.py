@@ -25,7 +25,7 @@ def draw(
     source = Source(DataConfig(str(dataset), keys, state="observation.state"))
     if row >= len(source):
         raise typer.BadParameter(f"the dataset has {len(source)} rows", param_hint="--row")
-    observation = source.sample(row, policy.spec.horizon, policy.spec.history).observation
+    observation = source.sample(row, policy.spec.chunk_size, policy.spec.history).observation
     chunk = policy.predict_batch([observation])[0]
     levels = policy.codec.encode(chunk)
     names = policy.spec.action_names or [f"dimension {d}" for d in range(policy.spec.dimensions)]
@@ -45,8 +45,8 @@ def draw(
             middle.text(*place, str(line[d]), fontsize=19, family="monospace", color=colours[d], transform=middle.transAxes)
     for d in moving:
         values = [*chunk[:, d], chunk[-1, d]]
-        right.step(range(policy.spec.horizon + 1), values, where="post", color=colours[d], lw=2, label=names[d])
-    right.set(xlabel="control step", xticks=range(policy.spec.horizon + 1))
+        right.step(range(policy.spec.chunk_size + 1), values, where="post", color=colours[d], lw=2, label=names[d])
+    right.set(xlabel="control step", xticks=range(policy.spec.chunk_size + 1))
     right.margins(y=0.1)
     if moving:
         right.legend(frameon=False, fontsize=9, ncols=len(moving), loc="upper center", bbox_to_anchor=(0.5, -0.2))

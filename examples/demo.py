@@ -25,7 +25,7 @@ TASKS = ("button-press-topdown-v3", "drawer-close-v3", "window-close-v3")
 START = ("--start", "above")  # of the hand: from there no task is solved without looking
 FPS = 40  # decisions a second, half of Meta-World's own: half the pictures to draw
 STEPS = 50  # 1.25 s; the expert needs up to 46
-CONTROLS = ("blank", "untrained", "random")
+BASELINES = ("blank", "untrained", "random")
 PACKAGES = ("torch", "transformers", "lerobot", "metaworld", "mujoco", "numpy")
 ENDING_S = 10.0  # that an interrupted command may take to end
 console = Console()
@@ -33,11 +33,11 @@ console = Console()
 
 def run(
     out: Annotated[Path, typer.Option(help="folder of the demo")] = Path("runs/demo"),
-    config: Annotated[Path, typer.Option(help="recipe")] = Path("configs/demo.yaml"),
+    config: Annotated[Path, typer.Option(help="config")] = Path("configs/demo.yaml"),
     task: Annotated[list[str], typer.Option(help="Meta-World task")] = list(TASKS),  # noqa: B006
     demonstrations: Annotated[int, typer.Option(help="for each task")] = 80,
-    episodes: Annotated[int, typer.Option(help="for each task and control, on unseen seeds")] = 20,
-    steps: Annotated[int | None, typer.Option(help="of training; default the recipe's")] = None,
+    episodes: Annotated[int, typer.Option(help="for each task and baseline, on unseen seeds")] = 20,
+    steps: Annotated[int | None, typer.Option(help="of training; default the config's")] = None,
     install_s: Annotated[float, typer.Option(help="seconds the installation took, for the record")] = 0.0,
 ) -> None:
     """Run the demo, or what is missing of it."""
@@ -62,9 +62,9 @@ def stages(
     overrides = [f"logging.output_dir={out / 'train'}", f"data.dataset={out / 'dataset'}"]
     overrides += [f"training.num_steps={steps}"] if steps else []
     seconds.time("train", ["train", "--config", config, *overrides])
-    controls = [word for name in CONTROLS for word in ("--control", name)]
-    acting = [*START, "--replan", 1, "--ensemble", "none", "--max-steps", STEPS]
-    command = ["eval", "--checkpoint", out / "train" / "last", *tasks, "--episodes", episodes, *acting, *controls]
+    baselines = [word for name in BASELINES for word in ("--baseline", name)]
+    acting = [*START, "--n-action-steps", 1, "--ensemble", "none", "--max-steps", STEPS]
+    command = ["eval", "--checkpoint", out / "train" / "last", *tasks, "--episodes", episodes, *acting, *baselines]
     seconds.time("evaluate", [*command, "--out", out / "eval"])
     lines = read_episodes(out / "eval" / "episodes.jsonl")
     found = results(lines, seconds.all)
@@ -124,7 +124,7 @@ def results(lines: list[dict], seconds: dict[str, float]) -> dict:
 
 
 def plot(found: dict, training: Path, file: Path) -> None:
-    """The loss over training, and success by task for the policy and each control with 95 % intervals."""
+    """The loss over training, and success by task for the policy and each baseline with 95 % intervals."""
     import matplotlib
 
     matplotlib.use("Agg")

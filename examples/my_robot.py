@@ -14,8 +14,8 @@ import typer
 
 from vla0.core.spec import Observation
 from vla0.robot.clock import RealWorld
-from vla0.robot.loop import Pace, drive
-from vla0.robot.safety import Guard, Limits
+from vla0.robot.loop import Pacer, drive
+from vla0.robot.safety import ActionLimits, SafetyGuard
 from vla0.serve.client import RemotePolicy
 
 
@@ -55,10 +55,10 @@ def run(
     told = policy.metadata  # what the checkpoint says of itself
     robot = MyRobot(list(told["cameras"]), told["dimensions"], told["state"] or 0, instruction)
     # What the demonstrations did; add step=... or velocity=... where actions are positions. Narrow it at first.
-    limits = Limits(told["low"], told["high"])
-    guard = Guard(robot, limits, 1 / told["fps"], start=robot.position, live=live)
+    limits = ActionLimits(told["low"], told["high"])
+    guard = SafetyGuard(robot, limits, 1 / told["fps"], start=robot.position, live=live)
     watchdog = guard.watch()
-    pace = Pace(told["fps"], told["horizon"], way)
+    pace = Pacer(told["fps"], told["chunk_size"], way)
     try:
         report = drive(RealWorld(policy.predict), guard, pace, round(seconds * told["fps"]))
     finally:

@@ -39,7 +39,7 @@ def spec() -> Spec:
 def make_spec(**changes) -> Spec:
     fields = {
         "low": (-1.0, 0.0, -0.5), "high": (1.0, 2.0, 0.5), "fps": 20.0, "cameras": ("front", "wrist"), "base_model": "tiny",
-        "horizon": 3, "bins": 100, "image_size": 56, "crop": 0.9, "state": ((0.0, 0.0), (1.0, 1.0)), "system": "Write {numbers} integers.",
+        "chunk_size": 3, "bins": 100, "image_size": 56, "crop": 0.9, "state": ((0.0, 0.0), (1.0, 1.0)), "system": "Write {numbers} integers.",
     }  # fmt: skip
     return Spec(**{**fields, **changes})
 

@@ -18,7 +18,9 @@ def test_all_numbers_are_written_and_only_what_moves_is_drawn(policy, dataset, t
     module = importlib.util.module_from_spec(content)
     content.loader.exec_module(module)
     names = ("x", "gripper", "z")
-    spec = make_spec(low=(-1.0, 1.0, -1.0), high=(1.0, 1.0, 1.0), cameras=("top",), state=None, horizon=6, action_names=names)
+    spec = make_spec(
+        low=(-1.0, 1.0, -1.0), high=(1.0, 1.0, 1.0), cameras=("top",), state=None, chunk_size=6, action_names=names
+    )
     VLA0(policy.model, policy.processor, spec).save_pretrained(tmp_path / "checkpoint")
     out = tmp_path / "new" / "picture.png"
     module.draw(tmp_path / "checkpoint", dataset, 3, out)

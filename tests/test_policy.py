@@ -31,11 +31,11 @@ def test_predict_batch_is_predict_for_each(policy):
 
 def test_chunk_size_gives_the_first_steps(policy, observation):
     whole = policy.predict(observation.images, observation.instruction, observation.state)
-    part = policy.predict(image=observation.images, instruction=observation.instruction, state=observation.state, chunk_size=2)
+    part = policy.predict(image=observation.images, instruction=observation.instruction, state=observation.state, num_steps=2)
     np.testing.assert_array_equal(part, whole[:2])
     for size in (0, 4):
-        with pytest.raises(InputError, match="chunk_size"):
-            policy.predict(observation.images, observation.instruction, observation.state, chunk_size=size)
+        with pytest.raises(InputError, match="num_steps"):
+            policy.predict(observation.images, observation.instruction, observation.state, num_steps=size)
 
 
 def test_one_image_is_enough_for_one_camera_and_refused_for_two(policy, processor, observation):
@@ -48,14 +48,14 @@ def test_one_image_is_enough_for_one_camera_and_refused_for_two(policy, processo
 
 def test_relative_actions_come_back_absolute(policy, processor, observation):
     plain = VLA0(policy.model, processor, make_spec())
-    relative = VLA0(policy.model, processor, make_spec(relative=(0,)))
+    relative = VLA0(policy.model, processor, make_spec(relative_dims=(0,)))
     difference = relative.predict_batch([observation]) - plain.predict_batch([observation])
     np.testing.assert_allclose(difference[0, :, 0], observation.state[0], atol=1e-6)
     np.testing.assert_array_equal(difference[0, :, 1:], 0)
 
 
 def test_act_is_the_ensemble_of_what_predict_gave(policy):
-    policy.acting(replan=1, weights="v1").reset()
+    policy.acting(n_action_steps=1, weights="v1").reset()
     chunks = []
     for seed in range(5):
         observation = make_observation(seed)
@@ -66,7 +66,7 @@ def test_act_is_the_ensemble_of_what_predict_gave(policy):
 
 
 def test_reset_forgets_all(policy, observation):
-    policy.acting(replan=1, weights="v1").reset()
+    policy.acting(n_action_steps=1, weights="v1").reset()
     first = policy.act(observation)
     policy.act(make_observation(1))
     policy.reset()
@@ -75,7 +75,7 @@ def test_reset_forgets_all(policy, observation):
 
 def test_ensembling_that_would_do_nothing_is_refused(policy):
     with pytest.raises(InputError, match="would do nothing"):
-        policy.acting(replan=policy.spec.horizon, weights="v1")
+        policy.acting(n_action_steps=policy.spec.chunk_size, weights="v1")
 
 
 def test_the_published_example_runs(policy, processor, observation, tmp_path):
@@ -84,7 +84,7 @@ def test_the_published_example_runs(policy, processor, observation, tmp_path):
     model.eval()
     buffer = []
     for _ in range(3):
-        buffer.append(model.predict(image=observation.images["front"], instruction="push the red block", chunk_size=3))
+        buffer.append(model.predict(image=observation.images["front"], instruction="push the red block", num_steps=3))
     assert model.ensemble_actions(buffer, k=5).shape == (3,)
 
 
@@ -99,12 +99,12 @@ def test_a_broken_observation_is_refused(policy, observation, change):
 @pytest.fixture(params=["fast", "reference"])
 def decoded(request, policy):
     """The policy with each decoder."""
-    from vla0.decode import Fast, Reference
+    from vla0.decode import GreedyDecoder, SpeculativeDecoder
 
     other = VLA0(policy.model, policy.processor, policy.spec)
     if request.param == "reference":
-        other.decoder = Reference(policy.model, other.prompt)
-    assert isinstance(other.decoder, Reference if request.param == "reference" else Fast)
+        other.decoder = GreedyDecoder(policy.model, other.prompt)
+    assert isinstance(other.decoder, GreedyDecoder if request.param == "reference" else SpeculativeDecoder)
     return other
 
 
@@ -114,36 +114,36 @@ def test_a_chunk_that_begins_as_the_model_would_is_the_models(decoded, steps):
     for seed in range(4):
         observation = make_observation(seed)
         whole = decoded.predict_batch([observation])[0]
-        begun = replace(observation, committed=whole[:steps])
+        begun = replace(observation, action_prefix=whole[:steps])
         np.testing.assert_array_equal(decoded.predict_batch([begun])[0], whole)
         np.testing.assert_array_equal(np.stack(list(decoded.predict_stream(begun))), whole)
 
 
 def test_both_decoders_go_on_alike_from_what_the_model_would_not_have_begun(policy):
     """In a batch where others begin from nothing, and of guesses that are wrong."""
-    from vla0.decode import Reference
+    from vla0.decode import GreedyDecoder
 
     rng = np.random.default_rng(0)
     plain = VLA0(policy.model, policy.processor, policy.spec)
-    plain.decoder = Reference(policy.model, plain.prompt)
+    plain.decoder = GreedyDecoder(policy.model, plain.prompt)
     low, high = map(np.array, (policy.spec.low, policy.spec.high))
     seen, rest = [], []
     for seed in range(6):
-        committed = None if seed % 3 == 0 else rng.uniform(low, high, (seed % 3, 3))
-        seen.append(replace(make_observation(seed), committed=committed, expected=rng.uniform(low, high, (3, 3))))
-        rest.append(committed)
+        action_prefix = None if seed % 3 == 0 else rng.uniform(low, high, (seed % 3, 3))
+        seen.append(replace(make_observation(seed), action_prefix=action_prefix, draft_actions=rng.uniform(low, high, (3, 3))))
+        rest.append(action_prefix)
     chunks = policy.predict_batch(seen)
     np.testing.assert_array_equal(chunks, plain.predict_batch(seen))
-    for chunk, committed in zip(chunks, rest, strict=True):
-        if committed is not None:  # within half a level
-            assert (np.abs(chunk[: len(committed)] - committed) <= (high - low) / policy.spec.bins / 2 + 1e-6).all()
+    for chunk, action_prefix in zip(chunks, rest, strict=True):
+        if action_prefix is not None:  # within half a level
+            assert (np.abs(chunk[: len(action_prefix)] - action_prefix) <= (high - low) / policy.spec.bins / 2 + 1e-6).all()
     np.testing.assert_array_equal(policy.predict_batch(seen, 2 + 1), chunks)
 
 
 def test_a_commitment_that_leaves_nothing_to_say_is_refused(policy):
-    for committed in (np.zeros((3, 3)), np.zeros((1, 2)), np.zeros(3), np.full((1, 3), np.nan)):
+    for action_prefix in (np.zeros((3, 3)), np.zeros((1, 2)), np.zeros(3), np.full((1, 3), np.nan)):
         with pytest.raises(InputError):
-            policy.predict_batch([replace(make_observation(0), committed=committed)])
+            policy.predict_batch([replace(make_observation(0), action_prefix=action_prefix)])
 
 
 def test_settings_that_are_refused_change_nothing(policy):

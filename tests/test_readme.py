@@ -16,7 +16,9 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_example_runs(policy, processor, tmp_path):
     example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    VLA0(policy.model, processor, make_spec(cameras=("front",), state=None, horizon=4)).save_pretrained(tmp_path / "checkpoint")
+    VLA0(policy.model, processor, make_spec(cameras=("front",), state=None, chunk_size=4)).save_pretrained(
+        tmp_path / "checkpoint"
+    )
     names = {}
     exec(example.replace("runs/demo/train/last", str(tmp_path / "checkpoint")), names)
     assert names["action"].shape == (3,)

@@ -8,14 +8,14 @@ from conftest import grpc_of, make_spec, serving
 from soak import Until, arm, messages, network
 
 from vla0 import VLA0
-from vla0.serve.listen import Limits
+from vla0.serve.listen import ServerLimits
 
 
 @pytest.fixture
 def here(policy):
     """Servers in this process: what starts them in others is tested where the command is."""
     pytest.importorskip("vla_eval", reason="vla-eval is not installed")
-    from vla0.serve.vla_eval import HarnessServer
+    from vla0.serve.vla_eval import VlaEvalServer
 
     named = VLA0(policy.model, policy.processor, make_spec(state_names=("a", "b")))
 
@@ -25,9 +25,9 @@ def here(policy):
             if "lerobot" in words:
                 address = f"127.0.0.1:{stack.enter_context(grpc_of(named))}"
             elif "vla-eval" in words:
-                address = stack.enter_context(serving(named, HarnessServer, ensemble="v1"))[0]
+                address = stack.enter_context(serving(named, VlaEvalServer, ensemble="v1"))[0]
             else:
-                address = stack.enter_context(serving(named, limits=Limits(rate=1e5)))[0]
+                address = stack.enter_context(serving(named, limits=ServerLimits(rate=1e5)))[0]
             yield SimpleNamespace(address=address.removeprefix("ws://"), ended=lambda: False, megabytes=lambda: 0.0)
 
     return serve

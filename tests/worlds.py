@@ -85,7 +85,7 @@ def arm_spec(**changes) -> Spec:
     fields = {
         "low": (-90.0, -60.0, -60.0, -60.0, -90.0, 0.0), "high": (90.0, 60.0, 60.0, 60.0, 90.0, 100.0), "fps": 20.0, "cameras": ("front", "wrist"),
         "base_model": "none", "image_size": 56, "state": ((-180.0,) * 6, (180.0,) * 6), "action_names": JOINTS, "state_names": JOINTS,
-        "most_change": (6.0, 6.0, 6.0, 6.0, 6.0, 20.0),
+        "max_step_change": (6.0, 6.0, 6.0, 6.0, 6.0, 20.0),
     }  # fmt: skip
     return Spec(**{**fields, **changes})
 
@@ -111,9 +111,9 @@ class Reach:
         yield from self.chunk(observation)
 
     def chunk(self, observation):
-        begun = np.zeros((0, 6)) if observation.committed is None else observation.committed
+        begun = np.zeros((0, 6)) if observation.action_prefix is None else observation.action_prefix
         place, chunk = begun[-1] if len(begun) else observation.state, list(begun)
-        while len(chunk) < self.spec.horizon:
+        while len(chunk) < self.spec.chunk_size:
             place = place + np.clip(self.goal - place, -4, 4)
             chunk.append(place + self.wild * np.random.default_rng(len(chunk) + self.queries).normal(size=6))
         return np.array(chunk, np.float32)

@@ -39,7 +39,7 @@ class Finding:
     jobs: tuple[str, ...] = ()
 
 
-def examine() -> list[Finding]:
+def diagnose() -> list[Finding]:
     """All findings, in the order of the screen."""
     checks: list[tuple[str, Callable[[], str], str, tuple[str, ...]]] = [
         ("Python", _python, "install Python 3.12 or later", JOBS),
@@ -62,7 +62,7 @@ def examine() -> list[Finding]:
     return found
 
 
-def screen(found: list[Finding]) -> Table:
+def findings_table(found: list[Finding]) -> Table:
     """The findings as a rich table, remedies below what is not fine."""
     table = Table("", "", "found", box=None, pad_edge=False)
     for line in found:

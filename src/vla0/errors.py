@@ -18,18 +18,40 @@ class InputError(ValueError):
         return f"expected {expected}; got {got}; {remedy}"
 
 
-def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raises InputError for the first key that is not known, naming the nearest known one."""
+RENAMED = {  # keys and names that earlier versions had
+    "committed": "action_prefix",
+    "control": "baseline",
+    "exchanged": "swapped",
+    "expected": "draft_actions",
+    "horizon": "chunk_size",
+    "inexact": "approximate",
+    "most_change": "max_step_change",
+    "recipe": "config",
+    "relative": "relative_dims",
+    "replan": "n_action_steps",
+    "way": "mode",
+}
+
+
+def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str, elsewhere: Mapping[str, str] | None = None) -> None:
+    """Raises InputError for the first key that is not known, naming the nearest known one.
+
+    elsewhere: keys that are known in another place → their full names.
+    """
     known = list(known)
     for key in keys:
         if key not in known:
-            raise InputError(f"a known key in {where}", f"unknown key '{key}'", nearest(key, known))
+            raise InputError(f"a known key in {where}", f"unknown key '{key}'", nearest(key, known, elsewhere))
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The remedy for a word that is not known: the nearest of those that are."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
-    return f"did you mean '{near[0]}'?" if near else "remove it"
+def nearest(word: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
+    """The remedy for a word that is not known: what it is called now, or the nearest of those that are."""
+    known, places = list(known), elsewhere or {}
+    known += [name for name in places if name not in known]
+    if (now := RENAMED.get(word)) in known:
+        return f"it is called '{places.get(now, now)}' now"
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
+    return f"did you mean '{places.get(near[0], near[0])}'?" if near else "remove it"
 
 
 def given(**settings: Any) -> dict[str, Any]:

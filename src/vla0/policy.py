@@ -1,4 +1,4 @@
-"""VLA0: an image and a sentence in, a chunk of actions out."""
+"""VLA0: an image and an instruction in, a chunk of actions out."""
 
 import logging
 import threading
@@ -20,7 +20,7 @@ from vla0.core.relative import from_written, to_written
 from vla0.core.rollout import ChunkPolicy
 from vla0.core.spec import MAIN, Observation, Spec, embodiments
 from vla0.decode import decoder
-from vla0.decode.approximate import inexact
+from vla0.decode.approximate import approximate
 from vla0.decode.draft import filled
 from vla0.errors import InputError
 
@@ -32,18 +32,20 @@ class VLA0:
 
     told = False  # that a state is given in vain
 
-    def __init__(self, vlm: Any, processor: Any, spec: Spec, replan: int = 1, weights: str | Sequence[float] | None = None):
+    def __init__(
+        self, vlm: Any, processor: Any, spec: Spec, n_action_steps: int = 1, weights: str | Sequence[float] | None = None
+    ):
         self.model: Any = vlm.eval()
         self.processor, self.spec = processor, spec
         self.specs = {MAIN: spec}  # that `save_pretrained` writes
         self.prompt, self.codec = Prompt(spec, processor), ActionCodec(spec)
         self.decoder, self.mode = decoder(self.model, self.prompt), None
-        self._ready(replan, weights)
+        self._ready(n_action_steps, weights)
 
-    def _ready(self, replan: int, weights: str | Sequence[float] | None) -> Self:
+    def _ready(self, n_action_steps: int, weights: str | Sequence[float] | None) -> Self:
         self.alone = threading.RLock()  # a decode's keys and values lie in one place; held for a pass at least
-        averaged = min(-(-self.spec.horizon // replan), self.spec.ensemble_k or self.spec.horizon) > 1
-        return self.acting(replan, weights or ("v1" if averaged else ensemble.NONE))
+        averaged = min(-(-self.spec.chunk_size // n_action_steps), self.spec.ensemble_k or self.spec.chunk_size) > 1
+        return self.acting(n_action_steps, weights or ("v1" if averaged else ensemble.NONE))
 
     @classmethod
     def from_pretrained(
@@ -93,12 +95,12 @@ class VLA0:
             self.model.eval()
         return self
 
-    def inexact(self, mode: str) -> "VLA0":
+    def approximate(self, mode: str) -> "VLA0":
         """Another policy of the same weights that decodes faster and may write other numbers: see vla0.decode.approximate."""
         if self.model is None:
-            raise InputError("weights here", "a policy of another's server", "let that server be inexact")
+            raise InputError("weights here", "a policy of another's server", "let that server be approximate")
         other = copy(self)
-        other.model, other.decoder = inexact(self.model, self.prompt, mode)
+        other.model, other.decoder = approximate(self.model, self.prompt, mode)
         other.mode = mode
         return other.acting(*self.settings)
 
@@ -107,41 +109,41 @@ class VLA0:
         image: np.ndarray | Mapping[str, np.ndarray],
         instruction: str,
         state: np.ndarray | None = None,
-        chunk_size: int | None = None,
+        num_steps: int | None = None,
     ) -> np.ndarray:
-        """(H, D) float32: the next actions in the dataset's units; the first `chunk_size` of them where given.
+        """(H, D) float32: the next actions in the dataset's units; the first `num_steps` of them where given.
 
         image: (h, w, 3) uint8 RGB where the checkpoint has one camera, else {camera: image}. A state is for checkpoints
         that were trained with one; of another the log says that it changes nothing.
         """
-        if state is not None and not (self.spec.state or self.spec.relative) and not self.told:
+        if state is not None and not (self.spec.state or self.spec.relative_dims) and not self.told:
             logger.warning("state= changes nothing: this checkpoint was trained without one")
             self.told = True
         if not isinstance(image, Mapping):
             if len(self.spec.cameras) > 1:
                 raise InputError(f"images of cameras {list(self.spec.cameras)}", "one image", "pass image={camera: array}")
             image = dict.fromkeys(self.spec.cameras, np.asarray(image))
-        return self.predict_batch([Observation(image, instruction, state)], chunk_size)[0]
+        return self.predict_batch([Observation(image, instruction, state)], num_steps)[0]
 
-    def predict_batch(self, observations: Sequence[Observation], chunk_size: int | None = None) -> np.ndarray:
-        """(B, H, D) float32: a chunk for each observation, decoded together; its first `chunk_size` steps where given."""
+    def predict_batch(self, observations: Sequence[Observation], num_steps: int | None = None) -> np.ndarray:
+        """(B, H, D) float32: a chunk for each observation, decoded together; its first `num_steps` steps where given."""
         if not observations:
             raise InputError("one observation at least", "none", "pass a list of them")
-        self._check(chunk_size)
+        self._check(num_steps)
         with self.alone:
-            levels = self.decoder.decode(*self._asked(observations, chunk_size))
+            levels = self.decoder.decode(*self._asked(observations, num_steps))
         return np.stack([self._actions(*pair) for pair in zip(levels, observations, strict=True)])
 
     def see(self, observation: Observation) -> Observation:
         """The observation with its pictures cropped and resized, so that `predict_batch` need not: for threads with time."""
         return observation if self.model is None else replace(observation, seen=self.prompt.see(observation))
 
-    def predict_stream(self, observation: Observation, chunk_size: int | None = None) -> Iterator[np.ndarray]:
+    def predict_stream(self, observation: Observation, num_steps: int | None = None) -> Iterator[np.ndarray]:
         """The actions (D,) of `predict`, one after another, each as soon as it is certain."""
-        self._check(chunk_size)
+        self._check(num_steps)
         given = 0
         with self.alone:
-            parts = self.decoder.stream(*self._asked([observation], chunk_size))
+            parts = self.decoder.stream(*self._asked([observation], num_steps))
         while True:
             with self.alone:
                 (levels,) = next(parts, (None,))
@@ -156,12 +158,14 @@ class VLA0:
         """(D,): the action of now, from chunks queried at successive steps, newest last; k: default the Spec's."""
         return ensemble.ensemble_actions(chunks, k or self.spec.ensemble_k, weights, self.spec.periodic)
 
-    def acting(self, replan: int = 1, weights: str | Sequence[float] = "v1") -> Self:
-        """Itself, set to execute `replan` steps per query and to ensemble by `weights` (vla0.core.ensemble)."""
-        steps = ensemble.steps_used(self.spec.horizon, replan, weights)
+    def acting(self, n_action_steps: int = 1, weights: str | Sequence[float] = "v1") -> Self:
+        """Itself, set to execute `n_action_steps` steps per query and to ensemble by `weights` (vla0.core.ensemble)."""
+        steps = ensemble.steps_used(self.spec.chunk_size, n_action_steps, weights)
         predict = lambda observation: self.predict_batch([observation], steps)[0]  # noqa: E731
-        self._acting = ChunkPolicy(predict, self.spec.horizon, replan, weights, self.spec.ensemble_k, self.spec.periodic)
-        self.settings = replan, weights
+        self._acting = ChunkPolicy(
+            predict, self.spec.chunk_size, n_action_steps, weights, self.spec.ensemble_k, self.spec.periodic
+        )
+        self.settings = n_action_steps, weights
         return self
 
     def act(self, observation: Observation) -> np.ndarray:
@@ -177,33 +181,33 @@ class VLA0:
         """(step, chunk (H, D)) of each query since `reset`."""
         return self._acting.chunks
 
-    def _check(self, chunk_size: int | None) -> None:
-        if chunk_size is not None and not 1 <= chunk_size <= self.spec.horizon:
+    def _check(self, num_steps: int | None) -> None:
+        if num_steps is not None and not 1 <= num_steps <= self.spec.chunk_size:
             raise InputError(
-                f"chunk_size in 1..{self.spec.horizon} (the horizon)",
-                f"{chunk_size}",
-                "ask for less, or train a longer horizon",
+                f"num_steps in 1..{self.spec.chunk_size} (the chunk's size)",
+                f"{num_steps}",
+                "ask for less, or train with a larger action.chunk_size",
             )
 
-    def _asked(self, observations: Sequence[Observation], chunk_size: int | None) -> tuple[Any, ...]:
+    def _asked(self, observations: Sequence[Observation], num_steps: int | None) -> tuple[Any, ...]:
         """What a decoder takes."""
         guesses = [self._guess(observation) for observation in observations]
-        if all(observation.committed is None for observation in observations):
-            return self.prompt.observe(observations), chunk_size, guesses
-        begun = [self._begun(observation, chunk_size or self.spec.horizon) for observation in observations]
-        texts = [written(levels) for levels in begun]
-        return self.prompt.observe(observations, begun=texts), chunk_size, guesses, begun
+        if all(observation.action_prefix is None for observation in observations):
+            return self.prompt.observe(observations), num_steps, guesses
+        prefixes = [self._begun(observation, num_steps or self.spec.chunk_size) for observation in observations]
+        texts = [written(levels) for levels in prefixes]
+        return self.prompt.observe(observations, prefixes=texts), num_steps, guesses, prefixes
 
     def _begun(self, observation: Observation, steps: int) -> np.ndarray:
         """(n, D) levels that the observation's chunk begins with."""
         dimensions = self.spec.dimensions
-        if observation.committed is None:
+        if observation.action_prefix is None:
             return np.zeros((0, dimensions), np.int64)
-        committed = np.asarray(observation.committed, np.float64)
-        if committed.ndim != 2 or committed.shape[1] != dimensions or len(committed) >= steps:
-            expected = f"committed: fewer than {steps} actions of {dimensions}"
-            raise InputError(expected, f"shape {committed.shape}", "commit to fewer steps than a chunk has")
-        return self.codec.encode(to_written(committed, observation, self.spec))
+        action_prefix = np.asarray(observation.action_prefix, np.float64)
+        if action_prefix.ndim != 2 or action_prefix.shape[1] != dimensions or len(action_prefix) >= steps:
+            expected = f"action_prefix: fewer than {steps} actions of {dimensions}"
+            raise InputError(expected, f"shape {action_prefix.shape}", "commit to fewer steps than a chunk has")
+        return self.codec.encode(to_written(action_prefix, observation, self.spec))
 
     def _actions(self, levels: np.ndarray, observation: Observation) -> np.ndarray:
         """(n, D) float32 of levels (n, D)."""
@@ -211,10 +215,10 @@ class VLA0:
 
     def _guess(self, observation: Observation) -> np.ndarray | None:
         """(H, D) levels near which the observation says that its chunk lies."""
-        if observation.expected is None:
+        if observation.draft_actions is None:
             return None
-        expected = np.asarray(observation.expected, np.float64)
-        most, dimensions = self.spec.horizon, self.spec.dimensions
+        expected = np.asarray(observation.draft_actions, np.float64)
+        most, dimensions = self.spec.chunk_size, self.spec.dimensions
         if expected.ndim != 2 or expected.shape[1] != dimensions or not 1 <= len(expected) <= most:
             raise InputError(
                 f"expected: 1 to {most} actions of {dimensions}", f"shape {expected.shape}", "give the rest of the last chunk"

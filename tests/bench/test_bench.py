@@ -18,9 +18,9 @@ from vla0.bench.inputs import SHAPE_3B, chosen, moving_pictures, recorded
 from vla0.cli.bench import write
 from vla0.core.spec import Spec
 from vla0.data.lerobot import DataConfig, Source
-from vla0.decode import Fast
+from vla0.decode import SpeculativeDecoder
 
-COLUMNS = {"way", "batch", "replan", "chunks", "passes", "ms_median", "ms_p95", "identical"}
+COLUMNS = {"way", "batch", "n_action_steps", "chunks", "passes", "ms_median", "ms_p95", "identical"}
 
 
 def test_every_way_is_timed_on_the_same_inputs_and_writes_the_same_tokens(policy, tmp_path):
@@ -30,7 +30,7 @@ def test_every_way_is_timed_on_the_same_inputs_and_writes_the_same_tokens(policy
     assert len(rows) == 4 * len(WAYS)
     assert all(row.identical == 1 and row.margin is None for row in rows)
     assert all(row.chunks == 3 * row.batch for row in rows)
-    passes = {row.way: row.passes for row in rows if (row.batch, row.replan) == (1, 1)}
+    passes = {row.way: row.passes for row in rows if (row.batch, row.n_action_steps) == (1, 1)}
     assert passes["generate"] == passes["one token a pass"] > passes["forced symbols ride along"]
     assert passes["one token a pass"] > passes["all digits, two levels"] > 1
     assert [table.row_count for table in tables(rows)] == [len(WAYS)] * 4
@@ -39,16 +39,16 @@ def test_every_way_is_timed_on_the_same_inputs_and_writes_the_same_tokens(policy
 
 
 def test_a_decoder_that_errs_is_found_with_the_margin_at_which_it_parts(policy, monkeypatch):
-    from vla0.decode.speculative import Fast
+    from vla0.decode.speculative import SpeculativeDecoder
 
-    right = Fast.decode
+    right = SpeculativeDecoder.decode
 
     def wrong(self, *args, **more):
         levels = right(self, *args, **more)
         levels[0, -1, -1] = (levels[0, -1, -1] + 1) % policy.spec.bins
         return levels
 
-    monkeypatch.setattr(Fast, "decode", wrong)
+    monkeypatch.setattr(SpeculativeDecoder, "decode", wrong)
     _, row = bench(policy, [1], [1], 2, ["generate", "tree that learns"])
     assert row.identical == 0
     assert row.margin is not None
@@ -72,10 +72,10 @@ def test_recorded_episodes_are_those_of_the_dataset_again_and_again(dataset, spe
     np.testing.assert_array_equal(seen[0], seen[4])  # the second episode has four steps
 
 
-@pytest.mark.parametrize(("batches", "replans", "chunks"), [([0], [1], 1), ([1], [0], 1), ([1], [9], 1), ([1], [1], 0)])
-def test_numbers_that_mean_nothing_are_refused(batches, replans, chunks):
+@pytest.mark.parametrize(("batches", "steps_per_query", "chunks"), [([0], [1], 1), ([1], [0], 1), ([1], [9], 1), ([1], [1], 0)])
+def test_numbers_that_mean_nothing_are_refused(batches, steps_per_query, chunks):
     with pytest.raises(InputError):
-        refuse(batches, replans, chunks, 8)
+        refuse(batches, steps_per_query, chunks, 8)
 
 
 def test_a_model_of_random_weights_in_bf16_is_measured_too(monkeypatch):
@@ -124,7 +124,7 @@ def test_both_readers_give_the_same_samples(dataset):
     """So that their times compare."""
     config = DataConfig(str(dataset), state="observation.state")
     source = Source(config)
-    spec = Spec(base_model="none", horizon=3, **source.spec_fields(3))
+    spec = Spec(base_model="none", chunk_size=3, **source.spec_fields(3))
     stock = reading.Stock(source, spec)
     for row in (0, 5, 8):
         one, other = source.sample(row, 3, 1), stock.sample(row)
@@ -151,7 +151,7 @@ def test_a_certificate_counts_what_is_identical_and_says_where_others_part(polic
     assert (found["chunks"], found["identical"], found["differing"]) == (6, 6, [])  # whole batches
     assert {"device", "dtype", "versions", "checkpoint", "passes", "invariant"} <= set(found)
     assert found["versions"]["torch"] == torch.__version__.split("+")[0]
-    right, calls = Fast.decode, []
+    right, calls = SpeculativeDecoder.decode, []
 
     def wrong(self, *args, **more):
         levels = right(self, *args, **more)
@@ -160,14 +160,14 @@ def test_a_certificate_counts_what_is_identical_and_says_where_others_part(polic
             levels[0, -1, -1] = (levels[0, -1, -1] + 1) % policy.spec.bins if len(calls) == 2 else levels[0, -1, -1]
         return levels
 
-    monkeypatch.setattr(Fast, "decode", wrong)
+    monkeypatch.setattr(SpeculativeDecoder, "decode", wrong)
     found = certificate(policy, 3)
     assert (found["chunks"], found["identical"]) == (3, 2)
     (other,) = found["differing"]
     assert (other["chunk"], other["numbers"]) == (1, 1)
     assert other["margin"] >= 0
-    with pytest.raises(InputError, match=r"replan in 1\.\.3"):
-        certificate(policy, 3, replan=9)
+    with pytest.raises(InputError, match=r"n_action_steps in 1\.\.3"):
+        certificate(policy, 3, n_action_steps=9)
 
 
 def test_a_certificate_is_written_by_the_command(policy, tmp_path):

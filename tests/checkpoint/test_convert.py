@@ -38,7 +38,7 @@ def run(policy, tmp_path):
 
 def test_a_run_becomes_a_checkpoint_that_acts(run, policy, tmp_path):
     spec = convert(run, tmp_path / "out")
-    assert (spec.horizon, spec.dimensions, spec.bins, spec.crop, spec.image_size) == (8, 7, 1000, 0.875, 224)
+    assert (spec.chunk_size, spec.dimensions, spec.bins, spec.crop, spec.image_size) == (8, 7, 1000, 0.875, 224)
     assert (spec.cameras, spec.tile, spec.vision_id) == (("agentview", "wrist"), True, False)
     np.testing.assert_array_equal(np.float32(spec.low), LOW)
     np.testing.assert_array_equal(np.float32(spec.high), HIGH)
@@ -47,11 +47,11 @@ def test_a_run_becomes_a_checkpoint_that_acts(run, policy, tmp_path):
     for name, weight in policy.model.state_dict().items():
         np.testing.assert_array_equal(weight.numpy(), loaded.model.state_dict()[name].numpy())
     frame = make_observation(0).images[policy.spec.cameras[0]]
-    assert loaded.predict({"agentview": frame, "wrist": frame}, "open the drawer", chunk_size=1).shape == (1, 7)
+    assert loaded.predict({"agentview": frame, "wrist": frame}, "open the drawer", num_steps=1).shape == (1, 7)
     assert not [file for file in (tmp_path / "out").rglob("*") if file.suffix in (".pkl", ".pth", ".bin")]
 
 
-def official(processor, frames, sentence, actions):
+def official(processor, frames, instruction, actions):
     """The published pipeline, written down from its description alone: what the model is given, and what it must answer."""
     tiled = Image.fromarray(np.concatenate([frame[16:240, 16:240] for frame in frames], axis=1))  # crop 0.875 of 256 is 224
     levels = np.round((actions - LOW) / (HIGH - LOW) * 1000).astype(int)
@@ -63,7 +63,7 @@ def official(processor, frames, sentence, actions):
     )
     turns = [
         {"role": "system", "content": [{"type": "text", "text": system}]},
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": sentence}]},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]},
         {"role": "assistant", "content": [{"type": "text", "text": numbers}]},
     ]
     asked, whole = (processor.apply_chat_template(turns[:n], add_generation_prompt=n == 2, tokenize=False) for n in (2, 3))
@@ -127,7 +127,13 @@ def test_an_incomplete_run_is_refused_and_leaves_nothing(run, gone, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"num_cam": 3}, {"rgb_img_size": [224, 448]}, {"original_action_dim": 6}, {"horizon": "eight"}, {"num_bins_actions": 1}],
+    [
+        {"num_cam": 3},
+        {"rgb_img_size": [224, 448]},
+        {"original_action_dim": 6},
+        {"horizon": "eight"},
+        {"num_bins_actions": 1},
+    ],
 )
 def test_a_config_that_does_not_fit_is_refused(run, change):
     config = yaml.safe_load((run / "config.yaml").read_text())

@@ -128,7 +128,7 @@ def test_the_tiny_model_is_a_function_of_its_seed(processor):
 def test_qwens_own_processor_serves_the_policy(real_processor):
     """The real tokenizer and chat template over a small body of the same architecture."""
     model = tiny_model(real_processor, width=48, layers=1, heads=3, vision_width=32, vision_layers=1, vision_heads=2)
-    policy = VLA0(model, real_processor, make_spec(horizon=2, bins=1000))
+    policy = VLA0(model, real_processor, make_spec(chunk_size=2, bins=1000))
     assert policy.predict_batch([make_observation(0)]).shape == (1, 2, 3)
 
 

@@ -100,7 +100,7 @@ def test_lerobots_training_goes_on_where_it_stopped(trained, monkeypatch):
     config = trained / "last" / "pretrained_model" / "train_config.json"
     lerobot_train_with(monkeypatch, f"--config_path={config}", "--resume=true", "--steps=6")
     assert json.loads((trained / "000006" / "training_state" / "training_step.json").read_text())["step"] == 6
-    assert VLA0.from_pretrained(trained / "000006" / "pretrained_model").spec.horizon == 2
+    assert VLA0.from_pretrained(trained / "000006" / "pretrained_model").spec.chunk_size == 2
 
 
 def test_adapters_are_trained_saved_and_go_on(base, dataset, tmp_path, monkeypatch):
@@ -164,7 +164,7 @@ def opened(folder, **changes):
 
 def test_what_vla0_saves_opens_in_lerobot_and_acts_alike(policy, plugged):
     found, before, after, folder = plugged
-    assert found.config.chunk_size == policy.spec.horizon
+    assert found.config.chunk_size == policy.spec.chunk_size
     for seed in range(4):
         expected = policy.predict_batch(
             [replace(make_observation(seed), state=make_observation(seed).state.astype(np.float32))]
@@ -228,7 +228,7 @@ def test_real_time_chunks_go_on_from_what_will_have_been_executed(policy, plugge
     assert found.supports_rtc()
     for delay, committed in ((0, None), (1, ahead[:1]), (2, ahead), (7, ahead)):
         chunk = found.predict_action_chunk(batch, inference_delay=delay, prev_chunk_left_over=left_over)[0].numpy()
-        np.testing.assert_array_equal(chunk, policy.predict_batch([replace(seen, committed=committed)])[0])
+        np.testing.assert_array_equal(chunk, policy.predict_batch([replace(seen, action_prefix=committed)])[0])
 
 
 @pytest.mark.parametrize("ahead", [0.0, 0.5, "0.5 then 0", "0 then 0.5"])
@@ -260,11 +260,11 @@ def test_what_is_left_of_a_chunk_is_told_from_what_lerobot_fills_up_with(values,
 def test_what_lerobot_would_exchange_and_depth_as_colours_are_refused(base, tmp_path):
     import pandas
 
-    folder = make_dataset(tmp_path / "exchanged", lengths=(3, 3))
+    folder = make_dataset(tmp_path / "swapped", lengths=(3, 3))
     file = folder / "meta" / "tasks.parquet"
     pandas.read_parquet(file).iloc[::-1].to_parquet(file)
     config = PreTrainedConfig.from_pretrained(_saved_config(tmp_path, base))
-    meta = LeRobotDataset("local/exchanged", folder).meta
+    meta = LeRobotDataset("local/swapped", folder).meta
     with pytest.raises(InputError, match=r"in the order of their task_index.*\[1, 0\]"):
         make_policy(config, ds_meta=meta)
     folder = make_dataset(tmp_path / "turned", videos=True, lengths=(3, 3))
@@ -427,7 +427,7 @@ def test_a_hostile_message_runs_nothing_and_hurts_nobody(lerobot_server, tmp_pat
     for changes, message in (
         ({"wrist": None}, "camera 'wrist'"),
         ({JOINTS[0]: None}, "no 'shoulder_pan.pos'"),
-        ({"task": None}, "a sentence"),
+        ({"task": None}, "an instruction"),
     ):
         stub.SendObservations(parts(raw(**changes)))
         with pytest.raises(grpc.RpcError, match=message):
@@ -463,9 +463,9 @@ def test_a_stream_that_does_not_end_is_ended_and_newcomers_push_nobody_out(lerob
 
 def test_a_newcomer_pushes_nobody_out_who_is_active():
     from vla0.serve.lerobot import Client, LeRobotServer
-    from vla0.serve.listen import Limits
+    from vla0.serve.listen import ServerLimits
 
-    server = LeRobotServer(Reach(), Limits(clients=2))
+    server = LeRobotServer(Reach(), ServerLimits(clients=2))
     for name in ("a", "b"):
         server._admit(name, Client({}, {}, 3))
     server._admit("a", Client({}, {}, 3))  # who begins anew keeps his place
@@ -509,7 +509,7 @@ def script(tmp_path, module, call):
 @pytest.fixture
 def arm_checkpoint(tmp_path):
     processor = tiny_processor(["Write 24 integers.", "reach"])
-    spec = arm_spec(system="Write {numbers} integers.", horizon=4, bins=100, state=None, state_names=None)
+    spec = arm_spec(system="Write {numbers} integers.", chunk_size=4, bins=100, state=None, state_names=None)
     VLA0(tiny_model(processor, **SMALL), processor, spec).save_pretrained(tmp_path / "arm")
     return tmp_path / "arm"
 
@@ -581,8 +581,8 @@ def test_lerobot_eval_runs_in_its_own_simulators(tmp_path, env):
     cameras = ("front",) if env == "metaworld" else ("image", "image2")
     processor = tiny_processor(["Write integers."])
     spec = arm_spec(
-        low=(-1.0,) * dimensions, high=(1.0,) * dimensions, cameras=cameras, system="Write integers.", horizon=8, bins=10, state=None, state_names=None,
-        action_names=None, most_change=None,
+        low=(-1.0,) * dimensions, high=(1.0,) * dimensions, cameras=cameras, system="Write integers.", chunk_size=8, bins=10, state=None, state_names=None,
+        action_names=None, max_step_change=None,
     )  # fmt: skip
     VLA0(tiny_model(processor, **SMALL), processor, spec).save_pretrained(tmp_path / "checkpoint")
     environment = {**os.environ, "MUJOCO_GL": "egl"}

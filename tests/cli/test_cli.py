@@ -54,12 +54,14 @@ def test_train_then_eval_refuses_what_does_not_fit(vla0, dataset, tmp_path):
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--suite", "object"), "suite", "--env libero")
     refused(vla0("eval", "--checkpoint", last), "--task or --suite")
     spec = json.loads((last / "vla0.json").read_text())
-    (last / "vla0.json").write_text(json.dumps(spec | {"low": [-1.0] * 4, "high": [1.0] * 4, "most_change": None}))
-    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--replan", "9"), "replan")
-    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--replan", "0"), "replan in 1..")  # not the default
-    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--replan", "2"), "would do nothing")
-    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--control", "dark"), "control")
-    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--inexact", "dark"), "mode")
+    (last / "vla0.json").write_text(json.dumps(spec | {"low": [-1.0] * 4, "high": [1.0] * 4, "max_step_change": None}))
+    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--n-action-steps", "9"), "n_action_steps")
+    refused(
+        vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--n-action-steps", "0"), "n_action_steps in 1.."
+    )  # not the default
+    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--n-action-steps", "2"), "would do nothing")
+    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--baseline", "dark"), "a baseline of")
+    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--approximate", "dark"), "mode")
     (last / "vla0.json").unlink()
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3"), "vla0.json", "vla0 train")
 
@@ -86,7 +88,7 @@ def test_inspect_makes_the_pages_folder_and_writes_a_recipe_for_train(vla0, data
     assert code == 0
     assert page.is_file()
     said = " ".join(out.split())
-    assert f"recipe {own}" in said
+    assert f"config: {own}" in said
     assert "for another: --config RECIPE" in said
     refused(vla0("inspect", dataset, "--write-config", own), "mine.yaml", "name another")
     refused(vla0("inspect", dataset, "--write-config", tmp_path / "b.yaml", "--config", own), "--write-config", "both")
@@ -103,16 +105,16 @@ def test_usage_errors_have_exit_code_2(vla0):
         ("eval --checkpoint x --task touch-cube --env arm --start above", "--env metaworld for --start"),
         ("eval --checkpoint x --task drawer-close-v3 --quick", "--env libero for --quick"),
         ("eval --checkpoint x --task drawer-close-v3 --separate y", "--ablation for --separate"),
-        ("eval --checkpoint x --task drawer-close-v3 --ablation --replan 2", "no --ablation"),
+        ("eval --checkpoint x --task drawer-close-v3 --ablation --n-action-steps 2", "no --ablation"),
         ("collect arm --task touch-cube --out x --fps 40", "metaworld for --fps"),
         ("collect metaworld --task drawer-close-v3 --out x --quick", "libero for --quick"),
-        ("serve --checkpoint x --replan 2", "--ensemble for --replan"),
+        ("serve --checkpoint x --n-action-steps 2", "--ensemble for --n-action-steps"),
         ("serve --checkpoint x --tls-key x", "--tls-cert for --tls-key"),
         ("serve --checkpoint x --engine vllm", "--base-url for --engine"),
         ("serve --checkpoint x --base-url http://x --device cpu", "no --base-url"),
         ("serve --checkpoint x --protocol vla-eval --rate 3", "--protocol openpi"),
-        ("robot --instruction go --weights mean", "--way ensemble for --weights"),
-        ("robot --instruction go --way ensemble --replan 2", "--way sync or async"),
+        ("robot --instruction go --weights mean", "--mode ensemble for --weights"),
+        ("robot --instruction go --mode ensemble --n-action-steps 2", "--mode sync or async"),
         ("robot --instruction go --resample", "--fps for --resample"),
         ("robot --instruction go --out x", "--live and --record for --out"),
         ("bench decode --out x", "--certify for --out"),
@@ -150,7 +152,7 @@ except SystemExit as end:
         "inspect /nowhere/at/all",
         "collect gazebo --out x",
         "robot --instruction go --limits /nowhere",
-        "bench decode --recipe /nowhere",
+        "bench decode --config /nowhere",
     ],
 )
 def test_what_is_wrong_with_a_command_is_told_before_anything_heavy_is_imported(words):
@@ -175,3 +177,31 @@ def test_libraries_that_talk_of_themselves_are_not_heard(tmp_path):
     child = "subprocess.run([sys.executable, '-c', 'import other'])"
     assert said(f"import subprocess, sys, vla0.quiet; vla0.quiet.hush(); import one; {child}") == (0, "", "")
     assert "SyntaxWarning" in said("import third")[2]  # as it would be without
+
+
+@pytest.mark.parametrize(
+    ("words", "now"),
+    [
+        ("eval --checkpoint x --replan 8", "--n-action-steps"),
+        ("eval --checkpoint x --replan=8", "--n-action-steps"),
+        ("eval --checkpoint x --inexact int8", "--approximate"),
+        ("eval --checkpoint x --control blank", "--baseline"),
+        ("robot --way sync", "--mode"),
+        ("bench decode --recipe x.yaml", "--config"),
+        ("bench train", "benchmarks/training.py"),
+        ("bench data", "benchmarks/reading.py"),
+    ],
+)
+def test_a_flag_of_before_is_refused_with_its_name_of_now(vla0, words, now):
+    refused(vla0(*words.split()), now)
+
+
+def test_a_baseline_of_before_is_refused_with_its_name_of_now(vla0, dataset, tmp_path):
+    refused(vla0("eval", "--checkpoint", tmp_path, "--task", "reach-v3", "--baseline", "exchanged"), "called 'swapped' now")
+
+
+def test_a_config_of_before_is_refused_with_its_names_of_now(vla0, dataset, tmp_path):
+    config = make_recipe(dataset, tmp_path / "run")
+    config["data"]["relative"] = [0]
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    refused(vla0("train", "--config", tmp_path / "config.yaml"), "'relative'", "called 'relative_dims' now")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from vla0.doctor import Finding, _try, draw, examine, screen
+from vla0.doctor import Finding, _try, diagnose, draw, findings_table
 from vla0.errors import InputError
 
 
@@ -19,7 +19,7 @@ def doctor(*words, **variables):
 
 
 def test_this_machine_passes_where_the_tests_pass():
-    found = {line.name: line for line in examine()}
+    found = {line.name: line for line in diagnose()}
     for name in ("Python", "torch", "transformers"):
         assert found[name].fine, found[name]
 
@@ -53,4 +53,4 @@ def test_whatever_breaks_is_a_line_on_the_screen():
     line = _try("drawing", broken, "install it", ("eval",))
     assert line == Finding("drawing", False, "OSError: libGL.so.1: cannot open shared object file", "install it", ("eval",))
     assert _try("meshes", refused, "install it", ()).remedy == "fetch them"
-    assert screen([line, Finding("all else", True, "well")]).row_count == 3
+    assert findings_table([line, Finding("all else", True, "well")]).row_count == 3

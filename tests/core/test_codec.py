@@ -19,19 +19,21 @@ def codecs(draw):
     low = draw(st.lists(bound, min_size=dimensions, max_size=dimensions))
     span = draw(st.lists(st.one_of(st.just(0.0), st.floats(2**-10, 1e3, width=32)), min_size=dimensions, max_size=dimensions))
     high = [a + b for a, b in zip(low, span, strict=True)]
-    return ActionCodec(make_spec(low=low, high=high, horizon=draw(st.integers(1, 9)), bins=draw(BINS)))
+    return ActionCodec(make_spec(low=low, high=high, chunk_size=draw(st.integers(1, 9)), bins=draw(BINS)))
 
 
 def chunk_of(codec, data, below=0.0, above=1.0):
-    size = codec.horizon * codec.dimensions
+    size = codec.chunk_size * codec.dimensions
     share = data.draw(st.lists(st.floats(below, above), min_size=size, max_size=size))
-    return codec.low + np.array(share).reshape(codec.horizon, codec.dimensions) * (codec.high - codec.low)
+    return codec.low + np.array(share).reshape(codec.chunk_size, codec.dimensions) * (codec.high - codec.low)
 
 
 @given(codecs(), st.data())
 def test_read_inverts_write(codec, data):
-    size = codec.horizon * codec.dimensions
-    levels = np.array(data.draw(st.lists(st.integers(0, codec.bins), min_size=size, max_size=size))).reshape(codec.horizon, -1)
+    size = codec.chunk_size * codec.dimensions
+    levels = np.array(data.draw(st.lists(st.integers(0, codec.bins), min_size=size, max_size=size))).reshape(
+        codec.chunk_size, -1
+    )
     np.testing.assert_array_equal(codec.read(codec.write(levels)), levels)
 
 
@@ -45,8 +47,10 @@ def test_decode_is_at_most_half_a_level_from_what_was_encoded(codec, data):
 
 @given(codecs(), st.data())
 def test_encode_inverts_decode(codec, data):
-    size = codec.horizon * codec.dimensions
-    levels = np.array(data.draw(st.lists(st.integers(0, codec.bins), min_size=size, max_size=size))).reshape(codec.horizon, -1)
+    size = codec.chunk_size * codec.dimensions
+    levels = np.array(data.draw(st.lists(st.integers(0, codec.bins), min_size=size, max_size=size))).reshape(
+        codec.chunk_size, -1
+    )
     apart = (codec.high - codec.low) / codec.bins > 1e-6 * np.maximum(np.abs(codec.low), np.abs(codec.high))  # in float32
     np.testing.assert_array_equal(codec.encode(codec.decode(levels))[:, apart], levels[:, apart])
 
@@ -128,15 +132,15 @@ def spelled(grammar, text):
 
 @given(codecs(), st.data())
 def test_the_grammar_admits_every_chunk(codec, data):
-    size = codec.horizon * codec.dimensions
+    size = codec.chunk_size * codec.dimensions
     numbers = data.draw(st.lists(st.integers(0, codec.bins), min_size=size, max_size=size))
-    text = codec.write(np.array(numbers).reshape(codec.horizon, -1))
+    text = codec.write(np.array(numbers).reshape(codec.chunk_size, -1))
     assert spelled(Grammar(codec.bins, size), text)
 
 
 @given(codecs(), st.randoms(use_true_random=False))
 def test_every_walk_through_the_grammar_is_a_chunk(codec, random):
-    grammar = Grammar(codec.bins, codec.horizon * codec.dimensions)
+    grammar = Grammar(codec.bins, codec.chunk_size * codec.dimensions)
     state, text = grammar.start, ""
     while symbols := grammar.allowed(state):
         symbol = random.choice(symbols)
@@ -148,7 +152,7 @@ def test_every_walk_through_the_grammar_is_a_chunk(codec, random):
 
 @given(BINS, st.text(alphabet="0123456789 ", max_size=12))
 def test_the_grammar_admits_only_what_read_accepts(bins, text):
-    codec = ActionCodec(make_spec(low=(0.0,), high=(1.0,), horizon=2, bins=bins))
+    codec = ActionCodec(make_spec(low=(0.0,), high=(1.0,), chunk_size=2, bins=bins))
     fine = re.fullmatch(r"(0|[1-9]\d*) (0|[1-9]\d*)", text) and all(int(n) <= bins for n in text.split(" "))
     assert spelled(Grammar(bins, 2), text) == bool(fine)
     if fine:

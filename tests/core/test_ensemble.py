@@ -7,24 +7,28 @@ from vla0 import InputError
 from vla0.core.ensemble import NONE, TemporalEnsemble, ensemble_actions, weights_by_age
 
 
-def chunks_of(horizon, count, dimensions=2):
-    return np.random.default_rng(0).normal(size=(count, horizon, dimensions)).astype(np.float32)
+def chunks_of(chunk_size, count, dimensions=2):
+    return np.random.default_rng(0).normal(size=(count, chunk_size, dimensions)).astype(np.float32)
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.sampled_from(["mean", "v1", "v2:0.8"]), st.integers(1, 20))
-def test_an_action_is_the_weighted_mean_of_all_predictions_for_its_instant(horizon, replan, name, steps):
-    if -(-horizon // replan) < 2 or replan > horizon:
+def test_an_action_is_the_weighted_mean_of_all_predictions_for_its_instant(chunk_size, n_action_steps, name, steps):
+    if -(-chunk_size // n_action_steps) < 2 or n_action_steps > chunk_size:
         with pytest.raises(InputError):
-            TemporalEnsemble(horizon, replan, name)
+            TemporalEnsemble(chunk_size, n_action_steps, name)
         return
-    chunks = chunks_of(horizon, steps)
-    ensemble = TemporalEnsemble(horizon, replan, name)
-    weights = weights_by_age(name, -(-horizon // replan))
+    chunks = chunks_of(chunk_size, steps)
+    ensemble = TemporalEnsemble(chunk_size, n_action_steps, name)
+    weights = weights_by_age(name, -(-chunk_size // n_action_steps))
     for step in range(steps):
-        if step % replan == 0:
+        if step % n_action_steps == 0:
             ensemble.add(chunks[step], step)
-        newest = step - step % replan
-        pairs = [(chunks[q][step - q], weights[age]) for age, q in enumerate(range(newest, -1, -replan)) if step - q < horizon]
+        newest = step - step % n_action_steps
+        pairs = [
+            (chunks[q][step - q], weights[age])
+            for age, q in enumerate(range(newest, -1, -n_action_steps))
+            if step - q < chunk_size
+        ]
         expected = sum(row.astype(np.float64) * w for row, w in pairs) / sum(w for _, w in pairs)
         np.testing.assert_allclose(ensemble.action(step), expected, rtol=1e-5, atol=1e-6)
 
@@ -49,10 +53,10 @@ def test_ensembling_that_would_do_nothing_is_refused(weights):
     TemporalEnsemble(8, 8, NONE)
 
 
-@pytest.mark.parametrize("replan", [0, 9])
-def test_a_replan_beyond_the_chunk_is_refused(replan):
+@pytest.mark.parametrize("n_action_steps", [0, 9])
+def test_a_replan_beyond_the_chunk_is_refused(n_action_steps):
     with pytest.raises(InputError):
-        TemporalEnsemble(8, replan, NONE)
+        TemporalEnsemble(8, n_action_steps, NONE)
 
 
 def test_without_ensembling_the_newest_chunk_alone_acts():

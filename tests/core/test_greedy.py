@@ -48,12 +48,12 @@ def test_stopping_early_saves_the_passes(policy):
     whole = len(passes)
     decode(policy.model, batch, policy.prompt, 1)
     hook.remove()
-    assert len(passes) - whole <= whole / policy.spec.horizon + 1
+    assert len(passes) - whole <= whole / policy.spec.chunk_size + 1
 
 
 def test_decoding_gives_exactly_a_chunk_whatever_the_weights(policy):
     levels = decode(policy.model, policy.prompt.observe([make_observation(s) for s in range(4)]), policy.prompt)
-    assert levels.shape == (4, policy.spec.horizon, policy.spec.dimensions)
+    assert levels.shape == (4, policy.spec.chunk_size, policy.spec.dimensions)
     assert levels.min() >= 0
     assert levels.max() <= policy.spec.bins
 

@@ -12,7 +12,7 @@ from vla0.core.ensemble import TemporalEnsemble, ensemble_actions, weighted_mean
 from vla0.core.relative import from_written, shortest, to_written, wrapped
 from vla0.core.spec import Observation
 from vla0.data.lerobot import DataConfig, Source
-from vla0.robot.limits import Limits
+from vla0.robot.limits import ActionLimits
 from vla0.robot.resample import sampled
 
 TURNS = ((1, -180.0, 180.0),)
@@ -26,8 +26,8 @@ def apart(one, other) -> float:
 
 def wrist(**changes):
     """A Spec whose second dimension is an angle, given as a difference from the state."""
-    fields = {"low": (-1.0, -8.0), "high": (1.0, 8.0), "relative": (1,), "periodic": TURNS}
-    return make_spec(**{**fields, "state": ((0.0, -180.0), (1.0, 180.0)), "horizon": 1, **changes})
+    fields = {"low": (-1.0, -8.0), "high": (1.0, 8.0), "relative_dims": (1,), "periodic": TURNS}
+    return make_spec(**{**fields, "state": ((0.0, -180.0), (1.0, 180.0)), "chunk_size": 1, **changes})
 
 
 @given(ANGLES, st.floats(-7.9, 7.9))
@@ -82,7 +82,7 @@ def test_between_two_angles_lies_the_shorter_way(one, other):
 
 @given(ANGLES, ANGLES, st.floats(0.5, 20))
 def test_a_command_goes_over_the_seam_within_its_bounds_and_its_change(last, wanted, most):
-    limits = Limits((-1.0, -179.8), (1.0, 179.9), step=(1.0, most), periodic=TURNS)
+    limits = ActionLimits((-1.0, -179.8), (1.0, 179.9), step=(1.0, most), periodic=TURNS)
     last = float(np.clip(last, -179.8, 179.9))
     command = limits.safe(np.array([0.0, wanted]), np.array([0.0, last]), 0.1)
     assert -179.8 <= command[1] <= 179.9
@@ -91,14 +91,14 @@ def test_a_command_goes_over_the_seam_within_its_bounds_and_its_change(last, wan
 
 
 def test_a_command_does_not_go_where_no_demonstration_went():
-    limits = Limits((-1.0, -170.0), (1.0, 170.0), step=(1.0, 5.0), periodic=TURNS)
+    limits = ActionLimits((-1.0, -170.0), (1.0, 170.0), step=(1.0, 5.0), periodic=TURNS)
     assert limits.safe(np.array([0.0, -169.0]), np.array([0.0, 169.0]), 0.1)[1] == 164.0  # the long way round
 
 
 @given(ANGLES, st.integers(-2, 2), st.floats(-180, 170), st.floats(5, 350))
 def test_a_command_is_the_nearest_of_its_bounds_on_the_circle(wanted, turns, low, width):
     """Bounds 0 to 350 of a dataset whose angles go from 0 to 360, and a policy that gives back -90: 270, and not 0."""
-    limits = Limits((-1.0, low), (1.0, low + width), periodic=TURNS)
+    limits = ActionLimits((-1.0, low), (1.0, low + width), periodic=TURNS)
     command = limits.safe(np.array([0.0, wanted + 360 * turns]), None, 0.1)[1]
     assert low <= command <= low + width
     nearest = 0.0 if (wanted - low) % 360 <= width else min(apart(wanted, low), apart(wanted, low + width))
@@ -129,16 +129,16 @@ def turning(tmp_path_factory):
 
 
 def test_bounds_of_a_wrist_that_wraps_are_told_of_and_those_of_a_periodic_one_are_its_steps(turning):
-    fields = {"dataset": str(turning), "state": "observation.state", "relative": [1]}
+    fields = {"dataset": str(turning), "state": "observation.state", "relative_dims": [1]}
     plain = Source(DataConfig(**fields))
-    spec = make_spec(base_model="tiny", **{**plain.spec_fields(4), "horizon": 4})
+    spec = make_spec(base_model="tiny", **{**plain.spec_fields(4), "chunk_size": 4})
     assert (spec.low[1], spec.high[1]) == (-357.0, 12.0)
     assert "data.periodic={DIMENSION: [-180, 180]}" in " ".join(plain.problems(spec))
     source = Source(DataConfig(**fields, periodic={1: (-180, 180)}))
     found = source.spec_fields(4)
     assert (found["low"][1], found["high"][1]) == (3.0, 12.0)
-    assert found["most_change"][1] == pytest.approx(3.0)
-    assert not source.problems(make_spec(base_model="tiny", **{**found, "horizon": 4}))
+    assert found["max_step_change"][1] == pytest.approx(3.0)
+    assert not source.problems(make_spec(base_model="tiny", **{**found, "chunk_size": 4}))
 
 
 def test_angles_outside_of_what_is_said_of_them_are_told_of(turning):
@@ -152,7 +152,7 @@ def test_angles_outside_of_what_is_said_of_them_are_told_of(turning):
     ("field", "given"),
     [
         *(("periodic", given) for given in (5, None, [1], {1: 180}, {1: [0]}, {1: ["a", "b"]})), ("depth", 5),
-        ("depth", {"top": 1}), ("mixture", 5), ("relative", 5), ("relative", None), ("num_workers", -1),
+        ("depth", {"top": 1}), ("mixture", 5), ("relative_dims", 5), ("relative_dims", None), ("num_workers", -1),
     ],
 )  # fmt: skip
 def test_what_is_no_setting_of_data_is_refused_in_words(field, given):

@@ -25,12 +25,12 @@ class Corridor:
         return Observation({}, "go", np.array([self.place]))
 
 
-def steady(value, horizon=4):
+def steady(value, chunk_size=4):
     asked = []
 
     def predict(observation):
         asked.append(float(observation.state[0]))
-        return np.full((horizon, 1), value, np.float32)
+        return np.full((chunk_size, 1), value, np.float32)
 
     return predict, asked
 
@@ -44,12 +44,12 @@ def test_an_episode_ends_with_success_or_with_its_steps():
     assert (episode.success, episode.steps) == (False, 6)
 
 
-@pytest.mark.parametrize(("replan", "queries"), [(1, 6), (2, 3), (3, 2)])
-def test_a_query_comes_every_replan_steps(replan, queries):
+@pytest.mark.parametrize(("n_action_steps", "queries"), [(1, 6), (2, 3), (3, 2)])
+def test_a_query_comes_every_replan_steps(n_action_steps, queries):
     predict, asked = steady(0.1)
-    episode = rollout(Corridor(), ChunkPolicy(predict, 4, replan), 0)
+    episode = rollout(Corridor(), ChunkPolicy(predict, 4, n_action_steps), 0)
     assert len(asked) == queries
-    assert [step for step, _ in episode.chunks] == list(range(0, 6, replan))
+    assert [step for step, _ in episode.chunks] == list(range(0, 6, n_action_steps))
 
 
 def test_an_episode_starts_from_nothing():

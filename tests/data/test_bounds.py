@@ -62,7 +62,7 @@ def test_quantiles_are_kept_where_they_differ(values):
 
 def test_a_trigger_that_is_seldom_pulled_can_be_pulled(pulsed):
     source = Source(DataConfig(str(pulsed), CAMERAS, state="observation.state", statistics="quantiles"))
-    spec = Spec(base_model="tiny", horizon=4, **source.spec_fields(4))
+    spec = Spec(base_model="tiny", chunk_size=4, **source.spec_fields(4))
     codec = ActionCodec(spec)
     assert set(codec.decode(codec.encode(source.actions))[:, 2].tolist()) == {0.0, 1.0}
     assert (spec.state[0][2], spec.state[1][2]) == (0.0, 1.0)
@@ -115,7 +115,7 @@ def test_relative_bounds_far_wider_than_the_usual_step_are_told_of(turn, written
     assert f"data.periodic={{DIMENSION: [{written}]}}".replace("[[", "[").replace("]]", "]") in said
 
 
-@pytest.mark.parametrize("change", ["an action", "a sentence", "an episode"])
+@pytest.mark.parametrize("change", ["an action", "an instruction", "an episode"])
 def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, change):
     import pandas
     from conftest import make_dataset
@@ -132,7 +132,7 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, change):
 
         shutil.rmtree(folder)
         make_dataset(folder, lengths=(6, 4, 5))
-    elif change == "a sentence":
+    elif change == "an instruction":
         file = folder / "meta" / "tasks.parquet"
         pandas.read_parquet(file).rename(index={"open the drawer": "close the drawer"}).to_parquet(file)
     else:
@@ -140,6 +140,6 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(tmp_path, change):
         table = pandas.read_parquet(file)
         table.at[3, "action"] = table.at[3, "action"] + np.float32(0.25)
         table.to_parquet(file)
-    named = {"an action": "other numbers", "a sentence": "other sentences", "an episode": "other rows"}[change]
+    named = {"an action": "other numbers", "an instruction": "other instructions", "an episode": "other rows"}[change]
     with pytest.raises(InputError, match=named):
         main(longer)

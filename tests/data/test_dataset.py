@@ -19,13 +19,13 @@ from vla0.data.lerobot import DataConfig, Source
 
 
 def spec_of(source: Source, **changes):
-    fields = {**source.spec_fields(changes.get("horizon", 3)), **changes}
+    fields = {**source.spec_fields(changes.get("chunk_size", 3)), **changes}
     return make_spec(**fields)
 
 
 def test_a_row_becomes_the_sample_that_was_recorded(dataset):
     source = source_of(dataset)
-    sample = source.sample(7, horizon=3, history=1)  # second episode, step 1
+    sample = source.sample(7, chunk_size=3, history=1)  # second episode, step 1
     assert sample.observation.instruction == TASKS[1]
     np.testing.assert_allclose(sample.observation.state, np.array([11.0, 11.1, 11.2]) / 2, rtol=1e-6)
     np.testing.assert_allclose(sample.actions, [[11, 11.1, 11.2], [12, 12.1, 12.2], [13, 13.1, 13.2]], rtol=1e-6)
@@ -37,7 +37,7 @@ def test_a_row_becomes_the_sample_that_was_recorded(dataset):
 def test_a_chunk_never_crosses_an_episodes_end(dataset):
     source = source_of(dataset)
     for row in range(len(source)):
-        sample = source.sample(row, horizon=4, history=1)
+        sample = source.sample(row, chunk_size=4, history=1)
         step, last = row - source.start[row], source.end[row] - 1 - source.start[row]
         expected = [min(step + ahead, last) + 10 * source.episode_of[row] for ahead in range(4)]
         np.testing.assert_allclose(sample.actions[:, 0], expected)
@@ -77,7 +77,7 @@ def test_quantile_bounds_lie_inside_and_what_clips_is_counted(dataset):
 
 
 def test_bounds_of_relative_actions_are_over_all_chunks(dataset):
-    source = source_of(dataset, relative=[0])
+    source = source_of(dataset, relative_dims=[0])
     fields = source.spec_fields(3)
     chunks = np.concatenate([source.sample(row, 3, 1).actions[:, :1] - source.states[row, :1] for row in range(len(source))])
     np.testing.assert_allclose((fields["low"][0], fields["high"][0]), (chunks.min(), chunks.max()), rtol=1e-6)
@@ -136,7 +136,7 @@ def test_pictures_of_other_rows_and_cameras_are_not_decoded(dataset, monkeypatch
     decoded = []
     original = Image.Image.load
     monkeypatch.setattr(Image.Image, "load", lambda self: (decoded.append(id(self)), original(self))[1])
-    source.sample(3, horizon=8, history=1)
+    source.sample(3, chunk_size=8, history=1)
     assert len(set(decoded)) <= 2  # the picture, and its RGB form
 
 

@@ -26,7 +26,7 @@ def other(tmp_path_factory):
 
 def parts_of(dataset, other, **changes):
     sources = [Source(DataConfig(str(d), CAMERAS, state="observation.state", **changes)) for d in (dataset, other)]
-    common = {"cameras": ("front",), "horizon": 2, "bins": 100, "image_size": 56, "system": "Write {numbers} integers."}
+    common = {"cameras": ("front",), "chunk_size": 2, "bins": 100, "image_size": 56, "system": "Write {numbers} integers."}
     return [Samples(s, make_spec(**{**s.spec_fields(2), **common}), seed=3) for s in sources]
 
 
@@ -217,7 +217,7 @@ def test_a_depth_map_is_one_more_picture_in_training_and_acting(tmp_path, proces
     dataset.finalize()
     cameras = {"top": "observation.images.top", "far": "observation.images.depth"}
     source = Source(DataConfig(str(tmp_path / "d"), cameras, depth={"far": [0.2, 1.2]}))
-    spec = Spec(base_model="tiny", **source.spec_fields(2), horizon=2, image_size=56, crop=1.0)
+    spec = Spec(base_model="tiny", **source.spec_fields(2), chunk_size=2, image_size=56, crop=1.0)
     assert spec.depth == (("far", 0.2, 1.2),)
     prompt = Prompt(spec, processor)
     recorded = prompt.observe([source.sample(2, 2, 1).observation])

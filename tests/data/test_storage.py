@@ -55,7 +55,7 @@ def test_a_sentence_is_found_by_its_number_where_numbers_are_missing(folder):
 
 def test_a_number_without_a_sentence_is_named(folder):
     changed(folder / "meta" / "tasks.parquet", lambda table: table.assign(task_index=[0, 7]))
-    with pytest.raises(InputError, match=r"task_index 1 in episode 1, and sentences \[0, 7\]"):
+    with pytest.raises(InputError, match=r"task_index 1 in episode 1, and instructions \[0, 7\]"):
         Source(DataConfig(str(folder), CAMERAS))
 
 
@@ -84,7 +84,7 @@ def test_a_revision_of_a_folder_is_refused(folder):
 
 def test_a_table_without_sentences_is_refused(folder):
     changed(folder / "meta" / "tasks.parquet", lambda table: table.reset_index(drop=True))
-    with pytest.raises(InputError, match="sentences and their task_index"):
+    with pytest.raises(InputError, match="instructions and their task_index"):
         Stored(folder)
 
 
@@ -281,7 +281,7 @@ def test_a_camera_that_is_flagged_as_depth_is_no_picture(folder):
         (lambda table: table.assign(task_index=[0.5, 1.0]), "whole numbers as task_index"),
         (lambda table: table.assign(task_index=["a", "b"]), "whole numbers as task_index"),
         (lambda table: table.assign(task_index=[0, None]), "whole numbers as task_index"),
-        (lambda table: table.assign(task_index=[0, 0]), "one sentence for task_index 0"),
+        (lambda table: table.assign(task_index=[0, 0]), "one instruction for task_index 0"),
     ],
 )
 def test_numbers_of_sentences_that_are_none_are_named(folder, change, named):

@@ -4,16 +4,16 @@ import torch
 from conftest import make_observation
 
 from vla0 import InputError
-from vla0.decode import Fast
+from vla0.decode import SpeculativeDecoder
 from vla0.decode.approximate import ENOUGH, MODES
 from vla0.decode.draft import Tree
 
 
 def test_nothing_is_inexact_unless_asked_for(policy):
-    assert policy.decoder.enough == 1
-    relaxed = policy.inexact("relaxed")
-    assert relaxed.decoder.enough == ENOUGH < 1
-    assert policy.decoder.enough == 1
+    assert policy.decoder.acceptance_ratio == 1
+    relaxed = policy.approximate("relaxed")
+    assert relaxed.decoder.acceptance_ratio == ENOUGH < 1
+    assert policy.decoder.acceptance_ratio == 1
     assert relaxed.model is policy.model
 
 
@@ -33,8 +33,11 @@ def test_a_guess_passes_that_is_likely_enough_where_the_pick_was_not_guessed():
 
 def test_relaxed_decoding_takes_fewer_passes_and_still_writes_whole_chunks(policy):
     batch = policy.prompt.observe([make_observation(seed) for seed in range(3)])
-    exact, relaxed = Fast(policy.model, policy.prompt, 16), Fast(policy.model, policy.prompt, 16, enough=0.01)
-    guess = list(np.full((3, policy.spec.horizon, policy.spec.dimensions), 37))
+    exact, relaxed = (
+        SpeculativeDecoder(policy.model, policy.prompt, 16),
+        SpeculativeDecoder(policy.model, policy.prompt, 16, acceptance_ratio=0.01),
+    )
+    guess = list(np.full((3, policy.spec.chunk_size, policy.spec.dimensions), 37))
     first, other = exact.decode(batch, guesses=guess), relaxed.decode(batch, guesses=guess)
     assert relaxed.passes < exact.passes
     assert first.shape == other.shape
@@ -44,29 +47,29 @@ def test_relaxed_decoding_takes_fewer_passes_and_still_writes_whole_chunks(polic
 @pytest.mark.parametrize(("mode", "near"), [("int8", 0.02), ("nf4", 0.5)])  # layers of 48 numbers: coarser than any real one
 def test_weights_in_few_bits_are_a_copys_and_nearly_the_same(policy, mode, near):
     before = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
-    other = policy.inexact(mode)
+    other = policy.approximate(mode)
     assert all(torch.equal(before[name], weight) for name, weight in policy.model.state_dict().items())
     layer, own = policy.model.model.language_model.layers[0].mlp, other.model.model.language_model.layers[0].mlp
     x = torch.randn(1, 4, policy.model.config.text_config.hidden_size)
     with torch.inference_mode():
         error = (layer(x) - own(x)).abs().mean() / layer(x).abs().mean()
     assert 0 < error < near
-    assert other.predict_batch([make_observation(0)]).shape == (1, policy.spec.horizon, policy.spec.dimensions)
+    assert other.predict_batch([make_observation(0)]).shape == (1, policy.spec.chunk_size, policy.spec.dimensions)
 
 
 @pytest.mark.parametrize("mode", ["int8", "nf4"])
 def test_few_bits_are_not_saved_as_a_checkpoint(policy, tmp_path, mode):
     with pytest.raises(InputError, match="exact"):
-        policy.inexact(mode).save_pretrained(tmp_path / "x")
+        policy.approximate(mode).save_pretrained(tmp_path / "x")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine may multiply in fp8")
 def test_fp8_without_a_gpu_that_has_it_is_refused_with_what_to_use_instead(policy):
     with pytest.raises(InputError, match="int8"):
-        policy.inexact("fp8")
+        policy.approximate("fp8")
 
 
 def test_an_unknown_mode_is_refused(policy):
     with pytest.raises(InputError, match="relaxed"):
-        policy.inexact("int2")
+        policy.approximate("int2")
     assert set(MODES) == {"relaxed", "fp8", "int8", "nf4"}

@@ -9,8 +9,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vla0 import InputError
 from vla0.checkpoint.tiny import tiny_model
-from vla0.decode import Fast, decode, engine
-from vla0.decode.vision_tower import Sight
+from vla0.decode import SpeculativeDecoder, decode, engine
+from vla0.decode.vision_tower import VisionTower
 from vla0.policy import VLA0
 
 SMALL = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
@@ -18,12 +18,12 @@ SMALL = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layer
 
 @pytest.fixture(scope="module")
 def small(processor):
-    return VLA0(tiny_model(processor, **SMALL, seed=3), processor, make_spec(bins=100, horizon=2))
+    return VLA0(tiny_model(processor, **SMALL, seed=3), processor, make_spec(bins=100, chunk_size=2))
 
 
-def of_fixed_size(policy: VLA0, width: int = 12) -> Fast:
+def of_fixed_size(policy: VLA0, width: int = 12) -> SpeculativeDecoder:
     """As on a GPU, where passes are captured."""
-    fast = Fast(policy.model, policy.prompt, width)
+    fast = SpeculativeDecoder(policy.model, policy.prompt, width)
     fast.engine.fixed = True
     return fast
 
@@ -36,7 +36,7 @@ def test_the_tower_sees_what_the_unmodified_one_sees(processor):
     patches = torch.randn(sum(h * w for _, h, w in grids), 1176)
     with torch.inference_mode():
         expected = torch.cat(list(model.model.get_image_features(patches, torch.tensor(grids)).pooler_output))
-        sight = Sight(model.model.visual, grids, model.device)
+        sight = VisionTower(model.model.visual, grids, model.device)
         windows, whole, _ = (len(told["cu_seqlens"].tolist()) for told in sight.told)
         assert windows > whole == len(grids)
         torch.testing.assert_close(sight(patches), expected, rtol=1e-5, atol=1e-6)
@@ -65,7 +65,7 @@ def test_a_captured_pass_is_a_function_of_its_tensors_and_asks_nothing_of_the_de
         def __call__(self, *inputs):
             return self.graph(*inputs)
 
-    monkeypatch.setattr(engine, "Replay", Recorded)
+    monkeypatch.setattr(engine, "CudaGraph", Recorded)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 1)
     fast = of_fixed_size(small)
     fast.engine.capturing = True
@@ -80,7 +80,7 @@ def test_without_memory_to_capture_decoding_goes_on_and_says_so(small, monkeypat
     def full(*_):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(engine, "Replay", full)
+    monkeypatch.setattr(engine, "CudaGraph", full)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 1)
     fast = of_fixed_size(small)
     fast.engine.capturing = True
@@ -93,6 +93,6 @@ def test_without_memory_to_capture_decoding_goes_on_and_says_so(small, monkeypat
 def test_a_prompt_longer_than_the_model_can_read_is_refused(processor):
     model = tiny_model(processor, **SMALL)
     model.config.text_config.max_position_embeddings = 60
-    policy = VLA0(model, processor, make_spec(bins=100, horizon=2))
+    policy = VLA0(model, processor, make_spec(bins=100, chunk_size=2))
     with pytest.raises(InputError, match="60 tokens at most"):
         policy.predict_batch([make_observation(0)])

@@ -13,7 +13,7 @@ from conftest import make_observation, make_spec
 pytest.importorskip("triton")
 
 from vla0.checkpoint.tiny import tiny_model
-from vla0.decode import Fast, decode
+from vla0.decode import SpeculativeDecoder, decode
 from vla0.decode import speculative as fast_module
 from vla0.decode.invariant import Trees, broken, gathered
 from vla0.policy import VLA0
@@ -21,7 +21,7 @@ from vla0.policy import VLA0
 SMALL = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
 
 
-class Heard(Fast):
+class Heard(SpeculativeDecoder):
     """Remembers what the model said at each symbol that was written."""
 
     def _advance(self, row, tree, picks, shares):
@@ -88,7 +88,11 @@ for seed, dtype, near in ((0, torch.float32, 1e-5), (1, torch.float16, 2e-3)):
         assert torch.equal(alone[0, 0], whole[row, node])
 print("fine")
 """
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.path.dirname(os.path.dirname(__file__))}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join((os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__)))),
+    }
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "fine", done.stderr[-2000:]
 
@@ -103,12 +107,12 @@ def test_where_the_kernel_cannot_run_it_says_so_and_decoding_goes_on_without(sma
 
 @pytest.fixture(scope="module")
 def small(processor):
-    return VLA0(tiny_model(processor, **SMALL, seed=3), processor, make_spec(bins=100, horizon=2))
+    return VLA0(tiny_model(processor, **SMALL, seed=3), processor, make_spec(bins=100, chunk_size=2))
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_invariant_passes_write_the_tokens_of_plain_decoding(small, rows):
-    fast = Fast(small.model, small.prompt, 12, invariant=True)
+    fast = SpeculativeDecoder(small.model, small.prompt, 12, invariant=True)
     for seed in range(3):
         batch = small.prompt.observe([make_observation(10 * seed + row) for row in range(rows)])
         np.testing.assert_array_equal(fast.decode(batch), decode(small.model, batch, small.prompt))
@@ -132,7 +136,7 @@ def test_in_bf16_a_guess_that_was_right_leaves_what_no_guess_leaves_bit_for_bit(
 @pytest.mark.parametrize("invariant", [False, True])
 def test_compiled_layers_write_the_same_tokens_and_leave_the_model_alone(small, invariant):
     before = [type(layer) for layer in small.model.model.language_model.layers]
-    fast = Fast(small.model, small.prompt, 12, compiled=True, invariant=invariant)
+    fast = SpeculativeDecoder(small.model, small.prompt, 12, compiled=True, invariant=invariant)
     for seed in range(3):
         batch = small.prompt.observe([make_observation(seed)])
         np.testing.assert_array_equal(fast.decode(batch), decode(small.model, batch, small.prompt))

@@ -138,7 +138,7 @@ def test_a_remote_chunk_goes_on_from_what_is_committed(both):
     here, there, own = both
     chunk = here.predict_batch([make_observation(0)])[0]
     for count in (1, 2):
-        seen = replace(make_observation(0), committed=chunk[:count] + np.float32(0.2))
+        seen = replace(make_observation(0), action_prefix=chunk[:count] + np.float32(0.2))
         np.testing.assert_array_equal(there.predict_batch([seen]), here.predict_batch([seen]))
         np.testing.assert_array_equal(list(there.predict_stream(seen)), list(here.predict_stream(seen)))
     assert own.requests[-1][1]["continue_final_message"]
@@ -146,7 +146,7 @@ def test_a_remote_chunk_goes_on_from_what_is_committed(both):
 
 def test_a_server_may_repeat_what_was_begun(policy):
     chunk = policy.predict_batch([make_observation(0)])[0]
-    seen = replace(make_observation(0), committed=chunk[:1] + np.float32(0.2))
+    seen = replace(make_observation(0), action_prefix=chunk[:1] + np.float32(0.2))
     with engine(policy, repeats=True) as (url, _):
         np.testing.assert_array_equal(VLA0.remote(url, policy.spec).predict_batch([seen]), policy.predict_batch([seen]))
     other = json.dumps({"choices": [{"message": {"content": "7 7"}}]})
@@ -170,7 +170,7 @@ def test_a_remote_policy_acts_in_the_loop(both):
     here.reset()
 
 
-@pytest.mark.parametrize("changes", [{"tile": False, "vision_id": True}, {"state": None}, {"bins": 255, "horizon": 2}])
+@pytest.mark.parametrize("changes", [{"tile": False, "vision_id": True}, {"state": None}, {"bins": 255, "chunk_size": 2}])
 def test_every_look_of_a_spec_is_sent_as_it_was_trained(policy, changes):
     here = VLA0(policy.model, policy.processor, make_spec(**changes))
     with engine(here) as (url, _):
@@ -258,7 +258,7 @@ def test_a_server_that_is_gone_or_silent_is_told_from_one_that_refuses(policy):
         lambda: VLA0.remote(url, policy.spec, engine="mine"),
         lambda: VLA0.remote(url, make_spec(image_size=28)),
         lambda: there.save_pretrained("x"),
-        lambda: there.inexact("relaxed"),
+        lambda: there.approximate("relaxed"),
     ):
         with pytest.raises(InputError):
             make()

@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from vla0 import InputError
 from vla0.checkpoint.tiny import tiny_model
 from vla0.core.codec import Grammar
-from vla0.decode import Fast, Reference, decode, decoder
+from vla0.decode import GreedyDecoder, SpeculativeDecoder, decode, decoder
 from vla0.decode import tree_size as width
 from vla0.decode.draft import Draft, Expectation, Tree, after
 from vla0.policy import VLA0
 
 WAYS = {
-    "one token a pass": {"width": 1, "tail": 0.0},
-    "forced": {"width": 4, "tail": 0.0, "least": 0.999, "learning": False},
-    "blind": {"width": 40, "tail": 0.0, "learning": False},
-    "tree": {"width": 16, "tail": 0.0},
-    "tail": {"width": 16, "tail": 1.0},
-    "default": {"width": 33},
+    "one token a pass": {"tree_size": 1, "chain_fraction": 0.0},
+    "forced": {"tree_size": 4, "chain_fraction": 0.0, "min_probability": 0.999, "learning": False},
+    "blind": {"tree_size": 40, "chain_fraction": 0.0, "learning": False},
+    "tree": {"tree_size": 16, "chain_fraction": 0.0},
+    "chain": {"tree_size": 16, "chain_fraction": 1.0},
+    "default": {"tree_size": 33},
 }
 
 
@@ -30,7 +30,7 @@ WAYS = {
 def random_policy(request, processor):
     """Policies with random weights and 1, 3 and 4 digits."""
     small = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
-    spec = make_spec(bins=request.param, horizon=2)
+    spec = make_spec(bins=request.param, chunk_size=2)
     return VLA0(tiny_model(processor, **small, seed=request.param), processor, spec)
 
 
@@ -38,7 +38,7 @@ def random_policy(request, processor):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_every_way_writes_the_plain_decoders_tokens(random_policy, way, rows):
     policy, rng = random_policy, np.random.default_rng(0)
-    fast = Fast(policy.model, policy.prompt, **WAYS[way])
+    fast = SpeculativeDecoder(policy.model, policy.prompt, **WAYS[way])
     for seed in range(3):
         batch = policy.prompt.observe([make_observation(10 * seed + row) for row in range(rows)])
         expected = decode(policy.model, batch, policy.prompt)
@@ -63,7 +63,7 @@ def test_a_true_guess_saves_passes(random_policy):
     expected = decode(policy.model, batch, policy.prompt)
     passes = {}
     for name, guesses in {"none": None, "true": [expected[0]]}.items():
-        fast = Fast(policy.model, policy.prompt, 24, tail=1.0, learning=False)
+        fast = SpeculativeDecoder(policy.model, policy.prompt, 24, chain_fraction=1.0, learning=False)
         fast.decode(batch, guesses=guesses)
         passes[name] = fast.passes
     assert passes["true"] < passes["none"]
@@ -73,7 +73,7 @@ def test_a_true_guess_saves_passes(random_policy):
 def test_rows_of_a_batch_do_not_touch_each_other(random_policy):
     policy = random_policy
     observations = [make_observation(seed) for seed in range(4)]
-    fast = Fast(policy.model, policy.prompt, 16)
+    fast = SpeculativeDecoder(policy.model, policy.prompt, 16)
     together = fast.decode(policy.prompt.observe(observations))
     for row, observation in enumerate(observations):
         np.testing.assert_array_equal(together[row], fast.decode(policy.prompt.observe([observation]))[0])
@@ -86,13 +86,13 @@ def test_both_kinds_of_attention_are_driven(policy, kind):
     before = policy.model.config._attn_implementation
     try:
         policy.model.set_attn_implementation(kind)
-        np.testing.assert_array_equal(Fast(policy.model, policy.prompt, 16).decode(batch), expected)
+        np.testing.assert_array_equal(SpeculativeDecoder(policy.model, policy.prompt, 16).decode(batch), expected)
     finally:
         policy.model.set_attn_implementation(before)
 
 
 def test_stopping_early_changes_no_number_and_saves_passes(policy):
-    fast = Fast(policy.model, policy.prompt, 4)
+    fast = SpeculativeDecoder(policy.model, policy.prompt, 4)
     batch = policy.prompt.observe([make_observation(0)])
     whole = fast.decode(batch)
     most = fast.passes
@@ -103,7 +103,7 @@ def test_stopping_early_changes_no_number_and_saves_passes(policy):
 def test_a_stream_gives_each_step_once_and_the_first_before_the_last_pass(policy):
     observation = make_observation(0)
     policy = VLA0(policy.model, policy.processor, policy.spec)
-    policy.decoder = Fast(policy.model, policy.prompt, 4)
+    policy.decoder = SpeculativeDecoder(policy.model, policy.prompt, 4)
     passes, at = [], []
     hook = policy.model.model.language_model.register_forward_pre_hook(lambda *_: passes.append(1))
     stream = []
@@ -117,7 +117,7 @@ def test_a_stream_gives_each_step_once_and_the_first_before_the_last_pass(policy
 
 
 def test_a_stream_that_another_decode_has_overtaken_says_so(policy):
-    decoder, batch = Fast(policy.model, policy.prompt, 4), policy.prompt.observe([make_observation(0)])
+    decoder, batch = SpeculativeDecoder(policy.model, policy.prompt, 4), policy.prompt.observe([make_observation(0)])
     stream = decoder.stream(batch)
     next(stream)
     whole = decoder.decode(batch)
@@ -131,7 +131,7 @@ def test_what_was_expected_changes_no_action(policy):
     actions = policy.predict_batch([observation])
     for expected in (actions[0], actions[0][:1], -actions[0]):
         seen = make_observation(0)
-        object.__setattr__(seen, "expected", expected)
+        object.__setattr__(seen, "draft_actions", expected)
         np.testing.assert_array_equal(policy.predict_batch([seen]), actions)
 
 
@@ -140,7 +140,7 @@ def test_what_was_expected_changes_no_action(policy):
 )
 def test_an_expectation_of_another_shape_is_refused(policy, expected):
     seen = make_observation(0)
-    object.__setattr__(seen, "expected", expected)
+    object.__setattr__(seen, "draft_actions", expected)
     with pytest.raises(InputError):
         policy.predict_batch([seen])
 
@@ -148,7 +148,7 @@ def test_an_expectation_of_another_shape_is_refused(policy, expected):
 def test_a_guess_of_another_shape_is_refused(policy):
     batch = policy.prompt.observe([make_observation(0)])
     with pytest.raises(InputError, match="guess of shape"):
-        Fast(policy.model, policy.prompt, 4).decode(batch, guesses=[np.zeros((1, 3), np.int64)])
+        SpeculativeDecoder(policy.model, policy.prompt, 4).decode(batch, guesses=[np.zeros((1, 3), np.int64)])
 
 
 def test_a_model_that_the_engine_cannot_drive_is_decoded_plainly_and_the_log_says_so(policy, caplog):
@@ -158,9 +158,9 @@ def test_a_model_that_the_engine_cannot_drive_is_decoded_plainly_and_the_log_say
     other = Other(policy.model.config)
     with caplog.at_level(logging.WARNING):
         found = decoder(other, policy.prompt)
-    assert isinstance(found, Reference)
+    assert isinstance(found, GreedyDecoder)
     assert "Other is not Qwen2.5-VL" in caplog.text
-    assert isinstance(decoder(policy.model, policy.prompt), Fast)
+    assert isinstance(decoder(policy.model, policy.prompt), SpeculativeDecoder)
 
 
 @given(st.data())
@@ -230,11 +230,11 @@ def test_the_width_is_measured_once_and_kept(policy, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured, engine = [], policy.decoder.engine
     monkeypatch.setattr(width, "measure", lambda model: measured.append(1) or {1: 1.0, 8: 1.2, 16: 9.0})
-    assert width.width(engine) == width.width(engine) == 8
+    assert width.measured_tree_size(engine) == width.measured_tree_size(engine) == 8
     assert len(measured) == 1
-    width.width(engine, fresh=True)
+    width.measured_tree_size(engine, fresh=True)
     width.cache_file().write_text("{")
-    assert width.width(engine) == 8
+    assert width.measured_tree_size(engine) == 8
     assert len(measured) == 3
     assert json.loads(width.cache_file().read_text())
 
@@ -255,5 +255,5 @@ def test_the_measurement_times_passes(policy):
 def test_the_engine_works_in_bf16_too(policy):
     half = VLA0(type(policy.model)(policy.model.config).to(torch.bfloat16), policy.processor, policy.spec)
     batch = half.prompt.observe([make_observation(0)])
-    levels = Fast(half.model, half.prompt, 16).decode(batch)
-    assert levels.shape == (1, half.spec.horizon, half.spec.dimensions)
+    levels = SpeculativeDecoder(half.model, half.prompt, 16).decode(batch)
+    assert levels.shape == (1, half.spec.chunk_size, half.spec.dimensions)

@@ -8,7 +8,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vla0.checkpoint.tiny import tiny_model
 from vla0.decode import window_attention as windows
-from vla0.decode.vision_tower import Sight
+from vla0.decode.vision_tower import VisionTower
 from vla0.decode.window_attention import NAME, in_windows
 
 SMALL = {"width": 48, "layers": 1, "heads": 3, "vision_width": 32, "vision_layers": 3, "vision_heads": 2}
@@ -32,7 +32,9 @@ def test_windows_at_once_give_what_each_gives_alone(processor, grids):
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     with torch.inference_mode():
-        torch.testing.assert_close(Sight(model.model.visual, grids, model.device)(patches), results[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            VisionTower(model.model.visual, grids, model.device)(patches), results[0][0], rtol=1e-4, atol=1e-5
+        )
 
 
 def test_all_windows_of_a_size_are_one_call(processor, monkeypatch):

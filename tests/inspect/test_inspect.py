@@ -16,8 +16,8 @@ from vla0.inspect import cost
 from vla0.inspect import examine as module
 from vla0.inspect.cost import rate
 from vla0.inspect.examine import examine
-from vla0.inspect.own import recipe, write_recipe
-from vla0.inspect.page import duration, facts, page, screen
+from vla0.inspect.own import config_to_inspect, write_own_config
+from vla0.inspect.page import duration, facts, page, survey_table
 from vla0.train.config import Lora, ModelConfig, TrainConfig, build, read_config, read_yaml
 from vla0.train.run import main
 
@@ -45,7 +45,7 @@ def altered(monkeypatch):
 def test_a_survey_counts_what_is_there(dataset):
     survey = examine(config_of(dataset))
     assert (survey.episodes, survey.frames, survey.fps, survey.lengths) == (3, 15, 10.0, (4, 5, 6))
-    assert survey.sentences == {TASKS[0]: 2, TASKS[1]: 1}
+    assert survey.instructions == {TASKS[0]: 2, TASKS[1]: 1}
     assert survey.cameras == {"front": "64 x 48, image"}
     assert [own.high for own in survey.dimensions] == pytest.approx([24, 24.1, 24.2])
     assert survey.idle == 0
@@ -97,7 +97,7 @@ def test_a_video_that_cannot_be_read_is_refused_by_its_episode(tmp_path):
 
 
 def test_without_a_recipe_all_cameras_are_taken_by_their_own_names(dataset):
-    config = recipe([str(dataset)])
+    config = config_to_inspect([str(dataset)])
     assert set(Source(config.data).cameras) == {"hand", "top"}
     twins = ["left.rgb", "right.rgb"]
     assert named(twins, "x") == {name: name for name in twins}
@@ -105,21 +105,21 @@ def test_without_a_recipe_all_cameras_are_taken_by_their_own_names(dataset):
         named([], "x")
     assert config.training.num_epochs == 1
     with pytest.raises(InputError, match="--config"):
-        recipe([])
+        config_to_inspect([])
 
 
 def test_a_recipe_is_changed_by_a_dataset_and_by_keys_and_nothing_given_is_left_out(dataset, tmp_path):
-    file = tmp_path / "recipe.json"
+    file = tmp_path / "train_config.json"
     file.write_text(json.dumps(make_recipe(dataset, tmp_path)))
-    assert recipe([], file).data.dataset == str(dataset)
-    assert recipe(["elsewhere"], file).data.dataset == "elsewhere"
-    assert recipe(["training.batch_size=7"], file).training.batch_size == 7
-    both = recipe(["training.batch_size=7", "elsewhere"], file)
+    assert config_to_inspect([], file).data.dataset == str(dataset)
+    assert config_to_inspect(["elsewhere"], file).data.dataset == "elsewhere"
+    assert config_to_inspect(["training.batch_size=7"], file).training.batch_size == 7
+    both = config_to_inspect(["training.batch_size=7", "elsewhere"], file)
     assert (both.training.batch_size, both.data.dataset) == (7, "elsewhere")
     with pytest.raises(InputError, match="batch_size=7"):
-        recipe([str(dataset), "batch_size=7"])
+        config_to_inspect([str(dataset), "batch_size=7"])
     with pytest.raises(InputError, match="one dataset"):
-        recipe(["one", "two"], file)
+        config_to_inspect(["one", "two"], file)
 
 
 def test_a_model_that_is_not_at_hand_leaves_only_the_hours_unknown(dataset, tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_the_page_shows_each_dimension_and_what_the_model_sees(dataset, tmp_path
     survey = examine(config_of(dataset))
     page(survey, tmp_path / "a" / "new" / "page.html")
     text = (tmp_path / "a" / "new" / "page.html").read_text()
-    assert text.count("<svg") == len(survey.dimensions) == screen(survey).row_count
+    assert text.count("<svg") == len(survey.dimensions) == survey_table(survey).row_count
     assert text.count("data:image/png") == len(survey.pictures)
     assert "Nothing looks wrong." in text
     assert "http" not in text
@@ -168,9 +168,9 @@ def test_the_rate_is_that_of_a_machine():
 
 
 def test_a_survey_says_what_it_is_an_estimate_of_and_how_to_get_another(dataset, tmp_path):
-    published = dict(facts(examine(recipe([str(dataset)]))))["estimate for"]
+    published = dict(facts(examine(config_to_inspect([str(dataset)]))))["estimate for"]
     assert all(word in published for word in ("Qwen/Qwen2.5-VL-3B-Instruct", "published", "--config"))
-    assert "model tiny, recipe mine.yaml" in dict(facts(examine(config_of(dataset), Path("mine.yaml"))))["estimate for"]
+    assert "model tiny, config mine.yaml" in dict(facts(examine(config_of(dataset), Path("mine.yaml"))))["estimate for"]
 
 
 def test_a_picture_says_where_it_is_from_and_what_was_squeezed(dataset, tmp_path):
@@ -219,7 +219,7 @@ TINY = (
 
 def test_a_written_recipe_trains_as_it_is_and_is_never_written_over(dataset, tmp_path):
     file = tmp_path / "new" / "mine.yaml"
-    write_recipe([str(dataset)], file)
+    write_own_config([str(dataset)], file)
     small = [f"model.{name}={value}" for name, value in TINY]
     small += ["spec.image_size=56", "training.num_steps=2", "training.batch_size=2", "training.precision=fp32"]
     config = read_config(TrainConfig, file, [*small, f"logging.output_dir={tmp_path / 'run'}"])
@@ -228,15 +228,15 @@ def test_a_written_recipe_trains_as_it_is_and_is_never_written_over(dataset, tmp
     assert (main(config) / "vla0.json").is_file()
     before = file.read_text()
     with pytest.raises(InputError, match="which is there"):
-        write_recipe([str(dataset)], file)
+        write_own_config([str(dataset)], file)
     assert file.read_text() == before
     for words in ([], ["a", "b"], [str(dataset), "training.batch_size=2"]):
         with pytest.raises(InputError, match="nothing else"):
-            write_recipe(words, tmp_path / "other.yaml")
+            write_own_config(words, tmp_path / "other.yaml")
 
 
 def test_a_written_recipe_says_what_own_yaml_says_but_for_the_data(dataset, tmp_path):
-    write_recipe([str(dataset)], tmp_path / "mine.yaml")
+    write_own_config([str(dataset)], tmp_path / "mine.yaml")
     written, own = (read_yaml(file, ["data.dataset=here"]) for file in (tmp_path / "mine.yaml", OWN))
     assert list(written["data"]) == list(own["data"])
     for content in (written, own):
@@ -275,7 +275,7 @@ def test_cameras_of_one_number_a_pixel_are_left_out_of_a_written_recipe_and_name
     recorded.save_episode()
     recorded.finalize()
     file = tmp_path / "mine.yaml"
-    write_recipe([str(folder)], file)
+    write_own_config([str(folder)], file)
     config = read_config(TrainConfig, file).data
     assert (config.dataset, config.action, config.state, config.held_out) == (str(folder), "joints.action", None, 0)
     assert config.cameras == {"top": "observation.images.top"}

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from vla0 import InputError, Observation
 from vla0.robot.clock import RealWorld, SimulatedWorld
-from vla0.robot.limits import Limits
-from vla0.robot.loop import WAYS, Pace, drive
-from vla0.robot.safety import Guard
+from vla0.robot.limits import ActionLimits
+from vla0.robot.loop import MODES, Pacer, drive
+from vla0.robot.safety import SafetyGuard
 from vla0.serve.client import NoAnswerError
 
 FPS, HORIZON = 20.0, 8
-LIMITS = Limits((-1.0, -1.0), (1.0, 1.0), step=(0.2, 0.3))
+LIMITS = ActionLimits((-1.0, -1.0), (1.0, 1.0), step=(0.2, 0.3))
 GOAL = np.array([0.8, -0.6])
 
 
@@ -47,7 +47,7 @@ class Arm:
 
 def towards(observation):
     """A chunk of absolute positions, a step of 0.05 each, that begins with what is committed."""
-    begun = np.zeros((0, 2)) if observation.committed is None else observation.committed
+    begun = np.zeros((0, 2)) if observation.action_prefix is None else observation.action_prefix
     place = begun[-1] if len(begun) else observation.state
     chunk = list(begun)
     while len(chunk) < HORIZON:
@@ -60,13 +60,13 @@ def simulated(way="async", latency=lambda query: 0.0, predict=towards, steps=80,
     """(arm, guard, report) of a run in simulated time."""
     world = SimulatedWorld(predict, latency)
     arm = Arm(world.now)
-    guard = Guard(arm, limits, 1 / FPS, start=np.zeros(2), live=live, hold_s=0.2, stop_s=1.5, now=world.now)
+    guard = SafetyGuard(arm, limits, 1 / FPS, start=np.zeros(2), live=live, hold_s=0.2, stop_s=1.5, now=world.now)
     world.check = guard.check
-    report = drive(world, guard, Pace(FPS, HORIZON, way, **pace), steps)
+    report = drive(world, guard, Pacer(FPS, HORIZON, way, **pace), steps)
     return arm, guard, report
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", MODES)
 @pytest.mark.parametrize("latency_s", [0.0, 0.03, 0.12, 0.3])
 def test_the_arm_arrives_whatever_the_latency(way, latency_s):
     arm, guard, report = simulated(way, lambda query: latency_s)
@@ -88,7 +88,7 @@ def test_asynchronous_execution_never_pauses_where_the_synchronous_way_does():
 @pytest.mark.parametrize("latency_s", [0.22, 0.3, 0.38, 0.6])
 def test_where_answers_take_most_of_a_chunk_the_asynchronous_way_moves_as_much_as_waiting_does(latency_s):
     moved = {}
-    for way, pace in {"sync": {"replan": HORIZON}, "async": {}}.items():
+    for way, pace in {"sync": {"n_action_steps": HORIZON}, "async": {}}.items():
         moved[way] = simulated(way, lambda query: latency_s, steps=300, **pace)[1].sent
     assert moved["async"] >= 0.95 * moved["sync"]
     assert moved["sync"] > 60
@@ -103,20 +103,20 @@ def test_what_is_committed_is_what_is_executed():
 
     arm, *_ = simulated("async", lambda query: 0.12, remembering, steps=60)
     commands = [action for _, action in arm.sent]
-    begun = [observation for observation in asked if observation.committed is not None]
+    begun = [observation for observation in asked if observation.action_prefix is not None]
     assert len(begun) > 4
     for observation in begun:
-        count = len(observation.committed)
+        count = len(observation.action_prefix)
         slices = [commands[i : i + count] for i in range(len(commands) - count + 1)]
-        assert any(np.allclose(observation.committed, own, atol=1e-6) for own in slices)
-    assert all(len(o.committed) >= 3 for o in begun[1:])  # 0.12 s are three ticks of 0.05
+        assert any(np.allclose(observation.action_prefix, own, atol=1e-6) for own in slices)
+    assert all(len(o.action_prefix) >= 3 for o in begun[1:])  # 0.12 s are three ticks of 0.05
     steps = np.abs(np.diff(commands, axis=0)).max()
     assert steps <= 0.05 + 1e-6  # no jump where one chunk takes over from another
 
 
 @given(
     st.lists(st.floats(-1e6, 1e6) | st.sampled_from([np.nan, np.inf, -np.inf]), min_size=16, max_size=16),
-    st.sampled_from(WAYS),
+    st.sampled_from(MODES),
     st.lists(st.floats(0, 0.7), min_size=1, max_size=5),
 )
 def test_no_command_leaves_the_limits_or_follows_a_stop(numbers, way, latencies):
@@ -136,7 +136,7 @@ def test_no_command_leaves_the_limits_or_follows_a_stop(numbers, way, latencies)
 
 
 @given(st.sampled_from(["async", "ensemble"]), st.lists(st.floats(0, 0.7), min_size=1, max_size=5), st.integers(1, HORIZON))
-def test_every_action_is_executed_in_the_tick_that_it_was_meant_for(way, latencies, replan):
+def test_every_action_is_executed_in_the_tick_that_it_was_meant_for(way, latencies, n_action_steps):
     """Answers may come when they like: what was meant for a moment that has passed is not executed, unless the robot has
     waited for it: then nothing was executed since it was looked at."""
 
@@ -144,8 +144,10 @@ def test_every_action_is_executed_in_the_tick_that_it_was_meant_for(way, latenci
         first = round(observation.captured_at * FPS)
         return np.stack([first + np.arange(HORIZON), np.full(HORIZON, first)], 1).astype(np.float32) / 100
 
-    wide = Limits((-1, -1), (1, 1))
-    arm, guard, _ = simulated(way, lambda query: latencies[query % len(latencies)], meant, 90, limits=wide, replan=replan)
+    wide = ActionLimits((-1, -1), (1, 1))
+    arm, guard, _ = simulated(
+        way, lambda query: latencies[query % len(latencies)], meant, 90, limits=wide, n_action_steps=n_action_steps
+    )
     ticks = [int(at * FPS + 1e-6) for at, _ in arm.sent]
     for tick, (_, action) in zip(ticks, arm.sent, strict=True):
         step, looked = np.round(action * 100, 3)
@@ -160,7 +162,7 @@ def test_every_action_is_executed_in_the_tick_that_it_was_meant_for(way, latenci
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=2), st.lists(st.floats(-1, 1), min_size=2, max_size=2))
 def test_safe_is_the_nearest_within_all_limits(action, last):
-    limits = Limits((-1, -0.5), (1, 0.5), (0.3, 0.2), velocity=(1.0, 100.0))
+    limits = ActionLimits((-1, -0.5), (1, 0.5), (0.3, 0.2), velocity=(1.0, 100.0))
     last = np.clip(last, limits.low, limits.high)
     safe = limits.safe(np.array(action), last, 0.1)
     assert (safe >= np.array(limits.low) - 1e-12).all()
@@ -191,8 +193,8 @@ def test_a_camera_that_froze_is_not_asked_about():
     world = SimulatedWorld(towards, lambda query: 0.0)
     arm = Arm(world.now)
     arm.frozen_at = 0.0
-    guard = Guard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, now=world.now)
-    report = drive(world, guard, Pace(FPS, HORIZON), 200)
+    guard = SafetyGuard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, now=world.now)
+    report = drive(world, guard, Pacer(FPS, HORIZON), 200)
     assert report.stale > 0
     assert guard.stopped is not None
     assert max(at for at, _ in arm.sent) < 0.5 + HORIZON / FPS + 0.1
@@ -206,7 +208,7 @@ def test_a_dry_run_moves_nothing():
 
 def test_a_command_after_its_deadline_is_not_sent():
     arm = Arm()
-    guard = Guard(arm, LIMITS, 0.05, start=np.zeros(2), live=True, now=lambda: 7.0)
+    guard = SafetyGuard(arm, LIMITS, 0.05, start=np.zeros(2), live=True, now=lambda: 7.0)
     assert guard.send(np.zeros(2), 6.9) is None
     assert guard.late == 1
     assert arm.diary == []
@@ -214,7 +216,7 @@ def test_a_command_after_its_deadline_is_not_sent():
 
 def test_after_the_stop_nothing_is_sent():
     arm = Arm()
-    guard = Guard(arm, LIMITS, 0.05, start=np.zeros(2), live=True, now=lambda: 0.0)
+    guard = SafetyGuard(arm, LIMITS, 0.05, start=np.zeros(2), live=True, now=lambda: 0.0)
     guard.send(np.zeros(2), 1.0)
     guard.stop("a key")
     assert guard.send(np.zeros(2), 1.0) is None
@@ -229,7 +231,7 @@ def test_a_body_that_cannot_be_stopped_is_sent_nothing_more(caplog):
             raise ConnectionError("bus")
 
     arm = Broken()
-    guard = Guard(arm, LIMITS, 0.05, start=np.zeros(2), live=True, now=lambda: 0.0)
+    guard = SafetyGuard(arm, LIMITS, 0.05, start=np.zeros(2), live=True, now=lambda: 0.0)
     guard.stop("a key")
     assert "could not be stopped" in caplog.text
     assert guard.send(np.zeros(2), 1.0) is None
@@ -242,7 +244,7 @@ def test_a_body_that_fails_is_stopped_at_once():
             raise ConnectionError("bus")
 
     arm = Broken()
-    guard = Guard(arm, LIMITS, 0.05, start=np.zeros(2), live=True)
+    guard = SafetyGuard(arm, LIMITS, 0.05, start=np.zeros(2), live=True)
     assert guard.send(np.zeros(2), np.inf) is None
     assert "bus" in guard.stopped
     assert [kind for kind, *_ in arm.diary] == ["stop"]
@@ -257,9 +259,9 @@ def test_an_interruption_stops_the_body():
 
     world = SimulatedWorld(towards, lambda query: 0.0)
     arm = Interrupted(world.now)
-    guard = Guard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, now=world.now)
+    guard = SafetyGuard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, now=world.now)
     with pytest.raises(KeyboardInterrupt):
-        drive(world, guard, Pace(FPS, HORIZON), 100)
+        drive(world, guard, Pacer(FPS, HORIZON), 100)
     assert [kind for kind, *_ in arm.diary][-2:] == ["send", "stop"]
 
 
@@ -274,9 +276,9 @@ def test_the_watchdog_holds_though_the_loop_hangs():
             return super().observe()
 
     arm = Hanging(time.monotonic)
-    guard = Guard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, hold_s=0.15, stop_s=0.4)
+    guard = SafetyGuard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, hold_s=0.15, stop_s=0.4)
     done = guard.watch()
-    thread = threading.Thread(target=drive, args=(RealWorld(towards), guard, Pace(FPS, HORIZON), 100))
+    thread = threading.Thread(target=drive, args=(RealWorld(towards), guard, Pacer(FPS, HORIZON), 100))
     thread.start()
     while guard.stopped is None:
         time.sleep(0.01)
@@ -303,9 +305,9 @@ def test_a_body_that_hangs_in_a_command_is_held_and_stopped_all_the_same():
     for key in (False, True):
         release.clear()
         arm = Stuck(time.monotonic)
-        guard = Guard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, hold_s=0.15, stop_s=0.4)
+        guard = SafetyGuard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, hold_s=0.15, stop_s=0.4)
         done = guard.watch()
-        thread = threading.Thread(target=drive, args=(RealWorld(towards), guard, Pace(FPS, HORIZON), 100))
+        thread = threading.Thread(target=drive, args=(RealWorld(towards), guard, Pacer(FPS, HORIZON), 100))
         thread.start()
         if key:
             time.sleep(0.3)
@@ -329,8 +331,8 @@ def test_in_real_time_the_pace_is_kept():
         return towards(observation)
 
     arm = Arm(time.monotonic)
-    guard = Guard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True)
-    report = drive(RealWorld(slowly), guard, Pace(FPS, HORIZON), 60)
+    guard = SafetyGuard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True)
+    report = drive(RealWorld(slowly), guard, Pacer(FPS, HORIZON), 60)
     gaps = np.diff([at for at, _ in arm.sent])
     assert abs(np.median(gaps) - 1 / FPS) < 0.02
     assert report.idle < 20
@@ -339,7 +341,7 @@ def test_in_real_time_the_pace_is_kept():
 
 @given(
     st.sampled_from([(1007, 2), (9, 2), (8, 3), (0, 2), (2,), (1, 8, 2), ()]) | st.just("nan"),
-    st.sampled_from(WAYS),
+    st.sampled_from(MODES),
 )
 def test_a_chunk_that_could_not_be_executed_moves_nothing(shape, way):
     chunk = np.full((8, 2), np.nan) if shape == "nan" else np.full(shape, 0.1)
@@ -352,14 +354,14 @@ def test_a_chunk_that_could_not_be_executed_moves_nothing(shape, way):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Limits((0.0,), (1.0, 2.0)), "high: 1 finite"),
-        (lambda: Limits((2.0,), (1.0,)), "low <= high"),
-        (lambda: Limits((0.0,), (1.0,), step=(0.0,)), "step > 0"),
-        (lambda: Guard(Arm(), LIMITS, 0.05), "start, for limits of change"),
-        (lambda: Guard(Arm(), LIMITS, 0.05, np.zeros(2), hold_s=2.0, stop_s=1.0), "hold first"),
-        (lambda: Pace(FPS, HORIZON, "asynchronous"), "a way of"),
-        (lambda: Pace(FPS, HORIZON, replan=9), "replan in 1..8"),
-        (lambda: Pace(0.0, HORIZON), "above 0"),
+        (lambda: ActionLimits((0.0,), (1.0, 2.0)), "high: 1 finite"),
+        (lambda: ActionLimits((2.0,), (1.0,)), "low <= high"),
+        (lambda: ActionLimits((0.0,), (1.0,), step=(0.0,)), "step > 0"),
+        (lambda: SafetyGuard(Arm(), LIMITS, 0.05), "start, for limits of change"),
+        (lambda: SafetyGuard(Arm(), LIMITS, 0.05, np.zeros(2), hold_s=2.0, stop_s=1.0), "hold first"),
+        (lambda: Pacer(FPS, HORIZON, "asynchronous"), "a mode of"),
+        (lambda: Pacer(FPS, HORIZON, n_action_steps=9), "n_action_steps in 1..8"),
+        (lambda: Pacer(0.0, HORIZON), "above 0"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(make, message):
@@ -371,7 +373,7 @@ def test_a_workspace_of_ones_own_is_kept(spec):
     def disc(action):
         return action / max(1.0, np.linalg.norm(action) / 0.5)
 
-    arm, guard, _ = simulated(limits=Limits((-1, -1), (1, 1), workspace=disc))
+    arm, guard, _ = simulated(limits=ActionLimits((-1, -1), (1, 1), workspace=disc))
     assert max(np.linalg.norm(action) for _, action in arm.sent) <= 0.5 + 1e-9
     assert guard.clipped > 0
-    assert Limits.of(spec).low == spec.low
+    assert ActionLimits.of(spec).low == spec.low

@@ -22,10 +22,10 @@ import vla0.sim  # noqa: F401  says how MuJoCo draws
 from vla0 import InputError, Observation
 from vla0.cli.act import robot_words
 from vla0.robot.lerobot_robot import LeRobotBody, _age, make_robot
-from vla0.robot.limits import Limits
+from vla0.robot.limits import ActionLimits
 from vla0.robot.motor_limits import limits_of, refuse_elsewhere
 from vla0.robot.resample import Resampled, sampled
-from vla0.robot.session import Session, SessionConfig
+from vla0.robot.session import RobotSession, SessionConfig
 from vla0.serve.client import RemotePolicy
 
 pytest.importorskip("mujoco", reason="the simulated arm")
@@ -38,8 +38,8 @@ def arm():
     made.disconnect()
 
 
-def session(arm, url, cameras=None, limits=None, **config) -> Session:
-    return Session(SessionConfig(**{"instruction": "reach", "live": True, "seconds": 2.0, "stop_s": 1.0, **config}), arm,
+def session(arm, url, cameras=None, limits=None, **config) -> RobotSession:
+    return RobotSession(SessionConfig(**{"instruction": "reach", "live": True, "seconds": 2.0, "stop_s": 1.0, **config}), arm,
                    RemotePolicy(url, timeout_s=1.0), cameras, limits)  # fmt: skip
 
 
@@ -53,14 +53,14 @@ def assert_within(spec, arm, start=None):
     assert (sent >= np.array(spec.low) - 1e-6).all()
     assert (sent <= np.array(spec.high) + 1e-6).all()
     if len(sent) > 1:
-        assert (np.abs(np.diff(sent, axis=0)) <= np.array(spec.most_change) + 1e-6).all()
+        assert (np.abs(np.diff(sent, axis=0)) <= np.array(spec.max_step_change) + 1e-6).all()
 
 
 @pytest.mark.parametrize("way", ["sync", "async", "ensemble"])
 def test_the_arm_reaches_its_goal_though_answers_are_late(arm, way):
     policy = Reach(latency_s=lambda query: 0.15)
     with serving(policy) as (url, _):
-        (report,) = session(arm, url, way=way, seconds=2.5).run()
+        (report,) = session(arm, url, mode=way, seconds=2.5).run()
     sent, at = commands(arm)
     assert report.stopped is None
     assert_within(policy.spec, arm)
@@ -282,11 +282,11 @@ def test_ctrl_c_twice_in_a_hurry_loses_no_episode(tmp_path):
         ({"cameras": ("front", "top")}, {}, "expected a camera 'top' of the robot; got .'front', 'wrist'."),
         ({"depth": (("front", 0.1, 2.0),)}, {}, "depth maps from 'front'"),
         ({"action_names": (*JOINTS[:5], "claw.pos")}, {}, "no 'claw.pos'"),
-        ({"action_names": None, "low": (0.0,) * 4, "high": (1.0,) * 4, "most_change": None}, {}, "action of 4 numbers"),
+        ({"action_names": None, "low": (0.0,) * 4, "high": (1.0,) * 4, "max_step_change": None}, {}, "action of 4 numbers"),
         ({"state_names": None, "state": ((0.0,) * 7, (1.0,) * 7)}, {}, "state of 7 numbers"),
-        ({"action_names": JOINTS[:4], "low": (0.0,) * 4, "high": (1.0,) * 4, "most_change": None}, {}, "alone; got also"),
+        ({"action_names": JOINTS[:4], "low": (0.0,) * 4, "high": (1.0,) * 4, "max_step_change": None}, {}, "alone; got also"),
         ({"fps": 30.0}, {"fps": 20.0}, "give --resample"),
-        ({}, {"way": "fast"}, "a way of"),
+        ({}, {"mode": "fast"}, "a mode of"),
         ({}, {"fps": 0.0}, "fps of 0.1 or more; got 0"),
         ({}, {"seconds": -1.0}, "seconds of 0.1 or more; got -1"),
         ({}, {"limits": {"lo": 1.0}}, "did you mean 'low'"),
@@ -299,9 +299,9 @@ def test_ctrl_c_twice_in_a_hurry_loses_no_episode(tmp_path):
         ),
         ({}, {"cameras": {"side": "front"}}, "cameras of the checkpoint"),
         ({"low": (200.0,) * 6, "high": (300.0,) * 6}, {}, "near 200..300, its limits"),
-        ({"most_change": None}, {}, "a limit of change for each action, to move live; got none of 'shoulder_pan.pos'"),
+        ({"max_step_change": None}, {}, "a limit of change for each action, to move live; got none of 'shoulder_pan.pos'"),
         (
-            {"most_change": None},
+            {"max_step_change": None},
             {"limits": {"step": dict.fromkeys(JOINTS[:5], 3.0)}},
             "a limit of change for each action, to move live; got none of 'gripper.pos'",
         ),
@@ -314,7 +314,7 @@ def test_a_checkpoint_of_another_robot_is_refused_before_it_moves(arm, spec, con
 
 
 def test_limits_of_ones_own_let_a_checkpoint_move_whose_data_do_not_say_how_fast(arm):
-    with serving(Reach(arm_spec(most_change=None))) as (url, _):
+    with serving(Reach(arm_spec(max_step_change=None))) as (url, _):
         session(arm, url, live=False, seconds=0.3).run()  # a dry run needs none
         session(arm, url, limits={"step": dict.fromkeys(JOINTS[:5], 2.0), "velocity": {JOINTS[5]: 30.0}}, seconds=1.0).run()
     sent, _ = commands(arm)
@@ -323,7 +323,7 @@ def test_limits_of_ones_own_let_a_checkpoint_move_whose_data_do_not_say_how_fast
 
 
 def test_a_demonstration_may_begin_a_step_outside_of_where_its_actions_led():
-    limits = Limits((16.0,), (24.0,), step=(5.0,))
+    limits = ActionLimits((16.0,), (24.0,), step=(5.0,))
     for start in (7.5, 32.5):
         refuse_elsewhere(np.array([start]), limits, ["gripper.pos"])
     for start in (6.5, 33.5):
@@ -353,7 +353,7 @@ def test_an_arm_that_nobody_can_carry_goes_to_its_limits_by_itself_and_a_real_on
         high = start + np.array([16, 10, -10, 15, 5, 20])
         low[4] = high[4] = 0.0  # a joint that never moved
         most = (6.0, 6.0, 6.0, 6.0, 0.0, 20.0)
-        spec, said = arm_spec(low=tuple(low), high=tuple(high), most_change=most), []
+        spec, said = arm_spec(low=tuple(low), high=tuple(high), max_step_change=most), []
         with serving(Reach(spec)) as (url, _):
             own = session(Carried(arm), url)
             with pytest.raises(InputError, match=r"'shoulder_pan.pos' near .*, its limits; got .*; move it there"):
@@ -374,10 +374,10 @@ def test_an_arm_that_nobody_can_carry_goes_to_its_limits_by_itself_and_a_real_on
 
 
 def test_relative_actions_are_bounded_by_the_states_of_the_demonstrations(arm):
-    spec = arm_spec(relative=(0, 1), state=((-50.0,) * 6, (50.0,) * 6))
+    spec = arm_spec(relative_dims=(0, 1), state=((-50.0,) * 6, (50.0,) * 6))
     limits = limits_of(spec, LeRobotBody(arm, spec, "reach"))
     assert limits.low[:3] == (-50.0, -50.0, -60.0)
-    assert limits.step == spec.most_change
+    assert limits.step == spec.max_step_change
 
 
 def test_history_is_kept_from_tick_to_tick(arm):
@@ -390,18 +390,18 @@ def test_history_is_kept_from_tick_to_tick(arm):
 
 
 @given(st.integers(1, 12), st.sampled_from([10.0, 15.0, 20.0, 30.0, 50.0]), st.sampled_from([10.0, 15.0, 20.0, 30.0, 50.0]))
-def test_a_chunk_at_another_rate_is_the_same_motion(horizon, fps, loop_fps):
-    chunk = np.random.default_rng(horizon).normal(size=(horizon, 2))
-    resampled = Resampled(lambda observation: chunk, fps, loop_fps, horizon)
+def test_a_chunk_at_another_rate_is_the_same_motion(chunk_size, fps, loop_fps):
+    chunk = np.random.default_rng(chunk_size).normal(size=(chunk_size, 2))
+    resampled = Resampled(lambda observation: chunk, fps, loop_fps, chunk_size)
     found = resampled(Observation({}, "go"))
-    assert len(found) == resampled.horizon
-    assert abs(len(found) / loop_fps - horizon / fps) <= 1 / loop_fps  # it lasts as long
+    assert len(found) == resampled.chunk_size
+    assert abs(len(found) / loop_fps - chunk_size / fps) <= 1 / loop_fps  # it lasts as long
     np.testing.assert_allclose(found[0], chunk[0])
     assert (found >= chunk.min(axis=0) - 1e-9).all()
     assert (found <= chunk.max(axis=0) + 1e-9).all()
     for step, action in enumerate(found):  # at the instants that both have, both agree
         own = step / loop_fps * fps
-        if abs(own - round(own)) < 1e-9 and own < horizon:
+        if abs(own - round(own)) < 1e-9 and own < chunk_size:
             np.testing.assert_allclose(action, chunk[round(own)], atol=1e-9)
     if fps == loop_fps:
         np.testing.assert_allclose(found, chunk)
@@ -411,11 +411,11 @@ def test_what_is_committed_is_asked_about_at_the_policys_own_instants():
     asked = []
 
     def predict(observation):
-        asked.append(observation.committed)
+        asked.append(observation.action_prefix)
         return np.zeros((8, 1))
 
     committed = np.arange(5.0)[:, None]  # of a loop twice as fast
-    Resampled(predict, 10.0, 20.0, 8)(Observation({}, "go", committed=committed))
+    Resampled(predict, 10.0, 20.0, 8)(Observation({}, "go", action_prefix=committed))
     np.testing.assert_allclose(asked[0], [[0.0], [2.0], [4.0]])
     np.testing.assert_allclose(sampled(np.array([[1.0]]), 10.0, 20.0, 3), 1.0)
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from vla0 import InputError, Observation
 from vla0.robot import safety as module
-from vla0.robot.limits import Limits
-from vla0.robot.safety import Guard
+from vla0.robot.limits import ActionLimits
+from vla0.robot.safety import SafetyGuard
 
-LIMITS = Limits((-1.0, -1.0), (1.0, 1.0), step=(0.2, 0.3))
+LIMITS = ActionLimits((-1.0, -1.0), (1.0, 1.0), step=(0.2, 0.3))
 AWAY = np.array([0.1, 0.1])
 
 
-class Body:
+class RobotInterface:
     """A diary of what reached it; two at once are an error, of ours."""
 
     def __init__(self):
@@ -55,12 +55,12 @@ class Clock:
         return self.at
 
 
-def made() -> tuple[Guard, Body, Clock]:
-    body, clock = Body(), Clock()
-    return Guard(body, LIMITS, 0.1, np.zeros(2), live=True, hold_s=0.2, stop_s=1.0, now=clock), body, clock
+def made() -> tuple[SafetyGuard, RobotInterface, Clock]:
+    body, clock = RobotInterface(), Clock()
+    return SafetyGuard(body, LIMITS, 0.1, np.zeros(2), live=True, hold_s=0.2, stop_s=1.0, now=clock), body, clock
 
 
-def use(guard: Guard, clock: Clock) -> None:
+def use(guard: SafetyGuard, clock: Clock) -> None:
     """What a loop and a watchdog do with it: look, send, hold, send again."""
     guard.observe()
     guard.send(AWAY, 10.0)
@@ -98,7 +98,7 @@ def reached(act: Callable[[], None], number: int, every: str, injected: Callable
     return done
 
 
-def judged(body: Body) -> None:
+def judged(body: RobotInterface) -> None:
     """Exactly one stop, and nothing but looks after it."""
     assert body.diary.count("stop") == 1, body.diary
     after = body.diary[body.diary.index("stop") + 1 :]
@@ -185,7 +185,7 @@ def test_nothing_follows_a_stop_that_is_interrupted_itself():
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_real_signal_in_the_middle_of_a_command_stops_after_it(kind):
-    body = Body()
+    body = RobotInterface()
     fired = []
 
     def workspace(action):
@@ -193,7 +193,7 @@ def test_a_real_signal_in_the_middle_of_a_command_stops_after_it(kind):
             fired.append(signal.raise_signal(kind))
         return action
 
-    guard = Guard(body, Limits((-1, -1), (1, 1), workspace=workspace), 0.1, np.zeros(2), live=True)
+    guard = SafetyGuard(body, ActionLimits((-1, -1), (1, 1), workspace=workspace), 0.1, np.zeros(2), live=True)
     before = signal.signal(kind, lambda number, frame: guard.stop(signal.Signals(number).name))
     try:
         assert guard.send(AWAY, time.monotonic() + 1) is None
@@ -203,13 +203,13 @@ def test_a_real_signal_in_the_middle_of_a_command_stops_after_it(kind):
 
 
 def test_a_slow_bus_puts_nothing_on_the_wire_after_the_stop():
-    class Slow(Body):
+    class Slow(RobotInterface):
         def send(self, action):
             time.sleep(0.25)
             super().send(action)
 
     body = Slow()
-    guard = Guard(body, LIMITS, 0.1, np.zeros(2), live=True)
+    guard = SafetyGuard(body, LIMITS, 0.1, np.zeros(2), live=True)
     done = guard.watch()
     threading.Timer(0.05, guard.stop, ("a key",)).start()
     guard.send(AWAY, time.monotonic() + 1)
@@ -221,7 +221,7 @@ def test_a_slow_bus_puts_nothing_on_the_wire_after_the_stop():
 def test_a_command_that_comes_through_after_all_is_stopped_again():
     """A bus that hangs: stopped over its head, as somebody may have a hand there, and once more."""
 
-    class Hanging(Body):
+    class Hanging(RobotInterface):
         def send(self, action):
             time.sleep(0.5)
             self.diary.append("send")
@@ -230,7 +230,7 @@ def test_a_command_that_comes_through_after_all_is_stopped_again():
             self.diary.append("stop")
 
     body = Hanging()
-    guard = Guard(body, LIMITS, 0.1, np.zeros(2), live=True, slow_s=0.1)
+    guard = SafetyGuard(body, LIMITS, 0.1, np.zeros(2), live=True, slow_s=0.1)
     done = guard.watch()
     threading.Timer(0.05, guard.stop, ("a key",)).start()
     guard.send(AWAY, time.monotonic() + 1)
@@ -241,8 +241,8 @@ def test_a_command_that_comes_through_after_all_is_stopped_again():
 @given(st.floats(-3, 3), st.lists(st.floats(-1, 1), min_size=1, max_size=30))
 def test_a_start_outside_of_the_limits_comes_in_and_stays(start, wanted):
     """On the way in a command lies between the one before and the limits, nearer by a step each time; then within."""
-    limits = Limits((-1.0, -1.0), (1.0, 1.0), step=(0.1, 0.1))
-    guard = Guard(Body(), limits, 0.1, np.array([start, 0.0]), live=True)
+    limits = ActionLimits((-1.0, -1.0), (1.0, 1.0), step=(0.1, 0.1))
+    guard = SafetyGuard(RobotInterface(), limits, 0.1, np.array([start, 0.0]), live=True)
     last, outside = start, abs(start) > 1
     for goal in wanted:
         command = guard.send(np.array([goal, 0.0]), np.inf)[0]
@@ -257,4 +257,4 @@ def test_a_start_outside_of_the_limits_comes_in_and_stays(start, wanted):
 
 def test_a_start_that_is_no_place_is_refused():
     with pytest.raises(InputError, match="a finite start"):
-        Guard(Body(), LIMITS, 0.1, np.array([np.nan, 0.0]))
+        SafetyGuard(RobotInterface(), LIMITS, 0.1, np.array([np.nan, 0.0]))

@@ -13,7 +13,7 @@ from vla0 import InputError
 from vla0.serve.client import NoAnswerError, RemotePolicy
 from vla0.serve.msgpack_numpy import pack, unpack
 
-OURS = {"extensions": ["stream", "reset", "number", "committed"], "horizon": 3, "dimensions": 2}
+OURS = {"extensions": ["stream", "reset", "number", "action_prefix"], "chunk_size": 3, "dimensions": 2}
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def test_each_step_of_a_stream_is_given_as_it_comes():
 
 
 @pytest.mark.parametrize(
-    "odd", [{"horizon": "3"}, {"dimensions": 0}, {"extensions": 1}, {"cameras": {"front": 3}}, {"cameras": []}]
+    "odd", [{"chunk_size": "3"}, {"dimensions": 0}, {"extensions": 1}, {"cameras": {"front": 3}}, {"cameras": []}]
 )
 def test_what_a_server_says_of_itself_is_refused_by_its_name_where_it_cannot_be(odd):
     with faked(lambda count, message: [], OURS | odd) as url, pytest.raises(InputError, match=next(iter(odd))):
@@ -152,7 +152,7 @@ def test_an_answer_of_many_megabytes_is_not_taken_in():
         policy.close()
 
 
-@pytest.mark.parametrize("other", [{"horizon": 9}, {"spec": "another"}, {"replan": 2}])
+@pytest.mark.parametrize("other", [{"chunk_size": 9}, {"spec": "another"}, {"n_action_steps": 2}])
 def test_another_policy_behind_the_same_address_is_refused(other):
     """A server that was begun anew with another checkpoint: limits and pace of the robot were those of the first."""
     told = dict(OURS)

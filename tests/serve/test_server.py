@@ -30,12 +30,12 @@ from vla0.policy import VLA0
 from vla0.serve import msgpack_numpy as wire
 from vla0.serve.batches import Batches, together
 from vla0.serve.client import NoAnswerError, RemotePolicy
-from vla0.serve.listen import Limits
+from vla0.serve.listen import ServerLimits
 from vla0.serve.messages import request
-from vla0.serve.metrics import Meters
+from vla0.serve.metrics import Metrics
 from vla0.serve.msgpack_numpy import pack, unpack
 from vla0.serve.server import Server
-from vla0.serve.session import Session
+from vla0.serve.session import ClientSession
 
 KEY = "a key that is long enough"
 
@@ -53,9 +53,9 @@ def test_a_remote_chunk_is_the_local_one(policy):
             np.testing.assert_array_equal(remote.predict(make_observation(seed)), expected)
             steps = list(remote.predict_stream(make_observation(seed)))
             np.testing.assert_array_equal(np.stack(steps), expected)
-            begun = replace(make_observation(seed), committed=expected[:1] + 0.1)
+            begun = replace(make_observation(seed), action_prefix=expected[:1] + 0.1)
             np.testing.assert_array_equal(remote.predict(begun), policy.predict_batch([begun])[0])
-        assert remote.metadata["horizon"] == 3
+        assert remote.metadata["chunk_size"] == 3
         assert remote.spec == policy.spec
         remote.close()
 
@@ -141,7 +141,7 @@ def test_after_a_long_pause_nothing_old_is_averaged(policy, caplog, monkeypatch)
 
 def test_what_would_do_nothing_is_refused(policy):
     with pytest.raises(InputError, match="do nothing"):
-        Server(policy, ensemble="v1", replan=3)
+        Server(policy, ensemble="v1", n_action_steps=3)
     with pytest.raises(InputError, match="cameras of"):
         Server(policy, keys={"top": "x"})
     with pytest.raises(InputError, match="--api-key-file"):
@@ -222,7 +222,7 @@ def test_bad_input_is_answered_and_hurts_nobody_else(policy):
     good = message_of(observation)
     wrong = {
         "camera 'wrist'": pack({"observation/front": observation.images["front"], "prompt": "x", "state": np.zeros(2)}),
-        "a sentence": message_of(observation, prompt=3),
+        "an instruction": message_of(observation, prompt=3),
         "a state of 2 numbers": message_of(observation, **{"observation/state": np.zeros(5)}),
         "finite": message_of(observation, **{"observation/state": np.array([np.nan, 0])}),
         "state of numbers": message_of(observation, **{"observation/state": "here"}),
@@ -267,7 +267,7 @@ def test_one_wrong_observation_of_a_batch_is_answered_alone(policy):
 
 
 def test_too_large_too_many_and_too_fast_are_refused(policy):
-    with serving(policy, limits=Limits(message_bytes=30_000, clients=2, rate=3)) as (url, _):
+    with serving(policy, limits=ServerLimits(message_bytes=30_000, clients=2, rate=3)) as (url, _):
         with connect(url, compression=None) as one:
             one.recv()
             one.send(message_of(make_observation(0), **{"observation/front": np.zeros((200, 200, 3), np.uint8)}))
@@ -289,10 +289,10 @@ def test_a_late_answer_is_dropped(policy, monkeypatch):
     predict, wait = policy.predict_batch, threading.Event()
 
     class Slow(VLA0):
-        def predict_batch(self, observations, chunk_size=None):
+        def predict_batch(self, observations, num_steps=None):
             if observations[0].state[0] == 0.5:
                 wait.wait(5)
-            return predict(observations, chunk_size)
+            return predict(observations, num_steps)
 
     slow = Slow(policy.model, policy.processor, policy.spec)
     with serving(slow) as (url, _):
@@ -490,7 +490,7 @@ try:
     policy.infer({"prompt": "nothing to see"})
 except RuntimeError as error:
     refused = str(error)
-print(json.dumps([answer["actions"].tolist(), sorted(answer), policy.get_server_metadata()["horizon"], refused]))
+print(json.dumps([answer["actions"].tolist(), sorted(answer), policy.get_server_metadata()["chunk_size"], refused]))
 """
 
 
@@ -506,12 +506,12 @@ def test_openpis_own_client_is_served_unchanged(policy, tmp_path):
     with serving(policy, key=KEY) as (url, _):
         found = subprocess.run([python, "-c", OPENPI, url.rpartition(":")[2], KEY], capture_output=True, text=True, timeout=60)
     assert found.returncode == 0, found.stderr
-    actions, names, horizon, refused = json.loads(found.stdout)
+    actions, names, chunk_size, refused = json.loads(found.stdout)
     rng = np.random.default_rng(0)
     images = {camera: rng.integers(0, 256, (48, 64, 3), dtype=np.uint8) for camera in ("front", "wrist")}
     expected = policy.predict_batch([Observation(images, "open the drawer", rng.random(2))])[0]
     np.testing.assert_allclose(actions, expected, rtol=1e-6)
-    assert (horizon, names) == (3, ["actions", "server_timing"])
+    assert (chunk_size, names) == (3, ["actions", "server_timing"])
     assert "camera 'front'" in refused
 
 
@@ -557,7 +557,7 @@ def test_cameras_are_renamed_one_to_one(words):
 
 
 def test_a_client_says_itself_what_the_server_will_not_take(policy):
-    with serving(policy, limits=Limits(message_bytes=20_000)) as (url, _):
+    with serving(policy, limits=ServerLimits(message_bytes=20_000)) as (url, _):
         remote = RemotePolicy(url)
         assert remote.predict(make_observation(0)).shape == (3, 3)
         seen = make_observation(0)
@@ -576,16 +576,16 @@ def test_what_a_thread_has_seen_already_gives_the_same_chunk(policy):
 
 
 def test_a_message_may_be_a_full_hd_picture_of_each_camera_unless_said_otherwise(policy):
-    assert 2 * 1920 * 1080 * 3 < Limits().of(policy.spec).message_bytes < 2 * 1920 * 1080 * 3 + 2**21
-    assert Limits(message_bytes=7).of(policy.spec).message_bytes == 7
+    assert 2 * 1920 * 1080 * 3 < ServerLimits().of(policy.spec).message_bytes < 2 * 1920 * 1080 * 3 + 2**21
+    assert ServerLimits(message_bytes=7).of(policy.spec).message_bytes == 7
     with pytest.raises(InputError, match="limits of one at least"):
-        Limits(message_bytes=0)
+        ServerLimits(message_bytes=0)
 
 
-def busy(*used: float) -> tuple[Batches, list[Session]]:
+def busy(*used: float) -> tuple[Batches, list[ClientSession]]:
     """Batches, and sessions for which the model worked so many seconds just now."""
-    batches, now = Batches(None, None, 64, Meters()), time.monotonic()
-    batches.sessions = [Session(None, 1, 20.0, heard_at=now, used=own, used_at=now) for own in used]
+    batches, now = Batches(None, None, 64, Metrics()), time.monotonic()
+    batches.sessions = [ClientSession(None, 1, 20.0, heard_at=now, used=own, used_at=now) for own in used]
     return batches, batches.sessions
 
 
@@ -620,7 +620,7 @@ def test_who_sends_megabytes_in_vain_is_not_heard_for_a_while_and_does_not_keep_
 
 
 def test_who_comes_again_and_again_waits_at_the_door(policy):
-    with serving(policy, limits=Limits(clients=4)) as (url, _):
+    with serving(policy, limits=ServerLimits(clients=4)) as (url, _):
         began = time.monotonic()
         for _ in range(14):
             RemotePolicy(url).close()

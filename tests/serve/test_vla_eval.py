@@ -30,8 +30,8 @@ from vla_eval.protocol.messages import Message, MessageType, pack_message, unpac
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from vla0.serve.listen import Limits, served
-from vla0.serve.vla_eval import HarnessServer
+from vla0.serve.listen import ServerLimits, served
+from vla0.serve.vla_eval import VlaEvalServer
 
 
 def sent(observation, names):
@@ -39,12 +39,12 @@ def sent(observation, names):
     return {"images": images, "task_description": observation.instruction, "states": observation.state}
 
 
-@pytest.mark.parametrize(("replan", "ensemble"), [(1, "v1"), (2, "mean"), (3, "none"), (1, "none")])
-def test_a_harness_is_given_what_vla0s_own_evaluation_executes(policy, replan, ensemble):
+@pytest.mark.parametrize(("n_action_steps", "ensemble"), [(1, "v1"), (2, "mean"), (3, "none"), (1, "none")])
+def test_a_harness_is_given_what_vla0s_own_evaluation_executes(policy, n_action_steps, ensemble):
     """Two episodes at once of each of two clients, by vla-eval's own; nobody meets another's chunks."""
     names, expected = {"front": "agentview"}, {}
     for start in (0, 20, 50, 70):
-        alone = ChunkPolicy(lambda o: policy.predict_batch([o])[0], 3, replan, ensemble)
+        alone = ChunkPolicy(lambda o: policy.predict_batch([o])[0], 3, n_action_steps, ensemble)
         expected[start] = [alone.act(make_observation(start + step)) for step in range(6)]
 
     async def episodes(url, client):
@@ -62,7 +62,7 @@ def test_a_harness_is_given_what_vla0s_own_evaluation_executes(policy, replan, e
             group.start_soon(episodes, url, 0)
             group.start_soon(episodes, url, 50)
 
-    with serving(policy, HarnessServer, keys=names, replan=replan, ensemble=ensemble) as (url, _):
+    with serving(policy, VlaEvalServer, keys=names, n_action_steps=n_action_steps, ensemble=ensemble) as (url, _):
         anyio.run(together, url)
 
 
@@ -81,7 +81,7 @@ SEEN = sent(make_observation(0), {})
     [
         ({"images": {}}, "camera 'front'"),
         ({"images": [1]}, "images, a mapping"),
-        ({"task_description": None}, "a sentence"),
+        ({"task_description": None}, "an instruction"),
         ({"states": None}, "a state"),
         ({"states": np.full(2, np.nan)}, "a finite state"),
         ({"images": {**SEEN["images"], "front": {"__image__": True, "format": "png", "data": b"none"}}}, "a PNG or JPEG"),
@@ -91,7 +91,7 @@ SEEN = sent(make_observation(0), {})
 )  # fmt: skip
 def test_what_a_benchmark_lacks_is_said_in_words_and_to_it_alone(policy, changes, message):
     expected = policy.predict_batch([make_observation(0)])[0][0]
-    with serving(policy, HarnessServer) as (url, _), connect(url) as broken, connect(url) as good:
+    with serving(policy, VlaEvalServer) as (url, _), connect(url) as broken, connect(url) as good:
         for connection in (broken, good):
             connection.send(pack_message(Message(MessageType.EPISODE_START, {}, 0)))
         assert message in asked(broken, MessageType.OBSERVATION, {**SEEN, **changes})
@@ -100,7 +100,7 @@ def test_what_a_benchmark_lacks_is_said_in_words_and_to_it_alone(policy, changes
 
 
 def test_an_observation_belongs_to_an_episode(policy):
-    with serving(policy, HarnessServer) as (url, _), connect(url) as connection:
+    with serving(policy, VlaEvalServer) as (url, _), connect(url) as connection:
         assert "send episode_start first" in asked(connection, MessageType.OBSERVATION, SEEN)
 
 
@@ -114,7 +114,7 @@ def bomb(side: int) -> bytes:
 def test_a_message_of_vla_evals_cannot_swell_nor_hold_up_others(policy):
     """Its own server takes any size, and builds whatever a message says."""
     picture = {"__image__": True, "format": "png", "data": bomb(3000)}
-    with serving(policy, HarnessServer, limits=Limits(message_bytes=4 * 2**20)) as (url, _), connect(url) as connection:
+    with serving(policy, VlaEvalServer, limits=ServerLimits(message_bytes=4 * 2**20)) as (url, _), connect(url) as connection:
         assert "at most 4194304 bytes" in asked(connection, MessageType.OBSERVATION, {"images": {"front": picture}})
         small = {"__image__": True, "format": "png", "data": bomb(1000)}
         assert "bytes" in asked(connection, MessageType.OBSERVATION, {"images": {str(n): small for n in range(100)}})
@@ -127,7 +127,7 @@ def test_a_message_of_vla_evals_cannot_swell_nor_hold_up_others(policy):
 
 def test_a_web_page_can_neither_ask_nor_change_the_server_of_a_harness(policy):
     """vla-eval's own server answers any page, and takes settings from a GET."""
-    with serving(policy, HarnessServer) as (url, _):
+    with serving(policy, VlaEvalServer) as (url, _):
         with pytest.raises(InvalidStatus, match="403"):
             connect(url, origin="http://evil.example")
         with connect(f"{url}/config?max_batch_size=0") as connection:  # a name like any other
@@ -139,13 +139,13 @@ def test_a_web_page_can_neither_ask_nor_change_the_server_of_a_harness(policy):
 
 def test_a_harness_is_refused_what_cannot_be(policy):
     with pytest.raises(InputError, match="no key"):
-        served(HarnessServer(policy), "0.0.0.0", 0)
+        served(VlaEvalServer(policy), "0.0.0.0", 0)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="choose another --port"):
-        served(HarnessServer(policy), "127.0.0.1", taken.getsockname()[1])
+        served(VlaEvalServer(policy), "127.0.0.1", taken.getsockname()[1])
     with pytest.raises(InputError, match="name those of the checkpoint"):
-        HarnessServer(policy, {"side": "x"})
+        VlaEvalServer(policy, {"side": "x"})
     with pytest.raises(InputError, match="do nothing"):
-        HarnessServer(policy, replan=3, ensemble="v1")
+        VlaEvalServer(policy, n_action_steps=3, ensemble="v1")
 
 
 def test_vla_evals_own_client_runs_against_the_command(tmp_path):

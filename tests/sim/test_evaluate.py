@@ -14,9 +14,9 @@ from worlds import make_line, walk
 from vla0 import InputError, Spec
 from vla0.files import held
 from vla0.sim.evaluate import EvalConfig, evaluate, make_env
-from vla0.sim.experiment import blanked, exchanged, fit, random_actions
+from vla0.sim.experiment import blanked, fit, random_actions, swapped
 from vla0.sim.results import mean_success, mend, read_episodes, suites, summary, table, wilson
-from vla0.sim.workers import Play, work, write_video
+from vla0.sim.workers import RolloutConfig, work, write_video
 
 
 def config_of(folder, tasks=("fine",), **changes) -> EvalConfig:
@@ -132,8 +132,8 @@ def test_a_world_that_cannot_be_made_is_refused(tmp_path):
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     run(tmp_path, config_of(tmp_path / "world"))
-    with pytest.raises(InputError, match="replan"):
-        run(tmp_path, config_of(tmp_path / "world", replan=2))
+    with pytest.raises(InputError, match="n_action_steps"):
+        run(tmp_path, config_of(tmp_path / "world", n_action_steps=2))
     assert len(run(tmp_path, config_of(tmp_path / "world", episodes=4))) == 4  # more of the same is no other setting
 
 
@@ -149,7 +149,7 @@ def test_another_checkpoint_in_the_same_folder_is_refused(tmp_path):
 
 def test_ensembling_that_would_do_nothing_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(InputError, match="would do nothing"):
-        run(tmp_path, config_of(tmp_path / "world", replan=4, ensemble="v1"))
+        run(tmp_path, config_of(tmp_path / "world", n_action_steps=4, ensemble="v1"))
     assert not (tmp_path / "out").exists()
 
 
@@ -210,11 +210,11 @@ def test_exchanged_sentences_are_those_of_the_suite():
 
     tasks = [("a/1", "open it"), ("b/1", "lift it"), ("a/2", "close it"), ("b/2", "drop it"), ("a/3", "turn it")]
     heard = []
-    deaf = exchanged(lambda observations: heard.extend(o.instruction for o in observations), tasks)
-    deaf([Observation({}, sentence) for _, sentence in tasks])
+    deaf = swapped(lambda observations: heard.extend(o.instruction for o in observations), tasks)
+    deaf([Observation({}, instruction) for _, instruction in tasks])
     assert heard == ["close it", "drop it", "turn it", "lift it", "open it"]
     with pytest.raises(InputError, match="two tasks"):
-        exchanged(walk, [("a/1", "open it"), ("b/1", "lift it")])
+        swapped(walk, [("a/1", "open it"), ("b/1", "lift it")])
 
 
 def test_a_suite_is_its_tasks_together():
@@ -258,7 +258,7 @@ def test_a_whole_file_is_left_as_it_is(tmp_path):
 def test_a_video_holds_what_the_policy_looked_at_or_every_step(tmp_path):
     import av
 
-    config = EvalConfig(("line",), str(tmp_path), episodes=1, first_seed=0, replan=3, ensemble="none")
+    config = EvalConfig(("line",), str(tmp_path), episodes=1, first_seed=0, n_action_steps=3, ensemble="none")
     still = {"policy": lambda observations: np.zeros((len(observations), 4, 1), np.float32)}
     for render, frames, rate in ((False, 3, Fraction(20, 3)), (True, 8, 20)):
         evaluate(still, 4, config, tmp_path / f"{render}", 1, make_line, render=render)
@@ -330,7 +330,7 @@ def test_a_process_whose_parent_is_gone_ends_in_peace(tmp_path):
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     (tmp_path / "videos").mkdir()
-    play = Play(partial(make_line, config_of(tmp_path / "world")), (4, 1, "mean", None, None), 1)
+    play = RolloutConfig(partial(make_line, config_of(tmp_path / "world")), (4, 1, "mean", None, None), 1)
     process = context.Process(target=work, args=(theirs, play, tmp_path))
     process.start()
     theirs.close()

@@ -71,8 +71,8 @@ def test_a_task_has_a_name_a_number_and_a_sentence():
     milk = "libero_object/pick_up_the_milk_and_place_it_in_the_basket"
     assert milk in libero.tasks("object")
     assert libero.task_named(milk) == libero.task_named(f"object/{libero.tasks('object').index(milk)}") == milk
-    assert libero.sentence(milk) == "pick up the milk and place it in the basket"
-    assert libero.sentence(libero.task_named("long/0")) == ("put both the alphabet soup and the tomato sauce in the basket")
+    assert libero.instruction(milk) == "pick up the milk and place it in the basket"
+    assert libero.instruction(libero.task_named("long/0")) == ("put both the alphabet soup and the tomato sauce in the basket")
     with pytest.raises(InputError, match="the_milk_and"):
         libero.task_named("object/pick_up_the_silk")
     with pytest.raises(InputError, match="below 10"):
@@ -233,7 +233,7 @@ def test_the_gripper_is_open_or_closed(small):
 def test_the_episode_of_a_killed_worker_is_run_again_and_counted_once(tmp_path, monkeypatch):
     """Killed while it acts, as the system does where memory runs out."""
     monkeypatch.setenv(libero.ASSETS, str(MESHES))
-    config = EvalConfig((TASK,), "libero", episodes=3, replan=8, ensemble="none", max_steps=24, image_size=64)
+    config = EvalConfig((TASK,), "libero", episodes=3, n_action_steps=8, ensemble="none", max_steps=24, image_size=64)
     killed = []
 
     def still(observations):
@@ -279,7 +279,7 @@ def test_demonstrations_have_the_public_schema_and_an_interrupted_collection_goe
         "observation.state": (8,), "action": (7,),
     }  # fmt: skip
     assert (dataset.num_episodes, dataset.fps, dataset.meta.info.codebase_version) == (2, 20, "v3.0")
-    assert dataset[0]["task"] == libero.sentence(libero.task_named(TASK))
+    assert dataset[0]["task"] == libero.instruction(libero.task_named(TASK))
 
 
 @needs_meshes

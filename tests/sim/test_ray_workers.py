@@ -33,8 +33,8 @@ def address():
 def run(tmp_path, address, load=load_walk, tasks=("fine", "also", "third"), episodes=8):
     (tmp_path / "world").mkdir(exist_ok=True)
     config = EvalConfig(tasks, str(tmp_path / "world"), episodes=episodes, first_seed=0, ensemble="mean")
-    crew = partial(Cluster, address, load)
-    return evaluate({"policy": load}, 4, config, tmp_path / "out", 2, make_line, crew=crew)
+    pool = partial(Cluster, address, load)
+    return evaluate({"policy": load}, 4, config, tmp_path / "out", 2, make_line, pool=pool)
 
 
 def key(line):
@@ -80,7 +80,7 @@ def test_what_a_killed_member_was_doing_is_done_by_others(tmp_path, address, mon
 
     def kill(line, record=Cluster._record):
         if not killed:
-            found = subprocess.run(["pgrep", "-f", "ray::Member.run"], capture_output=True, text=True).stdout.split()
+            found = subprocess.run(["pgrep", "-f", "ray::RayWorker.run"], capture_output=True, text=True).stdout.split()
             killed.extend(found[:1])
             for process in killed:
                 os.kill(int(process), signal.SIGKILL)

@@ -13,41 +13,43 @@ import numpy as np
 
 from soak import Bar, Until
 from soak.sham import Server
-from soak.world import GRAIN_S, Body, BusError, Untimed, World, instructed
+from soak.world import GRAIN_S, BusError, RobotInterface, Untimed, World, instructed
 from vla0.core.relative import shortest
-from vla0.robot.limits import NEVER, Limits
-from vla0.robot.loop import WAYS, Pace, drive
+from vla0.robot.limits import NEVER, ActionLimits
+from vla0.robot.loop import MODES, Pacer, drive
 from vla0.robot.resample import Resampled
-from vla0.robot.safety import Guard
+from vla0.robot.safety import SafetyGuard
 from vla0.serve import client
 from vla0.serve.client import RemotePolicy
 
 TURN = ((2, -180.0, 180.0),)
-LIMITS = Limits((-1e8, -1.0, -180.0, -1e8), (1e8, 1.0, 180.0, 1e8), step=(NEVER, 0.05, 6.0, NEVER), periodic=TURN)
-SLOW_S = 0.6  # of the Guard: a command that takes longer is not waited for
+LIMITS = ActionLimits((-1e8, -1.0, -180.0, -1e8), (1e8, 1.0, 180.0, 1e8), step=(NEVER, 0.05, 6.0, NEVER), periodic=TURN)
+SLOW_S = 0.6  # of the SafetyGuard: a command that takes longer is not waited for
 NAMES = ("late", "out of bounds", "after the stop", "not finite", "not held or stopped in time", "an error of ours")
 
 
 def episode(seed: int) -> tuple[dict[str, str], dict[str, int]]:
     """({law: how it was broken}, {what happened: how often}) of one episode."""
     rng = np.random.default_rng(seed)
-    ill, fps, horizon = rng.choice([0.0, 0.05, 0.2, 0.5]), float(rng.choice([10, 20, 30, 50])), int(rng.integers(2, 17))
+    ill, fps, chunk_size = rng.choice([0.0, 0.05, 0.2, 0.5]), float(rng.choice([10, 20, 30, 50])), int(rng.integers(2, 17))
     world = World(rng, rng.choice([0.0, 0.0, 0.001]))
-    server = Server(world.clock, rng, horizon, fps, rng.choice([0.0, 0.02, 0.1, 0.4]), ill)
+    server = Server(world.clock, rng, chunk_size, fps, rng.choice([0.0, 0.02, 0.1, 0.4]), ill)
     server.numbered, world.server = rng.random() < 0.8, server
     start = np.array([0.0, rng.uniform(-1.9, 1.9), rng.uniform(-180, 180), 0.0])
-    body = Body(world, rng, start, ill)
+    body = RobotInterface(world, rng, start, ill)
     loop_fps = fps if rng.random() < 0.7 else float(rng.choice([10, 25, 60]))
     hold_s, stop_s = (0.2, 2.0) if rng.random() < 0.8 else (0.05, 0.4)
     with mock.patch.object(client, "time", world.clock), mock.patch.object(client, "connect", server.connect):
         policy = RemotePolicy("ws://sham", timeout_s=float(rng.choice([0.2, 2.0])), patience_s=1e6)
         world.predict = policy.predict
         if loop_fps != fps:
-            world.predict = Resampled(policy.predict, fps, loop_fps, horizon, TURN)
-            horizon = world.predict.horizon
-        way = str(rng.choice(WAYS if horizon > 1 else WAYS[:2]))
-        pace = Pace(loop_fps, horizon, way, None if way == "ensemble" else int(rng.integers(1, horizon + 1)), periodic=TURN)
-        guard = Guard(body, LIMITS, 1 / loop_fps, start, True, hold_s, stop_s, now=world.now)
+            world.predict = Resampled(policy.predict, fps, loop_fps, chunk_size, TURN)
+            chunk_size = world.predict.chunk_size
+        way = str(rng.choice(MODES if chunk_size > 1 else MODES[:2]))
+        pace = Pacer(
+            loop_fps, chunk_size, way, None if way == "ensemble" else int(rng.integers(1, chunk_size + 1)), periodic=TURN
+        )
+        guard = SafetyGuard(body, LIMITS, 1 / loop_fps, start, True, hold_s, stop_s, now=world.now)
         world.guard, guard.touching, guard.apart = guard, Untimed(), Untimed()
         world.clock.ahead = 0.0
         begins = {"signal": 0}
@@ -81,7 +83,7 @@ def episode(seed: int) -> tuple[dict[str, str], dict[str, int]]:
     return wrong, counts
 
 
-def judged(body: "Body", start: np.ndarray, guard: Guard, world: World, pace: Pace) -> dict[str, str]:
+def judged(body: "RobotInterface", start: np.ndarray, guard: SafetyGuard, world: World, pace: Pacer) -> dict[str, str]:
     """{law: how it was broken} of what reached the body."""
     wrong: dict[str, str] = {}
     period, low, high, step = 1 / pace.fps, *(np.array(own) for own in (LIMITS.low, LIMITS.high, LIMITS.step))

@@ -111,7 +111,7 @@ def state_of(output: Path) -> dict[str, str]:
     found = {}
     for file in sorted(output.rglob("*")):
         name = str(file.relative_to(output))
-        if name.split("/")[0] in (".owner", "tensorboard", "recipe.json") or name.endswith("training_args.bin"):
+        if name.split("/")[0] in (".owner", "tensorboard", "train_config.json") or name.endswith("training_args.bin"):
             continue  # of times, processes and paths
         if file.is_symlink():
             found[name] = f"to {file.readlink()}"

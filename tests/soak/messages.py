@@ -42,7 +42,7 @@ class OpenPi:
     def __init__(self, address: str, rng: np.random.Generator):
         self.url, self.rng, self.connection, self.count = f"ws://{address}", rng, None, 0
         seen = small(0)
-        whole = seen | {"vla0/number": 1, "vla0/reset": False, "vla0/stream": False, "vla0/committed": np.zeros((1, 3))}
+        whole = seen | {"vla0/number": 1, "vla0/reset": False, "vla0/stream": False, "vla0/action_prefix": np.zeros((1, 3))}
         self.contents = [msgpack.unpackb(pack(own), strict_map_key=False) for own in (seen, whole)]
 
     def ask(self) -> Any:

@@ -145,8 +145,8 @@ def trains(dataset: Path, output: Path, changes: dict, note: Path, plan: dict | 
     for name in ("publish", "save"):
         moments.wrap(keep.models, name, "publish")
     moments.wrap(keep, "point", lambda link, name: "publish" if link.name == "last" else "best")
-    moments.wrap(keep.Keeper, "_rank", "best")
-    moments.wrap(keep.Keeper, "_prune", "prune")
+    moments.wrap(keep.CheckpointCallback, "_rank", "best")
+    moments.wrap(keep.CheckpointCallback, "_prune", "prune")
     moments.wrap(sys.modules["transformers.trainer"], "rotate_checkpoints", lambda **_: "prune")
     moments.wrap(keep, "write_whole", lambda file, content: "card" if file.name == "README.md" else None)
     moments.wrap(keep, "chart", "card")
@@ -222,14 +222,14 @@ def evaluates(
     """Evaluates two policies in `tasks` x `episodes` of that world."""
     begins(log)
     from vla0.sim import evaluate
-    from vla0.sim.workers import Crew
+    from vla0.sim.workers import WorkerPool
 
     moments = Moments(note, plan, counts and counts.name)
     moments.wrap(evaluate, "_run", "play")
     for name in ("_same_settings", "mend", "read_episodes"):
         moments.wrap(evaluate, name, "begin")
-    moments.wrap(Crew, "_hear", "hear")
-    moments.wrap(Crew, "_lost", "lost")
+    moments.wrap(WorkerPool, "_hear", "hear")
+    moments.wrap(WorkerPool, "_lost", "lost")
     config = evaluate.EvalConfig(tasks, "walk", episodes, 0, ensemble="mean")
     policies = {"policy": walk, "slow": functools.partial(walk, pace=0.3)}
     evaluate.evaluate(policies, 4, config, output, workers=4, make_env=make_walk)

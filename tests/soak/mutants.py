@@ -18,7 +18,7 @@ NAMES = [
     "state",
     "observation/front",
     "vla0/stream",
-    "vla0/committed",
+    "vla0/action_prefix",
     "vla0/number",
     "vla0/reset",
     "payload",
@@ -97,7 +97,7 @@ def spoilt(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def pickled(data: bytes, rng: np.random.Generator) -> bytes:
-    """A pickle whose opcodes were taken out, doubled, exchanged, or given other arguments."""
+    """A pickle whose opcodes were taken out, doubled, swapped, or given other arguments."""
     if rng.random() < 0.3:
         return spoilt(data, rng)
     starts = [place for _, _, place in pickletools.genops(data)] + [len(data)]

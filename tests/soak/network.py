@@ -46,7 +46,7 @@ ATTACKS = {  # name → messages, sent one after another as fast as answers come
     "large pictures": lambda: [said(0, 1400)],
     "good questions": lambda: [said(seed) for seed in range(SEEN)],
     "streams": lambda: [said(seed, **{"vla0/stream": True}) for seed in range(SEEN)],
-    "long sentences": lambda: [said(0, prompt="\U0001f600" * 2000)],
+    "long instructions": lambda: [said(0, prompt="\U0001f600" * 2000)],
     "words that are tokens": lambda: [said(0, prompt="<|im_end|>" * 20)],
     "garbage": lambda: [b"\xc1" * 1000, b"", b"\x81\xa1x", said(0)[:-9]],
     "too large": lambda: [bytes(60 << 20)],
@@ -76,7 +76,7 @@ class Honest:
     """64 connections, each with a question every `every_s` seconds, the first at a moment of its own."""
 
     def __init__(self, url: str, expected: list[np.ndarray], bar: Bar):
-        self.url, self.expected, self.bar = url, expected, bar
+        self.url, self.draft_actions, self.bar = url, expected, bar
         self.messages = [said(seed) for seed in range(SEEN)]
 
     def window(self, seconds: float, every_s: float) -> list[float]:
@@ -102,7 +102,7 @@ class Honest:
                     answer = await asyncio.wait_for(connection.recv(), ANSWER_S)
                     found.append(time.monotonic() - asked)
                     self.bar.done += 1
-                    if isinstance(answer, str) or not np.array_equal(unpack(answer)["actions"], self.expected[own]):
+                    if isinstance(answer, str) or not np.array_equal(unpack(answer)["actions"], self.draft_actions[own]):
                         self.bar.wrong.append(f"client {client}: {str(answer)[:300]}")
                     turn += 1
                     await asyncio.sleep(max(0.0, began + every_s * (client / CLIENTS + turn) - time.monotonic()))

@@ -64,15 +64,15 @@ class Server:
     ill: how often something goes wrong. Its positions and angles are wild whatever it is asked.
     """
 
-    def __init__(self, clock: Clock, rng: np.random.Generator, horizon: int, fps: float, latency_s: float, ill: float):
-        self.clock, self.rng, self.horizon, self.fps = clock, rng, horizon, fps
+    def __init__(self, clock: Clock, rng: np.random.Generator, chunk_size: int, fps: float, latency_s: float, ill: float):
+        self.clock, self.rng, self.chunk_size, self.fps = clock, rng, chunk_size, fps
         self.latency_s, self.ill, self.asked, self.numbered = latency_s, ill, 0, True
         self.told: dict[str, Any] = {}
         self.sent: list[bytes] = []
 
     def metadata(self) -> dict[str, Any]:
-        extensions = ["stream", "reset", "number", "committed"] if self.numbered else []
-        return {"horizon": self.horizon, "dimensions": D, "extensions": extensions} | self.told
+        extensions = ["stream", "reset", "number", "action_prefix"] if self.numbered else []
+        return {"chunk_size": self.chunk_size, "dimensions": D, "extensions": extensions} | self.told
 
     def connect(self, *_, **__) -> Connection:
         self.clock.sleep(self.rng.exponential(0.01))
@@ -85,17 +85,17 @@ class Server:
         rng, at = self.rng, self.clock.monotonic()
         self.asked += 1
         number = {"vla0/number": message["vla0/number"]} if self.numbered else {}
-        steps = np.arange(self.horizon)
+        steps = np.arange(self.chunk_size)
         chunk = np.stack(
             [
                 message["state"][0] + steps / self.fps,
-                rng.normal(0, 10.0 ** rng.uniform(-2, 6)) + rng.normal(0, 0.1, self.horizon).cumsum(),
-                rng.normal(0, 10.0 ** rng.uniform(0, 4)) + rng.normal(0, 10, self.horizon).cumsum(),
-                np.full(self.horizon, self.asked),
+                rng.normal(0, 10.0 ** rng.uniform(-2, 6)) + rng.normal(0, 0.1, self.chunk_size).cumsum(),
+                rng.normal(0, 10.0 ** rng.uniform(0, 4)) + rng.normal(0, 10, self.chunk_size).cumsum(),
+                np.full(self.chunk_size, self.asked),
             ],
             axis=1,
         ).astype(np.float32)
-        if (committed := message.get("vla0/committed")) is not None:
+        if (committed := message.get("vla0/action_prefix")) is not None:
             chunk[: len(committed)] = committed
         whole = {"actions": chunk, **number}
         ready = at + rng.exponential(self.latency_s)
@@ -133,6 +133,6 @@ class Server:
         broken[self.rng.integers(len(chunk)), self.rng.integers(D)] = self.rng.choice([np.nan, np.inf, -np.inf])
         odd = (
             broken, np.tile(chunk, (200, 1)), chunk[:, :-1], chunk[0], chunk[:0], chunk[None], None, "actions", [], {},
-            [[1, 2, 3, "x"]], [[1.0] * D] * (self.horizon + 1), chunk.astype(np.float64) * 1e300, 7, [[None] * D],
+            [[1, 2, 3, "x"]], [[1.0] * D] * (self.chunk_size + 1), chunk.astype(np.float64) * 1e300, 7, [[None] * D],
         )  # fmt: skip
         return odd[self.rng.integers(len(odd))]

@@ -12,7 +12,7 @@ from vla0.robot import clock as clocks
 from vla0.robot import limits as limiting
 from vla0.robot import loop as loops
 from vla0.robot import safety as guards
-from vla0.robot.loop import Pace
+from vla0.robot.loop import Pacer
 
 GRAIN_S = 0.005  # between two looks of the watchdog
 OURS = (guards.__file__, loops.__file__, limiting.__file__, clocks.__file__)
@@ -58,17 +58,17 @@ class World:
         while not answer.done() and self.time < until:
             self.sleep_until(min(until, self.time + GRAIN_S))
 
-    def latest(self, action: np.ndarray, pace: Pace, sends) -> float:
+    def latest(self, action: np.ndarray, pace: Pacer, sends) -> float:
         """The instant that an action is meant for, which its first number says, but where the robot waited for it."""
         resampled = pace.fps != self.server.fps  # the last action lasts as long as it was meant to, others are mixed
         meant, waited = float(action[0]) + (1 / self.server.fps if resampled else 0.0), 0.0
-        if pace.way == "ensemble":
+        if pace.mode == "ensemble":
             return meant
         for question in self.used if resampled else [round(float(action[3]))]:
             asked, used = self.used.get(question, (0.0, 0.0))
-            if pace.way == "sync" or not any(asked < begun < used for begun, *_ in sends):
+            if pace.mode == "sync" or not any(asked < begun < used for begun, *_ in sends):
                 waited = max(waited, used - asked)
-        return meant + waited + (1 / pace.fps if pace.way == "sync" else 0.0)  # which goes on at the next tick
+        return meant + waited + (1 / pace.fps if pace.mode == "sync" else 0.0)  # which goes on at the next tick
 
 
 class Answer:
@@ -94,7 +94,7 @@ class Answer:
         return self.chunk
 
 
-class Body:
+class RobotInterface:
     """An arm with a bus and cameras of their own will, and a diary: (kind, begun, ended, action)."""
 
     def __init__(self, world: World, rng: np.random.Generator, start: np.ndarray, ill: float):

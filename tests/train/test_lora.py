@@ -8,7 +8,7 @@ from conftest import make_recipe
 from vla0 import InputError
 from vla0.checkpoint.tiny import tiny_model
 from vla0.data.lerobot import Source
-from vla0.decode import Fast
+from vla0.decode import SpeculativeDecoder
 from vla0.policy import VLA0
 from vla0.train.config import Lora, TrainConfig, build
 from vla0.train.lora import adapted, merged, plain
@@ -66,7 +66,7 @@ def test_lora_leaves_an_ordinary_checkpoint_that_acts(dataset, tmp_path):
     assert any("q_proj" in name for name in moved)
     assert not any("embed" in name or "norm" in name for name in moved)
     policy = VLA0.from_pretrained(last)
-    assert isinstance(policy.decoder, Fast)
+    assert isinstance(policy.decoder, SpeculativeDecoder)
     sample = Source(config_of(dataset, tmp_path / "run").data).sample(0, 2, 1)
     assert policy.predict_batch([sample.observation]).shape == (1, 2, 3)
     assert (tmp_path / "run" / "state" / "checkpoint-4" / "adapter_model.safetensors").is_file()
@@ -77,7 +77,7 @@ def test_a_resumed_lora_run_ends_in_the_weights_of_an_uninterrupted_one(dataset,
         pass
 
     def stop(policy, folder):
-        assert isinstance(policy.decoder, Fast)  # what is tried during training is decoded fast too
+        assert isinstance(policy.decoder, SpeculativeDecoder)  # what is tried during training is decoded fast too
         raise KilledError
 
     whole = main(config_of(dataset, tmp_path / "whole", **LORA))
@@ -109,7 +109,7 @@ def test_qlora_leaves_an_ordinary_checkpoint_that_acts_as_the_trained_model_did(
     last = main(config_of(dataset, tmp_path / "run", **settings), look)
     assert "quantization_config" not in (last / "config.json").read_text()
     policy = VLA0.from_pretrained(last)
-    assert isinstance(policy.decoder, Fast)
+    assert isinstance(policy.decoder, SpeculativeDecoder)
     with torch.inference_mode():
         logits = policy.model(**policy.prompt.observe([observation])).logits
     torch.testing.assert_close(logits, seen["step-000004"], rtol=1e-3, atol=1e-4)

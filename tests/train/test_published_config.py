@@ -43,7 +43,7 @@ def test_the_write_ups_own_recipe_trains(dataset, tmp_path, caplog):
     small = yaml.safe_dump(RECIPE["model"]["tiny"], default_flow_style=True, width=1000).strip()
     config = read_config(TrainConfig, file, [f"model.tiny={small}", "spec.image_size=56", "TRAINING.batch_size=4"])
     policy = VLA0.from_pretrained(main(config))
-    assert (policy.spec.horizon, policy.spec.bins, policy.spec.ensemble_k, policy.spec.crop) == (3, 1000, 3, 0.9)
+    assert (policy.spec.chunk_size, policy.spec.bins, policy.spec.ensemble_k, policy.spec.crop) == (3, 1000, 3, 0.9)
     assert set(policy.spec.cameras) == {"hand", "top"}
     assert (config.training.batch_size, config.training.precision) == (4, "bf16")
     said = [record.getMessage() for record in caplog.records]

@@ -110,7 +110,7 @@ def test_another_recipe_in_the_same_folder_is_refused(dataset, tmp_path):
 @pytest.mark.timeout(900)
 def test_a_killed_run_never_leaves_half_a_checkpoint_as_last(dataset, tmp_path):
     """SIGKILL at random moments of a run that saves at every step; `last` always loads, and the run ends."""
-    recipe = tmp_path / "recipe.json"  # JSON is YAML
+    recipe = tmp_path / "train_config.json"  # JSON is YAML
     recipe.write_text(json.dumps(make_recipe(dataset, tmp_path / "run", num_steps=60, save_every_n_steps=1)))
     command = [sys.executable, "-m", "vla0", "train", "--config", str(recipe)]
     rng, reached = np.random.default_rng(0), [0]
@@ -188,9 +188,9 @@ def test_a_batch_in_parts_gives_the_losses_of_the_whole(dataset, tmp_path):
 
 def launched(recipe, folder, *program):
     """Trains on two processes without a GPU."""
-    (folder / "recipe.json").write_text(json.dumps(recipe))
+    (folder / "train_config.json").write_text(json.dumps(recipe))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, *(program or ("-m", "vla0.train")), "--config", str(folder / "recipe.json")]
+    command = [*launch, *(program or ("-m", "vla0.train")), "--config", str(folder / "train_config.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -234,7 +234,7 @@ def test_the_error_of_actions_is_in_the_datasets_units_and_of_recorded_steps_onl
     spec = specs[MAIN]
 
     class Constant(VLA0):
-        def predict_batch(self, observations, chunk_size=None):
+        def predict_batch(self, observations, num_steps=None):
             return np.full((len(observations), 2, 3), 20.0, np.float32)
 
     held_out = Samples(source, spec, held_out=True)  # the third episode: 20 to 24, in all dimensions and tenths of it more
@@ -579,9 +579,9 @@ def test_what_a_kill_left_unfinished_of_a_save_is_made_good(dataset, tmp_path, a
     plain, cut = tmp_path / "plain", tmp_path / "cut"
     main(config_of(dataset, plain, **settings))
     shutil.copytree(plain, cut, symlinks=True)
-    recipe = json.loads((cut / "recipe.json").read_text())
+    recipe = json.loads((cut / "train_config.json").read_text())
     recipe["logging"]["output_dir"] = str(cut)
-    (cut / "recipe.json").write_text(json.dumps(recipe))
+    (cut / "train_config.json").write_text(json.dumps(recipe))
     step = 4
     for later in ("step-000006",) if at == "the middle" else ():
         shutil.rmtree(cut / later)
@@ -599,8 +599,8 @@ def test_what_a_kill_left_unfinished_of_a_save_is_made_good(dataset, tmp_path, a
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (lambda run: (run / "recipe.json").write_text(""), "JSON in"),
-        (lambda run: (run / "recipe.json").write_text('{"model"'), "JSON in"),
+        (lambda run: (run / "train_config.json").write_text(""), "JSON in"),
+        (lambda run: (run / "train_config.json").write_text('{"model"'), "JSON in"),
         (lambda run: (state_of(run) / "trainer_state.json").write_text("[]"), "a JSON object"),
         (lambda run: (state_of(run) / "trainer_state.json").write_text("{}"), "global_step and max_steps"),
         (lambda run: cut(state_of(run) / "trainer_state.json"), "JSON in"),

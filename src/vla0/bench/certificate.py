@@ -12,7 +12,7 @@ from vla0.bench.decode import parting, queries
 from vla0.bench.inputs import Episodes, moving_pictures
 from vla0.checkpoint import io as models
 from vla0.core.rollout import rest
-from vla0.decode import Fast
+from vla0.decode import SpeculativeDecoder
 from vla0.decode.draft import filled
 from vla0.decode.tree_size import device_name
 from vla0.errors import InputError
@@ -20,23 +20,30 @@ from vla0.policy import VLA0
 
 
 def certificate(
-    policy: VLA0, chunks: int, batch: int = 1, replan: int = 1, episodes: Episodes | None = None, seconds: float = math.inf
+    policy: VLA0,
+    chunks: int,
+    batch: int = 1,
+    n_action_steps: int = 1,
+    episodes: Episodes | None = None,
+    seconds: float = math.inf,
 ) -> dict[str, Any]:
     """Over so many successive chunks: how many are identical to one token a pass, and of each other one where it parts.
 
-    batch: observations decoded together; they share products of matrices, so that a certificate is of one size. replan: steps
+    batch: observations decoded together; they share products of matrices, so that a certificate is of one size. n_action_steps: steps
     between queries. episodes: of a number its observations; default made-up ones. seconds: after which it ends early.
     The margin is how far the two likeliest symbols' logits are apart where the chunks part. Raises InputError for a policy
     whose model the fast decoder does not drive.
     """
-    if not isinstance(policy.decoder, Fast):
+    if not isinstance(policy.decoder, SpeculativeDecoder):
         raise InputError("a model that the fast decoder drives", "one decoded plainly", "nothing to certify here")
-    if min(chunks, batch) < 1 or not 1 <= replan <= policy.spec.horizon:
-        got = f"{chunks}, {batch} and {replan}"
-        raise InputError(f"chunks and batch >= 1, replan in 1..{policy.spec.horizon}", got, "give whole numbers from 1")
-    inputs = queries(policy.prompt, episodes or moving_pictures(policy.spec), batch, replan)
-    decoder = Fast(policy.model, policy.prompt)
-    plain = Fast(policy.model, policy.prompt, decoder.nodes(decoder.engine.held(batch)), plain=True)
+    if min(chunks, batch) < 1 or not 1 <= n_action_steps <= policy.spec.chunk_size:
+        got = f"{chunks}, {batch} and {n_action_steps}"
+        raise InputError(
+            f"chunks and batch >= 1, n_action_steps in 1..{policy.spec.chunk_size}", got, "give whole numbers from 1"
+        )
+    inputs = queries(policy.prompt, episodes or moving_pictures(policy.spec), batch, n_action_steps)
+    decoder = SpeculativeDecoder(policy.model, policy.prompt)
+    plain = SpeculativeDecoder(policy.model, policy.prompt, decoder.nodes(decoder.engine.held(batch)), plain=True)
     differing: list[dict[str, Any]] = []
     compared, passes, last, started = 0, [], None, time.monotonic()
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
@@ -45,7 +52,7 @@ def certificate(
         while compared < chunks and time.monotonic() - started < seconds:
             own = next(inputs)
             expected = plain.decode(own)
-            guesses = None if last is None else [filled(rest(chunk, replan), policy.spec.horizon) for chunk in last]
+            guesses = None if last is None else [filled(rest(chunk, n_action_steps), policy.spec.chunk_size) for chunk in last]
             last = decoder.decode(own, guesses=guesses)
             passes.append(decoder.passes)
             for row, (one, other) in enumerate(zip(expected, last, strict=True)):
@@ -55,8 +62,8 @@ def certificate(
             compared += batch
             progress.update(bar, completed=compared)
     return {
-        "chunks": compared, "identical": compared - len(differing), "differing": differing, "batch": batch, "replan": replan,
-        "passes": float(np.mean(passes)), "invariant": decoder.engine.invariant, "nodes": plain.width,
+        "chunks": compared, "identical": compared - len(differing), "differing": differing, "batch": batch, "n_action_steps": n_action_steps,
+        "passes": float(np.mean(passes)), "invariant": decoder.engine.invariant, "nodes": plain.tree_size,
         "checkpoint": models.fingerprint(policy.model, policy.spec), "dtype": str(policy.model.dtype).removeprefix("torch."),
         "device": device_name(policy.model.device),
         "versions": {name: _version(name) for name in ("vla0", "torch", "transformers", "numpy")},

@@ -15,21 +15,23 @@ from vla0.bench.inputs import Episodes, moving_pictures
 from vla0.core.codec import ActionCodec, Grammar
 from vla0.core.prompt import Prompt
 from vla0.core.rollout import rest
-from vla0.decode import Fast, Reference
-from vla0.decode.approximate import MODES, inexact
+from vla0.decode import GreedyDecoder, SpeculativeDecoder
+from vla0.decode.approximate import MODES, approximate
 from vla0.decode.draft import filled
 from vla0.errors import InputError
 from vla0.policy import VLA0
 
 BASELINE = "generate"
-WAYS: dict[str, dict[str, Any] | None] = {  # arguments of Fast; None: transformers' generate with a logits processor
+WAYS: dict[
+    str, dict[str, Any] | None
+] = {  # arguments of SpeculativeDecoder; None: transformers' generate with a logits processor
     BASELINE: None,
     "one token a pass": {"plain": True},
-    "forced symbols ride along": {"width": 4, "tail": 0.0, "least": 0.999, "learning": False},
-    "all digits, one level": {"width": 21, "tail": 0.0, "learning": False},
-    "all digits, two levels": {"width": 232, "tail": 0.0, "learning": False},
-    "tree of the last chunk": {"tail": 0.0, "learning": False},
-    "tree that learns": {"tail": 0.0},
+    "forced symbols ride along": {"tree_size": 4, "chain_fraction": 0.0, "min_probability": 0.999, "learning": False},
+    "all digits, one level": {"tree_size": 21, "chain_fraction": 0.0, "learning": False},
+    "all digits, two levels": {"tree_size": 232, "chain_fraction": 0.0, "learning": False},
+    "tree of the last chunk": {"chain_fraction": 0.0, "learning": False},
+    "tree that learns": {"chain_fraction": 0.0},
     "tree that learns, and a tail": {},
 }
 OTHERS: dict[str, dict[str, Any]] = {  # by name only: what they are for, a machine may not have
@@ -46,7 +48,7 @@ class Timing:
 
     way: str
     batch: int
-    replan: int
+    n_action_steps: int
     chunks: int  # decoded, each row of a batch counted
     passes: float  # mean of a decode
     ms_median: float  # of a decode
@@ -59,43 +61,47 @@ class Timing:
 def bench(
     policy: VLA0,
     batches: Sequence[int],
-    replans: Sequence[int],
+    steps_per_query: Sequence[int],
     chunks: int,
     ways: Sequence[str] = tuple(WAYS),
     episodes: Episodes | None = None,
 ) -> list[Timing]:
-    """Timings of each way, batch size and replan. chunks: decodes of each. episodes: of a number its observations."""
+    """Timings of each way, batch size and n_action_steps. chunks: decodes of each. episodes: of a number its observations."""
     episodes = episodes or moving_pictures(policy.spec)
     rows = []
     with Progress(transient=True) as progress:
-        bar = progress.add_task("decoding", total=len(ways) * len(batches) * len(replans) * chunks)
+        bar = progress.add_task("decoding", total=len(ways) * len(batches) * len(steps_per_query) * chunks)
         for batch in batches:
-            for replan in replans:
-                inputs = inputs_of(policy.prompt, episodes, batch, replan, chunks)
+            for n_action_steps in steps_per_query:
+                inputs = inputs_of(policy.prompt, episodes, batch, n_action_steps, chunks)
                 expected: list[np.ndarray] = []
                 for way in ways if ways[0] == BASELINE else (BASELINE, *ways):
-                    row, levels = measure(policy, way, inputs, replan, expected, lambda: progress.advance(bar))
+                    row, levels = measure(policy, way, inputs, n_action_steps, expected, lambda: progress.advance(bar))
                     expected = expected or levels
                     rows.append(row)
     return rows
 
 
-def queries(prompt: Prompt, episodes: Episodes, batch: int, replan: int) -> Iterator[dict[str, torch.Tensor]]:
+def queries(prompt: Prompt, episodes: Episodes, batch: int, n_action_steps: int) -> Iterator[dict[str, torch.Tensor]]:
     """The model's inputs of successive queries in `batch` episodes at once, without an end."""
     streams = [episodes(number) for number in range(batch)]
     while True:
         yield prompt.observe([next(stream) for stream in streams])
         for stream in streams:
-            for _ in range(replan - 1):
+            for _ in range(n_action_steps - 1):
                 next(stream)
 
 
-def inputs_of(prompt: Prompt, episodes: Episodes, batch: int, replan: int, chunks: int) -> list[dict[str, torch.Tensor]]:
+def inputs_of(
+    prompt: Prompt, episodes: Episodes, batch: int, n_action_steps: int, chunks: int
+) -> list[dict[str, torch.Tensor]]:
     """Those of the first `chunks` queries."""
-    return list(islice(queries(prompt, episodes, batch, replan), chunks))
+    return list(islice(queries(prompt, episodes, batch, n_action_steps), chunks))
 
 
-def measure(policy: VLA0, way: str, inputs, replan: int, expected: list[np.ndarray], tick) -> tuple[Timing, list[np.ndarray]]:
+def measure(
+    policy: VLA0, way: str, inputs, n_action_steps: int, expected: list[np.ndarray], tick
+) -> tuple[Timing, list[np.ndarray]]:
     batch = len(inputs[0]["input_ids"])
     decoder = _decoder(policy, way, batch)
     passes, calls = [], []
@@ -107,11 +113,13 @@ def measure(policy: VLA0, way: str, inputs, replan: int, expected: list[np.ndarr
     for own in inputs:
         guesses = None
         if last is not None and way not in BLIND:
-            guesses = [filled(rest(chunk, replan), policy.spec.horizon) for chunk in last]
+            guesses = [filled(rest(chunk, n_action_steps), policy.spec.chunk_size) for chunk in last]
         started = time.perf_counter()
         last = decoder.decode(own, guesses=guesses)
         seconds.append(time.perf_counter() - started)
-        passes.append(decoder.passes if isinstance(decoder, Fast) else len(calls))  # what is captured calls no hook
+        passes.append(
+            decoder.passes if isinstance(decoder, SpeculativeDecoder) else len(calls)
+        )  # what is captured calls no hook
         calls.clear()
         found.append(last)
         tick()
@@ -127,19 +135,19 @@ def measure(policy: VLA0, way: str, inputs, replan: int, expected: list[np.ndarr
         margin = parting(policy, inputs[at], row, expected[at][row], found[at][row])
     ms = np.array(seconds) * 1e3
     timing = Timing(
-        way, batch, replan, len(found) * batch, float(np.mean(passes)), float(np.median(ms)), float(np.percentile(ms, 95)),
+        way, batch, n_action_steps, len(found) * batch, float(np.mean(passes)), float(np.median(ms)), float(np.percentile(ms, 95)),
         float(np.mean(same)), margin, len(same),
     )  # fmt: skip
     return timing, found
 
 
-def _decoder(policy: VLA0, way: str, batch: int) -> Fast | Reference:
+def _decoder(policy: VLA0, way: str, batch: int) -> SpeculativeDecoder | GreedyDecoder:
     if way in MODES:
-        return inexact(policy.model, policy.prompt, way)[1]
+        return approximate(policy.model, policy.prompt, way)[1]
     if (settings := (WAYS | OTHERS)[way]) is None:
-        return Reference(policy.model, policy.prompt)
-    fewer = {"width": min(settings["width"], max(1, MOST // batch))} if "width" in settings else {}
-    return Fast(policy.model, policy.prompt, **settings | fewer)
+        return GreedyDecoder(policy.model, policy.prompt)
+    fewer = {"tree_size": min(settings["tree_size"], max(1, MOST // batch))} if "tree_size" in settings else {}
+    return SpeculativeDecoder(policy.model, policy.prompt, **settings | fewer)
 
 
 @torch.inference_mode()
@@ -165,12 +173,12 @@ def parting(policy: VLA0, batch: dict[str, torch.Tensor], row: int, one: np.ndar
 
 
 def tables(rows: Sequence[Timing]) -> list[Table]:
-    """A table for each batch size and replan: the ways, and how many times faster than `generate`."""
+    """A table for each batch size and n_action_steps: the ways, and how many times faster than `generate`."""
     result = []
-    for (batch, replan), group in groupby(rows, key=lambda row: (row.batch, row.replan)):
+    for (batch, n_action_steps), group in groupby(rows, key=lambda row: (row.batch, row.n_action_steps)):
         own, columns = list(group), ("passes", "ms", "95 %", "faster", "identical")
         found = Table(Column("way", no_wrap=True), *(Column(name, no_wrap=True, justify="right") for name in columns))
-        found.title = f"{batch} at once, {replan} steps a query, {own[0].chunks} chunks"
+        found.title = f"{batch} at once, {n_action_steps} steps a query, {own[0].chunks} chunks"
         base = next(row.ms_median for row in own if row.way == BASELINE)
         for row in own:
             cells = (f"{row.passes:.1f}", f"{row.ms_median:.1f}", f"{row.ms_p95:.1f}", f"{base / row.ms_median:.1f}")
@@ -182,11 +190,15 @@ def tables(rows: Sequence[Timing]) -> list[Table]:
     return result
 
 
-def refuse(batches: Sequence[int], replans: Sequence[int], chunks: int, horizon: int, ways: Sequence[str] = ()) -> None:
+def refuse(
+    batches: Sequence[int], steps_per_query: Sequence[int], chunks: int, chunk_size: int, ways: Sequence[str] = ()
+) -> None:
     """Raises InputError for numbers that mean nothing, and ways that there are not."""
     if min(batches) < 1 or chunks < 1:
         raise InputError("batch and chunks >= 1", f"{min(batches)} and {chunks}", "give whole numbers from 1")
-    if not 1 <= min(replans) <= max(replans) <= horizon:
-        raise InputError(f"replan in 1..{horizon}, the horizon", f"{sorted(replans)}", "give fewer steps a query")
+    if not 1 <= min(steps_per_query) <= max(steps_per_query) <= chunk_size:
+        raise InputError(
+            f"n_action_steps in 1..{chunk_size}, the chunk's size", f"{sorted(steps_per_query)}", "give fewer steps a query"
+        )
     if unknown := [way for way in ways if way not in (*WAYS, *OTHERS, *MODES)]:
         raise InputError(f"a way of {(*WAYS, *OTHERS, *MODES)}", f"'{unknown[0]}'", "choose one of those")

@@ -65,7 +65,7 @@ def recorded(config: DataConfig, spec: Spec) -> Episodes:
     def episode(number: int) -> Iterator[Observation]:
         first = int(starts[number % len(starts)])
         for row in cycle(range(first, int(source.end[first]))):
-            yield source.sample(row, spec.horizon, spec.history).observation
+            yield source.sample(row, spec.chunk_size, spec.history).observation
 
     return episode
 

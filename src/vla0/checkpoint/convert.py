@@ -18,7 +18,7 @@ from vla0.core.prompt import Prompt
 from vla0.core.spec import Spec
 from vla0.errors import InputError
 
-CAMERAS = ("agentview", "wrist")  # in the order of the official LIBERO recipe
+CAMERAS = ("agentview", "wrist")  # in the order of the official LIBERO config
 REMEDY = "give the folder of an official run: config.yaml, dataset_stats.pkl and model_last/"
 KEPT = (".safetensors", ".json", ".txt", ".jinja", ".model")
 
@@ -56,19 +56,19 @@ def read_spec(run: Path, vision_id: bool = False, crop: float | None = None) -> 
     try:
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         qwen = config["MODEL"]["QWEN"]
-        horizon, dimensions, bins = (int(qwen[key]) for key in ("horizon", "original_action_dim", "num_bins_actions"))
+        chunk_size, dimensions, bins = (int(qwen[key]) for key in ("horizon", "original_action_dim", "num_bins_actions"))
         count, tile, sides = int(qwen["num_cam"]), bool(qwen["tiled_rgb_imgs"]), [int(side) for side in qwen["rgb_img_size"]]
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"an official config.yaml in '{run}'", reason, REMEDY) from None
     if count > len(CAMERAS) or len(set(sides)) != 1:
-        remedy = "only the LIBERO recipes can be converted"
+        remedy = "only the LIBERO configs can be converted"
         raise InputError("one or two cameras, square", f"{count} cameras of {sides}", remedy)
     with (run / "dataset_stats.pkl").open("rb") as file:
         statistics = load_arrays(file, f"{run}/dataset_stats.pkl")
     low, high = _bounds(statistics, dimensions)
     return Spec(
-        low, high, 20.0, CAMERAS[:count], str(qwen.get("qwen_model_id", "Qwen/Qwen2.5-VL-3B-Instruct")), horizon, bins,
+        low, high, 20.0, CAMERAS[:count], str(qwen.get("qwen_model_id", "Qwen/Qwen2.5-VL-3B-Instruct")), chunk_size, bins,
         image_size=sides[0], crop=_crop(config, crop), tile=tile, history=int(qwen.get("history", 1)), vision_id=vision_id,
     )  # fmt: skip
 

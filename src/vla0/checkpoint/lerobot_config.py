@@ -17,7 +17,7 @@ def describe(folder: Path, spec: Spec) -> None:
     if spec.state is not None:
         inputs["observation.state"] = {"type": "STATE", "shape": [len(spec.state[0])]}
     outputs = {"action": {"type": "ACTION", "shape": [spec.dimensions]}}
-    own = {"type": "vla0", "chunk_size": spec.horizon, "input_features": inputs, "output_features": outputs}
+    own = {"type": "vla0", "chunk_size": spec.chunk_size, "input_features": inputs, "output_features": outputs}
     file = folder / "config.json"
     _write(file, json.loads(file.read_text(encoding="utf-8")) | own)
     unchanged = dict.fromkeys(("VISUAL", "STATE", "ACTION"), "IDENTITY")

@@ -10,7 +10,7 @@ from rich.logging import RichHandler
 from vla0.cli import act, prepare, run
 from vla0.cli.bench import app as bench_app
 from vla0.cli.screen import app
-from vla0.errors import InputError
+from vla0.errors import RENAMED, InputError
 from vla0.quiet import hush
 
 __all__ = ["act", "main", "prepare", "run"]
@@ -23,6 +23,24 @@ def bench() -> None:
     """Measure on this machine."""
 
 
+OLD_COMMANDS = {
+    "bench train": "python benchmarks/training.py",
+    "bench data": "python benchmarks/reading.py",
+}
+
+
+def refuse_old_names(words: list[str]) -> None:
+    """Raises InputError for a flag or a command of an earlier version, with its name of today."""
+    if (now := OLD_COMMANDS.get(command := " ".join(words[:2]))) is not None:
+        raise InputError("a command of today", f"'vla0 {command}'", f"it is `{now}` now")
+    for word in words:
+        flag = word.partition("=")[0]
+        name = flag.removeprefix("--").replace("-", "_")
+        way = name == "way" and words[:1] == ["bench"]  # of decoding, which has kept its name
+        if flag.startswith("--") and name in RENAMED and not way:
+            raise InputError("a flag of today", f"'{flag}'", f"it is called '--{RENAMED[name].replace('_', '-')}' now")
+
+
 def main() -> None:
     """The entry point: bad input is one line and exit code 2. VLA0_DEBUG=1 shows where it came from."""
     debug = bool(os.environ.get("VLA0_DEBUG"))
@@ -31,6 +49,7 @@ def main() -> None:
     hush()
     logging.getLogger("vla0").setLevel(logging.DEBUG if debug else logging.INFO)
     try:
+        refuse_old_names(sys.argv[1:])
         app()
     except InputError as error:
         if debug:

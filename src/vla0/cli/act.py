@@ -26,7 +26,7 @@ def serve(
     tls_key: Annotated[Path | None, typer.Option(help="the certificate's private key (PEM)")] = None,
     key: Annotated[list[str] | None, typer.Option(help="CAMERA=NAME of its picture in messages; several times")] = None,
     ensemble: Annotated[str, typer.Option(help="none: whole chunks; mean, v1 or v2:w: ensembled steps")] = "none",
-    replan: Annotated[
+    n_action_steps: Annotated[
         int | None, typer.Option(help="steps a client executes per query, where they are ensembled; default 1")
     ] = None,
     origin: Annotated[list[str] | None, typer.Option(help="a web page that may ask, https://...; default none")] = None,
@@ -44,13 +44,13 @@ def serve(
 ) -> None:
     """Act for robots elsewhere, over openpi's websocket protocol or another. Ctrl-C finishes what was begun."""
     from vla0.checkpoint.location import locate
-    from vla0.serve.listen import Limits, refuse_open, refuse_taken, secret_of, served, shown
+    from vla0.serve.listen import ServerLimits, refuse_open, refuse_taken, secret_of, served, shown
     from vla0.serve.messages import refuse_other_cameras
 
     secret = secret_of(api_key_file)
     pairs = pairs_of("--key", key or [])
     message_bytes = None if message_mib is None else int(message_mib * 2**20)
-    limits = Limits(**given(side=side, clients=clients, rate=rate, message_bytes=message_bytes))
+    limits = ServerLimits(**given(side=side, clients=clients, rate=rate, message_bytes=message_bytes))
     if protocol not in PROTOCOLS:
         raise InputError(f"--protocol of {PROTOCOLS}", f"'{protocol}'", "choose one of those")
     refuse_open(host, secret, protocol)
@@ -58,7 +58,7 @@ def serve(
     if protocol != "openpi" and (secret or tls_cert):
         raise InputError(f"--protocol {protocol} without a key or TLS", "one of them", "its clients know none")
     if protocol != "vla-eval" and ensemble == "none":
-        refuse_idle({"--replan": replan}, "--ensemble")
+        refuse_idle({"--n-action-steps": n_action_steps}, "--ensemble")
     if protocol != "openpi":
         refuse_idle({"--origin": origin, "--rate": rate}, "--protocol openpi")
     if tls_cert is None:
@@ -80,7 +80,9 @@ def serve(
     else:
         policy = VLA0.from_pretrained(checkpoint, device, embodiment=embodiment)
     if protocol == "openpi":
-        server = Server(policy, limits, pairs, secret, ensemble=ensemble, origins=origin or (), **given(replan=replan))
+        server = Server(
+            policy, limits, pairs, secret, ensemble=ensemble, origins=origin or (), **given(n_action_steps=n_action_steps)
+        )
         scheme = "wss" if tls_cert else "ws"
         ready = lambda bound: console.print(f"{shown(policy.spec)}\n{scheme}://{host}:{bound}")  # noqa: E731
         served(server, host, port, tls_cert, tls_key, ready)
@@ -97,7 +99,10 @@ def serve(
         own.serve_lerobot(own.LeRobotServer(policy, limits, pairs), host, port, say)
     else:
         served(
-            own.HarnessServer(policy, pairs, ensemble=ensemble, limits=limits, **given(replan=replan)), host, port, ready=say
+            own.VlaEvalServer(policy, pairs, ensemble=ensemble, limits=limits, **given(n_action_steps=n_action_steps)),
+            host,
+            port,
+            ready=say,
         )
 
 
@@ -111,9 +116,9 @@ def robot(
         typer.Option("--robot", help="LeRobot's type of it, e.g. so101; sim is a simulated arm"),
     ] = None,
     live: Annotated[bool, typer.Option("--live", help="really move; without it nothing is sent")] = False,
-    way: Annotated[str, typer.Option(help="sync, async or ensemble")] = "async",
-    replan: Annotated[int | None, typer.Option(help="steps executed of a chunk; default half of it")] = None,
-    weights: Annotated[str | None, typer.Option(help="of --way ensemble, by age: mean, v1 (default) or v2:w")] = None,
+    mode: Annotated[str, typer.Option(help="sync, async or ensemble")] = "async",
+    n_action_steps: Annotated[int | None, typer.Option(help="steps executed of a chunk; default half of it")] = None,
+    weights: Annotated[str | None, typer.Option(help="of --mode ensemble, by age: mean, v1 (default) or v2:w")] = None,
     limits: Annotated[Path | None, typer.Option(help="YAML: low, high, step, velocity; default the data's")] = None,
     camera: Annotated[list[str] | None, typer.Option(help="CAMERA=NAME, the robot's name of it")] = None,
     episodes: Annotated[int, typer.Option()] = 1,
@@ -139,10 +144,10 @@ def robot(
     """
     from vla0.serve.listen import secret_of
 
-    if way == "ensemble":
-        refuse_idle({"--replan": replan}, "--way sync or async: an ensemble asks as often as answers come,")
+    if mode == "ensemble":
+        refuse_idle({"--n-action-steps": n_action_steps}, "--mode sync or async: an ensemble asks as often as answers come,")
     else:
-        refuse_idle({"--weights": weights}, "--way ensemble")
+        refuse_idle({"--weights": weights}, "--mode ensemble")
     if fps is None:
         refuse_idle({"--resample": resample}, "--fps")
     if not (live and record):
@@ -150,12 +155,12 @@ def robot(
     words = robot_words(context.args, [parameter.opts[0] for parameter in context.command.params], kind)
     secret = secret_of(api_key_file)
     from vla0.robot.lerobot_robot import make_robot  # heavy: after what may be wrong has been looked at
-    from vla0.robot.session import Session, SessionConfig
+    from vla0.robot.session import RobotSession, SessionConfig
     from vla0.serve.client import NoAnswerError, RemotePolicy
 
     folder = (out or Path(f"runs/robot/{datetime.now():%Y-%m-%d_%H-%M-%S}")) if record else None
     config = SessionConfig(
-        instruction, live, way, replan, fps=fps, resample=resample, episodes=episodes, seconds=seconds, reset_s=reset_s,
+        instruction, live, mode, n_action_steps, fps=fps, resample=resample, episodes=episodes, seconds=seconds, reset_s=reset_s,
         hold_s=hold_s, stop_s=stop_s, out=folder, view=view, **given(weights=weights),
     )  # fmt: skip
     pairs, narrowed = pairs_of("--camera", camera or []), _limits(limits)
@@ -166,7 +171,7 @@ def robot(
     except NoAnswerError as error:
         raise InputError(str(error)) from None
     try:
-        session = Session(config, arm, policy, pairs, narrowed, console.print)
+        session = RobotSession(config, arm, policy, pairs, narrowed, console.print)
         console.print(_table(session.body.actions, session.limits))
         if not live:
             console.print("dry run: nothing is sent to the robot; give --live once what you see is right")

@@ -56,29 +56,29 @@ def collect(
 
 @app.command()
 def inspect(
-    words: Annotated[list[str] | None, typer.Argument(help="LeRobot dataset, default the recipe's; and key=value")] = None,
-    config: Annotated[Path | None, typer.Option(help="recipe; default the published settings, all cameras, no state")] = None,
+    words: Annotated[list[str] | None, typer.Argument(help="LeRobot dataset, default the config's; and key=value")] = None,
+    config: Annotated[Path | None, typer.Option(help="config; default the published settings, all cameras, no state")] = None,
     out: Annotated[Path, typer.Option(help="page to write")] = Path("inspect.html"),
-    write_config: Annotated[Path | None, typer.Option(help="new recipe of this dataset to write, as configs/own.yaml")] = None,
+    write_config: Annotated[Path | None, typer.Option(help="new config of this dataset to write, as configs/own.yaml")] = None,
 ) -> None:
     """Look at a dataset before training on it: what is in it, what is lost in writing, what the model will see."""
-    from vla0.inspect.own import recipe, write_recipe
+    from vla0.inspect.own import config_to_inspect, write_own_config
 
     if write_config is not None:
         if config is not None:
             raise InputError("--config or --write-config", "both", "leave one out")
-        write_recipe(words or [], write_config)
-        console.print(f"recipe: {write_config}, for vla0 train --config {write_config} logging.output_dir=runs/mine")
+        write_own_config(words or [], write_config)
+        console.print(f"config: {write_config}, for vla0 train --config {write_config} logging.output_dir=runs/mine")
         config = write_config
-    settings = recipe(words or [], config)
-    from vla0.inspect.examine import examine  # heavy: after the recipe has been read
-    from vla0.inspect.page import facts, page, screen
+    settings = config_to_inspect(words or [], config)
+    from vla0.inspect.examine import examine  # heavy: after the config has been read
+    from vla0.inspect.page import facts, page, survey_table
 
     quiet()
     survey = examine(settings, config)
     for name, text in facts(survey):
         console.print(f"[bold]{name}[/bold]  {escape(text)}", highlight=False)
-    console.print(screen(survey))
+    console.print(survey_table(survey))
     for text in survey.problems:
         console.print(f"[red]{escape(text)}[/red]")
     page(survey, out)
@@ -129,7 +129,7 @@ def convert(
         from vla0.checkpoint.convert import convert as run_convert
 
         spec = run_convert(run, out, vision_id, crop)
-    console.print(f"checkpoint: {out}, {spec.horizon} steps of {spec.dimensions} numbers in 0..{spec.bins}")
+    console.print(f"checkpoint: {out}, {spec.chunk_size} steps of {spec.dimensions} numbers in 0..{spec.bins}")
 
 
 @app.command()
@@ -137,12 +137,12 @@ def doctor(
     job: Annotated[str | None, typer.Option("--for", help="what is to run here: train, eval or serve")] = None,
 ) -> None:
     """Say what works on this machine, and the remedy for what does not. Exit code 1 where the job cannot run."""
-    from vla0.doctor import JOBS, examine, screen
+    from vla0.doctor import JOBS, diagnose, findings_table
 
     if job is not None and job not in JOBS:
         raise InputError(f"--for with one of {JOBS}", f"'{job}'", "choose one of those")
-    found = examine()
-    console.print(screen(found))
+    found = diagnose()
+    console.print(findings_table(found))
     hindered = [line.name for line in found if not line.fine and job in line.jobs]
     if hindered:
         console.print(f"[red]{job} cannot run here: {', '.join(hindered)}[/red]")

@@ -13,9 +13,9 @@ from vla0.quiet import quiet
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Option(help="recipe, e.g. configs/demo.yaml")],
+    config: Annotated[Path, typer.Option(help="config, e.g. configs/demo.yaml")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="fields of the recipe, dots go deeper")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="fields of the train_config, dots go deeper")
     ] = None,
 ) -> None:
     """Fine-tune a VLM on a LeRobot dataset. The same command again goes on where it stopped."""
@@ -23,16 +23,16 @@ def train(
     from vla0.sim.evaluate import EvalConfig
     from vla0.train.config import TrainConfig, build, read_config
 
-    recipe = read_config(TrainConfig, config, overrides or [])
-    for own in recipe.data.all().values():
+    train_config = read_config(TrainConfig, config, overrides or [])
+    for own in train_config.data.all().values():
         refuse_missing(own.dataset)
-    if recipe.simulator is not None:
-        build(EvalConfig, recipe.simulator, "simulator")
+    if train_config.simulator is not None:
+        build(EvalConfig, train_config.simulator, "simulator")
     from vla0.sim.experiment import measured
-    from vla0.train.run import main  # heavy: after what may be wrong in a recipe has been read
+    from vla0.train.run import main  # heavy: after what may be wrong in a config has been read
 
     quiet()
-    last = main(recipe, measured(recipe.simulator))
+    last = main(train_config, measured(train_config.simulator))
     console.print(f"checkpoint: {last}")
 
 
@@ -45,12 +45,14 @@ def evaluate(
     env: Annotated[str, typer.Option(help="metaworld, libero or arm")] = "metaworld",
     episodes: Annotated[int, typer.Option(help="episodes for each task, on unseen seeds")] = 20,
     out: Annotated[Path | None, typer.Option(help="folder of the results; default beside the checkpoint")] = None,
-    replan: Annotated[int | None, typer.Option(help="steps executed per query; default 1")] = None,
+    n_action_steps: Annotated[int | None, typer.Option(help="steps executed per query; default 1")] = None,
     ensemble: Annotated[
         str | None, typer.Option(help="none, mean, v1 or v2:w: weights of overlapping chunks by age; default v1")
     ] = None,
-    control: Annotated[list[str] | None, typer.Option(help="also: blank, exchanged, random or untrained")] = None,
-    inexact: Annotated[list[str] | None, typer.Option(help="beside it: relaxed, fp8, int8 or nf4, faster or smaller")] = None,
+    baseline: Annotated[list[str] | None, typer.Option(help="also: blank, swapped, random or untrained")] = None,
+    approximate: Annotated[
+        list[str] | None, typer.Option(help="beside it: relaxed, fp8, int8 or nf4, faster or smaller")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="environments at once; default 8 a core")] = None,
     max_steps: Annotated[
         int | None, typer.Option(help="steps after which an episode has failed; default 150, LIBERO's caps")
@@ -68,12 +70,12 @@ def evaluate(
     """Try a checkpoint in a simulator: a table, videos and a report. The same command again goes on where it stopped."""
     from vla0.checkpoint.location import locate
     from vla0.sim.evaluate import EvalConfig
-    from vla0.sim.report import refuse_unknown_controls
+    from vla0.sim.report import refuse_unknown_baselines
     from vla0.sim.results import ablation_table, table
     from vla0.sim.simulator import named
 
     if ablation:
-        refuse_idle({"--replan": replan, "--ensemble": ensemble}, "no --ablation, whose rows have their own,")
+        refuse_idle({"--n-action-steps": n_action_steps, "--ensemble": ensemble}, "no --ablation, whose rows have their own,")
     else:
         refuse_idle({"--separate": separate}, "--ablation")
     if env != "metaworld":
@@ -82,9 +84,9 @@ def evaluate(
         refuse_idle({"--quick": quick}, "--env libero")
     settings = EvalConfig(
         named(env, task, suite, assets), env, episodes, max_steps=max_steps, image_size=image_size, quick=quick,
-        **given(replan=replan, ensemble=ensemble, start=start),
+        **given(n_action_steps=n_action_steps, ensemble=ensemble, start=start),
     )  # fmt: skip
-    refuse_unknown_controls(control or [])
+    refuse_unknown_baselines(baseline or [])
     Spec.load(locate(checkpoint, weights=False), embodiment)
     from vla0.sim.experiment import ablation as run_ablation  # heavy: after what may be wrong has been looked at
     from vla0.sim.experiment import trial
@@ -95,8 +97,8 @@ def evaluate(
         out = beside.with_name(f"{beside.name}-{'ablation' if ablation else 'eval'}")
     others = {
         "embodiment": embodiment,
-        "control": control or [],
-        "inexact": inexact or [],
+        "baseline": baseline or [],
+        "approximate": approximate or [],
         "workers": workers,
         "device": device,
         "render": render,

@@ -21,7 +21,7 @@ class ActionCodec:
     """The three forms of a chunk: actions (float, the dataset's units), levels (int, 0..bins) and text."""
 
     def __init__(self, spec: Spec):
-        self.horizon, self.dimensions, self.bins = spec.horizon, spec.dimensions, spec.bins
+        self.chunk_size, self.dimensions, self.bins = spec.chunk_size, spec.dimensions, spec.bins
         self.low, self.high = np.array(spec.low, np.float64), np.array(spec.high, np.float64)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
@@ -45,13 +45,13 @@ class ActionCodec:
     def write(self, levels: np.ndarray) -> str:
         """The text of levels (H, D): time-major, single spaces."""
         levels = self._in_range(levels)
-        if levels.shape != (self.horizon, self.dimensions):
-            raise InputError(f"levels of shape {(self.horizon, self.dimensions)}", f"{levels.shape}", "write one chunk")
+        if levels.shape != (self.chunk_size, self.dimensions):
+            raise InputError(f"levels of shape {(self.chunk_size, self.dimensions)}", f"{levels.shape}", "write one chunk")
         return " ".join(str(level) for level in levels.ravel().tolist())
 
     def read(self, text: str) -> np.ndarray:
         """The levels (H, D) int64 of a text. Strict: exactly what `write` gives, or ChunkError."""
-        shape = (self.horizon, self.dimensions)
+        shape = (self.chunk_size, self.dimensions)
         remedy = "decode with the grammar (vla0.decode), which cannot write anything else"
         words = text.split(" ")
         for word in words:

@@ -38,9 +38,9 @@ def weights_by_age(name: str | Sequence[float], count: int) -> tuple[float, ...]
     raise InputError("an ensemble: none, mean, v1 or v2:w with 0 < w <= 1", f"'{name}'", "choose one of those")
 
 
-def steps_used(horizon: int, replan: int, name: str | Sequence[float]) -> int:
+def steps_used(chunk_size: int, n_action_steps: int, name: str | Sequence[float]) -> int:
     """How many steps of a chunk are ever executed or averaged: those up to the next query where nothing is averaged."""
-    return replan if name == NONE else horizon
+    return n_action_steps if name == NONE else chunk_size
 
 
 def ensemble_actions(
@@ -77,26 +77,30 @@ class TemporalEnsemble:
 
     def __init__(
         self,
-        horizon: int,
-        replan: int = 1,
+        chunk_size: int,
+        n_action_steps: int = 1,
         weights: str | Sequence[float] = "v1",
         k: int | None = None,
         periodic: Turns | None = None,
     ):
         """k: the newest chunks that are averaged; None: all that can predict one instant. periodic: of the Spec."""
-        if not 1 <= replan <= horizon:
-            raise InputError(f"replan in 1..{horizon} (the horizon)", f"{replan}", "a chunk holds no more steps than that")
-        overlap = -(-horizon // replan)  # chunks that can predict one instant
+        if not 1 <= n_action_steps <= chunk_size:
+            raise InputError(
+                f"n_action_steps in 1..{chunk_size} (the chunk's size)",
+                f"{n_action_steps}",
+                "a chunk holds no more steps than that",
+            )
+        overlap = -(-chunk_size // n_action_steps)  # chunks that can predict one instant
         overlap = min(overlap, k or overlap)
         self.weights = weights_by_age(weights, overlap)
         if overlap == 1 and weights != NONE:
             # The silent case behind the public reproductions' missing points (docs/differences.md).
             newest = f", k {k}," if k else ","
             raise InputError(
-                "chunks that overlap", f"replan {replan} of horizon {horizon}{newest} where ensembling would do nothing",
+                "chunks that overlap", f"n_action_steps {n_action_steps} of chunk_size {chunk_size}{newest} where ensembling would do nothing",
                 f"execute fewer steps per query, or say ensemble={NONE}",
             )  # fmt: skip
-        self.horizon, self.periodic = horizon, periodic or ()
+        self.chunk_size, self.periodic = chunk_size, periodic or ()
         self.chunks: deque[tuple[int, np.ndarray]] = deque(maxlen=len(self.weights))
 
     def add(self, chunk: np.ndarray, step: int) -> None:

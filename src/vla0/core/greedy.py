@@ -38,7 +38,7 @@ class GrammarLogits(LogitsProcessor):
         return scores.float().masked_fill(~allowed.to(scores.device), float("-inf"))  # type: ignore[return-value]
 
 
-class Reference:
+class GreedyDecoder:
     """The decoder for every model, with the interface of the fast one: guesses help it nothing."""
 
     def __init__(self, model: Any, prompt: Prompt):
@@ -47,22 +47,22 @@ class Reference:
     def decode(
         self,
         batch: dict[str, torch.Tensor],
-        chunk_size: int | None = None,
+        num_steps: int | None = None,
         guesses: Sequence[np.ndarray | None] | None = None,
-        begun: Sequence[np.ndarray] | None = None,
+        prefixes: Sequence[np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Levels (B, H, D) int64; the first `chunk_size` steps of them where given."""
-        return decode(self.model, batch, self.prompt, chunk_size, begun)
+        """Levels (B, H, D) int64; the first `num_steps` steps of them where given."""
+        return decode(self.model, batch, self.prompt, num_steps, prefixes)
 
     def stream(
         self,
         batch: dict[str, torch.Tensor],
-        chunk_size: int | None = None,
+        num_steps: int | None = None,
         guesses: Sequence[np.ndarray | None] | None = None,
-        begun: Sequence[np.ndarray] | None = None,
+        prefixes: Sequence[np.ndarray] | None = None,
     ) -> Iterator[list[np.ndarray]]:
         """The steps of each row, all at once."""
-        yield list(self.decode(batch, chunk_size, guesses, begun))
+        yield list(self.decode(batch, num_steps, guesses, prefixes))
 
 
 @torch.inference_mode()
@@ -70,18 +70,18 @@ def decode(
     model: Any,
     batch: dict[str, torch.Tensor],
     prompt: Prompt,
-    chunk_size: int | None = None,
-    begun: Sequence[np.ndarray] | None = None,
+    num_steps: int | None = None,
+    prefixes: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Levels (B, H, D) int64 of a batch without labels; the first `chunk_size` steps of them, and no more work than that.
+    """Levels (B, H, D) int64 of a batch without labels; the first `num_steps` steps of them, and no more work than that.
 
     begun: of each row the levels (n, D) that its text in the batch ends with; they come back as the first.
     """
-    steps = prompt.spec.horizon if chunk_size is None else chunk_size
-    codec = ActionCodec(replace(prompt.spec, horizon=steps))
+    steps = prompt.spec.chunk_size if num_steps is None else num_steps
+    codec = ActionCodec(replace(prompt.spec, chunk_size=steps))
     grammar = Grammar(codec.bins, prompt.spec.numbers)  # of the whole chunk: where to stop changes no token before it
     numbers = steps * prompt.spec.dimensions
-    starts = [(levels.size, "") for levels in begun or ()]
+    starts = [(levels.size, "") for levels in prefixes or ()]
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     output = model.generate(
@@ -94,6 +94,6 @@ def decode(
     answers = output[:, batch["input_ids"].shape[1] :].tolist()
     characters = {token: character for character, token in prompt.ids.items()}
     text = ["".join(characters[t] for t in answer[: answer.index(prompt.end_id)]) for answer in answers]
-    if begun is not None:
-        text = [written(levels) + line for levels, line in zip(begun, text, strict=True)]
+    if prefixes is not None:
+        text = [written(levels) + line for levels, line in zip(prefixes, text, strict=True)]
     return np.stack([codec.read(line.removesuffix(" ")) for line in text])

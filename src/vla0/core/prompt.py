@@ -70,7 +70,7 @@ class Prompt:
         )
 
     def gather(
-        self, seen: Sequence[Seen], answers: Sequence[str] | None = None, begun: Sequence[str] | None = None
+        self, seen: Sequence[Seen], answers: Sequence[str] | None = None, prefixes: Sequence[str] | None = None
     ) -> dict[str, torch.Tensor]:
         """The batch of what `see` gave, of Prompts of several Specs too: they need one processor in common.
 
@@ -81,8 +81,8 @@ class Prompt:
         pictures = self.processor.image_processor([image for own in images for image in own], do_resize=False)
         grids = torch.as_tensor(np.asarray(pictures["image_grid_thw"]))
         prompts = self._read(seen, (grids.prod(1) // self.merged).tolist())
-        if begun is not None:
-            prompts = [prompt + self.answer_ids(own)[:-1] for prompt, own in zip(prompts, begun, strict=True)]
+        if prefixes is not None:
+            prompts = [prompt + self.answer_ids(own)[:-1] for prompt, own in zip(prompts, prefixes, strict=True)]
         image = self.processor.image_token_id
         tails = [[] for _ in prompts] if answers is None else [self.answer_ids(answer) for answer in answers]
         rows = [prompt + tail for prompt, tail in zip(prompts, tails, strict=True)]
@@ -131,12 +131,12 @@ class Prompt:
         answers: Sequence[str] | None = None,
         rngs: Sequence[np.random.Generator | None] | None = None,
         jitter: tuple[float, float, float, float] = JITTER,
-        begun: Sequence[str] | None = None,
+        prefixes: Sequence[str] | None = None,
     ) -> dict[str, torch.Tensor]:
         """The batch of observations: both flows come through here, and differ in answers and generators only."""
         pairs = zip(observations, rngs or [None] * len(observations), strict=True)
         seen = [self.see(own, rng, jitter) if own.seen is None or rng is not None else own.seen for own, rng in pairs]
-        return self.gather(seen, answers, begun)
+        return self.gather(seen, answers, prefixes)
 
     def see(
         self,

@@ -26,8 +26,8 @@ def state_of(observation: Observation, spec: Spec, needed: int) -> np.ndarray:
 def offset(observation: Observation, spec: Spec) -> np.ndarray:
     """(D,) float64: what relative dimensions are relative to, zero elsewhere."""
     zero = np.zeros(spec.dimensions)
-    if spec.relative:
-        dims = list(spec.relative)
+    if spec.relative_dims:
+        dims = list(spec.relative_dims)
         needed = len(spec.state[0]) if spec.state else max(dims) + 1
         zero[dims] = state_of(observation, spec, needed)[dims]
     return zero
@@ -36,7 +36,7 @@ def offset(observation: Observation, spec: Spec) -> np.ndarray:
 def to_written(actions: np.ndarray, observation: Observation, spec: Spec) -> np.ndarray:
     """(*, D) float64 of actions (*, D): relative dimensions as differences from the state, by the shorter way round."""
     values = actions - offset(observation, spec)
-    return shortest(values, [turn for turn in spec.periodic if turn[0] in spec.relative])
+    return shortest(values, [turn for turn in spec.periodic if turn[0] in spec.relative_dims])
 
 
 def from_written(values: np.ndarray, observation: Observation, spec: Spec) -> np.ndarray:

@@ -44,19 +44,19 @@ class Policy(Protocol):
 
 
 class ChunkPolicy:
-    """A Policy out of `predict`: asks for a chunk every `replan` steps and executes the ensemble of all it has."""
+    """A Policy out of `predict`: asks for a chunk every `n_action_steps` steps and executes the ensemble of all it has."""
 
     def __init__(
         self,
         predict: Callable[[Observation], np.ndarray],
-        horizon: int,
-        replan: int = 1,
+        chunk_size: int,
+        n_action_steps: int = 1,
         weights: str | Sequence[float] = "v1",
         k: int | None = None,
         periodic: Turns | None = None,
     ):
-        self.predict, self.replan = predict, replan
-        self.ensemble = TemporalEnsemble(horizon, replan, weights, k, periodic)
+        self.predict, self.n_action_steps = predict, n_action_steps
+        self.ensemble = TemporalEnsemble(chunk_size, n_action_steps, weights, k, periodic)
         self.reset()
 
     def reset(self) -> None:
@@ -68,13 +68,13 @@ class ChunkPolicy:
     @property
     def looked(self) -> bool:
         """Whether the last action came with a query: whether its observation's pictures were looked at."""
-        return self.step % self.replan == 1 % self.replan
+        return self.step % self.n_action_steps == 1 % self.n_action_steps
 
     def act(self, observation: Observation) -> np.ndarray:
         """The action (D,) for this instant."""
-        if self.step % self.replan == 0:
+        if self.step % self.n_action_steps == 0:
             if self.chunks:
-                observation = replace(observation, expected=rest(self.chunks[-1][1], self.replan))
+                observation = replace(observation, draft_actions=rest(self.chunks[-1][1], self.n_action_steps))
             chunk = self.predict(observation)
             self.ensemble.add(chunk, self.step)
             self.chunks.append((self.step, chunk))
@@ -83,9 +83,9 @@ class ChunkPolicy:
         return action
 
 
-def rest(chunk: np.ndarray, replan: int) -> np.ndarray:
-    """(n, D): what a chunk says of the steps after the `replan` that were executed; its end where it says nothing."""
-    return chunk[min(replan, len(chunk) - 1) :]
+def rest(chunk: np.ndarray, n_action_steps: int) -> np.ndarray:
+    """(n, D): what a chunk says of the steps after the `n_action_steps` that were executed; its end where it says nothing."""
+    return chunk[min(n_action_steps, len(chunk) - 1) :]
 
 
 def rollout(

@@ -14,13 +14,14 @@ from vla0.errors import InputError, refuse_unknown
 
 SPEC_FILE = "vla0.json"
 MAIN = ""  # the embodiment whose Spec is `vla0.json`; that of another one is `vla0.NAME.json`
-SPEC_VERSION = 1
+SPEC_VERSION = 2
+VERSION_1 = {"horizon": "chunk_size", "relative": "relative_dims", "most_change": "max_step_change"}  # names of then → now
 JITTER = (0.2, 0.2, 0.2, 0.05)  # of training's pictures: brightness, contrast, saturation, hue; the published strengths
 
 SYSTEM = (  # VLA-0, arXiv 2510.13054, section 3; the four names are filled in from the Spec
-    "Analyze the input image and predict robot actions for the next {horizon} timesteps. "
+    "Analyze the input image and predict robot actions for the next {chunk_size} timesteps. "
     "Each action has {dimensions} dimensions. Output a single sequence of {numbers} integers (0-{bins} each), "
-    "representing the {horizon} timesteps sequentially. Provide only space separated numbers. Nothing else."
+    "representing the {chunk_size} timesteps sequentially. Provide only space separated numbers. Nothing else."
 )
 
 
@@ -38,7 +39,7 @@ class Spec:
     fps: float  # control rate of the data, Hz
     cameras: tuple[str, ...]  # in the order the model sees them
     base_model: str  # the model that was fine-tuned: Hub id, path or "tiny"
-    horizon: int = 8  # H, steps that a chunk predicts
+    chunk_size: int = 8  # H, steps that a chunk predicts
     bins: int = 1000  # levels are 0..bins inclusive
     image_size: int = 224  # side in pixels of one camera's square, after crop and resize
     crop: float = 0.875  # side of the crop, as a fraction of the frame's
@@ -46,14 +47,14 @@ class Spec:
     history: int = 1  # frames per camera, oldest first
     vision_id: bool = False  # "Picture 1: " before an image
     state: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # (low, high) of a state written into the prompt
-    relative: tuple[int, ...] = ()  # action dimensions given as differences from the same dimension of the state
+    relative_dims: tuple[int, ...] = ()  # action dimensions given as differences from the same dimension of the state
     periodic: tuple[tuple[int, float, float], ...] = ()  # (dimension, low, high): an angle that is at `low` again at `high`
     depth: tuple[tuple[str, float, float], ...] = ()  # (camera, near, far): a camera of depth maps, black to white, metres
     system: str = SYSTEM
     ensemble_k: int | None = None  # the newest chunks that acting averages; None: all that reach the instant
     action_names: tuple[str, ...] | None = None  # (D,) as the dataset calls them, e.g. shoulder_pan.pos; None: not known
     state_names: tuple[str, ...] | None = None  # (S,)
-    most_change: tuple[float, ...] | None = None  # (D,) from one action of the data to the next; None: not known
+    max_step_change: tuple[float, ...] | None = None  # (D,) from one action of the data to the next; None: not known
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -68,14 +69,14 @@ class Spec:
             len(self.cameras) > 0 and len(set(self.cameras)) == len(self.cameras),
             "one camera or more, each named once", self.cameras, "name the cameras in the order the model sees them",
         )  # fmt: skip
-        _check(_whole(self.horizon, 1), "horizon, a whole number >= 1", self.horizon, "8 is the published one")
+        _check(_whole(self.chunk_size, 1), "chunk_size, a whole number >= 1", self.chunk_size, "8 is the published one")
         _check(_whole(self.bins, 2), "bins, a whole number >= 2", self.bins, "1000 is the published one")
         _check(_whole(self.history, 1), "history, a whole number >= 1", self.history, "1 is the published one")
         _check(_whole(self.image_size, 28), "image_size, pixels >= 28", self.image_size, "224 is the published one")
         _check(0 < self.crop <= 1, "crop in (0, 1]", self.crop, "0.875 is the published one, 1 keeps the whole frame")
         _check(
-            all(_whole(d, 0) and d < len(self.low) for d in self.relative) and len(set(self.relative)) == len(self.relative),
-            f"relative, dimensions in 0..{len(self.low) - 1}, each once", self.relative, "name action dimensions from 0",
+            all(_whole(d, 0) and d < len(self.low) for d in self.relative_dims) and len(set(self.relative_dims)) == len(self.relative_dims),
+            f"relative_dims, dimensions in 0..{len(self.low) - 1}, each once", self.relative_dims, "name action dimensions from 0",
         )  # fmt: skip
         turns = {turn[0]: turn[1:] for turn in self.periodic if isinstance(turn, tuple) and len(turn) == 3}
         whole = [d for d in turns if _whole(d, 0) and d < len(self.low)]
@@ -91,21 +92,21 @@ class Spec:
             "depth, (camera, near, far) in metres, each camera once", self.depth, "e.g. depth: {top: [0.2, 1.5]}",
         )  # fmt: skip
         _check(
-            self.ensemble_k is None or (_whole(self.ensemble_k, 1) and self.ensemble_k <= self.horizon),
-            f"ensemble_k in 1..{self.horizon} (the horizon)", self.ensemble_k, "no more chunks reach an instant",
+            self.ensemble_k is None or (_whole(self.ensemble_k, 1) and self.ensemble_k <= self.chunk_size),
+            f"ensemble_k in 1..{self.chunk_size} (the chunk's size)", self.ensemble_k, "no more chunks reach an instant",
         )  # fmt: skip
         for name, count in ("action_names", self.dimensions), ("state_names", self.state and len(self.state[0])):
             given = getattr(self, name)
             fine = given is None or (len(given) == len(set(given)) and len(given) == (count or len(given)))
             _check(fine, f"{name}: {count} names, each once", given, "take the dataset's, or null")
-        change = self.most_change
+        change = self.max_step_change
         fine = change is None or (len(change) == self.dimensions and all(math.isfinite(c) and c >= 0 for c in change))
-        _check(fine, f"most_change: {self.dimensions} numbers >= 0", change, "take the dataset's, or null")
+        _check(fine, f"max_step_change: {self.dimensions} numbers >= 0", change, "take the dataset's, or null")
         _check(isinstance(self.system, str), "system, a text", self.system, "leave it out for the published one")
         try:
             self.system_text()
         except (KeyError, IndexError, ValueError) as error:
-            known = "{horizon}, {dimensions}, {numbers} and {bins}"
+            known = "{chunk_size}, {dimensions}, {numbers} and {bins}"
             raise InputError(f"a system text with no names but {known}", repr(error), "double any other brace") from None
 
     @property
@@ -116,11 +117,11 @@ class Spec:
     @property
     def numbers(self) -> int:
         """H * D, numbers in one chunk."""
-        return self.horizon * self.dimensions
+        return self.chunk_size * self.dimensions
 
     def system_text(self) -> str:
         """The system turn, with this Spec's numbers filled in."""
-        return self.system.format(horizon=self.horizon, dimensions=self.dimensions, numbers=self.numbers, bins=self.bins)
+        return self.system.format(chunk_size=self.chunk_size, dimensions=self.dimensions, numbers=self.numbers, bins=self.bins)
 
     def text(self) -> str:
         """JSON of it, which `parse` reads."""
@@ -137,8 +138,14 @@ class Spec:
         if not isinstance(content, dict):
             raise InputError(f"a JSON object in {source}", type(content).__name__, again)
         version = content.pop("version", None)
-        if version != SPEC_VERSION:
-            raise InputError(f"{SPEC_FILE} of version {SPEC_VERSION}", f"version {version}", "install the vla0 that wrote it")
+        if version == 1:
+            content = {VERSION_1.get(str(key), str(key)): value for key, value in content.items()}
+            if isinstance(content.get("system"), str):
+                content["system"] = content["system"].replace("{horizon}", "{chunk_size}")
+        elif version != SPEC_VERSION:
+            raise InputError(
+                f"{SPEC_FILE} of version 1 to {SPEC_VERSION}", f"version {version}", "install the vla0 that wrote it"
+            )
         refuse_unknown(content, (field.name for field in dataclasses.fields(cls)), source)
         try:
             return cls(**content)
@@ -184,8 +191,12 @@ class Observation:
     instruction: str
     state: np.ndarray | None = None  # (S,) in the dataset's units
     captured_at: float | None = None  # monotonic seconds of the oldest frame
-    expected: np.ndarray | None = None  # (n, D) actions thought to come, of the last chunk: decodes faster, changes nothing
-    committed: np.ndarray | None = None  # (n, D) actions that will have been executed: the chunk begins with them, and goes on
+    draft_actions: np.ndarray | None = (
+        None  # (n, D) actions thought to come, of the last chunk: decodes faster, changes nothing
+    )
+    action_prefix: np.ndarray | None = (
+        None  # (n, D) actions that will have been executed: the chunk begins with them, and goes on
+    )
     seen: Any = None  # what VLA0.see made of it
 
 

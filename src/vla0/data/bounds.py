@@ -29,7 +29,7 @@ def bounds(values: np.ndarray, statistics: str) -> Bounds:
 
 
 def remarks(
-    values: np.ndarray, found: Bounds, statistics: str, bins: int, names: Sequence[str], relative: Sequence[int] = ()
+    values: np.ndarray, found: Bounds, statistics: str, bins: int, names: Sequence[str], relative_dims: Sequence[int] = ()
 ) -> list[str]:
     """What a user should know of bounds: where they are not the quantiles, and what they lose of values (N, D)."""
     low, high = (np.array(end) for end in found)
@@ -43,7 +43,7 @@ def remarks(
                 f"{name} is {np.median(own):g} in more than 98 % of the rows: its bounds are its least and greatest, "
                 f"{low[d]:g} and {high[d]:g}, since its quantiles would have made it constant"
             )
-        if d in relative and (text := _too_wide(own, width)):
+        if d in relative_dims and (text := _too_wide(own, width)):
             told.append(f"{name}, relative, has bounds of {low[d]:g} to {high[d]:g} {text}")
         if max(low[d] - least[d], most[d] - high[d]) > BEYOND * max(width, 1e-12):
             told.append(

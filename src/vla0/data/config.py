@@ -1,4 +1,4 @@
-"""What a recipe may say of data and augmentation, apart from what does it: read before anything heavy."""
+"""What a config may say of data and augmentation, apart from what does it: read before anything heavy."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -16,7 +16,7 @@ class DataConfig:
     cameras: Mapping[str, str] | None = None  # camera of the Spec → key of the dataset; None: all that have colours
     action: str = "action"
     state: str | None = None  # key of a state, which is written into the prompt
-    relative: tuple[int, ...] = ()  # action dimensions written as differences from the same dimension of the state
+    relative_dims: tuple[int, ...] = ()  # action dimensions written as differences from the same dimension of the state
     periodic: Mapping[int, tuple[float, float]] = field(default_factory=dict)  # action dimensions that wrap → low and high
     depth: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # camera of depth maps → near and far, metres
     statistics: str = "minmax"  # bounds of actions and state: "minmax", or "quantiles" for 1 % and 99 %
@@ -27,9 +27,11 @@ class DataConfig:
     num_workers: int = 0  # processes that prepare batches
 
     def __post_init__(self):
-        object.__setattr__(self, "relative", tupled(self.relative))
-        if not isinstance(self.relative, tuple):
-            raise InputError("relative, a list of action dimensions", f"{self.relative}", "e.g. data.relative=[0, 1, 2]")
+        object.__setattr__(self, "relative_dims", tupled(self.relative_dims))
+        if not isinstance(self.relative_dims, tuple):
+            raise InputError(
+                "relative_dims, a list of action dimensions", f"{self.relative_dims}", "e.g. data.relative_dims=[0, 1, 2]"
+            )
         _check_mapping("mixture", self.mixture, "{other: {dataset: DIR}}")
         _check_mapping("depth", self.depth, "{top: [0.2, 1.5]}", pairs=True)
         _check_mapping("periodic", self.periodic, "{5: [-180, 180]}", pairs=True)

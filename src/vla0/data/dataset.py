@@ -43,7 +43,7 @@ class Samples(torch.utils.data.Dataset):
 
     def sample(self, index: int) -> Sample:
         """The Sample of one of the rows."""
-        return self.source.sample(self.rows[index], self.spec.horizon, self.spec.history)
+        return self.source.sample(self.rows[index], self.spec.chunk_size, self.spec.history)
 
     @cached_property
     def remarks(self) -> list[str]:
@@ -52,7 +52,7 @@ class Samples(torch.utils.data.Dataset):
 
     def outside(self) -> np.ndarray:
         """(D,): how many of the actions clip. Relative ones are not counted: their bounds are over chunks."""
-        absolute = [d for d in range(self.spec.dimensions) if d not in self.spec.relative]
+        absolute = [d for d in range(self.spec.dimensions) if d not in self.spec.relative_dims]
         counts = np.zeros(self.spec.dimensions, np.int64)
         actions = self.source.actions[self.rows.start : self.rows.stop]
         counts[absolute] = ActionCodec(self.spec).outside(actions)[absolute]

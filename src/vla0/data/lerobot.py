@@ -27,7 +27,7 @@ class Source:
         self.cameras = dict(config.cameras or named(self.dataset.colour_keys(), config.dataset))
         for name, key in {"action": config.action, "state": config.state, **self.cameras}.items():
             if key is not None and key not in features:
-                raise InputError(f"key '{key}' for {name}", f"keys {sorted(features)}", "correct the recipe's mapping")
+                raise InputError(f"key '{key}' for {name}", f"keys {sorted(features)}", "correct the config's mapping")
         for camera, key in self.cameras.items():
             if key not in meta.camera_keys:
                 raise InputError(
@@ -45,12 +45,12 @@ class Source:
         if config.held_out >= len(starts):
             raise InputError(f"held_out below the {len(starts)} episodes", f"{config.held_out}", "hold out fewer")
         self.first_held_out = int(starts[-config.held_out]) if config.held_out else len(self.actions)
-        numbers = sorted(self.dataset.sentences)
-        self.tasks = [self.dataset.sentences[number] for number in numbers]
+        numbers = sorted(self.dataset.instructions)
+        self.tasks = [self.dataset.instructions[number] for number in numbers]
         self.task_of = np.searchsorted(numbers, self.dataset.sentence_numbers())  # (N,) places in `tasks`
         if blank := [task for task in np.unique(self.task_of).tolist() if not self.tasks[task].strip()]:
             got = f"an empty one for episodes {some(np.unique(self.episode_of[np.isin(self.task_of, blank)]).tolist())}"
-            raise InputError(f"a sentence for each episode of '{config.dataset}'", got, "write it into meta/tasks.parquet")
+            raise InputError(f"an instruction for each episode of '{config.dataset}'", got, "write it into meta/tasks.parquet")
         self.pictures = {camera: self.dataset.pictures(key) for camera, key in self.cameras.items()}
 
     def __len__(self) -> int:
@@ -81,22 +81,24 @@ class Source:
 
     def remarks(self, spec: Spec) -> list[str]:
         """What a Spec's bounds lose of the rows that are trained on."""
-        actions, states = self._written(spec.horizon, spec.relative, spec.periodic), self.states
+        actions, states = self._written(spec.chunk_size, spec.relative_dims, spec.periodic), self.states
         names = [f"action {name}" for name in spec.action_names or range(spec.dimensions)]
-        found = remarks(actions, (spec.low, spec.high), self.config.statistics, spec.bins, names, spec.relative)
+        found = remarks(actions, (spec.low, spec.high), self.config.statistics, spec.bins, names, spec.relative_dims)
         if spec.state is not None and states is not None:
             names = [f"state {name}" for name in spec.state_names or range(states.shape[1])]
             found += remarks(states[: self.first_held_out], spec.state, self.config.statistics, spec.bins, names)
         return found
 
-    def spec_fields(self, horizon: int) -> dict[str, Any]:
+    def spec_fields(self, chunk_size: int) -> dict[str, Any]:
         """What a Spec takes from data: bounds of actions over all chunks and of the state, names, fps, cameras, depth."""
-        dims = list(self.config.relative)
+        dims = list(self.config.relative_dims)
         if dims:
             most = min(len(self.actions[0]), 0 if self.states is None else len(self.states[0]))
             if not all(isinstance(d, int) and 0 <= d < most for d in dims):
                 got = "no state" if self.states is None else f"{dims} of {len(self.actions[0])} and {len(self.states[0])}"
-                raise InputError("relative: dimensions that action and state both have", got, "set data.state, count from 0")
+                raise InputError(
+                    "relative_dims: dimensions that action and state both have", got, "set data.state, count from 0"
+                )
         if unknown := [d for d in self.config.periodic if not (isinstance(d, int) and 0 <= d < self.actions.shape[1])]:
             expected = f"periodic: dimensions of actions, 0..{self.actions.shape[1] - 1}"
             raise InputError(expected, f"{unknown[0]}", "e.g. data.periodic={5: [-180, 180]}")
@@ -104,45 +106,47 @@ class Source:
         fields: dict[str, Any] = {
             "fps": self.fps,
             "cameras": tuple(self.cameras),
-            "relative": tuple(dims),
+            "relative_dims": tuple(dims),
             "periodic": periodic,
         }
         fields["depth"] = tuple((camera, *span) for camera, span in self.config.depth.items())
-        fields["low"], fields["high"] = bounds(self._written(horizon, dims, periodic), self.config.statistics)
+        fields["low"], fields["high"] = bounds(self._written(chunk_size, dims, periodic), self.config.statistics)
         fields["state"] = None if self.states is None else bounds(self.states[: self.first_held_out], self.config.statistics)
         changes = np.diff(self.actions, axis=0)[self.start[1:] == self.start[:-1]]
         steps = np.abs(shortest(changes, periodic))
-        fields["most_change"] = tuple(float(c) for c in steps.max(axis=0)) if len(steps) else None
+        fields["max_step_change"] = tuple(float(c) for c in steps.max(axis=0)) if len(steps) else None
         for name, key in {"action_names": self.config.action, "state_names": self.config.state}.items():
             fields[name] = None if key is None else names_of(self.dataset.features[key])
         return fields
 
-    def _written(self, horizon: int, relative: Sequence[int], periodic: Sequence[tuple[int, float, float]]) -> np.ndarray:
+    def _written(
+        self, chunk_size: int, relative_dims: Sequence[int], periodic: Sequence[tuple[int, float, float]]
+    ) -> np.ndarray:
         """(M, D): the values that chunks of the rows to train on hold; of no relative dimension each action once."""
-        trained, dims = self.actions[: self.first_held_out], list(relative)
+        trained, dims = self.actions[: self.first_held_out], list(relative_dims)
         if not dims:
             return trained
         base, rows = np.zeros_like(trained), np.arange(self.first_held_out)
         assert self.states is not None
         base[:, dims] = self.states[: self.first_held_out][:, dims]
-        chunks = [trained[np.minimum(rows + step, self.end[rows] - 1)] - base for step in range(horizon)]
+        chunks = [trained[np.minimum(rows + step, self.end[rows] - 1)] - base for step in range(chunk_size)]
         return shortest(np.concatenate(chunks), [turn for turn in periodic if turn[0] in dims])
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a run has to go on with: rows, episodes, sentences, and the actions, states and cameras themselves."""
+        """What a run has to go on with: rows, episodes, instructions, and the actions, states and cameras themselves."""
         digest = hashlib.sha256()
         for column in (self.actions, self.states, self.episode_of, self.task_of):
             digest.update(b"" if column is None else np.ascontiguousarray(column).tobytes())
         low, high = bounds(self.actions, "minmax")
         return {
             "rows": len(self), "episodes": len(np.unique(self.episode_of)), "cameras": dict(self.cameras),
-            "sentences": f"{len(self.tasks)}, {hashlib.sha256(repr(self.tasks).encode()).hexdigest()[:16]}",
+            "instructions": f"{len(self.tasks)}, {hashlib.sha256(repr(self.tasks).encode()).hexdigest()[:16]}",
             "lowest actions": list(low), "highest actions": list(high), "numbers": digest.hexdigest()[:16],
         }  # fmt: skip
 
-    def sample(self, row: int, horizon: int, history: int) -> Sample:
+    def sample(self, row: int, chunk_size: int, history: int) -> Sample:
         """The Sample of a row: pictures (and their history), state, task, and the chunk that follows."""
-        ahead = np.arange(row, row + horizon)
+        ahead = np.arange(row, row + chunk_size)
         actions = self.actions[np.minimum(ahead, self.end[row] - 1)].astype(np.float32)
         back = np.maximum(np.arange(row - history + 1, row + 1), self.start[row])
         images = {}
@@ -161,7 +165,7 @@ class Source:
 
 
 def sources_of(config: DataConfig) -> dict[str, Source]:
-    """{name: Source} of a recipe's datasets, MAIN first. Raises InputError where they have other cameras."""
+    """{name: Source} of a config's datasets, MAIN first. Raises InputError where they have other cameras."""
     found = {name: Source(own) for name, own in config.all().items()}
     for name, source in found.items():
         if set(source.cameras) != set(found[MAIN].cameras):

@@ -16,9 +16,9 @@ CONVERTER = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
 
 
 class Stored:
-    """A dataset's folder: `meta` as LeRobot reads it, the rows as `table`, sentences and episodes by their numbers.
+    """A dataset's folder: `meta` as LeRobot reads it, the rows as `table`, instructions and episodes by their numbers.
 
-    sentences: {task_index: sentence}. Raises InputError where there is no such dataset, or one that is not whole: a table
+    instructions: {task_index: instruction}. Raises InputError where there is no such dataset, or one that is not whole: a table
     that names what the files do not hold, or the other way round.
     """
 
@@ -28,7 +28,7 @@ class Stored:
         from lerobot.datasets.io_utils import load_nested_dataset
 
         self.name, self.root = str(dataset), _folder(dataset, revision)
-        self.sentences = _sentences(self.root)
+        self.instructions = _sentences(self.root)
         try:
             self.meta: Any = LeRobotDatasetMetadata(f"local/{self.root.name}", self.root)
             features = get_hf_features_from_features(self.meta.features)
@@ -69,12 +69,12 @@ class Stored:
         return values
 
     def sentence_numbers(self) -> np.ndarray:
-        """(N,): each row's task_index. Raises InputError for one that the table of sentences does not have."""
+        """(N,): each row's task_index. Raises InputError for one that the table of instructions does not have."""
         numbers = self._whole("task_index").astype(np.int64)
-        if unknown := sorted(set(map(int, numbers)) - set(self.sentences)):
+        if unknown := sorted(set(map(int, numbers)) - set(self.instructions)):
             episodes = sorted(set(self.episode_of[numbers == unknown[0]].tolist()))
-            got = f"task_index {unknown[0]} in episode {episodes[0]}, and sentences {sorted(self.sentences)}"
-            raise InputError("a sentence for each task_index", got, f"add it to '{self.root / 'meta' / 'tasks.parquet'}'")
+            got = f"task_index {unknown[0]} in episode {episodes[0]}, and instructions {sorted(self.instructions)}"
+            raise InputError("an instruction for each task_index", got, f"add it to '{self.root / 'meta' / 'tasks.parquet'}'")
         return numbers
 
     def colour_keys(self) -> list[str]:
@@ -206,7 +206,7 @@ def _old(words: str) -> InputError:
 
 
 def _sentences(root: Path) -> dict[int, str]:
-    """{task_index: sentence} of meta/tasks.parquet, whose rows may lie in any order."""
+    """{task_index: instruction} of meta/tasks.parquet, whose rows may lie in any order."""
     import pandas
     from pyarrow import ArrowException
 
@@ -214,11 +214,11 @@ def _sentences(root: Path) -> dict[int, str]:
     try:
         table = pandas.read_parquet(file)
     except (UnicodeDecodeError, ArrowException) as error:
-        raise InputError(f"sentences in UTF-8 in '{file}'", _reason(error), "write that table again") from None
+        raise InputError(f"instructions in UTF-8 in '{file}'", _reason(error), "write that table again") from None
     texts = list(table["task"] if "task" in table.columns else table.index)
     if "task_index" not in table.columns or not all(isinstance(text, str | bytes) for text in texts):
         got = f"columns {list(table.columns)}, index of {type(texts[0]).__name__ if texts else 'nothing'}"
-        raise InputError(f"sentences and their task_index in '{file}'", got, "write that table again")
+        raise InputError(f"instructions and their task_index in '{file}'", got, "write that table again")
     numbers = np.asarray(pandas.to_numeric(table["task_index"], errors="coerce"), np.float64)
     if not (np.isfinite(numbers).all() and (numbers % 1 == 0).all()):
         got = f"{table['task_index'].tolist()[:8]}"
@@ -226,11 +226,11 @@ def _sentences(root: Path) -> dict[int, str]:
     found: dict[int, str] = {}
     for number, text in zip(numbers.astype(int).tolist(), texts, strict=True):
         try:
-            sentence = text.decode() if isinstance(text, bytes) else text
+            instruction = text.decode() if isinstance(text, bytes) else text
         except UnicodeDecodeError as error:
-            raise InputError(f"sentences in UTF-8 in '{file}'", f"{text!r}: {error}", "write that table again") from None
-        if found.setdefault(number, sentence) != sentence:
-            raise InputError(f"one sentence for task_index {number} in '{file}'", "two", "write that table again")
+            raise InputError(f"instructions in UTF-8 in '{file}'", f"{text!r}: {error}", "write that table again") from None
+        if found.setdefault(number, instruction) != instruction:
+            raise InputError(f"one instruction for task_index {number} in '{file}'", "two", "write that table again")
     return found
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vla0.core.prompt import Prompt
-from vla0.decode.speculative import Fast
+from vla0.decode.speculative import SpeculativeDecoder
 from vla0.decode.support import supported
 from vla0.errors import InputError
 
@@ -20,16 +20,16 @@ MODES = {
 FIRST = (8, 9)  # compute capability that multiplies in fp8
 
 
-def inexact(model: Any, prompt: Prompt, mode: str) -> tuple[Any, Fast]:
+def approximate(model: Any, prompt: Prompt, mode: str) -> tuple[Any, SpeculativeDecoder]:
     """(model, decoder) of a mode of MODES; the given model is not changed. Raises InputError where it cannot run here."""
     if mode not in MODES:
         raise InputError(f"a mode of {tuple(MODES)}", f"'{mode}'", "choose one of those")
     if reason := supported(model):
         raise InputError("a model that the fast decoder drives", reason, "decode exactly")
     if mode == "relaxed":
-        return model, Fast(model, prompt, enough=ENOUGH)
+        return model, SpeculativeDecoder(model, prompt, acceptance_ratio=ENOUGH)
     model = in_4_bits(model) if mode == "nf4" else in_8_bits(model, mode)
-    return model, Fast(model, prompt)
+    return model, SpeculativeDecoder(model, prompt)
 
 
 def in_4_bits(model: Any) -> Any:

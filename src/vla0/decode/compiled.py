@@ -31,7 +31,7 @@ class Layer(torch.nn.Module):
         self.layer, self.number, self.run = layer, number, run
 
     def forward(self, hidden: torch.Tensor, **told: Any) -> torch.Tensor:
-        """What the layer gives; the cache is of slots that the pass names (Slots.at)."""
+        """What the layer gives; the cache is of slots that the pass names (KVCache.at)."""
         name = "cache" if "cache" in told else "past_key_values"
         cache = told.pop(name)
         keys, values = cache.content[self.number]

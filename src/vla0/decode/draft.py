@@ -43,10 +43,12 @@ class Tree:
         self.children.append({})
         return node
 
-    def walk(self, picks: Sequence[int], shares: np.ndarray | None = None, enough: float = 1.0) -> tuple[list[int], int]:
+    def walk(
+        self, picks: Sequence[int], shares: np.ndarray | None = None, acceptance_ratio: float = 1.0
+    ) -> tuple[list[int], int]:
         """(nodes from 0 on that the model's picks confirm, the pick after the last of them). picks: of each node.
 
-        Where the pick was not guessed, a guess passes for it that the model finds `enough` times as likely. shares: (N, 12)
+        Where the pick was not guessed, a guess passes for it that the model finds `acceptance_ratio` times as likely. shares: (N, 12)
         how likely the model finds the symbols after each node; without them no other guess passes.
         """
         path = [0]
@@ -55,7 +57,7 @@ class Tree:
             children = self.children[node]
             if pick not in children and shares is not None and children:
                 other = max(children, key=lambda symbol: shares[node, symbol])
-                pick = other if shares[node, other] >= enough * shares[node, pick] else pick
+                pick = other if shares[node, other] >= acceptance_ratio * shares[node, pick] else pick
             if pick not in children:
                 return path, pick
             path.append(children[pick])
@@ -108,10 +110,10 @@ class Draft:
         self.whole, self.mass = prior, _below(prior)
         self.known: dict[State, Ranked] = {}
 
-    def grow(self, symbol: int, state: State, width: int, tail: int, least: float = 0.0) -> Tree:
-        """A tree of at most `width` nodes, on a symbol and the state after it: the likeliest, if at least so likely.
+    def grow(self, symbol: int, state: State, tree_size: int, chain_fraction: int, min_probability: float = 0.0) -> Tree:
+        """A tree of at most `tree_size` nodes, on a symbol and the state after it: the likeliest, if at least so likely.
 
-        The last `tail` of them prolong its one likeliest path, however unlikely that is.
+        The last `chain_fraction` of them prolong its one likeliest path, however unlikely that is.
         """
         tree, count = Tree.of(symbol, state), 0
         heap: list[tuple[float, int, int, int, float]] = []  # -probability, order, parent, rank, the parent's probability
@@ -124,7 +126,7 @@ class Draft:
                 heappush(heap, (-probability * shares[rank], count, parent, rank, probability))
 
         offer(0, 0, 1.0)
-        while heap and len(tree) < width - tail and -heap[0][0] >= least:
+        while heap and len(tree) < tree_size - chain_fraction and -heap[0][0] >= min_probability:
             negative, _, parent, rank, above = heappop(heap)
             offer(parent, rank + 1, above)
             symbol = self.next(tree.states[parent])[0][rank]
@@ -132,7 +134,7 @@ class Draft:
                 continue
             offer(tree.add(parent, symbol), 0, -negative)
         node = 0
-        while len(tree) < width and tail:
+        while len(tree) < tree_size and chain_fraction:
             symbol = self.next(tree.states[node])[0][0]
             if self.ends(tree.states[node], symbol):
                 break
@@ -178,9 +180,9 @@ def after(state: State, symbol: int) -> State:
     return (finished + 1, "") if symbol in (SPACE, END) else (finished, digits + SYMBOLS[symbol])
 
 
-def filled(levels: np.ndarray, horizon: int) -> np.ndarray:
-    """(horizon, D): levels (n, D), n from 1 to horizon, and then their last again and again."""
-    return np.concatenate([levels, np.repeat(levels[-1:], horizon - len(levels), axis=0)])
+def filled(levels: np.ndarray, chunk_size: int) -> np.ndarray:
+    """(chunk_size, D): levels (n, D), n from 1 to chunk_size, and then their last again and again."""
+    return np.concatenate([levels, np.repeat(levels[-1:], chunk_size - len(levels), axis=0)])
 
 
 def _below(prior: np.ndarray) -> np.ndarray:
@@ -203,8 +205,8 @@ class Expectation:
 
     KEEP = 0.98  # of what was learned, at each chunk
 
-    def __init__(self, horizon: int, dimensions: int, bins: int):
-        self.shape, self.levels = (horizon, dimensions, bins + 1), np.arange(bins + 1, dtype=np.float32)
+    def __init__(self, chunk_size: int, dimensions: int, bins: int):
+        self.shape, self.levels = (chunk_size, dimensions, bins + 1), np.arange(bins + 1, dtype=np.float32)
         self.spread = np.full(dimensions, bins / 20.0, np.float32)  # levels: mean distance from the guess
         self.seen = np.full((dimensions, bins + 1), 1 / (bins + 1), np.float32)  # share of each level
 

@@ -13,9 +13,9 @@ from torch.nn.functional import linear, pad
 from vla0.core.codec import Grammar
 from vla0.decode.compiled import layered
 from vla0.decode.draft import Tree, drawn
-from vla0.decode.kv_cache import Replay, Slots, below
+from vla0.decode.kv_cache import CudaGraph, KVCache, below
 from vla0.decode.support import cache_argument
-from vla0.decode.vision_tower import Sight
+from vla0.decode.vision_tower import VisionTower
 from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -53,10 +53,10 @@ class Engine:
         self.head = torch.from_numpy(self.ids[self.order]).to(model.device)
         self.capturing = fixed and model.device.type == "cuda"
         self.passes = 0
-        self.caches: dict[tuple[int, int], Slots] = {}  # rows, slots
-        self.replays: dict[tuple, Replay] = {}
+        self.caches: dict[tuple[int, int], KVCache] = {}  # rows, slots
+        self.graphs: dict[tuple, CudaGraph] = {}
         self.pool: Any = None
-        self.sights: dict[tuple[Grid, ...], Sight] = {}
+        self.vision_towers: dict[tuple[Grid, ...], VisionTower] = {}
         self.places: dict[tuple, np.ndarray] = {}
 
     def fresh(self) -> "Engine":
@@ -85,9 +85,9 @@ class Engine:
             pixels = torch.cat([pixels, pixels.new_zeros(more * len(pixels) // rows, pixels.shape[1])])
             grids, length = grids + more * grids[: len(grids) // rows], length + before
             ids[rows:], seen[rows:], places[:, rows:] = ids[0], seen[0], places[:, :1]
-        if (key := tuple(grids)) not in self.sights:
-            self.sights[key] = Sight(self.model.model.visual, key, self.model.device, self.compiled)
-        self.sight = self.sights[key]
+        if (key := tuple(grids)) not in self.vision_towers:
+            self.vision_towers[key] = VisionTower(self.model.model.visual, key, self.model.device, self.compiled)
+        self.vision_tower = self.vision_towers[key]
         self._open(seen[:, :-1], places[0, :, -1], most)
         tree = self._numbers(trees, 1 if self.invariant else most)
         tree[0][:, 0] = ids[:, -1]
@@ -136,7 +136,7 @@ class Engine:
         rows, length = seen.shape
         slots = length + 1 + self._spare(most)
         key, config, like = (rows, slots), self.model.config.text_config, self.embed.weight
-        self.cache = self.caches.get(key) or Slots(config, rows, slots, like)
+        self.cache = self.caches.get(key) or KVCache(config, rows, slots, like)
         if self.fixed:
             self.caches[key] = self.cache
         self.most, self.base, self.place = most, length, place.copy()
@@ -160,16 +160,16 @@ class Engine:
         function = partial(way, shapes)
         inputs = [torch.from_numpy(np.concatenate([array.reshape(-1) for array in numbers], dtype=np.int64)), *more]
         if self.capturing:
-            key = (way.__name__, shapes, len(self.cache), self.sight if more else None)
+            key = (way.__name__, shapes, len(self.cache), self.vision_tower if more else None)
             try:
-                if key not in self.replays:
+                if key not in self.graphs:
                     self.pool = self.pool or torch.cuda.graph_pool_handle()
-                    self.replays[key] = Replay(function, self.pool, *(tensor.to(self.model.device) for tensor in inputs))
-                return self.replays[key](*inputs).cpu().numpy()
+                    self.graphs[key] = CudaGraph(function, self.pool, *(tensor.to(self.model.device) for tensor in inputs))
+                return self.graphs[key](*inputs).cpu().numpy()
             except torch.OutOfMemoryError:
                 logger.warning("no memory to capture a CUDA graph of %s: decoding goes on without, and slower", way.__name__)
                 self.capturing = False
-                self.replays.clear()
+                self.graphs.clear()
                 torch.cuda.empty_cache()
         return function(*(tensor.to(self.model.device) for tensor in inputs)).cpu().numpy()
 
@@ -177,7 +177,7 @@ class Engine:
         ids, before, seen, pictures, tokens, places, paths, allowed = _apart(numbers, shapes)
         length, nodes = ids.shape[1], tokens.shape[1]
         embedded = self.embed(torch.cat([ids, tokens], 1))
-        images = self.sight(pixels.to(embedded.dtype)).to(embedded.dtype)
+        images = self.vision_tower(pixels.to(embedded.dtype)).to(embedded.dtype)
         embedded.flatten(0, 1).index_copy_(0, pictures, images)
         causal = torch.ones((length, length), dtype=torch.bool, device=ids.device).tril()
         # A padding sees itself: a row of a softmax over nothing is not a number, and would spread.

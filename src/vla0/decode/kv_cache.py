@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 
-class Slots:
+class KVCache:
     """Keys and values of all layers in one tensor (layers, 2, B, heads, slots, width), written where it is told.
 
     What the language model needs of a transformers Cache. A tree's nodes lie side by side; the path that turns out true is
@@ -49,7 +49,7 @@ def below(paths: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(paths, dtype=torch.bool).scatter(2, paths, True)
 
 
-class Replay:
+class CudaGraph:
     """A function of tensors, captured as a CUDA graph: the same kernels, launched at once. Its result is overwritten.
 
     The function is called before: what kernels do at their first call cannot be captured. pool: memory that graphs share, of

@@ -34,7 +34,7 @@ class Chat:
     """What is sent for one observation."""
 
     messages: list[dict[str, Any]]
-    begun: str  # of the answer, a space at its end
+    prefix: str  # of the answer, a space at its end
 
 
 MARK = re.compile(r"<\|[^|<>]*\|>|</?(s|bos|eos|pad|image|video|tool_call|(start|end)_of_\w+)>|\[/?INST\]|<\uff5c")
@@ -48,11 +48,11 @@ class ChatPrompt:
             raise InputError("pictures of 56 pixels a side or more", f"{spec.image_size}", "such servers would enlarge them")
         self.spec = spec
 
-    def observe(self, observations: Sequence[Observation], begun: Sequence[str] | None = None) -> list[Chat]:
+    def observe(self, observations: Sequence[Observation], prefixes: Sequence[str] | None = None) -> list[Chat]:
         """One for each."""
-        return [self._chat(*pair) for pair in zip(observations, begun or [""] * len(observations), strict=True)]
+        return [self._chat(*pair) for pair in zip(observations, prefixes or [""] * len(observations), strict=True)]
 
-    def _chat(self, observation: Observation, begun: str) -> Chat:
+    def _chat(self, observation: Observation, prefix: str) -> Chat:
         content: list[dict[str, Any]] = []
         for picture in compose(observation, self.spec):
             content.append({"type": "image_url", "image_url": {"url": _url(picture)}})
@@ -61,7 +61,7 @@ class ChatPrompt:
             raise InputError("words without tokens of a model's", repr(found[0]), "leave them out of the instruction")
         content.append({"type": "text", "text": said})
         system = {"role": "system", "content": self.spec.system_text()}
-        return Chat([system, {"role": "user", "content": content}], begun)
+        return Chat([system, {"role": "user", "content": content}], prefix)
 
 
 class Remote:
@@ -93,24 +93,24 @@ class Remote:
     def decode(
         self,
         batch: Sequence[Chat],
-        chunk_size: int | None = None,
+        num_steps: int | None = None,
         guesses: Sequence[np.ndarray | None] | None = None,
-        begun: Sequence[np.ndarray] | None = None,
+        prefixes: Sequence[np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Levels (B, H, D) int64; the first `chunk_size` steps of them where given. All are asked for at once."""
+        """Levels (B, H, D) int64; the first `num_steps` steps of them where given. All are asked for at once."""
         with ThreadPoolExecutor(len(batch)) as threads:
-            return np.stack(list(threads.map(lambda chat: self._answer(chat, chunk_size), batch)))
+            return np.stack(list(threads.map(lambda chat: self._answer(chat, num_steps), batch)))
 
     def stream(
         self,
         batch: Sequence[Chat],
-        chunk_size: int | None = None,
+        num_steps: int | None = None,
         guesses: Sequence[np.ndarray | None] | None = None,
-        begun: Sequence[np.ndarray] | None = None,
+        prefixes: Sequence[np.ndarray] | None = None,
     ) -> Iterator[list[np.ndarray]]:
         """The steps so far, whenever there is one more. Of one observation."""
         (chat,) = batch
-        steps, told, given = chunk_size or self.spec.horizon, "", 0
+        steps, told, given = num_steps or self.spec.chunk_size, "", 0
         request = self._request(chat, steps) | {"stream": True}
         with self._explained(), self.client.stream("POST", f"{self.url}/chat/completions", json=request) as response:
             if response.status_code != 200:
@@ -121,35 +121,35 @@ class Remote:
                     continue
                 for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):
                     told += choice["delta"].get("content") or ""
-                text = _joined(chat.begun, told)
+                text = _joined(chat.prefix, told)
                 whole = text.count(" ") // self.spec.dimensions
                 if given < whole < steps:
                     given = whole
                     yield [self._read(" ".join(text.split(" ")[: whole * self.spec.dimensions]), whole)]
-        yield [self._read(_joined(chat.begun, told), steps)]
+        yield [self._read(_joined(chat.prefix, told), steps)]
 
-    def _answer(self, chat: Chat, chunk_size: int | None) -> np.ndarray:
-        steps = chunk_size or self.spec.horizon
+    def _answer(self, chat: Chat, num_steps: int | None) -> np.ndarray:
+        steps = num_steps or self.spec.chunk_size
         with self._explained():
             reply = self._json(self.client.post(f"{self.url}/chat/completions", json=self._request(chat, steps)))
-            return self._read(_joined(chat.begun, reply["choices"][0]["message"]["content"]), steps)
+            return self._read(_joined(chat.prefix, reply["choices"][0]["message"]["content"]), steps)
 
     def _request(self, chat: Chat, steps: int) -> dict[str, Any]:
         """Greedy, nothing of the checkpoint's sampling settings, and exactly the numbers that are missing."""
-        left = steps * self.spec.dimensions - chat.begun.count(" ")
+        left = steps * self.spec.dimensions - chat.prefix.count(" ")
         # What does not end the chunk ends with a space, as if it went on: where one stops changes no number before.
-        closed = steps == self.spec.horizon
+        closed = steps == self.spec.chunk_size
         request: dict[str, Any] = {
             "model": self.model, "messages": chat.messages, "temperature": 0.0, "repetition_penalty": 1.0,
             "max_tokens": left * (len(str(self.spec.bins)) + 1) + 1,
         }  # fmt: skip
-        if chat.begun:
-            request["messages"] = [*chat.messages, {"role": "assistant", "content": chat.begun.rstrip(" ")}]
+        if chat.prefix:
+            request["messages"] = [*chat.messages, {"role": "assistant", "content": chat.prefix.rstrip(" ")}]
             request |= {"add_generation_prompt": False, "continue_final_message": True}
         if self.engine == "llama.cpp":
-            request |= {"repeat_penalty": 1.0, "grammar": _gbnf(self.spec.bins, left, bool(chat.begun), closed)}
+            request |= {"repeat_penalty": 1.0, "grammar": _gbnf(self.spec.bins, left, bool(chat.prefix), closed)}
         else:
-            regex = _regex(self.spec.bins, left, bool(chat.begun), closed)
+            regex = _regex(self.spec.bins, left, bool(chat.prefix), closed)
             request |= {"structured_outputs": {"regex": regex}} if self.engine == "vllm" else {"regex": regex}
         if self.spec.vision_id:
             request["chat_template_kwargs"] = {"add_vision_id": True}
@@ -157,8 +157,8 @@ class Remote:
 
     def _read(self, text: str, steps: int) -> np.ndarray:
         """Raises ChunkError where a server did not keep to the expression."""
-        text = text.removesuffix(" ") if steps < self.spec.horizon else text
-        return ActionCodec(replace(self.spec, horizon=steps, ensemble_k=None)).read(text)
+        text = text.removesuffix(" ") if steps < self.spec.chunk_size else text
+        return ActionCodec(replace(self.spec, chunk_size=steps, ensemble_k=None)).read(text)
 
     def _json(self, response: httpx.Response) -> Any:
         """What a server says, where it says yes."""
@@ -179,16 +179,16 @@ class Remote:
             raise InputError("a completion as OpenAI's", f"{type(error).__name__}: {error}", REMEDY) from None
 
 
-def _joined(begun: str, told: str) -> str:
+def _joined(prefix: str, told: str) -> str:
     """The whole text; llama.cpp repeats what was begun, where it does not stream."""
     if not isinstance(told, str):
         raise TypeError(f"no text but {told!r}")
-    begun = begun.rstrip(" ")
-    if not begun or told.startswith(f"{begun} "):
+    prefix = prefix.rstrip(" ")
+    if not prefix or told.startswith(f"{prefix} "):
         return told
     if told and not told.startswith(" "):
-        raise InputError(f"an answer that goes on after '{begun}'", f"'{told[:100]}'", "use another version of the server")
-    return begun + told
+        raise InputError(f"an answer that goes on after '{prefix}'", f"'{told[:100]}'", "use another version of the server")
+    return prefix + told
 
 
 def _regex(bins: int, count: int, after: bool, closed: bool) -> str:

@@ -13,7 +13,7 @@ from vla0.core.codec import SYMBOLS, Grammar, written
 from vla0.core.prompt import Prompt
 from vla0.decode.draft import Draft, Expectation, State, Tree, after
 from vla0.decode.engine import Engine
-from vla0.decode.tree_size import width as best_width
+from vla0.decode.tree_size import measured_tree_size
 from vla0.errors import InputError
 
 TAIL = 0.75
@@ -47,12 +47,12 @@ class Row:
         return self.state[0] >= self.draft.numbers
 
 
-class Fast:
+class SpeculativeDecoder:
     """A decoder for one model and prompt, which learns how chunks differ from their predecessors.
 
-    width: nodes of a row's tree; None: what was measured on this device, less in a batch. tail: the share of them that run
-    ahead on the one likeliest path. least: how likely a node has to be. Off, for comparison: `learning` from the model's words
-    at each guess. enough: below 1, a guess passes that the model finds so many times as likely as its own choice: other
+    tree_size: nodes of a row's tree; None: what was measured on this device, less in a batch. chain_fraction: the share of them that run
+    ahead on the one likeliest path. min_probability: how likely a node has to be. Off, for comparison: `learning` from the model's words
+    at each guess. acceptance_ratio: below 1, a guess passes that the model finds so many times as likely as its own choice: other
     tokens. plain: no guesses, one token in a pass of the same size: what all else must equal. compiled: layers by
     torch.compile, seconds at the first decode. invariant: whether no choice may depend on what else is guessed, in any
     number format; None: where numbers are of 16 bits on a GPU.
@@ -62,20 +62,26 @@ class Fast:
         self,
         model: Any,
         prompt: Prompt,
-        width: int | None = None,
-        tail: float = TAIL,
-        least: float = 0.0,
+        tree_size: int | None = None,
+        chain_fraction: float = TAIL,
+        min_probability: float = 0.0,
         learning: bool = True,
-        enough: float = 1.0,
+        acceptance_ratio: float = 1.0,
         plain: bool = False,
         compiled: bool = False,
         invariant: bool | None = None,
     ):
-        self.model, self.prompt, self.tail, self.least, self.learning = model, prompt, tail, least, learning
-        self.width, self.enough, self.plain = width, enough, plain
+        self.model, self.prompt, self.chain_fraction, self.min_probability, self.learning = (
+            model,
+            prompt,
+            chain_fraction,
+            min_probability,
+            learning,
+        )
+        self.tree_size, self.acceptance_ratio, self.plain = tree_size, acceptance_ratio, plain
         self.chosen: dict[int, int] = {}
         spec = prompt.spec
-        self.expectation = Expectation(spec.horizon, spec.dimensions, spec.bins)
+        self.expectation = Expectation(spec.chunk_size, spec.dimensions, spec.bins)
         self.grammar = Grammar(spec.bins, spec.numbers)
         self.turn: object | None = None
         cuda: bool = model.device.type == "cuda"
@@ -87,44 +93,44 @@ class Fast:
     def nodes(self, rows: int) -> int:
         """Of the tree of each row, of so many that are decoded together."""
         if rows not in self.chosen:
-            self.chosen[rows] = self.width or best_width(self.engine, rows)
+            self.chosen[rows] = self.tree_size or measured_tree_size(self.engine, rows)
         return self.chosen[rows]
 
     def decode(
         self,
         batch: dict[str, torch.Tensor],
-        chunk_size: int | None = None,
+        num_steps: int | None = None,
         guesses: Sequence[np.ndarray | None] | None = None,
-        begun: Sequence[np.ndarray] | None = None,
+        prefixes: Sequence[np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Levels (B, H, D) int64, the ones that `reference.decode` gives; the first `chunk_size` steps of them where given.
+        """Levels (B, H, D) int64, the ones that `core.greedy.decode` gives; the first `num_steps` steps of them where given.
 
         guesses: for each row levels (H, D) that its chunk is thought to be near, or None. They cost or save time, nothing else.
         begun: for each row the levels (n, D) that its text in the batch ends with; they come back as the first.
         """
-        *_, levels = self.stream(batch, chunk_size, guesses, begun)
+        *_, levels = self.stream(batch, num_steps, guesses, prefixes)
         return np.stack(levels)
 
     @torch.inference_mode()
     def stream(
         self,
         batch: dict[str, torch.Tensor],
-        chunk_size: int | None = None,
+        num_steps: int | None = None,
         guesses: Sequence[np.ndarray | None] | None = None,
-        begun: Sequence[np.ndarray] | None = None,
+        prefixes: Sequence[np.ndarray] | None = None,
     ) -> Iterator[list[np.ndarray]]:
         """After each pass the steps (H', D) that are finished, for each row; the last time all of them."""
         spec = self.prompt.spec
         count = len(batch["input_ids"])
-        steps = spec.horizon if chunk_size is None else chunk_size
+        steps = spec.chunk_size if num_steps is None else num_steps
         guesses = [None] * count if guesses is None else list(guesses)
         for guess in guesses:
-            if guess is not None and guess.shape != (spec.horizon, spec.dimensions):
-                expected = f"a guess of shape {(spec.horizon, spec.dimensions)}"
+            if guess is not None and guess.shape != (spec.chunk_size, spec.dimensions):
+                expected = f"a guess of shape {(spec.chunk_size, spec.dimensions)}"
                 raise InputError(expected, f"{guess.shape}", "give the previous chunk, or None")
         numbers = steps * spec.dimensions
         rows = [Row(Draft(self.grammar, self.expectation.prior(guess), numbers), self.grammar.start) for guess in guesses]
-        for row, levels in zip(rows, begun or (), strict=False):
+        for row, levels in zip(rows, prefixes or (), strict=False):
             row.symbols, row.state = [SYMBOLS.index(character) for character in written(levels)], (levels.size, "")
         share = self.nodes(self.engine.held(count))
         most = share if self.engine.fixed else 4 * share  # nodes of one tree
@@ -151,11 +157,13 @@ class Fast:
         """Of the last decode."""
         return self.engine.passes
 
-    def _trees(self, rows: Sequence[Row], width: int) -> list[Tree]:
-        """A tree for each row. The width that rows have left which ended, the others share."""
-        tail = round(width * self.tail)
+    def _trees(self, rows: Sequence[Row], tree_size: int) -> list[Tree]:
+        """A tree for each row. Rows that have ended leave their nodes to the others."""
+        chain_fraction = round(tree_size * self.chain_fraction)
         return [
-            Tree.of(row.last, row.state) if row.done else row.draft.grow(row.last, row.state, width, tail, self.least)
+            Tree.of(row.last, row.state)
+            if row.done
+            else row.draft.grow(row.last, row.state, tree_size, chain_fraction, self.min_probability)
             for row in rows
         ]
 
@@ -170,7 +178,7 @@ class Fast:
         """The path of the tree that the row takes; none where it has ended."""
         if row.done:
             return []
-        path, pick = tree.walk(picks, shares if self.enough < 1 else None, self.enough)
+        path, pick = tree.walk(picks, shares if self.acceptance_ratio < 1 else None, self.acceptance_ratio)
         row.symbols += [tree.symbols[node] for node in path[1:]] + [pick]
         row.last, row.state = pick, after(tree.states[path[-1]], pick)
         return path

@@ -23,7 +23,7 @@ SLOW_MS = 2000.0  # of all sizes together: one round has to do
 CONTEXT = 256  # slots before the tree, about a prompt and half an answer
 
 
-def width(engine: Engine, rows: int = 1, fresh: bool = False) -> int:
+def measured_tree_size(engine: Engine, rows: int = 1, fresh: bool = False) -> int:
     """Nodes of each row's tree that decode fastest: measured at first, then read from the cache. fresh: measured anew."""
     key, file = key_of(engine), cache_file()
     known = read(file)

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 from vla0.decode.window_attention import Ends
 
 
-class Sight:
+class VisionTower:
     """A tower's forward pass for images of these sizes, as a function of tensors alone, so that it can be captured.
 
     grids: of each image (1, rows, columns) of patches. In which order the tower sees patches, and what it tells each of its

@@ -1,4 +1,4 @@
-"""What training a recipe's model takes: weights, memory and arithmetic."""
+"""What training a config's model takes: weights, memory and arithmetic."""
 
 import re
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Size:
 
 
 def size_of(config: TrainConfig, spec: Spec, source: Source) -> tuple[Size | None, Any]:
-    """(Size, processor) of the recipe's model; None for what is not known or not at hand."""
+    """(Size, processor) of the config's model; None for what is not known or not at hand."""
     if config.model.name == TINY:
         model, processor = tiny_of(config, {MAIN: spec}, {MAIN: source})
         return _counted(config, model), processor
@@ -61,7 +61,7 @@ def _counted(config: TrainConfig, model: Any) -> Size:
 
 
 def trained_of(config: TrainConfig) -> str:
-    """What of the model a recipe trains, in words."""
+    """What of the model a config trains, in words."""
     lora, tower = config.model.lora.rank, "" if not config.model.freeze_vision_encoder else ", the vision tower frozen"
     kind = f"{'Q' if config.model.quantization else ''}LoRA of rank {lora}" if lora else ALL
     return kind + tower

@@ -42,7 +42,7 @@ class Picture:
     """What the model will see of a frame of each camera."""
 
     pixels: np.ndarray = field(repr=False)  # (h, w, 3) uint8; images that the model gets separately, side by side
-    caption: str  # which frame of which episode, its sentence, the cameras from left to right and their own sizes
+    caption: str  # which frame of which episode, its instruction, the cameras from left to right and their own sizes
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class Survey:
     """What `examine` found."""
 
     dataset: str
-    estimated: str  # the model and the recipe that tokens, time and memory are those of
+    estimated: str  # the model and the config that tokens, time and memory are those of
     episodes: int
     frames: int
     fps: float
     lengths: tuple[int, int, int]  # frames of an episode: least, median, most
-    sentences: dict[str, int]  # sentence → episodes
+    instructions: dict[str, int]  # instruction → episodes
     cameras: dict[str, str]  # camera → width x height, and how it is stored
     squeezed: str  # which frames lose their shape in becoming squares; empty where all are squares
     dimensions: tuple[Dimension, ...]
@@ -76,14 +76,14 @@ class Survey:
 def examine(config: TrainConfig, file: Path | None = None) -> Survey:
     """Reads the narrow columns whole and a frame of each of some episodes. Raises InputError for what cannot be read.
 
-    file: which the recipe came from; None for the published settings.
+    file: which the config came from; None for the published settings.
     """
     source = Source(config.data)
     spec = spec_of(config, source)
     starts, counts = np.unique(source.start, return_counts=True)
     chosen = starts[np.linspace(0, len(starts) - 1, min(TRIED, len(starts))).astype(int)]
     rows = [int((start + source.end[start]) // 2) for start in chosen]
-    samples = [source.sample(row, spec.horizon, spec.history) for row in rows]
+    samples = [source.sample(row, spec.chunk_size, spec.history) for row in rows]
     size, processor = size_of(config, spec, source)
     prompt_tokens, answer_tokens = _tokens(samples[:8], spec, processor)
     dimensions = _dimensions(source, spec)
@@ -101,7 +101,7 @@ def examine(config: TrainConfig, file: Path | None = None) -> Survey:
     episodes_of = {int(start): source.tasks[source.task_of[start]] for start in starts}
     sizes = _sizes(samples[0], spec)
     shown = list(zip(rows, samples, strict=True))[:: max(1, len(samples) // PICTURES)][:PICTURES]
-    by = f"recipe {file}" if file else "the published settings"
+    by = f"config {file}" if file else "the published settings"
     return Survey(
         config.data.dataset, f"model {config.model.name}, {by}", len(starts), len(source), source.fps,
         (int(counts.min()), int(np.median(counts)), int(counts.max())),
@@ -145,8 +145,8 @@ def _picture(source: Source, row: int, sample: Sample, sizes: dict[str, tuple[in
 def _dimensions(source: Source, spec: Spec) -> tuple[Dimension, ...]:
     """Of absolute actions; of relative ones, of their differences from the state at the same instant."""
     actions = source.actions.astype(np.float64)
-    if spec.relative and source.states is not None:
-        dims = list(spec.relative)
+    if spec.relative_dims and source.states is not None:
+        dims = list(spec.relative_dims)
         actions[:, dims] -= source.states[:, dims]
         actions = shortest(actions, [turn for turn in spec.periodic if turn[0] in dims])
     codec = ActionCodec(spec)

@@ -1,4 +1,4 @@
-"""A recipe of one's own dataset: configs/own.yaml, filled in with what is there."""
+"""A config of one's own dataset: configs/own.yaml, filled in with what is there."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ data:
 {cameras}
   action: {action}
   state: {state}
-  relative: [] # action dimensions written as differences from the state, e.g. [0, 1, 2, 3, 4, 5] for joints
+  relative_dims: [] # action dimensions written as differences from the state, e.g. [0, 1, 2, 3, 4, 5] for joints
   statistics: quantiles # outliers of teleoperation do not stretch the bounds; minmax is the published way
   held_out: {held_out} # episodes kept back for the loss on unseen data, which decides what `best` is
   num_workers: 4
@@ -43,8 +43,8 @@ logging:
 """
 
 
-def write_recipe(words: Sequence[str], file: Path) -> None:
-    """Writes a YAML recipe with which a dataset, the one word, trains as it is: its cameras, its action, its state.
+def write_own_config(words: Sequence[str], file: Path) -> None:
+    """Writes a YAML config with which a dataset, the one word, trains as it is: its cameras, its action, its state.
 
     Raises InputError where the file is there already.
     """
@@ -72,10 +72,10 @@ def write_recipe(words: Sequence[str], file: Path) -> None:
     file.write_text(RECIPE.format(**filled), encoding="utf-8")
 
 
-def recipe(given: Sequence[str], file: Path | None = None) -> TrainConfig:
-    """What a dataset is looked at with: a recipe's settings, or the published ones for one epoch.
+def config_to_inspect(given: Sequence[str], file: Path | None = None) -> TrainConfig:
+    """What a dataset is looked at with: a config's settings, or the published ones for one epoch.
 
-    given: a dataset, which a recipe may name itself, and for a recipe key=value.
+    given: a dataset, which a config may name itself, and for a config key=value.
     """
     overrides, datasets = [word for word in given if "=" in word], [word for word in given if "=" not in word]
     if len(datasets) > 1:
@@ -83,9 +83,9 @@ def recipe(given: Sequence[str], file: Path | None = None) -> TrainConfig:
     if file is not None:
         return read_config(TrainConfig, file, [*(f"data.dataset={dataset}" for dataset in datasets), *overrides])
     if overrides:
-        raise InputError(f"--config, a recipe for {overrides[0]} to change", "none", "name one, or leave that out")
+        raise InputError(f"--config, a config for {overrides[0]} to change", "none", "name one, or leave that out")
     if not datasets:
-        raise InputError("a dataset or --config", "neither", "name a folder, a Hub id or a recipe")
+        raise InputError("a dataset or --config", "neither", "name a folder, a Hub id or a config")
     refuse_missing(datasets[0])
     return TrainConfig(DataConfig(datasets[0]), TrainingConfig(num_epochs=1.0), LoggingConfig(""))
 
@@ -100,7 +100,7 @@ def _action(stored: Stored) -> str:
     found = [key for key in stored.features if "action" in key]
     if "action" in found or len(found) == 1:
         return "action" if "action" in found else found[0]
-    raise InputError("a column 'action', or one named like it", f"{sorted(stored.features)}", "write the recipe by hand")
+    raise InputError("a column 'action', or one named like it", f"{sorted(stored.features)}", "write the config by hand")
 
 
 def _text(value: str) -> str:

@@ -20,7 +20,7 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#eef1f6;padding:.6rem
 """
 
 
-def screen(survey: Survey) -> Table:
+def survey_table(survey: Survey) -> Table:
     """The actions' dimensions, for the terminal; the rest is lines of `facts`."""
     table = Table("action", "values", "bounds", "error", "clipped", "levels", box=None, pad_edge=False)
     for own in survey.dimensions:
@@ -40,10 +40,10 @@ def facts(survey: Survey) -> list[tuple[str, str]]:
         ("dataset", survey.dataset),
         ("episodes", f"{survey.episodes}, {survey.frames} frames, {duration(survey.frames / survey.fps)}"),
         ("an episode", f"{least} to {most} frames, median {median}, at {survey.fps:g} a second"),
-        ("sentences", "; ".join(f"{text!r} {count}" for text, count in list(survey.sentences.items())[:5])),
+        ("instructions", "; ".join(f"{text!r} {count}" for text, count in list(survey.instructions.items())[:5])),
         ("cameras", "; ".join(f"{name}: {size}" for name, size in survey.cameras.items())),
         ("idle frames", f"{survey.idle:.1%}"),
-        ("estimate for", f"{survey.estimated}; for another: --config RECIPE"),
+        ("estimate for", f"{survey.estimated}; for another: --config FILE"),
         ("tokens", tokens),
         ("training here", f"{survey.steps} steps of {survey.samples} samples, {rounds:.1f} times through the data, {time}"),
         ("memory", f"{memory} for {survey.trained}, and what the samples take"),

@@ -24,7 +24,7 @@ class Answer(Protocol):
         ...
 
 
-class World(Protocol):
+class LoopWorld(Protocol):
     """What time is, and how answers come."""
 
     def now(self) -> float:

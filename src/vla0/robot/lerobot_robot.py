@@ -1,4 +1,4 @@
-"""A LeRobot Robot as a Body, once it is shown to be the one that a checkpoint was trained for."""
+"""A LeRobot Robot as a RobotInterface, once it is shown to be the one that a checkpoint was trained for."""
 
 import contextlib
 import io

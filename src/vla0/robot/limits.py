@@ -13,7 +13,7 @@ NEVER = 1e9  # a limit that is none
 
 
 @dataclass(frozen=True)
-class Limits:
+class ActionLimits:
     """What a command may be, for each dimension of the action, in its units."""
 
     low: tuple[float, ...]
@@ -37,10 +37,10 @@ class Limits:
                 raise InputError(f"{name} > 0", f"{getattr(self, name)}", "leave it out for no limit")
 
     @classmethod
-    def of(cls, spec: Spec) -> "Limits":
+    def of(cls, spec: Spec) -> "ActionLimits":
         """What the demonstrations did and no more. Relative dimensions have no bounds of their own there: give them."""
-        if spec.relative:
-            raise InputError("limits", f"none, and relative dimensions {spec.relative}", "give low and high of the robot")
+        if spec.relative_dims:
+            raise InputError("limits", f"none, and relative dimensions {spec.relative_dims}", "give low and high of the robot")
         return cls(spec.low, spec.high, periodic=spec.periodic)
 
     def safe(self, action: np.ndarray, last: np.ndarray | None, period_s: float) -> np.ndarray:

@@ -11,47 +11,47 @@ import numpy as np
 from vla0.core.ensemble import NONE, TemporalEnsemble
 from vla0.core.spec import Observation
 from vla0.errors import InputError
-from vla0.robot.clock import Answer, World
-from vla0.robot.safety import Guard
+from vla0.robot.clock import Answer, LoopWorld
+from vla0.robot.safety import SafetyGuard
 
 logger = logging.getLogger(__name__)
 
-WAYS = ("sync", "async", "ensemble")
+MODES = ("sync", "async", "ensemble")
 # Of a chunk of H steps whose answer takes d, asked for while another is executed, H - d are left, in d ticks; asked for
 # when nothing is left, all H, in H + d. From this d / H on the robot moves more of the time if it waits.
 SLOW = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
-class Pace:
+class Pacer:
     """How a policy is executed.
 
-    way: "sync" observes, waits, executes `replan` steps of the chunk, again. "async" asks for the next chunk while it
+    mode: "sync" observes, waits, executes `n_action_steps` steps of the chunk, again. "async" asks for the next chunk while it
     executes, committed to the steps that will have passed when it comes: the model goes on from them; what comes when
     the robot had to wait begins when it comes, and an answer that takes most of a chunk is waited for. "ensemble" asks
     as often as answers come and averages all chunks that reach an instant.
     """
 
     fps: float  # of the checkpoint
-    horizon: int
-    way: str = "async"
-    replan: int | None = None  # steps executed of a chunk before the next is asked for; None: half of them
+    chunk_size: int
+    mode: str = "async"
+    n_action_steps: int | None = None  # steps executed of a chunk before the next is asked for; None: half of them
     weights: str = "v1"  # of the ensemble, by age
     periodic: tuple[tuple[int, float, float], ...] = ()  # of the checkpoint
     oldest_s: float = 0.5  # age of an observation above which it is not asked about: a camera that froze
 
     def __post_init__(self):
-        if self.way not in WAYS:
-            raise InputError(f"a way of {WAYS}", f"'{self.way}'", "choose one of those")
-        if not (math.isfinite(self.fps) and self.fps > 0 and self.horizon >= 1 and self.oldest_s > 0):
-            raise InputError("fps, horizon and oldest_s above 0", f"{self}", "take those of the checkpoint")
-        if self.replan is not None and not 1 <= self.replan <= self.horizon:
-            raise InputError(f"replan in 1..{self.horizon}", f"{self.replan}", "a chunk holds no more steps")
+        if self.mode not in MODES:
+            raise InputError(f"a mode of {MODES}", f"'{self.mode}'", "choose one of those")
+        if not (math.isfinite(self.fps) and self.fps > 0 and self.chunk_size >= 1 and self.oldest_s > 0):
+            raise InputError("fps, chunk_size and oldest_s above 0", f"{self}", "take those of the checkpoint")
+        if self.n_action_steps is not None and not 1 <= self.n_action_steps <= self.chunk_size:
+            raise InputError(f"n_action_steps in 1..{self.chunk_size}", f"{self.n_action_steps}", "a chunk holds no more steps")
 
     @property
     def executed(self) -> int:
         """Steps of a chunk before the next is asked for."""
-        return self.replan or max(1, self.horizon // 2)
+        return self.n_action_steps or max(1, self.chunk_size // 2)
 
 
 @dataclass
@@ -80,9 +80,9 @@ class Tick:
 
 
 def drive(
-    world: World,
-    guard: Guard,
-    pace: Pace,
+    world: LoopWorld,
+    guard: SafetyGuard,
+    pace: Pacer,
     max_steps: int,
     on_step: Callable[[Tick], None] = lambda tick: None,
     finished: Callable[[], bool] = lambda: False,
@@ -107,14 +107,14 @@ def drive(
 class _Loop:
     """One run."""
 
-    def __init__(self, world: World, guard: Guard, pace: Pace):
+    def __init__(self, world: LoopWorld, guard: SafetyGuard, pace: Pacer):
         self.world, self.guard, self.pace, self.period = world, guard, pace, 1 / pace.fps
-        averaged = pace.way == "ensemble"
-        steps, weights = (1, pace.weights) if averaged else (pace.horizon, NONE)
-        self.plan = TemporalEnsemble(pace.horizon, steps, weights, periodic=pace.periodic)
+        averaged = pace.mode == "ensemble"
+        steps, weights = (1, pace.weights) if averaged else (pace.chunk_size, NONE)
+        self.plan = TemporalEnsemble(pace.chunk_size, steps, weights, periodic=pace.periodic)
         self.asked: tuple[Answer, int, float] | None = None
         self.chunk: np.ndarray | None = None  # the newest
-        self.latest = -pace.horizon  # step that its first action is of
+        self.latest = -pace.chunk_size  # step that its first action is of
         self.delays: deque[int] = deque(maxlen=8)  # steps that answers took
         self.delay = 1  # that the next may take
         self.report = Report()
@@ -127,7 +127,7 @@ class _Loop:
         observation = self.guard.observe()
         if self.asked is None and self._due():
             self._ask(observation)
-            if self.pace.way == "sync":
+            if self.pace.mode == "sync":
                 self._wait()
         action = command = None
         if self.plan.reaches(self.step):
@@ -143,9 +143,9 @@ class _Loop:
         self.step = max(self.step + 1, math.ceil((self.world.now() - self.began) / self.period - 1e-6))
 
     def _due(self) -> bool:
-        if self.pace.way == "ensemble":
+        if self.pace.mode == "ensemble":
             return True
-        if self.pace.way == "async" and self.delay > SLOW * self.pace.horizon:
+        if self.pace.mode == "async" and self.delay > SLOW * self.pace.chunk_size:
             return not self.plan.reaches(self.step)
         return self.step - self.latest >= self.pace.executed or not self.plan.reaches(self.step)
 
@@ -155,14 +155,14 @@ class _Loop:
         if observation.captured_at is not None and not -self.period <= now - observation.captured_at <= self.pace.oldest_s:
             self.report.stale += 1
             return
-        if self.pace.way == "async" and (committed := self._committed()):
-            observation = replace(observation, committed=np.stack(committed))
+        if self.pace.mode == "async" and (action_prefix := self._action_prefix()):
+            observation = replace(observation, action_prefix=np.stack(action_prefix))
         self.asked = (self.world.ask(observation), self.step, now)
         self.report.queries += 1
 
-    def _committed(self) -> list[np.ndarray]:
+    def _action_prefix(self) -> list[np.ndarray]:
         """What will be executed, from now until the answer is there."""
-        most = min(self.delay, self.pace.horizon - 1)
+        most = min(self.delay, self.pace.chunk_size - 1)
         ahead = [self.step + i for i in range(most)]
         reached = next((i for i, step in enumerate(ahead) if not self.plan.reaches(step)), most)
         return [self.plan.action(step) for step in ahead[:reached]]
@@ -179,8 +179,13 @@ class _Loop:
         """The chunk. Raises InputError for one that could not be executed: it came from elsewhere."""
         chunk, dimensions = np.asarray(chunk), len(self.guard.limits.low)
         shape = chunk.shape
-        if chunk.ndim != 2 or not 1 <= shape[0] <= self.pace.horizon or shape[1] != dimensions or not np.isfinite(chunk).all():
-            expected = f"a chunk of 1 to {self.pace.horizon} actions of {dimensions} finite numbers"
+        if (
+            chunk.ndim != 2
+            or not 1 <= shape[0] <= self.pace.chunk_size
+            or shape[1] != dimensions
+            or not np.isfinite(chunk).all()
+        ):
+            expected = f"a chunk of 1 to {self.pace.chunk_size} actions of {dimensions} finite numbers"
             raise InputError(expected, f"shape {shape}", "look at the policy: nothing of it is executed")
         return chunk
 
@@ -200,11 +205,11 @@ class _Loop:
         # The most of the last few, so that what is committed reaches as far as the answer will need.
         self.delays.append(self.step - step)
         self.delay = max(1, *self.delays)
-        if self.pace.way == "ensemble" and self.delay >= self.pace.horizon and self.report.idle % 20 == 1:
+        if self.pace.mode == "ensemble" and self.delay >= self.pace.chunk_size and self.report.idle % 20 == 1:
             text = "an answer takes %d steps and a chunk has %d: all of it is past when it comes; use another way"
-            logger.warning(text, self.delay, self.pace.horizon)
+            logger.warning(text, self.delay, self.pace.chunk_size)
         # Where nothing was executed since the observation, the robot has waited: the chunk begins now, and is not late.
-        waited = self.pace.way == "sync" or (self.pace.way == "async" and self.acted < step)
+        waited = self.pace.mode == "sync" or (self.pace.mode == "async" and self.acted < step)
         self.latest = self.step if waited else step
         self.chunk = chunk
         self.plan.add(chunk, self.latest)

@@ -9,10 +9,10 @@ import numpy as np
 from vla0.core.spec import Spec
 from vla0.errors import InputError, refuse_unknown
 from vla0.robot.lerobot_robot import LeRobotBody
-from vla0.robot.limits import NEVER, Limits
+from vla0.robot.limits import NEVER, ActionLimits
 
 
-def limits_of(spec: Spec, body: LeRobotBody, given: Mapping[str, Any] | None = None) -> Limits:
+def limits_of(spec: Spec, body: LeRobotBody, given: Mapping[str, Any] | None = None) -> ActionLimits:
     """What commands may be: what the demonstrations did, and of that what `given` narrows or widens.
 
     given: low, high, step or velocity, each a number for all, a list, or {name of the action: number}.
@@ -22,19 +22,21 @@ def limits_of(spec: Spec, body: LeRobotBody, given: Mapping[str, Any] | None = N
     given = dict(given or {})
     refuse_unknown(given, ("low", "high", "step", "velocity"), "the limits")
     found: dict[str, Any] = {"low": list(spec.low), "high": list(spec.high), "periodic": spec.periodic}
-    for d in spec.relative:  # bounds of differences say nothing of positions: those of the state do
+    for d in spec.relative_dims:  # bounds of differences say nothing of positions: those of the state do
         bounds = spec.state or ((-math.inf,) * (d + 1), (math.inf,) * (d + 1))
         found["low"][d], found["high"][d] = bounds[0][d], bounds[1][d]
-    if body.absolute and spec.most_change is not None:
-        found["step"] = [max(change, 1e-6) for change in spec.most_change]
+    if body.absolute and spec.max_step_change is not None:
+        found["step"] = [max(change, 1e-6) for change in spec.max_step_change]
     for name, value in given.items():
         found[name] = _each(name, value, body.actions, found.get(name))
     if not np.isfinite([*found["low"], *found["high"]]).all():
-        raise InputError("limits", f"relative actions {spec.relative} and no state's bounds", "give low and high with --limits")
+        raise InputError(
+            "limits", f"relative actions {spec.relative_dims} and no state's bounds", "give low and high with --limits"
+        )
     for action, low, high in zip(body.actions, found["low"], found["high"], strict=True):
         if low > high:
             raise InputError(f"low <= high of '{action}'", f"{low:g} and {high:g}", "correct --limits")
-    limits = Limits(**found)
+    limits = ActionLimits(**found)
     if (limits.step or limits.velocity) and not body.absolute:
         raise InputError("no step or velocity", "actions that are no positions of the robot", "leave them out of the limits")
     return limits
@@ -52,7 +54,7 @@ def _each(name: str, value: Any, actions: list[str], before: list[float] | None)
     return [NEVER if v == math.inf else float(v) for v in value]
 
 
-def start_of(body: LeRobotBody, limits: Limits, told: Callable[[str], None]) -> np.ndarray | None:
+def start_of(body: LeRobotBody, limits: ActionLimits, told: Callable[[str], None]) -> np.ndarray | None:
     """(D,) where a body that has been looked at begins, in the terms of actions; None where it reports no such thing.
 
     Raises InputError where it stands far outside of its limits. Only an arm that nobody can move by hand, a simulated one, goes
@@ -74,7 +76,7 @@ def start_of(body: LeRobotBody, limits: Limits, told: Callable[[str], None]) -> 
         return start  # as it was asked to go; where it weighs down on its servos, it stands a little beside
 
 
-def refuse_elsewhere(start: np.ndarray, limits: Limits, actions: Sequence[str]) -> None:
+def refuse_elsewhere(start: np.ndarray, limits: ActionLimits, actions: Sequence[str]) -> None:
     """Raises InputError where a robot stands far outside of what was demonstrated: most likely other units or calibration."""
     low, high = np.array(limits.low), np.array(limits.high)
     # A demonstration may begin outside of where its actions led, by a step or so.
@@ -85,7 +87,7 @@ def refuse_elsewhere(start: np.ndarray, limits: Limits, actions: Sequence[str]) 
         raise InputError(expected, f"{round(float(start[d]), 3):g}", "move it there; look at units, calibration and --limits")
 
 
-def refuse_unlimited(limits: Limits, actions: Sequence[str]) -> None:
+def refuse_unlimited(limits: ActionLimits, actions: Sequence[str]) -> None:
     """Raises InputError where nothing limits how much a position may change at once: neither data nor --limits."""
     none = np.full(len(actions), NEVER)
     most = np.minimum(limits.step or none, limits.velocity or none)

@@ -19,7 +19,7 @@ class Recorder:
     An episode begins with its first command; steps that the loop slept through are filled with the one before.
     """
 
-    def __init__(self, folder: Path, body: LeRobotBody, fps: float, horizon: int):
+    def __init__(self, folder: Path, body: LeRobotBody, fps: float, chunk_size: int):
         from datasets.utils.logging import disable_progress_bar
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
         from lerobot.utils.feature_utils import hw_to_dataset_features
@@ -32,11 +32,11 @@ class Recorder:
             raise InputError("a new folder for the recording", f"'{folder}', which exists", "name another with --out")
         if fps != round(fps):
             raise InputError("a whole number of steps a second, as LeRobot's datasets have", f"{fps}", "--no-record")
-        self.body, self.horizon = body, horizon
+        self.body, self.chunk_size = body, chunk_size
         dimensions = len(body.actions)
         features = hw_to_dataset_features(body.robot.observation_features, "observation")
         action = {"dtype": "float32", "shape": (dimensions,), "names": list(body.actions)}
-        steps = [f"{name}+{step}" for step in range(horizon) for name in body.actions]
+        steps = [f"{name}+{step}" for step in range(chunk_size) for name in body.actions]
         features |= {
             "action": action,
             "prediction": action,
@@ -69,7 +69,7 @@ class Recorder:
         frame: dict[str, Any] = build_dataset_frame(self.features, self.body.seen, "observation")
         last = self.frame or {}
         action = last.get("action") if tick.command is None else np.asarray(tick.command, np.float32)
-        chunk = np.zeros((self.horizon, len(self.body.actions))) if tick.chunk is None else tick.chunk
+        chunk = np.zeros((self.chunk_size, len(self.body.actions))) if tick.chunk is None else tick.chunk
         frame |= {
             "action": action,
             "prediction": last.get("prediction", action) if tick.action is None else np.asarray(tick.action, np.float32),

@@ -22,21 +22,21 @@ class Resampled:
         predict: Callable[[Observation], np.ndarray],
         fps: float,
         loop_fps: float,
-        horizon: int,
+        chunk_size: int,
         periodic: Turns = (),
     ):
         """periodic: of the Spec."""
         self.periodic = periodic
         self.predict, self.fps, self.loop_fps = predict, fps, loop_fps
-        self.horizon = max(1, math.ceil(horizon * loop_fps / fps - 1e-6))  # steps of the loop that a chunk lasts
+        self.chunk_size = max(1, math.ceil(chunk_size * loop_fps / fps - 1e-6))  # steps of the loop that a chunk lasts
 
     def __call__(self, observation: Observation) -> np.ndarray:
-        """(horizon, D) at the loop's rate."""
-        if observation.committed is not None and len(observation.committed):
-            held = math.floor((len(observation.committed) - 1) * self.fps / self.loop_fps + 1e-6) + 1
-            committed = sampled(observation.committed, self.loop_fps, self.fps, held, self.periodic)
-            observation = replace(observation, committed=committed)
-        return sampled(self.predict(observation), self.fps, self.loop_fps, self.horizon, self.periodic)
+        """(chunk_size, D) at the loop's rate."""
+        if observation.action_prefix is not None and len(observation.action_prefix):
+            held = math.floor((len(observation.action_prefix) - 1) * self.fps / self.loop_fps + 1e-6) + 1
+            action_prefix = sampled(observation.action_prefix, self.loop_fps, self.fps, held, self.periodic)
+            observation = replace(observation, action_prefix=action_prefix)
+        return sampled(self.predict(observation), self.fps, self.loop_fps, self.chunk_size, self.periodic)
 
 
 def sampled(actions: np.ndarray, fps: float, other_fps: float, count: int, periodic: Turns = ()) -> np.ndarray:

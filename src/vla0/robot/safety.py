@@ -12,12 +12,12 @@ import numpy as np
 
 from vla0.core.spec import Observation
 from vla0.errors import InputError
-from vla0.robot.limits import Limits
+from vla0.robot.limits import ActionLimits
 
 logger = logging.getLogger(__name__)
 
 
-class Body(Protocol):
+class RobotInterface(Protocol):
     """A robot: yours, LeRobot's, or a simulated one."""
 
     def observe(self) -> Observation:
@@ -37,7 +37,7 @@ class Body(Protocol):
         ...
 
 
-class Guard:
+class SafetyGuard:
     """Passes commands on to a body, or does not; the body is touched through it alone, by one thread at a time.
 
     start: (D,) where the body is, for limits of change to begin from. live: without it nothing reaches the body, not even
@@ -52,8 +52,8 @@ class Guard:
 
     def __init__(
         self,
-        body: Body,
-        limits: Limits,
+        body: RobotInterface,
+        limits: ActionLimits,
         period_s: float,
         start: np.ndarray | None = None,
         live: bool = False,

@@ -16,11 +16,11 @@ from vla0.errors import InputError
 from vla0.robot.clock import RealWorld
 from vla0.robot.keys import STOP_KEYS, Flag, listening
 from vla0.robot.lerobot_robot import LeRobotBody
-from vla0.robot.loop import Pace, Report, Tick, drive
+from vla0.robot.loop import Pacer, Report, Tick, drive
 from vla0.robot.motor_limits import limits_of, refuse_unlimited, start_of
 from vla0.robot.record import Recorder
 from vla0.robot.resample import Resampled
-from vla0.robot.safety import Guard
+from vla0.robot.safety import SafetyGuard
 from vla0.robot.view import View
 from vla0.serve.client import RemotePolicy
 
@@ -33,8 +33,8 @@ class SessionConfig:
 
     instruction: str
     live: bool = False
-    way: str = "async"
-    replan: int | None = None
+    mode: str = "async"
+    n_action_steps: int | None = None
     weights: str = "v1"
     fps: float | None = None
     resample: bool = False
@@ -48,14 +48,14 @@ class SessionConfig:
 
     def __post_init__(self):
         if not self.instruction.strip():
-            raise InputError("a sentence that says what the robot shall do", "none", "give --instruction")
+            raise InputError("an instruction that says what the robot shall do", "none", "give --instruction")
         for name, least in {"episodes": 1, "seconds": 0.1, "reset_s": 0, "fps": 0.1}.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
                 raise InputError(f"{name} of {least:g} or more", f"{value:g}", "correct it")
 
 
-class Session:
+class RobotSession:
     """One robot and one policy; `run` does the episodes. told: called with lines for whoever watches."""
 
     def __init__(self, config: SessionConfig, robot: Any, policy: RemotePolicy, cameras: Mapping[str, str] | None = None,
@@ -63,7 +63,7 @@ class Session:
         spec = policy.spec
         if (averaged := policy.metadata.get("ensemble", "none")) != "none":
             got = f"ensembled steps ({averaged})"
-            raise InputError("a server of whole chunks", got, "serve without --ensemble; `vla0 robot --way ensemble` averages")
+            raise InputError("a server of whole chunks", got, "serve without --ensemble; `vla0 robot --mode ensemble` averages")
         self.config, self.robot, self.policy, self.told = config, robot, policy, told
         self.body = LeRobotBody(robot, spec, config.instruction, cameras)
         self.limits = limits_of(spec, self.body, limits)
@@ -71,23 +71,23 @@ class Session:
             refuse_unlimited(self.limits, self.body.actions)
         self.fps = spec.fps if config.fps is None else config.fps
         predict: Callable[..., np.ndarray] = policy.predict
-        horizon = spec.horizon
+        chunk_size = spec.chunk_size
         if self.fps != spec.fps:
             if not config.resample:
                 got = f"a loop of {self.fps:g}"
                 raise InputError(f"{spec.fps:g} steps a second, as the checkpoint", got, "leave --fps out, or give --resample")
             if not self.body.absolute:
                 raise InputError("actions that are positions, to resample", f"{self.body.actions}", "leave --fps out")
-            predict = Resampled(policy.predict, spec.fps, self.fps, spec.horizon, spec.periodic)
-            horizon = predict.horizon
+            predict = Resampled(policy.predict, spec.fps, self.fps, spec.chunk_size, spec.periodic)
+            chunk_size = predict.chunk_size
         for name, camera in (getattr(robot, "cameras", None) or {}).items():
             rate = getattr(camera, "fps", None)
             if rate and rate < self.fps:
                 logger.warning("camera '%s' gives %g pictures a second, the loop looks %g times", name, rate, self.fps)
-        self.pace = Pace(self.fps, horizon, config.way, config.replan, config.weights, spec.periodic)
+        self.pace = Pacer(self.fps, chunk_size, config.mode, config.n_action_steps, config.weights, spec.periodic)
         self.world = RealWorld(predict)
-        self.horizon = horizon
-        self.guard: Guard | None = None
+        self.chunk_size = chunk_size
+        self.guard: SafetyGuard | None = None
         self.why: str | None = None  # stopped before or between episodes
         self.saving = False
         self.ends, self.forgets = Flag(), Flag()
@@ -120,7 +120,7 @@ class Session:
                 stack.callback(view.close)  # after the robot is released, whatever a viewer takes its time for
             stack.enter_context(self._connected())
             if config.out is not None and config.live:
-                recorder = Recorder(config.out, self.body, self.fps, self.horizon)
+                recorder = Recorder(config.out, self.body, self.fps, self.chunk_size)
                 stack.callback(recorder.close)
             stack.enter_context(listening(self))
             for episode in range(config.episodes):
@@ -153,7 +153,7 @@ class Session:
         self.body.frames = {camera: frames.__class__(maxlen=spec.history) for camera, frames in self.body.frames.items()}
         self._look()
         start = start_of(self.body, self.limits, self.told)
-        guard = Guard(self.body, self.limits, 1 / self.fps, start, config.live, config.hold_s, config.stop_s)
+        guard = SafetyGuard(self.body, self.limits, 1 / self.fps, start, config.live, config.hold_s, config.stop_s)
         self.guard = guard
         if self.why is not None:  # looked at once the guard can be found: what came before has found none
             guard.stop(self.why)

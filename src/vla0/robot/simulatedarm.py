@@ -14,7 +14,7 @@ import numpy as np
 from lerobot.robots import Robot, RobotConfig
 
 from vla0.errors import InputError
-from vla0.sim.arm import ACTIONS, CAMERAS, TASKS, World, within
+from vla0.sim.arm import ACTIONS, CAMERAS, TASKS, ArmPhysics, within
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class SimulatedArm(Robot):
     def _live(self) -> None:
         """The thread: physics that follows the clock, and pictures at the cameras' rate."""
         try:
-            world = World(self.config.height, self.config.width)  # here: OpenGL wants to be used where it was made
+            world = ArmPhysics(self.config.height, self.config.width)  # here: OpenGL wants to be used where it was made
             if self.config.seed is not None:
                 world.place(self.config.seed)
             self.goal = world.joints()

@@ -23,10 +23,10 @@ def _renamed(value: Any) -> bool:
 
 
 KINDS = {  # what is said → what it must be, where it is said
-    "horizon": (_count, "a number from 1"), "dimensions": (_count, "a number from 1"),
+    "chunk_size": (_count, "a number from 1"), "dimensions": (_count, "a number from 1"),
     "extensions": (_names, "a list of names"), "cameras": (_renamed, "a mapping of names"),
 }  # fmt: skip
-SAME = ("spec", "ensemble", "replan", *KINDS)  # by which a policy is known, as far as acting goes
+SAME = ("spec", "ensemble", "n_action_steps", *KINDS)  # by which a policy is known, as far as acting goes
 
 
 def metadata_of(found: dict[str, Any], before: Mapping[str, Any], url: str) -> dict[str, Any]:
@@ -45,15 +45,15 @@ def metadata_of(found: dict[str, Any], before: Mapping[str, Any], url: str) -> d
 
 def actions_of(found: Any, metadata: Mapping[str, Any], url: str, step: bool) -> np.ndarray:
     """(T, D) float32, or of a step (D,). Raises InputError, naming the server, for what could not be executed."""
-    horizon, dimensions = metadata.get("horizon"), metadata.get("dimensions")
+    chunk_size, dimensions = metadata.get("chunk_size"), metadata.get("dimensions")
     try:
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as that
             actions = np.asarray(found, np.float32)
     except (TypeError, ValueError):
         actions = np.zeros(0, np.float32)
-    fits = actions.ndim == 2 - step and actions.size and (step or not horizon or len(actions) <= horizon)
+    fits = actions.ndim == 2 - step and actions.size and (step or not chunk_size or len(actions) <= chunk_size)
     if not fits or (dimensions and list(actions.shape)[-1:] != [dimensions]) or not np.isfinite(actions).all():
-        most = f"at most {horizon} actions" if horizon else "actions"
+        most = f"at most {chunk_size} actions" if chunk_size else "actions"
         expected = f"{'an action' if step else most} of {dimensions or 'some'} finite numbers from {url}"
         got = f"shape {actions.shape}" if not fits or np.isfinite(actions).all() else "numbers that are not finite"
         raise InputError(expected, got, f"{REMEDY}: nothing of it is executed")

@@ -14,12 +14,12 @@ from vla0.core.spec import Observation
 from vla0.errors import InputError
 from vla0.policy import VLA0
 from vla0.serve.messages import Request
-from vla0.serve.metrics import Meters
-from vla0.serve.session import LATELY_S, Session
+from vla0.serve.metrics import Metrics
+from vla0.serve.session import LATELY_S, ClientSession
 
 logger = logging.getLogger(__name__)
 
-LONG = 300  # bytes of a sentence: with a longer one, all that are decoded with it are as long
+LONG = 300  # bytes of an instruction: with a longer one, all that are decoded with it are as long
 # Who takes more of the server's time than others do has the share of one of them, a tenth at least: after an answer it waits as
 # long as reading and decoding took, times the others, at most a second.
 LEAST, MORE, OTHERS, MOST_S = 0.1, 2.0, 9, 1.0
@@ -30,7 +30,7 @@ READING = 2.0  # times that its seconds count: it holds the interpreter, which a
 class Asked:
     """A question on its way to the model, and where its answer goes: steps (int, action), and then a chunk or an error."""
 
-    session: Session
+    session: ClientSession
     request: Request
     observation: Observation
     answers: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
@@ -44,14 +44,14 @@ class Asked:
 class Batches:
     """One model, asked by one thread. steps: of a chunk, that are decoded. most: observations at once."""
 
-    def __init__(self, policy: VLA0, steps: int | None, most: int, meters: Meters):
-        self.policy, self.steps, self.most, self.meters = policy, steps, most, meters
+    def __init__(self, policy: VLA0, steps: int | None, most: int, metrics: Metrics):
+        self.policy, self.steps, self.most, self.metrics = policy, steps, most, metrics
         self.waiting: list[Asked] = []
         self.asked = asyncio.Event()  # whether anybody waits
         self.thread = ThreadPoolExecutor(1, "model")
-        self.sessions: list[Session] = []  # of the clients that are here
+        self.sessions: list[ClientSession] = []  # of the clients that are here
 
-    async def aside[T](self, session: Session, read: Callable[..., T], *given: Any) -> T:
+    async def aside[T](self, session: ClientSession, read: Callable[..., T], *given: Any) -> T:
         """What `read` makes of a message, in a thread of its own: megabytes, which others need not wait for."""
         began = time.monotonic()
         found = await asyncio.to_thread(read, *given)
@@ -60,7 +60,7 @@ class Batches:
 
     async def ask(self, asked: Asked, step: Callable[[int, np.ndarray], Awaitable[None]] | None = None) -> np.ndarray:
         """(T, D): the chunk. step: called with each action of a stream. Raises the error that is its own."""
-        with self.meters.request():
+        with self.metrics.request():
             self.waiting.append(asked)
             self.asked.set()
             while isinstance(part := await asked.answers.get(), tuple):
@@ -81,7 +81,7 @@ class Batches:
             if not self.waiting:
                 self.asked.clear()
             if whole:
-                self.meters.batches.observe(len(whole))
+                self.metrics.batches.observe(len(whole))
                 began = time.monotonic()
                 found = await loop.run_in_executor(
                     self.thread, together, self.policy, [own.observation for own in whole], self.steps
@@ -91,12 +91,12 @@ class Batches:
                     self.charge(own.session, each)
                     own.answers.put_nowait(chunk)
             for own in alone:
-                self.meters.batches.observe(1)
+                self.metrics.batches.observe(1)
                 began = time.monotonic()
                 await loop.run_in_executor(self.thread, self._stream, own, loop)
                 self.charge(own.session, time.monotonic() - began)
 
-    def charge(self, own: Session, seconds: float) -> None:
+    def charge(self, own: ClientSession, seconds: float) -> None:
         """Who makes the model, or who reads for it, work more than others do waits before he is heard again."""
         now = time.monotonic()
         own.used = own.lately(now) + seconds

@@ -139,9 +139,9 @@ class RemotePolicy:
         self.number += 1
         if self.metadata.get("extensions"):
             message |= {"vla0/number": self.number, "vla0/reset": self.reset_next, "vla0/stream": stream}
-            if observation.committed is not None:
-                message["vla0/committed"] = np.asarray(observation.committed, np.float64)
-        elif observation.committed is not None:
+            if observation.action_prefix is not None:
+                message["vla0/action_prefix"] = np.asarray(observation.action_prefix, np.float64)
+        elif observation.action_prefix is not None:
             raise InputError("a server that can begin with committed actions", self.url, "serve with vla0")
         self._drop_unasked()
         self.connection.send(pack(message))

@@ -31,7 +31,7 @@ from vla0.checkpoint.safe_pickle import Record, load_arrays
 from vla0.core.rollout import rest
 from vla0.errors import InputError
 from vla0.serve.batches import told
-from vla0.serve.listen import Limits, not_free, refuse_open
+from vla0.serve.listen import ServerLimits, not_free, refuse_open
 from vla0.serve.messages import refuse_other_cameras, request
 
 logger = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ class Client:
 class LeRobotServer:
     """The service, LeRobot's AsyncInference. policy: of a checkpoint; keys: camera → the robot's name of it."""
 
-    def __init__(self, policy: Any, limits: Limits | None = None, keys: Mapping[str, str] | None = None):
-        self.policy, self.limits, self.keys = policy, (limits or Limits()).of(policy.spec), dict(keys or {})
+    def __init__(self, policy: Any, limits: ServerLimits | None = None, keys: Mapping[str, str] | None = None):
+        self.policy, self.limits, self.keys = policy, (limits or ServerLimits()).of(policy.spec), dict(keys or {})
         refuse_other_cameras(self.keys, policy.spec)
         self.clients: OrderedDict[str, Client] = OrderedDict()
         self.guests = threading.Lock()
@@ -83,7 +83,7 @@ class LeRobotServer:
         with self._told(context):
             wanted = _unpacked(message.data, RemotePolicyConfig)
             renamed = {str(old).rpartition(".")[2]: str(new).rpartition(".")[2] for old, new in wanted.rename_map.items()}
-            steps = min(max(1, int(wanted.actions_per_chunk)), self.policy.spec.horizon)
+            steps = min(max(1, int(wanted.actions_per_chunk)), self.policy.spec.chunk_size)
             self._admit(context.peer(), Client(wanted.lerobot_features, renamed, steps))
         return messages.Empty()
 
@@ -144,15 +144,15 @@ class LeRobotServer:
         spec, raw = self.policy.spec, dict(seen.observation)
         message: dict[str, Any] = {client.renamed.get(str(name), str(name)): value for name, value in raw.items()}
         names = spec.state_names or (client.features.get("observation.state") or {}).get("names")
-        if names and (spec.state or spec.relative):
+        if names and (spec.state or spec.relative_dims):
             if missing := [name for name in names if name not in raw]:
                 raise InputError(f"the state {list(names)}", f"no '{missing[0]}'", "use the robot of the dataset")
             message["state"] = np.array([float(raw[name]) for name in names])
         observation = request(message, spec, self.keys, self.limits.side).observation
         if client.last is not None and seen.timestep > client.last[0]:
             # What the last chunk said of it decodes faster and changes nothing.
-            expected = rest(client.last[1], min(seen.timestep - client.last[0], spec.horizon))
-            observation = replace(observation, expected=expected)
+            expected = rest(client.last[1], min(seen.timestep - client.last[0], spec.chunk_size))
+            observation = replace(observation, draft_actions=expected)
         chunk = self.policy.predict_batch([observation])[0]
         client.answered.append(seen.timestep)
         client.last = seen.timestep, chunk

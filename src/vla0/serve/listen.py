@@ -24,7 +24,7 @@ KEYLESS = {  # protocols that know no key → how to do without another address
 
 
 @dataclass(frozen=True)
-class Limits:
+class ServerLimits:
     """What a client may ask for."""
 
     message_bytes: int = NEEDED  # a picture of 1920 x 1080 of each camera and frame, and a MiB
@@ -39,7 +39,7 @@ class Limits:
         if min(sized, self.side, self.clients, self.rate, self.bytes_s, self.batch) < 1:
             raise InputError("limits of one at least", f"{asdict(self)}", "give numbers from 1")
 
-    def of(self, spec: Spec) -> "Limits":
+    def of(self, spec: Spec) -> "ServerLimits":
         """These, with the size of a message that a checkpoint needs where none was given."""
         needed = 2**20 + len(spec.cameras) * spec.history * 1920 * 1080 * 3
         return replace(self, message_bytes=needed) if self.message_bytes == NEEDED else self
@@ -47,7 +47,7 @@ class Limits:
 
 def shown(spec: Spec) -> str:
     """What is served, in a line."""
-    return f"{spec.horizon} steps of {spec.dimensions} numbers at {spec.fps:g} Hz from {', '.join(spec.cameras)}"
+    return f"{spec.chunk_size} steps of {spec.dimensions} numbers at {spec.fps:g} Hz from {', '.join(spec.cameras)}"
 
 
 def refuse_open(host: str, key: str | None = None, protocol: str = "openpi") -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from vla0.core.spec import Observation, Spec
 from vla0.errors import InputError
 
-SENTENCE = ("prompt", "instruction", "task")
+INSTRUCTION = ("prompt", "instruction", "task")
 STATE = ("state", "observation/state", "observation.state")
 OWN = "vla0/"  # names of what openpi's protocol does not know
 
@@ -27,16 +27,18 @@ class Request:
 def request(message: Mapping[str, Any], spec: Spec, keys: Mapping[str, str], most_side: int) -> Request:
     """The Request of a message. keys: camera → its name in messages, where that is none of the usual ones.
 
-    Raises InputError for a camera that is missing or too large, no sentence, or an extension that there is not.
+    Raises InputError for a camera that is missing or too large, no instruction, or an extension that there is not.
     """
     depth = {camera for camera, *_ in spec.depth}
     images = {}
     for camera in spec.cameras:
         images[camera] = _picture(_found(message, camera, keys), camera, camera in depth, most_side)
-    sentence = next((message[name] for name in SENTENCE if name in message), None)
-    if not isinstance(sentence, str) or len(sentence) > 2000:
-        got = "none" if sentence is None else f"{type(sentence).__name__} of {len(str(sentence))} characters"
-        raise InputError(f"a sentence of at most 2000 characters under one of {SENTENCE}", got, "say what the robot shall do")
+    instruction = next((message[name] for name in INSTRUCTION if name in message), None)
+    if not isinstance(instruction, str) or len(instruction) > 2000:
+        got = "none" if instruction is None else f"{type(instruction).__name__} of {len(str(instruction))} characters"
+        raise InputError(
+            f"an instruction of at most 2000 characters under one of {INSTRUCTION}", got, "say what the robot shall do"
+        )
     state = next((message[name] for name in STATE if name in message), None)
     if state is not None:
         try:
@@ -44,12 +46,12 @@ def request(message: Mapping[str, Any], spec: Spec, keys: Mapping[str, str], mos
         except (TypeError, ValueError):
             raise InputError("a state of numbers", type(state).__name__, "send an array") from None
     own = {name.removeprefix(OWN): value for name, value in message.items() if name.startswith(OWN)}
-    known = {"stream": bool, "reset": bool, "number": int, "committed": np.ndarray}
+    known = {"stream": bool, "reset": bool, "number": int, "action_prefix": np.ndarray}
     for name, value in own.items():
         if name not in known or not isinstance(value, known[name]):
             raise InputError(f"one of {[OWN + n for n in known]}, of its kind", f"'{OWN}{name[:40]}'", "leave it out")
-    committed = own.pop("committed", None)
-    seen = Observation(images, sentence, state if spec.state or spec.relative else None, committed=committed)
+    action_prefix = own.pop("action_prefix", None)
+    seen = Observation(images, instruction, state if spec.state or spec.relative_dims else None, action_prefix=action_prefix)
     return Request(seen, **own)
 
 

@@ -23,11 +23,11 @@ from vla0.core.ensemble import NONE, TemporalEnsemble, steps_used
 from vla0.errors import InputError, refuse_idle
 from vla0.policy import VLA0
 from vla0.serve.batches import Asked, Batches, told
-from vla0.serve.listen import Limits, refuse_open
+from vla0.serve.listen import ServerLimits, refuse_open
 from vla0.serve.messages import Request, names, refuse_other_cameras, request
-from vla0.serve.metrics import Meters
+from vla0.serve.metrics import Metrics
 from vla0.serve.msgpack_numpy import pack, unpack
-from vla0.serve.session import Session
+from vla0.serve.session import ClientSession
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ COMING_S = 0.05  # between clients that come
 PATIENCE = 10  # messages in a row that nobody can read, and then the client is asked to go
 
 
-class Door(ServerConnection):
+class Connection(ServerConnection):
     """A connection that reads no further where a message is refused for its size: else all of it would be read in vain."""
 
     shut = False
@@ -54,7 +54,7 @@ class Door(ServerConnection):
 class Server:
     """Answers observations with chunks, decoding together what arrives together, in openpi's protocol; others build on it.
 
-    ensemble: none, and a client gets whole chunks; else `replan` ensembled steps for each observation, whose chunks are
+    ensemble: none, and a client gets whole chunks; else `n_action_steps` ensembled steps for each observation, whose chunks are
     remembered for each connection by itself. keys: camera → its name in messages. key: what clients have to know.
     origins: web pages that may talk to it, as "https://lab.example"; a browser says whose page asks, others say nothing.
     """
@@ -65,25 +65,25 @@ class Server:
     def __init__(
         self,
         policy: VLA0,
-        limits: Limits | None = None,
+        limits: ServerLimits | None = None,
         keys: Mapping[str, str] | None = None,
         key: str | None = None,
-        replan: int = 1,
+        n_action_steps: int = 1,
         ensemble: str = NONE,
         origins: Sequence[str] = (),
     ):
-        self.policy, self.limits, self.keys, self.key = policy, (limits or Limits()).of(policy.spec), keys or {}, key
+        self.policy, self.limits, self.keys, self.key = policy, (limits or ServerLimits()).of(policy.spec), keys or {}, key
         self.origins: list[Any] = [None, *origins]  # None: no browser
-        self.replan, self.weights = replan, ensemble
+        self.n_action_steps, self.weights = n_action_steps, ensemble
         spec = policy.spec
         refuse_other_cameras(self.keys, spec)
         if ensemble == NONE:
-            refuse_idle({"replan": replan if replan != 1 else None}, "an ensemble")
+            refuse_idle({"n_action_steps": n_action_steps if n_action_steps != 1 else None}, "an ensemble")
         self._session()  # refuses what it must before anybody comes
-        steps = None if ensemble == NONE else steps_used(spec.horizon, replan, ensemble)
+        steps = None if ensemble == NONE else steps_used(spec.chunk_size, n_action_steps, ensemble)
         self.see = getattr(policy, "see", lambda observation: observation)  # a policy of one's own need not have it
-        self.meters = Meters()
-        self.batches = Batches(policy, steps, self.limits.batch, self.meters)
+        self.metrics = Metrics()
+        self.batches = Batches(policy, steps, self.limits.batch, self.metrics)
         self.clients, self.stopping, self.next_at = 0, False, 0.0
 
     def metadata(self) -> dict[str, Any]:
@@ -91,9 +91,9 @@ class Server:
         spec = self.policy.spec
         return {
             "server": f"vla0 {vla0.__version__}", "cameras": {c: self.keys.get(c) or next(names(c)) for c in spec.cameras},
-            "state": None if spec.state is None else len(spec.state[0]), "horizon": spec.horizon, "dimensions": spec.dimensions,
+            "state": None if spec.state is None else len(spec.state[0]), "chunk_size": spec.chunk_size, "dimensions": spec.dimensions,
             "fps": spec.fps, "low": list(spec.low), "high": list(spec.high), "history": spec.history,
-            "ensemble": self.weights, "replan": self.replan, "extensions": ["stream", "reset", "number", "committed"],
+            "ensemble": self.weights, "n_action_steps": self.n_action_steps, "extensions": ["stream", "reset", "number", "action_prefix"],
             "spec": spec.text(),
         }  # fmt: skip
 
@@ -103,7 +103,7 @@ class Server:
         batches = asyncio.create_task(self.batches.run())
         async with serve(
             self._talk, host, port, ssl=context, compression=None, max_size=self.limits.message_bytes,
-            origins=self.origins, process_request=self._handshake, create_connection=Door, max_queue=1,
+            origins=self.origins, process_request=self._handshake, create_connection=Connection, max_queue=1,
             ping_interval=self.ping_s, ping_timeout=20,
         ) as server:  # fmt: skip
             if ready is not None:
@@ -111,7 +111,7 @@ class Server:
             await stop.wait()
             self.stopping = True
             server.close(close_connections=False)
-            while self.meters.busy:
+            while self.metrics.busy:
                 await asyncio.sleep(0.01)
             await asyncio.gather(
                 *(connection.close(CloseCode.GOING_AWAY, "the server ends") for connection in server.connections)
@@ -119,20 +119,20 @@ class Server:
         batches.cancel()
         self.batches.thread.shutdown()
 
-    def _session(self) -> Session:
+    def _session(self) -> ClientSession:
         spec = self.policy.spec
-        acting = (spec.horizon, self.replan, self.weights, spec.ensemble_k, spec.periodic)
-        return Session(None if self.weights == NONE else TemporalEnsemble(*acting), self.replan, spec.fps)
+        acting = (spec.chunk_size, self.n_action_steps, self.weights, spec.ensemble_k, spec.periodic)
+        return ClientSession(None if self.weights == NONE else TemporalEnsemble(*acting), self.n_action_steps, spec.fps)
 
     async def _handshake(self, connection: ServerConnection, handshake: Handshake) -> Response | None:
-        """Health and meters for whoever may ask; a key from whoever wants to talk."""
+        """Health and metrics for whoever may ask; a key from whoever wants to talk."""
         if handshake.path in ("/healthz", "/health"):
             return connection.respond(HTTPStatus.OK, "OK\n")
         given = handshake.headers.get("Authorization", "").encode("utf-8", "replace")
         if self.key is not None and not hmac.compare_digest(given, f"Api-Key {self.key}".encode()):
             return connection.respond(HTTPStatus.UNAUTHORIZED, "an Authorization: Api-Key header is needed\n")
         if handshake.path == "/metrics":
-            text, kind = self.meters.page()
+            text, kind = self.metrics.page()
             return Response(200, "OK", Headers({"Content-Type": kind, "Content-Length": str(len(text))}), text)
         if self.clients >= self.limits.clients:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{self.limits.clients} clients are here already\n")
@@ -143,7 +143,7 @@ class Server:
 
     async def _talk(self, connection: ServerConnection) -> None:
         self.clients += 1
-        self.meters.clients.set(self.clients)
+        self.metrics.clients.set(self.clients)
         session, wrong = self._session(), 0
         self.batches.sessions.append(session)
         try:
@@ -159,7 +159,7 @@ class Server:
                 except ConnectionClosed:
                     raise
                 except Exception as error:  # whatever a message does, it does to its sender alone
-                    self.meters.errors.inc()
+                    self.metrics.errors.inc()
                     wrong += 1
                     session.charge(max(REFUSED_S, len(message) / REFUSED_BYTES_S))
                     await connection.send(self._refusal(session, told(error)))
@@ -173,9 +173,9 @@ class Server:
         finally:
             self.batches.sessions.remove(session)
             self.clients -= 1
-            self.meters.clients.set(self.clients)
+            self.metrics.clients.set(self.clients)
 
-    def _not_too_fast(self, session: Session) -> None:
+    def _not_too_fast(self, session: ClientSession) -> None:
         now = session.heard_at = time.monotonic()
         session.arrivals = [at for at in session.arrivals if now - at < 1.0] + [now]
         if len(session.arrivals) > self.limits.rate:
@@ -185,11 +185,11 @@ class Server:
         """What a client hears as it comes."""
         await connection.send(pack(self.metadata()))
 
-    def _refusal(self, session: Session, error: InputError) -> str | bytes:
+    def _refusal(self, session: ClientSession, error: InputError) -> str | bytes:
         """What a client hears of an error."""
         return str(error)
 
-    async def _answer(self, connection: ServerConnection, session: Session, message: Any) -> None:
+    async def _answer(self, connection: ServerConnection, session: ClientSession, message: Any) -> None:
         """Answers one message, or raises."""
         if not isinstance(message, bytes):
             raise InputError("binary messages", "text", "send what openpi-client packs")
@@ -205,7 +205,7 @@ class Server:
         spent = (time.monotonic() - arrived) * 1e3
         await connection.send(pack({"actions": actions, "server_timing": {"infer_ms": spent}, **number}))
 
-    async def _decoded(self, session: Session, asked: Request, arrived: float, step: Any = None) -> np.ndarray:
+    async def _decoded(self, session: ClientSession, asked: Request, arrived: float, step: Any = None) -> np.ndarray:
         """(T, D): what the model says to a request, decoded with others. step: called with each action of a stream."""
         return await self.batches.ask(Asked(session, asked, session.expecting(asked.observation, arrived)), step)
 

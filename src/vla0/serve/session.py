@@ -19,11 +19,11 @@ PAUSE_S = 10.0  # without a question, after which what was predicted before is n
 
 
 @dataclass(eq=False)
-class Session:
+class ClientSession:
     """What one client's connection remembers. Nobody else's chunks ever come here."""
 
     ensemble: TemporalEnsemble | None
-    replan: int
+    n_action_steps: int
     fps: float
     step: int = 0
     chunk: np.ndarray | None = None
@@ -68,8 +68,8 @@ class Session:
         """The observation with what the last chunk said of it, which decodes faster and changes nothing."""
         if self.chunk is None:
             return observation
-        steps = self.replan if self.ensemble is not None else round((now - self.asked_at) * self.fps)
-        return replace(observation, expected=rest(self.chunk, max(1, steps)))
+        steps = self.n_action_steps if self.ensemble is not None else round((now - self.asked_at) * self.fps)
+        return replace(observation, draft_actions=rest(self.chunk, max(1, steps)))
 
     def answer(self, chunk: np.ndarray, now: float) -> np.ndarray:
         """(T, D): what is sent of a chunk."""
@@ -77,6 +77,6 @@ class Session:
         if self.ensemble is None:
             return chunk
         self.ensemble.add(chunk, self.step)
-        actions = np.stack([self.ensemble.action(self.step + ahead) for ahead in range(self.replan)])
-        self.step += self.replan
+        actions = np.stack([self.ensemble.action(self.step + ahead) for ahead in range(self.n_action_steps)])
+        self.step += self.n_action_steps
         return actions

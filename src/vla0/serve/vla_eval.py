@@ -21,17 +21,17 @@ from websockets.asyncio.server import ServerConnection
 from vla0.core.ensemble import NONE, TemporalEnsemble, steps_used
 from vla0.errors import InputError
 from vla0.policy import VLA0
-from vla0.serve.listen import Limits
+from vla0.serve.listen import ServerLimits
 from vla0.serve.messages import Request
 from vla0.serve.msgpack_numpy import array_of, unpack
 from vla0.serve.server import Server
-from vla0.serve.session import Session
+from vla0.serve.session import ClientSession
 
 REMEDY = "use vla-eval's client"
 
 
 @dataclass(eq=False)
-class Episodes(Session):
+class Episodes(ClientSession):
     """What one client's connection remembers, and the actions that it has not asked for yet."""
 
     actions: deque[np.ndarray] = field(default_factory=deque)
@@ -44,8 +44,8 @@ class Episodes(Session):
         self.actions.clear()
 
 
-class HarnessServer(Server):
-    """policy: of a checkpoint. keys: camera → the benchmark's name of it. replan, ensemble: as for vla0.core.ensemble."""
+class VlaEvalServer(Server):
+    """policy: of a checkpoint. keys: camera → the benchmark's name of it. n_action_steps, ensemble: as for vla0.core.ensemble."""
 
     protocol = "vla-eval"
     ping_s = None  # a client whose simulator is busy does not answer
@@ -54,22 +54,22 @@ class HarnessServer(Server):
         self,
         policy: VLA0,
         keys: Mapping[str, str] | None = None,
-        replan: int = 1,
+        n_action_steps: int = 1,
         ensemble: str = NONE,
-        limits: Limits | None = None,
+        limits: ServerLimits | None = None,
     ):
-        super().__init__(policy, replace(limits or Limits(), rate=math.inf), keys)  # actions that are there cost nothing
-        self.replan, self.weights = replan, ensemble
+        super().__init__(policy, replace(limits or ServerLimits(), rate=math.inf), keys)  # actions that are there cost nothing
+        self.n_action_steps, self.weights = n_action_steps, ensemble
         self._session()  # refuses what it must before anybody comes
-        self.batches.steps = steps_used(policy.spec.horizon, replan, ensemble)
+        self.batches.steps = steps_used(policy.spec.chunk_size, n_action_steps, ensemble)
 
     def _session(self) -> Episodes:
         spec = self.policy.spec
-        ensemble = TemporalEnsemble(spec.horizon, self.replan, self.weights, spec.ensemble_k, spec.periodic)
-        return Episodes(ensemble, self.replan, spec.fps)
+        ensemble = TemporalEnsemble(spec.chunk_size, self.n_action_steps, self.weights, spec.ensemble_k, spec.periodic)
+        return Episodes(ensemble, self.n_action_steps, spec.fps)
 
     def hello(self) -> dict[str, Any]:
-        """What a benchmark is told: cameras by its own names, the sentence, and the dataset's own dimensions and units."""
+        """What a benchmark is told: cameras by its own names, the instruction, and the dataset's own dimensions and units."""
         spec = self.policy.spec
         seen: dict[str, DimSpec] = {"language": LANGUAGE} | ({"state": RAW} if spec.state else {})
         seen |= {self.keys.get(camera) or camera: IMAGE_RGB for camera in spec.cameras}
@@ -102,7 +102,9 @@ class HarnessServer(Server):
                 raise InputError("an episode that has begun", "an observation", f"send episode_start first, or {REMEDY}")
             if not session.actions:
                 asked = await self.batches.aside(session, self._seen, payload)
-                session.actions.extend(session.answer(await self._decoded(session, asked, arrived), arrived)[: self.replan])
+                session.actions.extend(
+                    session.answer(await self._decoded(session, asked, arrived), arrived)[: self.n_action_steps]
+                )
             action = {"actions": np.asarray(session.actions.popleft(), np.float32)}
             await connection.send(pack_message(Message(MessageType.ACTION, action, session.seq)))
 

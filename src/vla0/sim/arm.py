@@ -96,7 +96,7 @@ def check_task(task: str) -> None:
         raise InputError(f"a task of {tuple(TASKS)}", f"'{task}'", nearest(task, TASKS))
 
 
-def sentence(task: str) -> str:
+def instruction(task: str) -> str:
     """The instruction of a task."""
     check_task(task)
     return TASKS[task]
@@ -113,7 +113,7 @@ def within(goal: np.ndarray) -> np.ndarray:
     return np.clip(goal, *np.array(RANGES).T)
 
 
-class World:
+class ArmPhysics:
     """Arm, table and what lies on it. Joints in degrees, places in metres."""
 
     def __init__(self, height: int, width: int):
@@ -176,8 +176,8 @@ class ArmEnv:
     fps = FPS
 
     def __init__(self, task: str, image_size: int = IMAGE_SIZE, max_steps: int = STEPS):
-        self.instruction = sentence(task)
-        self.task, self.max_steps, self.world = task, max_steps, World(image_size, image_size)
+        self.instruction = instruction(task)
+        self.task, self.max_steps, self.world = task, max_steps, ArmPhysics(image_size, image_size)
 
     def reset(self, seed: int) -> Observation:
         """Starts the episode of the seed."""

@@ -19,7 +19,7 @@ from vla0.errors import InputError, refuse_idle, refuse_unknown
 from vla0.files import clear_aside, held, read_json, write_whole
 from vla0.sim.results import mend, read_episodes
 from vla0.sim.simulator import ENVS, make, simulator
-from vla0.sim.workers import ATTEMPTS, Crew, Play, Predict
+from vla0.sim.workers import ATTEMPTS, Predict, RolloutConfig, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class EvalConfig:
     first_seed: int | None = (
         None  # None: the simulator's own. LIBERO: 0, its first initial state; Meta-World: above the demonstrations
     )
-    replan: int = 1  # steps executed per query
+    n_action_steps: int = 1  # steps executed per query
     ensemble: str = "v1"  # vla0.core.ensemble.weights_by_age
     max_steps: int | None = None  # None: 150 in Meta-World, the suite's cap in LIBERO
     image_size: int | None = None  # of the simulator's cameras; None: 112 in Meta-World, 256 in LIBERO
@@ -74,14 +74,14 @@ def make_env(config: EvalConfig, task: str) -> Env:
 
 def evaluate(
     policies: Mapping[str, Predict],
-    horizon: int,
+    chunk_size: int,
     config: EvalConfig,
     out: str | Path,
     workers: int | None = None,
     make_env: Callable[[EvalConfig, str], Env] = make_env,
     identity: Mapping[str, Any] | None = None,
     render: bool = False,
-    crew: Callable[..., Any] = Crew,
+    pool: Callable[..., Any] = WorkerPool,
 ) -> list[dict[str, Any]]:
     """Runs what is missing in `out`/episodes.jsonl, and gives its lines, one for each finished episode and each error.
 
@@ -90,18 +90,18 @@ def evaluate(
     make_env: (config, task) → Env, picklable, runs in the processes; give your own to evaluate in your own world.
     identity: what else a result depends on (the checkpoint, versions): recorded, and refused where it differs.
     render: film every step; without it the videos hold what the policy looked at.
-    crew: who plays: processes here, or vla0.sim.ray_workers.
+    pool: who plays: processes here, or vla0.sim.ray_workers.
     """
-    acting = (horizon, config.replan, config.ensemble, config.ensemble_k, config.periodic)
+    acting = (chunk_size, config.n_action_steps, config.ensemble, config.ensemble_k, config.periodic)
     TemporalEnsemble(*acting)  # refuses what it must before anything starts
     with held(Path(out), "evaluation"):
         try:
-            return _run(policies, acting, config, Path(out), workers, make_env, identity, render, crew)
+            return _run(policies, acting, config, Path(out), workers, make_env, identity, render, pool)
         finally:
             clear_aside(Path(out) / "videos")  # of processes that died as they filmed, in this run or before
 
 
-def _run(policies, acting, config: EvalConfig, out: Path, workers, make_env, identity, render, crew) -> list[dict[str, Any]]:
+def _run(policies, acting, config: EvalConfig, out: Path, workers, make_env, identity, render, pool) -> list[dict[str, Any]]:
     (out / "videos").mkdir(exist_ok=True)
     _same_settings(out / "evaluation.json", {**asdict(config), **(identity or {})})
     log = out / "episodes.jsonl"
@@ -130,8 +130,8 @@ def _run(policies, acting, config: EvalConfig, out: Path, workers, make_env, ide
                 if line["error"] is None:
                     progress.advance(bar)
 
-            play = Play(partial(make_env, config), acting, 1 if heavy else len(config.tasks), render)
-            crew(policies, play, out, count).run(jobs, record)
+            rollout = RolloutConfig(partial(make_env, config), acting, 1 if heavy else len(config.tasks), render)
+            pool(policies, rollout, out, count).run(jobs, record)
     return lines
 
 

@@ -19,10 +19,10 @@ from vla0.errors import InputError
 from vla0.policy import VLA0
 from vla0.sim.evaluate import EvalConfig, evaluate
 from vla0.sim.ray_workers import Cluster
-from vla0.sim.report import refuse_unknown_controls, write_report
+from vla0.sim.report import refuse_unknown_baselines, write_report
 from vla0.sim.results import mean_success, summary
 from vla0.sim.simulator import simulator
-from vla0.sim.workers import Crew, Predict
+from vla0.sim.workers import Predict, WorkerPool
 from vla0.train.config import build
 
 logger = logging.getLogger(__name__)
@@ -40,21 +40,21 @@ def trial(
     checkpoint: str,
     settings: EvalConfig,
     out: Path,
-    control: Sequence[str] = (),
+    baseline: Sequence[str] = (),
     workers: int | None = None,
     device: str | None = None,
     render: bool = False,
     ray: str | None = None,
-    inexact: Sequence[str] = (),
+    approximate: Sequence[str] = (),
     embodiment: str = MAIN,
 ) -> list[dict[str, Any]]:
     """The lines of episodes.jsonl in `out`, where a report.html lies then. Goes on where it was interrupted.
 
-    inexact: modes of vla0.decode.approximate, tried beside the policy, each under its name. ray: "local" or the address of a
+    approximate: modes of vla0.decode.approximate, tried beside the policy, each under its name. ray: "local" or the address of a
     cluster. Raises InputError where the checkpoint does not fit, or episodes were given up.
     """
-    refuse_unknown_controls(control)
-    if wrong := [name for name in inexact if name not in MODES]:
+    refuse_unknown_baselines(baseline)
+    if wrong := [name for name in approximate if name not in MODES]:
         raise InputError(f"a mode of {tuple(MODES)}", f"'{wrong[0]}'", "choose one of those")
     policy = VLA0.from_pretrained(checkpoint, device if ray is None else "cpu", embodiment=embodiment)
     spec = policy.spec
@@ -62,16 +62,16 @@ def trial(
     settings = following(settings, spec)
     mark = fingerprint(policy.model, spec)
     identity = {"checkpoint": mark, "versions": simulator(settings.env).provenance()}
-    names = ("policy", *inexact, *control)
+    names = ("policy", *approximate, *baseline)
     bring = partial(policies, names=names, settings=settings)
     if ray is None:
-        crew, given = Crew, bring(policy)
+        pool, given = WorkerPool, bring(policy)
     else:
-        crew, given = (
+        pool, given = (
             partial(Cluster, ray, partial(_load, checkpoint, device, embodiment, mark, bring)),
             dict.fromkeys(names, _elsewhere),
         )
-    lines = evaluate(given, spec.horizon, settings, out, workers, identity=identity, render=render, crew=crew)
+    lines = evaluate(given, spec.chunk_size, settings, out, workers, identity=identity, render=render, pool=pool)
     write_report(out, f"{checkpoint} on {settings.env}", spec.action_names)
     done = Counter((line["policy"], line["task"]) for line in lines if line["error"] is None)
     unfinished = sum(max(0, settings.episodes - done[name, task]) for name in names for task in settings.tasks)
@@ -88,11 +88,11 @@ def ablation(
     separate: a checkpoint trained with `tile: false`, for the last row, which is left out without one. Each row has its
     folder in `out`; others as `trial` takes them.
     """
-    found, horizon = {}, _spec(checkpoint).horizon
+    found, chunk_size = {}, _spec(checkpoint).chunk_size
     if separate is not None and _spec(separate).tile:
         raise InputError("a checkpoint trained with tile: false", f"'{separate}', whose images are tiled", "train one")
-    for row, (replan, ensemble) in ROWS.items():
-        own = replace(settings, replan=replan or horizon, ensemble=ensemble)
+    for row, (n_action_steps, ensemble) in ROWS.items():
+        own = replace(settings, n_action_steps=n_action_steps or chunk_size, ensemble=ensemble)
         found[row] = trial(checkpoint, own, out / row.replace(",", "").replace(" ", "-"), **others)
     if separate is None:
         logger.warning("no row '%s': it takes a checkpoint trained with tile: false (--separate)", SEPARATE)
@@ -114,7 +114,7 @@ def fit(spec: Spec, env: str) -> None:
     module = simulator(env)
     missing = [camera for camera in spec.cameras if camera not in module.CAMERAS]
     if missing:
-        remedy = "map the recipe's cameras to these names and train"
+        remedy = "map the config's cameras to these names and train"
         raise InputError(f"cameras of {tuple(module.CAMERAS)}, as {env} has", f"'{missing[0]}' in the checkpoint", remedy)
     if spec.dimensions != len(module.ACTIONS):
         raise InputError(
@@ -129,7 +129,7 @@ def fit(spec: Spec, env: str) -> None:
                 continue
             remedy = "train on data that has it so, as lerobot/libero: 0 to 1 would close it for ever"
             raise InputError(f"'{name}' from {low:g} to {high:g}, of which {env} takes the sign", own, remedy)
-        if d not in spec.relative and (spec.low[d] < low - within or spec.high[d] > high + within):
+        if d not in spec.relative_dims and (spec.low[d] < low - within or spec.high[d] > high + within):
             logger.warning(
                 "'%s' goes from %s in the checkpoint; %s clips it to %g to %g: other units?", name, own, env, low, high
             )
@@ -145,16 +145,16 @@ def blanked(predict: Predict) -> Predict:
     return blind
 
 
-def exchanged(predict: Predict, tasks: Sequence[tuple[str, str]]) -> Predict:
-    """The policy given the next task's sentence, of those of its suite: what it does without listening.
+def swapped(predict: Predict, tasks: Sequence[tuple[str, str]]) -> Predict:
+    """The policy given the next task's instruction, of those of its suite: what it does without listening.
 
-    tasks: (task, sentence) of all that are evaluated.
+    tasks: (task, instruction) of all that are evaluated.
     """
     swap: dict[str, str] = {}
     for suite in {task.rpartition("/")[0] for task, _ in tasks}:
-        own = [sentence for task, sentence in tasks if task.rpartition("/")[0] == suite]
+        own = [instruction for task, instruction in tasks if task.rpartition("/")[0] == suite]
         if len(own) < 2:
-            raise InputError("two tasks of a suite or more, to exchange sentences", f"{own}", "evaluate more tasks")
+            raise InputError("two tasks of a suite or more, to exchange instructions", f"{own}", "evaluate more tasks")
         swap |= dict(zip(own, own[1:] + own[:1], strict=True))
 
     def deaf(observations):
@@ -163,35 +163,35 @@ def exchanged(predict: Predict, tasks: Sequence[tuple[str, str]]) -> Predict:
     return deaf
 
 
-def random_actions(low: Sequence[float], high: Sequence[float], horizon: int, seed: int = 0) -> Predict:
+def random_actions(low: Sequence[float], high: Sequence[float], chunk_size: int, seed: int = 0) -> Predict:
     """A policy of uniform actions between the bounds."""
     rng = np.random.default_rng(seed)
-    return lambda observations: rng.uniform(low, high, (len(observations), horizon, len(low))).astype(np.float32)
+    return lambda observations: rng.uniform(low, high, (len(observations), chunk_size, len(low))).astype(np.float32)
 
 
 def policies(policy: VLA0, names: Sequence[str], settings: EvalConfig) -> dict[str, Predict]:
-    """{name: predict} of "policy", of inexact modes and of controls; only the steps that are used are decoded."""
-    steps = steps_used(policy.spec.horizon, settings.replan, settings.ensemble)
-    predict = partial(policy.predict_batch, chunk_size=steps)
+    """{name: predict} of "policy", of approximate modes and of baselines; only the steps that are used are decoded."""
+    steps = steps_used(policy.spec.chunk_size, settings.n_action_steps, settings.ensemble)
+    predict = partial(policy.predict_batch, num_steps=steps)
     module = simulator(settings.env)
     result: dict[str, Predict] = {"policy": predict}
     for name in MODES:
         if name in names:
-            result[name] = partial(policy.inexact(name).predict_batch, chunk_size=steps)
+            result[name] = partial(policy.approximate(name).predict_batch, num_steps=steps)
     if "blank" in names:
         result["blank"] = blanked(predict)
-    if "exchanged" in names:
-        result["exchanged"] = exchanged(predict, [(task, module.sentence(task)) for task in settings.tasks])
+    if "swapped" in names:
+        result["swapped"] = swapped(predict, [(task, module.instruction(task)) for task in settings.tasks])
     if "random" in names:
         result["random"] = random_actions(policy.spec.low, policy.spec.high, steps)
     if "untrained" in names:
         other = VLA0(untrained(policy.model), policy.processor, policy.spec)
-        result["untrained"] = partial(other.predict_batch, chunk_size=steps)
+        result["untrained"] = partial(other.predict_batch, num_steps=steps)
     return {name: result[name] for name in names}
 
 
 def measured(simulator: Mapping[str, Any] | None) -> Callable[[VLA0, Path], dict[str, float]] | None:
-    """What a recipe's `simulator` asks to be measured at each save; None where it asks nothing."""
+    """What a config's `simulator` asks to be measured at each save; None where it asks nothing."""
     if simulator is None:
         return None
     settings = build(EvalConfig, simulator, "simulator")
@@ -199,7 +199,7 @@ def measured(simulator: Mapping[str, Any] | None) -> Callable[[VLA0, Path], dict
     def measure(policy: VLA0, out: Path) -> dict[str, float]:
         fit(policy.spec, settings.env)
         own = following(settings, policy.spec)
-        lines = evaluate({"policy": policy.predict_batch}, policy.spec.horizon, own, out)
+        lines = evaluate({"policy": policy.predict_batch}, policy.spec.chunk_size, own, out)
         return {"success": mean_success(summary(lines)["policy"])}
 
     return measure

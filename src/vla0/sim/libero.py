@@ -19,14 +19,14 @@ from vla0.sim.libero_files import (
     environment,
     has_expert,
     initial_states,
+    instruction,
     package,
     provenance,
-    sentence,
     task_named,
     tasks,
 )
 
-__all__ = ["ASSETS", "LiberoEnv", "assets", "has_expert", "make_expert", "provenance", "sentence", "task_named", "tasks"]
+__all__ = ["ASSETS", "LiberoEnv", "assets", "has_expert", "instruction", "make_expert", "provenance", "task_named", "tasks"]
 
 
 CAMERAS = {"agentview": "observation.images.image", "wrist": "observation.images.image2"}  # ours → the public datasets' keys
@@ -90,7 +90,7 @@ class LiberoEnv:
         self.task = task_named(task)
         suite, name = self.task.split("/")
         self.max_steps = max_steps or STEPS[suite]
-        self.instruction = sentence(self.task)
+        self.instruction = instruction(self.task)
         self.states = initial_states(package() / "init_files" / suite / f"{name}.pruned_init")
         self.quick, self.image_size = quick, image_size
         with contextlib.redirect_stdout(io.StringIO()):  # robosuite and LIBERO talk

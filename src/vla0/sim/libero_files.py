@@ -50,7 +50,7 @@ def task_named(task: str) -> str:
     return full
 
 
-def sentence(task: str) -> str:
+def instruction(task: str) -> str:
     """The instruction of a task, as the benchmark makes it of its name."""
     name = task.partition("/")[2]
     if name[0].isupper():  # "LIVING_ROOM_SCENE2_put_..."
@@ -67,7 +67,7 @@ def goals(task: str) -> set[str]:
 
 def has_expert(task: str) -> bool:
     """Whether the scripted expert knows what to do: pick and place, nothing to open or turn on, no drawer to reach into."""
-    return goals(task) <= {"in", "on"} and "drawer" not in sentence(task)
+    return goals(task) <= {"in", "on"} and "drawer" not in instruction(task)
 
 
 def provenance() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Meta-World 3.0.0 on MuJoCo as an Env, its scripted experts, and a sentence for each task."""
+"""Meta-World 3.0.0 on MuJoCo as an Env, its scripted experts, and an instruction for each task."""
 
 import warnings
 from functools import cache
@@ -60,7 +60,7 @@ def check_task(task: str) -> None:
         raise InputError(f"a Meta-World task of {len(ALL_V3_ENVIRONMENTS)}", f"'{task}'", nearest(task, ALL_V3_ENVIRONMENTS))
 
 
-def sentence(task: str) -> str:
+def instruction(task: str) -> str:
     """The instruction of a task."""
     return SENTENCES.get(task, task.removesuffix("-v3").replace("-", " "))
 
@@ -82,7 +82,7 @@ class MetaWorldEnv:
             raise InputError(f"fps, a whole part of {FPS}", f"{fps}", "80, 40, 20, 16 and 10 are some")
         self.task, self.max_steps, self.start = task, max_steps, STARTS[start]
         self.fps, self.ticks = float(fps), round(FPS / fps)
-        self.instruction = sentence(task)
+        self.instruction = instruction(task)
         self.env = ALL_V3_ENVIRONMENTS[task]()
         # Seeded placement of the objects, new at each reset: what Meta-World's benchmark wrappers do task by task.
         self.env._set_task_called, self.env._freeze_rand_vec, self.env.seeded_rand_vec = True, False, True

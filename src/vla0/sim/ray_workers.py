@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vla0.errors import InputError
-from vla0.sim.workers import ATTEMPTS, Crew, Job, Play, Predict
+from vla0.sim.workers import ATTEMPTS, Job, Predict, RolloutConfig, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -18,11 +18,11 @@ POLL_S = 0.2
 TURNS = 4  # episodes for each simulator that a member takes at once: a world is built once for them
 
 
-class Member:
+class RayWorker:
     """A policy and its simulators: one of Ray's actors."""
 
-    def __init__(self, load: Callable[[], Mapping[str, Predict]], play: Play, count: int):
-        self.policies, self.play, self.count = load(), play, count
+    def __init__(self, load: Callable[[], Mapping[str, Predict]], rollout: RolloutConfig, count: int):
+        self.policies, self.rollout, self.count = load(), rollout, count
 
     def run(self, jobs: list[Job], words: Any) -> None:
         """Works through the jobs; each line goes into the queue `words` with the files that belong to it."""
@@ -39,11 +39,11 @@ class Member:
                         file.unlink()
                 words.put((line, files))
 
-            Crew(self.policies, self.play, out, min(self.count, len(jobs))).run(deque(jobs), send)
+            WorkerPool(self.policies, self.rollout, out, min(self.count, len(jobs))).run(deque(jobs), send)
 
 
 class Cluster:
-    """As `parallel.Crew`, on every machine that a Ray cluster has.
+    """As `parallel.WorkerPool`, on every machine that a Ray cluster has.
 
     address: "local" starts a Ray on this machine alone; else a running one's, as `ray.init` takes it ("auto", "host:6379",
     "ray://host:10001"). load: gives the policies by name, on each machine: the checkpoint must be found there too, as must
@@ -51,14 +51,16 @@ class Cluster:
     done again elsewhere.
     """
 
-    def __init__(self, address: str, load: Callable, policies: Mapping[str, Any], play: Play, out: Path, count: int):
-        self.address, self.load, self.play, self.out, self.count = address, load, play, out, count
+    def __init__(
+        self, address: str, load: Callable, policies: Mapping[str, Any], rollout: RolloutConfig, out: Path, count: int
+    ):
+        self.address, self.load, self.rollout, self.out, self.count = address, load, rollout, out, count
         self.idle: list[Any] = []
         self.busy: dict[Any, tuple[Any, list[Job]]] = {}  # the promise of a run → (member, jobs without a line yet)
         self.attempts: dict[Job, int] = {}
 
     def run(self, jobs: deque[Job], record: Callable[[dict[str, Any]], None]) -> None:
-        """Works through the jobs, as `Crew.run`. Raises InputError where Ray is missing, out of reach, or nobody is left."""
+        """Works through the jobs, as `WorkerPool.run`. Raises InputError where Ray is missing, out of reach, or nobody is left."""
         try:
             import ray
             from ray.util.queue import Queue
@@ -105,12 +107,12 @@ class Cluster:
             gpus, cores = (int(node["Resources"].get(kind, 0)) for kind in ("GPU", "CPU"))
             for _ in range(gpus or min(cores, 1)):
                 share = max(1, cores // max(gpus, 1))
-                make = self.ray.remote(Member).options(
+                make = self.ray.remote(RayWorker).options(
                     num_gpus=min(gpus, 1),
                     num_cpus=share,
                     scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
                 )
-                self.idle.append(make.remote(self.load, self.play, min(self.count, share)))
+                self.idle.append(make.remote(self.load, self.rollout, min(self.count, share)))
 
         if not self.idle:
             raise InputError("a machine with cores", "none in the cluster", "add one: `ray start --address ...`")
@@ -118,7 +120,7 @@ class Cluster:
     def _assign(self, jobs: deque[Job]) -> None:
         while jobs and self.idle:
             taken = [jobs.popleft()]
-            while jobs and len(taken) < TURNS * self.count and (self.play.keep > 1 or jobs[0][1] == taken[0][1]):
+            while jobs and len(taken) < TURNS * self.count and (self.rollout.keep > 1 or jobs[0][1] == taken[0][1]):
                 taken.append(jobs.popleft())
             member = self.idle.pop()
             self.busy[member.run.remote(taken, self.words)] = (member, taken)

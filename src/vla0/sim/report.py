@@ -9,22 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from vla0.errors import InputError
+from vla0.errors import InputError, nearest
 from vla0.files import read_json
 from vla0.sim.results import PUBLISHED, mean_success, read_episodes, suites, summary, wilson
 
-CONTROLS = {  # policies to compare with, and what the page says of them
+BASELINES = {  # policies to compare with, and what the page says of them
     "blank": "the policy was given black pictures; the videos show what was there",
-    "exchanged": "the policy was given the next task's sentence",
+    "swapped": "the policy was given the next task's instruction",
     "random": "uniform actions between the bounds",
     "untrained": "the same architecture before training",
 }
 
 
-def refuse_unknown_controls(names: Sequence[str]) -> None:
-    """Raises InputError for a control that there is not."""
-    if wrong := [name for name in names if name not in CONTROLS]:
-        raise InputError(f"a control of {tuple(CONTROLS)}", f"'{wrong[0]}'", "choose one of those")
+def refuse_unknown_baselines(names: Sequence[str]) -> None:
+    """Raises InputError for a baseline that there is not."""
+    if wrong := [name for name in names if name not in BASELINES]:
+        raise InputError(f"a baseline of {tuple(BASELINES)}", f"'{wrong[0]}'", nearest(wrong[0], BASELINES))
 
 
 SHOWN = 6  # episodes of each policy and task that the page holds; the others stay in videos/
@@ -107,7 +107,7 @@ def _table(found: Mapping[str, Rows]) -> str:
     )
     rows.append(f"<tr><td><strong>mean</strong>{means}")
     head = "".join(f"<th>{escape(policy)}" for policy in found) + ("<th>VLA-0, published" if published else "")
-    given = "".join(f"<br>{name}: {CONTROLS[name]}" for name in found if name in CONTROLS)
+    given = "".join(f"<br>{name}: {BASELINES[name]}" for name in found if name in BASELINES)
     note = f"Episodes that were solved, 95 % intervals, and the median of the steps that the solved ones took.{given}"
     return f"<div class=wide><table><tr><th>task{head}{''.join(rows)}</table></div><p><small>{note}</small></p>"
 

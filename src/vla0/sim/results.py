@@ -117,7 +117,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _words(task: str) -> str:
-    """A task's name, of LIBERO's the sentence: it wraps between words."""
+    """A task's name, of LIBERO's the instruction: it wraps between words."""
     return task.rpartition("/")[2].replace("_", " ")
 
 

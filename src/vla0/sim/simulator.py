@@ -2,7 +2,7 @@
 
 Each module here names its CAMERAS (ours → key in a dataset), ACTIONS and their RANGES and SWITCHES, STATES, IMAGE_SIZE,
 HEAVY, FIRST_SEED of an evaluation,
-SEEDS and NOISE of demonstrations, and has `sentence` of a task, `provenance` of a result, `has_expert` and `make_expert`.
+SEEDS and NOISE of demonstrations, and has `instruction` of a task, `provenance` of a result, `has_expert` and `make_expert`.
 """
 
 import importlib

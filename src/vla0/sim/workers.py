@@ -34,23 +34,23 @@ SILENT_S = 300.0  # a process that says nothing for so long is taken for dead
 
 
 @dataclass(frozen=True)
-class Play:
-    """How the processes play, whoever employs them."""
+class RolloutConfig:
+    """How episodes are rolled out, in whichever process."""
 
     make_env: Callable[[str], Env]  # picklable: it runs in the processes
-    acting: tuple[Any, ...]  # horizon, replan, ensemble, its k and what wraps, as ChunkPolicy takes them
+    acting: tuple[Any, ...]  # chunk_size, n_action_steps, ensemble, its k and what wraps, as ChunkPolicy takes them
     keep: int  # worlds that a process holds
     render: bool = False  # film every step, not only those that the policy looks at
 
 
-class Crew:
+class WorkerPool:
     """The processes, and the loop that feeds them.
 
     policies: by name. out: folder for the episodes' videos and actions. count: processes.
     """
 
-    def __init__(self, policies: Mapping[str, Predict], play: Play, out: Path, count: int):
-        self.policies, self.play, self.out, self.count = policies, play, out, count
+    def __init__(self, policies: Mapping[str, Predict], rollout: RolloutConfig, out: Path, count: int):
+        self.policies, self.rollout, self.out, self.count = policies, rollout, out, count
         self.members: dict[Connection, Any] = {}  # pipe → process
         self.busy: dict[Connection, tuple] = {}  # pipe → (job, time of its last word)
         self.asking: dict[Connection, Observation] = {}
@@ -83,7 +83,7 @@ class Crew:
     def _hire(self) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(theirs, self.play, self.out), daemon=True)
+        process = context.Process(target=work, args=(theirs, self.rollout, self.out), daemon=True)
         process.start()
         theirs.close()
         self.members[ours] = process
@@ -154,13 +154,13 @@ class _AloneError(BaseException):  # no Exception: it is not the simulator's
     """The parent has ended or was killed: nobody waits for an episode."""
 
 
-def work(pipe: Connection, play: Play, out: Path) -> None:
+def work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
     """A process's life: episodes in environments of its own, chunks from the parent; it ends when the parent does."""
     with suppress(_AloneError, KeyboardInterrupt):
-        _work(pipe, play, out)
+        _work(pipe, rollout, out)
 
 
-def _work(pipe: Connection, play: Play, out: Path) -> None:
+def _work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
     envs: dict[str, Env] = {}
 
     def tell(kind: str, content: Any) -> None:
@@ -179,16 +179,16 @@ def _work(pipe: Connection, play: Play, out: Path) -> None:
         tell("asks", observation)
         return hear()
 
-    policy = ChunkPolicy(ask, *play.acting)
+    policy = ChunkPolicy(ask, *rollout.acting)
     while True:
         job = hear()
         task = job[1]
         try:
             if task not in envs:
-                if len(envs) >= play.keep:
+                if len(envs) >= rollout.keep:
                     envs.pop(next(iter(envs))).close()
-                envs[task] = play.make_env(task)
-            tell("ends", episode(job, envs[task], policy, out, play.render))
+                envs[task] = rollout.make_env(task)
+            tell("ends", episode(job, envs[task], policy, out, rollout.render))
         except InputError as error:
             tell("refused", error)
         except Exception as error:  # whatever a simulator raises is a line of its own, never a failure of the policy
@@ -211,7 +211,7 @@ def episode(job: Job, env: Env, policy: ChunkPolicy, out: Path, render: bool) ->
 
     played = rollout(env, policy, seed, film)
     video = f"videos/{name}_{task.replace('/', '-')}_{seed}.mp4"
-    write_video(out / video, frames, env.fps if render else env.fps / policy.replan)
+    write_video(out / video, frames, env.fps if render else env.fps / policy.n_action_steps)
     _write_actions((out / video).with_suffix(".npz"), played)
     seconds = round(time.monotonic() - started, 2)
     return _line(job, success=played.success, steps=played.steps, seconds=seconds, video=video)

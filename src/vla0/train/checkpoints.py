@@ -27,7 +27,7 @@ HALF = re.compile(r"\.step-\d+\.(partial|old)(-\d+)?")  # what a kill leaves of 
 Measure = Callable[[VLA0, Path], Mapping[str, float]]  # a policy tried in a simulator: must return "success"
 
 
-class Keeper(TrainerCallback):
+class CheckpointCallback(TrainerCallback):
     """Keeps `last` and `best`: clean checkpoint folders, complete whenever they are named so.
 
     The Trainer's own folders (state/checkpoint-N) hold optimiser pickles and may be half-written after a kill; `last`
@@ -185,7 +185,7 @@ def card(specs: Mapping[str, tuple[str, Spec]], step: int, metrics: Mapping[str,
     )
     told = "".join(f"\n- {text}" for text in remarks)
     told = f"\nOf its data:\n{told}\n" if told else ""
-    relative = f", dimensions {list(spec.relative)} relative to the state" if spec.relative else ""
+    relative = f", dimensions {list(spec.relative_dims)} relative to the state" if spec.relative_dims else ""
     return f"""---
 library_name: vla0
 pipeline_tag: robotics
@@ -195,7 +195,7 @@ tags: [robotics, VLA-0, LeRobot]
 # A robot policy that writes its actions as text
 
 Trained from {spec.base_model} on {Path(dataset).name if not data else dataset}, {step} steps, by the method of
-[VLA-0](https://arxiv.org/abs/2510.13054). It takes pictures of {", ".join(spec.cameras)} and a sentence, and gives
+[VLA-0](https://arxiv.org/abs/2510.13054). It takes pictures of {", ".join(spec.cameras)} and an instruction, and gives
 {spec_line(spec)}{relative}. All that acting must know is in `vla0.json`.
 {others}{told}
 ![loss, share of right tokens, and what was measured](training.png)
@@ -206,14 +206,14 @@ Trained from {spec.base_model} on {Path(dataset).name if not data else dataset},
 from vla0 import VLA0
 
 model = VLA0.from_pretrained("this folder or its Hub id")
-actions = model.predict({{{images}}}, "what the robot shall do"{state})  # ({spec.horizon}, {spec.dimensions})
+actions = model.predict({{{images}}}, "what the robot shall do"{state})  # ({spec.chunk_size}, {spec.dimensions})
 ```
 """
 
 
 def spec_line(spec: Spec) -> str:
     """What a policy gives."""
-    return f"{spec.horizon} actions of {spec.dimensions} numbers at {spec.fps:g} a second"
+    return f"{spec.chunk_size} actions of {spec.dimensions} numbers at {spec.fps:g} a second"
 
 
 def action_error(policy: VLA0, held_out: Samples, most: int = 64) -> np.ndarray:

@@ -1,7 +1,6 @@
-"""A recipe: what it may say, and how it is read. Unknown keys are errors that name the nearest known one."""
+"""A config: what it may say, and how it is read. Unknown keys are errors that name the nearest known one."""
 
 import dataclasses
-import difflib
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from vla0.data.lerobot import DataConfig
 from vla0.errors import InputError, refuse_idle, refuse_unknown
 from vla0.train.published_config import ours
 
-LOOKS = ("image_size", "crop", "tile", "history", "vision_id", "system")  # fields of Spec that a recipe gives by their names
+LOOKS = ("image_size", "crop", "tile", "history", "vision_id", "system")  # fields of Spec that a config gives by their names
 UNITS = ("steps", "epochs")
 PLAIN = (int, float, str, bool, types.NoneType)
 
@@ -62,9 +61,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class ActionConfig:
-    """How actions are written. Saved as `horizon`, `bins` and `ensemble_k` of the Spec."""
+    """How actions are written. Saved as `chunk_size`, `bins` and `ensemble_k` of the Spec."""
 
-    chunk_size: int = Spec.horizon  # H, steps that a chunk predicts
+    chunk_size: int = Spec.chunk_size  # H, steps that a chunk predicts
     action_bins: int = Spec.bins  # levels are 0..action_bins inclusive
     ensemble_k: int | None = None  # the newest chunks that acting averages; None: all that reach the instant
 
@@ -111,7 +110,7 @@ class LoggingConfig:
     log_every_n_steps: int = 20
     save_every_n_steps: int | None = None  # steps that a killed run loses at most
     save_every_n_epochs: float | None = None  # neither: every 500 steps
-    eval_every_n_steps: int | None = None  # held-out episodes, and the simulator where the recipe names one
+    eval_every_n_steps: int | None = None  # held-out episodes, and the simulator where the config names one
     eval_every_n_epochs: float | None = None  # neither: at each save
     keep_last: int = 1  # checkpoints, beside `best`
     wandb: bool | str = False  # true, or the name of a project
@@ -136,7 +135,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A recipe. Keys have the names of the method's public write-up where it has one."""
+    """A config. Keys have the names of the method's public write-up where it has one."""
 
     data: DataConfig
     training: TrainingConfig
@@ -181,7 +180,7 @@ def read_yaml(file: str | Path, overrides: Sequence[str] = (), change: Callable[
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OSError as error:
         reason = "which is not there" if isinstance(error, FileNotFoundError) else error.strerror
-        raise InputError("a YAML file", f"'{file}', {reason}", "name another; recipes are in configs/") from None
+        raise InputError("a YAML file", f"'{file}', {reason}", "name another; configs are in configs/") from None
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise InputError(f"YAML in '{file}' and key=value", str(error).splitlines()[0], "correct it") from None
 
@@ -194,8 +193,7 @@ def build(cls: type, content: Any, where: str) -> Any:
     deeper = {f.name: f"{name}.{f.name}" for name, kind in kinds.items() for f in _fields(kind)}
     for key in map(str, content):
         if key not in kinds:
-            near = difflib.get_close_matches(key, [*kinds, *deeper], n=1, cutoff=0.0)[0]
-            raise InputError(f"a known key in {where}", f"unknown key '{key}'", f"did you mean '{deeper.get(near, near)}'?")
+            refuse_unknown([key], kinds, where, {name: full for name, full in deeper.items() if name not in kinds})
     values = {}
     for key, value in content.items():
         kind = kinds[key]
@@ -206,7 +204,7 @@ def build(cls: type, content: Any, where: str) -> Any:
             value = float(value)
         elif all(choice in PLAIN for choice in choices) and type(value) not in choices:
             names = " or ".join("null" if choice is types.NoneType else choice.__name__ for choice in choices)
-            raise InputError(f"{key} as {names} in {where}", f"{value!r}", "correct the recipe")
+            raise InputError(f"{key} as {names} in {where}", f"{value!r}", "correct the config")
         values[key] = value
     needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
     for name in needed:

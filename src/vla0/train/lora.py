@@ -11,7 +11,7 @@ VISION = r".*visual\.blocks\..*\.(attn\.qkv|attn\.proj|gate_proj|up_proj|down_pr
 
 
 def adapted(model: Any, lora: Lora, freeze_vision: bool) -> Any:
-    """The model, ready to train what a recipe lets change; in peft's wrapping where that is LoRA."""
+    """The model, ready to train what a config lets change; in peft's wrapping where that is LoRA."""
     if lora.rank:
         from peft import LoraConfig, get_peft_model
 

@@ -1,4 +1,4 @@
-"""A recipe in the spelling of the method's public write-up → ours: sections in capitals, DATALOADER, fp16."""
+"""A config in the spelling of the method's public write-up → ours: sections in capitals, DATALOADER, fp16."""
 
 import logging
 import re
@@ -21,7 +21,7 @@ MEANT: dict[str, tuple[str, str, Any]] = {  # an option of cfg_opts → section 
 
 
 def ours(content: Any) -> Any:
-    """The recipe with our names; the log says what is taken for what, and what has no meaning here.
+    """The config with our names; the log says what is taken for what, and what has no meaning here.
 
     Raises InputError where two sections become one and say different things.
     """

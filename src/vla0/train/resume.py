@@ -1,4 +1,4 @@
-"""Whether, and from where, a run goes on: with the recipe and the data that it began with, and a state that is whole."""
+"""Whether, and from where, a run goes on: with the config and the data that it began with, and a state that is whole."""
 
 import dataclasses
 import json
@@ -11,32 +11,37 @@ from vla0.errors import InputError
 from vla0.files import read_json
 from vla0.train.config import TrainConfig
 
-FREE = ("logging.", "data.num_workers")  # keys of a recipe that may change when a run goes on
-DATA = "data that was read"  # key of recipe.json: what it held when the run began
+FREE = ("logging.", "data.num_workers")  # keys of a config that may change when a run goes on
+DATA = "data that was read"  # key of train_config.json: what it held when the run began
 DAMAGED = "it is damaged: bring it back, or begin anew in another output_dir, from its weights: model.name=RUN/last"
 
 
 def recorded(config: TrainConfig, processes: int) -> dict[str, Any]:
-    """What recipe.json holds."""
+    """What train_config.json holds."""
     training = config.training
     batch = training.batch_size * training.gradient_accumulation_steps * processes
     return {**json.loads(json.dumps(dataclasses.asdict(config))), "global_batch": batch}
 
 
 def resumable(config: TrainConfig, output: Path, processes: int) -> Path | None:
-    """The Trainer's folder to go on from; None for a new run. Raises InputError where another recipe ran there."""
-    last, file = output / "last", output / "recipe.json"
+    """The Trainer's folder to go on from; None for a new run. Raises InputError where another config ran there."""
+    last, file = output / "last", output / "train_config.json"
     if last.is_symlink() and not last.exists():
         got = f"'{last.readlink()}', which is not there"
         raise InputError(f"the checkpoint that '{last}' names", got, "bring it back, or choose another output_dir")
     if not last.exists():
         return None
+    if not file.exists() and (output / "recipe.json").exists():
+        remedy = f"choose another output_dir; model.name={last} begins with its weights"
+        raise InputError(
+            f"a run that this version of vla0 began in '{output}'", "one of an earlier version (recipe.json)", remedy
+        )
     before = _flat({key: value for key, value in _read(file).items() if key != DATA})
     now = _flat(recorded(config, processes))
     for key in {**now, **before}:
         if before.get(key) != now.get(key) and not key.startswith(FREE):
             raise InputError(
-                f"the recipe of '{output}' to go on with", f"{key}: {now.get(key)} instead of {before.get(key)}",
+                f"the config of '{output}' to go on with", f"{key}: {now.get(key)} instead of {before.get(key)}",
                 "choose another output_dir, or remove that folder",
             )  # fmt: skip
     state = output / "state" / f"checkpoint-{int(last.resolve().name.removeprefix('step-'))}"
@@ -47,7 +52,7 @@ def resumable(config: TrainConfig, output: Path, processes: int) -> Path | None:
 
 def refuse_other_data(output: Path, sources: Mapping[str, Source]) -> None:
     """Raises InputError where a run would go on with data that it did not begin with."""
-    before = _read(output / "recipe.json").get(DATA, {})  # none in runs of older versions
+    before = _read(output / "train_config.json").get(DATA, {})  # none in runs of older versions
     for name, source in sources.items():
         now, own = json.loads(json.dumps(source.fingerprint())), source.config.dataset
         for key, value in before.get(name, before.get(own, now)).items():  # of older versions by the dataset, not by its name

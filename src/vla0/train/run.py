@@ -1,4 +1,4 @@
-"""Fine-tuning: from a recipe to the folder `last`, and on from there where it stopped."""
+"""Fine-tuning: from a config to the folder `last`, and on from there where it stopped."""
 
 import errno
 import json
@@ -28,7 +28,7 @@ from vla0.data.dataset import Mixture, Samples, collator
 from vla0.data.lerobot import Source, sources_of
 from vla0.errors import InputError, refuse_unknown
 from vla0.files import held, write_whole
-from vla0.train.checkpoints import FINISHED, Keeper, Measure
+from vla0.train.checkpoints import FINISHED, CheckpointCallback, Measure
 from vla0.train.config import UNITS, TrainConfig
 from vla0.train.lora import adapted
 from vla0.train.resume import DAMAGED, DATA, ended, recorded, refuse_other_data, resumable
@@ -42,7 +42,7 @@ FULL = ("No space left", "PytorchStreamWriter failed", "Disk quota")  # how thos
 
 
 def main(config: TrainConfig, measure: Measure | None = None) -> Path:
-    """Trains, or goes on where the same recipe stopped; the folder `last`. measure: tries a checkpoint when it is due."""
+    """Trains, or goes on where the same config stopped; the folder `last`. measure: tries a checkpoint when it is due."""
     alone = int(os.environ.get("RANK", 0)) == 0  # of several processes the first has the folder, for all of them
     with held(Path(config.logging.output_dir), "training") if alone else nullcontext():
         return _run(config, measure)
@@ -72,7 +72,7 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
     steps = training.num_steps or math.ceil((training.num_epochs or 0) * per_epoch)
     output.mkdir(parents=True, exist_ok=True)
     _announce(config, output, vlm, samples, dict(zip(sources, parts, strict=True)), steps, processes)
-    keeper = Keeper(
+    checkpoints = CheckpointCallback(
         output, processor, samples, specs, held_out, measure, config.logging.steps("eval", per_epoch, 0),
         config.logging.keep_last, training.shard,
     )  # fmt: skip
@@ -80,14 +80,14 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
     trainer = VLA0Trainer(
         model=vlm, args=arguments(config, output, steps, per_epoch), train_dataset=samples,
         data_collator=collator(prompts, config.augmentation),
-        callbacks=[keeper, TensorBoardCallback(SummaryWriter(str(output / "tensorboard")))],
+        callbacks=[checkpoints, TensorBoardCallback(SummaryWriter(str(output / "tensorboard")))],
     )  # fmt: skip
     if training.shard and not trainer.is_fsdp_enabled:  # accelerate would go on without a word
         raise InputError(SEVERAL, f"{processes} on {trainer.args.device}", "leave it out here")
     trainer.held_out_collator = collator(prompts, None)
-    keeper.trainer = trainer
+    checkpoints.trainer = trainer
     if over:  # all steps are done, and the last save is not: it was killed in the middle of it
-        keeper.make_good(str(resume))
+        checkpoints.make_good(str(resume))
         return output / "last"
     with _explained(config):
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -95,7 +95,7 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
 
 
 def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
-    """Says what is about to be trained, writes the recipe down, and refuses a disk that is too full for it."""
+    """Says what is about to be trained, writes the config down, and refuses a disk that is too full for it."""
     trained, whole = (sum(p.numel() for p in vlm.parameters() if p.requires_grad or not only) for only in (True, False))
     # The weights twice, while a new checkpoint is written beside the old; two moments of what is trained, in both.
     needed = (1 + config.logging.keep_last) * (sum(p.numel() * p.element_size() for p in vlm.parameters()) + 8 * trained)
@@ -124,7 +124,7 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
         len(samples), training.learning_rate,
     )  # fmt: skip
     written[DATA] = {name: part.source.fingerprint() for name, part in parts.items()}
-    write_whole(output / "recipe.json", json.dumps(written, indent=2) + "\n")
+    write_whole(output / "train_config.json", json.dumps(written, indent=2) + "\n")
 
 
 @contextmanager
@@ -150,14 +150,14 @@ def _explained(config: TrainConfig) -> Iterator[None]:
 
 
 def spec_of(config: TrainConfig, source: Source) -> Spec:
-    """The Spec of a recipe and the data that it is trained on."""
+    """The Spec of a config and the data that it is trained on."""
     action = config.action
-    written: dict[str, Any] = {"horizon": action.chunk_size, "bins": action.action_bins, "ensemble_k": action.ensemble_k}
+    written: dict[str, Any] = {"chunk_size": action.chunk_size, "bins": action.action_bins, "ensemble_k": action.ensemble_k}
     return Spec(base_model=config.model.name, **source.spec_fields(action.chunk_size), **written, **config.spec)
 
 
 def _start(config: TrainConfig, sources: Mapping[str, Source], last: Path | None) -> tuple[Any, Any, dict[str, Spec]]:
-    """(model, processor, Specs) to train: of the run's own `last` where it goes on, else of the recipe."""
+    """(model, processor, Specs) to train: of the run's own `last` where it goes on, else of the config."""
     lora = config.model.lora.rank > 0
     # Frozen weights learn nothing that bf16 would lose.
     dtype = torch.bfloat16 if lora and config.training.precision == "bf16" else torch.float32
@@ -177,7 +177,7 @@ def _start(config: TrainConfig, sources: Mapping[str, Source], last: Path | None
 
 
 def tiny_of(config: TrainConfig, specs: Mapping[str, Spec], sources: Mapping[str, Source]) -> tuple[Any, Any]:
-    """(model, processor) of a recipe whose model is "tiny"; the tokenizer learns the data's words."""
+    """(model, processor) of a config whose model is "tiny"; the tokenizer learns the data's words."""
     systems = dict.fromkeys(spec.system_text() for spec in specs.values())
     words = [*systems, "State: ", *dict.fromkeys(task for source in sources.values() for task in source.tasks)]
     processor = tiny_processor(words)

@@ -1,4 +1,4 @@
-"""Plain next-token loss, on transformers' Trainer: logits where they are needed, and what a recipe asks of it."""
+"""Plain next-token loss, on transformers' Trainer: logits where they are needed, and what a config asks of it."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -99,7 +99,7 @@ def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -> TrainingArguments:
-    """What the Trainer is told of a recipe; per_epoch: steps of an epoch."""
+    """What the Trainer is told of a config; per_epoch: steps of an epoch."""
     training, logging = config.training, config.logging
     followers = {name: chosen for name in ("wandb", "trackio") if (chosen := getattr(logging, name))}
     for name in followers:
@@ -124,7 +124,7 @@ def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -
         use_liger_kernel=training.liger, liger_kernel_config=LIGER,
         bf16=training.precision == "bf16", seed=training.seed, dataloader_num_workers=config.data.num_workers,
         logging_steps=logging.log_every_n_steps, save_steps=logging.steps("save", per_epoch, 500),
-        save_total_limit=None,  # the Keeper makes room: the Trainer goes by times of files, and removed what `last` stands on
+        save_total_limit=None,  # the CheckpointCallback makes room: the Trainer goes by times of files, and removed what `last` stands on
         remove_unused_columns=False, label_names=["labels"], prediction_loss_only=True,
         report_to=list(followers) or "none", project=projects[0] if projects else "vla0", run_name=output.name,
         trackio_space_id=None,  # on this machine, not in a Space of the Hub
@@ -139,5 +139,5 @@ def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -
     except ValueError as error:  # an unknown schedule; bf16 on a machine that has none
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            "settings that this machine and transformers take", reason, "correct the recipe, or training.precision=fp32"
+            "settings that this machine and transformers take", reason, "correct the config, or training.precision=fp32"
         ) from None

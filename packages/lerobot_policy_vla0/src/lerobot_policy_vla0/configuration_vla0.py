@@ -23,7 +23,7 @@ class VLA0Config(PreTrainedConfig):
     """Defaults are the published ones."""
 
     model_name: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # Hub id or folder of the model that is fine-tuned
-    chunk_size: int = Spec.horizon
+    chunk_size: int = Spec.chunk_size
     n_action_steps: int | None = None  # executed of a chunk; None: all
     temporal_ensemble: str = NONE  # weights by age: mean, v1 or v2:w
     action_bins: int = Spec.bins

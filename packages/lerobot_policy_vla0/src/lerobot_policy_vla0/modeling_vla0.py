@@ -45,7 +45,7 @@ class VLA0Policy(PreTrainedPolicy):
         """vla: of a checkpoint; None: config.model_name, to be fine-tuned on the dataset of dataset_meta."""
         super().__init__(config)
         if vla is None:
-            spec = Spec.parse(config.spec, "config.spec") if config.spec else spec_of(config, dataset_meta)
+            spec = Spec.parse(config.spec, "config.spec") if config.spec else spec_of_dataset(config, dataset_meta)
             vla = VLA0(*models.load(locate(config.model_name), config.device, torch.float32), spec)
         _follow(config, vla.spec)
         self.vla = vla
@@ -64,7 +64,7 @@ class VLA0Policy(PreTrainedPolicy):
             vla = VLA0.from_pretrained(folder, config.device, "auto" if meta is None else torch.float32)
             _compare(vla.spec, config, meta)
         else:
-            spec = Spec.parse(config.spec, "config.spec") if config.spec else spec_of(config, meta)
+            spec = Spec.parse(config.spec, "config.spec") if config.spec else spec_of_dataset(config, meta)
             vla = VLA0(*models.load(folder, config.device, torch.float32), spec)
         return cls(config, vla).eval()
 
@@ -117,9 +117,9 @@ class VLA0Policy(PreTrainedPolicy):
         observations = self._observations(batch)
         if prev_chunk_left_over is not None and inference_delay > 0:
             ahead = prev_chunk_left_over.float().cpu().numpy().reshape(-1, self.vla.spec.dimensions)
-            ahead = ahead[: min(inference_delay, self.vla.spec.horizon - 1, left_over(ahead, self.given))]
+            ahead = ahead[: min(inference_delay, self.vla.spec.chunk_size - 1, left_over(ahead, self.given))]
             if len(ahead):
-                observations = [replace(observation, committed=ahead) for observation in observations]
+                observations = [replace(observation, action_prefix=ahead) for observation in observations]
         chunks = self.vla.predict_batch(observations)
         self.given = chunks[0]
         return torch.from_numpy(chunks)
@@ -143,7 +143,7 @@ class VLA0Policy(PreTrainedPolicy):
         if not 1 <= steps <= config.chunk_size:
             raise InputError(f"n_action_steps in 1..{config.chunk_size} (chunk_size)", f"{steps}", "leave it out for all")
         spec = self.vla.spec
-        self.ensemble = TemporalEnsemble(spec.horizon, steps, config.temporal_ensemble, spec.ensemble_k, spec.periodic)
+        self.ensemble = TemporalEnsemble(spec.chunk_size, steps, config.temporal_ensemble, spec.ensemble_k, spec.periodic)
 
     def supports_rtc(self) -> bool:
         """Yes, exactly: see `predict_action_chunk`."""
@@ -161,7 +161,7 @@ class VLA0Policy(PreTrainedPolicy):
             found = [key for key in batch if "image" in key]
             raise InputError(f"pictures '{missing[0]}'", f"{found}", "give --rename_map={name here: that name}")
         pictures = {camera: _frames(batch[key], key) for camera, key in zip(spec.cameras, keys, strict=True)}
-        states = batch[STATE].float().cpu().numpy() if (spec.state or spec.relative) and STATE in batch else None
+        states = batch[STATE].float().cpu().numpy() if (spec.state or spec.relative_dims) and STATE in batch else None
         tasks = batch.get("task", "")
         count = len(next(iter(pictures.values())))
         tasks = [tasks] * count if isinstance(tasks, str) else list(tasks)
@@ -184,7 +184,7 @@ def left_over(ahead: np.ndarray, given: np.ndarray | None) -> int:
     return len(ahead)
 
 
-def spec_of(config: VLA0Config, meta: Any) -> Spec:
+def spec_of_dataset(config: VLA0Config, meta: Any) -> Spec:
     """The Spec of a dataset under a config: bounds are the dataset's minima and maxima."""
     if meta is None:
         raise InputError("a dataset, for the bounds of actions", "none", "train on one, or give --policy.path=CHECKPOINT")
@@ -213,7 +213,7 @@ def _compare(spec: Spec, config: VLA0Config, meta: Any) -> None:
             remedy = "for another robot: --policy.type=vla0 --policy.model_name=CHECKPOINT"
             raise InputError(f"actions of {spec.dimensions} numbers, as the checkpoint", f"{len(low)} in the dataset", remedy)
         beyond = np.flatnonzero((low < np.array(spec.low) - 1e-6) | (high > np.array(spec.high) + 1e-6))
-        beyond = [d for d in beyond.tolist() if d not in spec.relative]
+        beyond = [d for d in beyond.tolist() if d not in spec.relative_dims]
         if beyond:
             text = "actions %s of this dataset leave the checkpoint's bounds and are clipped; for bounds of its own: %s"
             logger.warning(text, beyond, "--policy.type=vla0 --policy.model_name=CHECKPOINT")
@@ -225,7 +225,7 @@ def _refuse_misread(config: VLA0Config, meta: Any) -> None:
         raise InputError(f"'{flagged[0]}' to be colours", "a camera that the dataset flags as depth maps", "leave it out")
     if meta.tasks is not None and (numbers := meta.tasks["task_index"].tolist()) != list(range(len(numbers))):
         remedy = "write meta/tasks.parquet in that order, or train with `vla0 train`"
-        raise InputError("sentences in the order of their task_index, by which LeRobot takes them", f"{numbers[:8]}", remedy)
+        raise InputError("instructions in the order of their task_index, by which LeRobot takes them", f"{numbers[:8]}", remedy)
     if meta.episodes is not None and (numbers := list(meta.episodes["episode_index"])) != list(range(len(numbers))):
         remedy = "write the dataset again with lerobot-edit-dataset, or train with `vla0 train`"
         raise InputError("episodes 0, 1, 2 ... in meta/episodes, by whose places LeRobot takes them", f"{numbers[:8]}", remedy)
@@ -235,8 +235,8 @@ def _follow(config: VLA0Config, spec: Spec) -> None:
     """Makes a config say what the checkpoint does. Raises InputError for what LeRobot's batches cannot give."""
     if spec.history > 1 or spec.depth:
         raise InputError("one frame of colours for each camera", "past frames or depth maps", "use vla0's own commands")
-    if config.chunk_size != spec.horizon:
-        raise InputError(f"chunk_size {spec.horizon}, as the checkpoint", f"{config.chunk_size}", "leave chunk_size out")
+    if config.chunk_size != spec.chunk_size:
+        raise InputError(f"chunk_size {spec.chunk_size}, as the checkpoint", f"{config.chunk_size}", "leave chunk_size out")
     if len(config.image_features) != len(spec.cameras):
         expected = f"input_features with the cameras {list(spec.cameras)}"
         raise InputError(expected, f"{list(config.image_features)}", "name them in that order")
