@@ -48,7 +48,7 @@ class Script:
     def __init__(self, began: Any):
         self.began = began
         self.spec = Spec(
-            tuple(LOW), tuple(HIGH), 20.0, ("front", "wrist"), "none", image_size=56, state=(tuple(LOW), tuple(HIGH)),
+            low=tuple(LOW), high=tuple(HIGH), fps=20.0, cameras=("front", "wrist"), base_model="none", image_size=56, state=(tuple(LOW), tuple(HIGH)),
             action_names=ACTIONS, state_names=ACTIONS, max_step_change=(8.0,) * 6,
         )  # fmt: skip
 
@@ -120,7 +120,7 @@ def watched(session: RobotSession, arm: Any) -> tuple[Future, float]:
 def followed(url: str, way: str, goals: int, began: Any) -> Tally:
     """The script's goals."""
     arm: Any = make_robot(["--robot.type=sim", "--robot.width=64", "--robot.height=48"])
-    config = SessionConfig("reach", live=True, mode=way, seconds=goals * SHOWN_S, stop_s=5.0, hold_s=1.0)
+    config = SessionConfig(instruction="reach", live=True, mode=way, seconds=goals * SHOWN_S, stop_s=5.0, hold_s=1.0)
     remote = RemotePolicy(url)
     running, began.value = watched(RobotSession(config, arm, remote, told=lambda line: None), arm)
     reached = set()
@@ -142,7 +142,7 @@ def solved(url: str, way: str, tasks: list[str], episodes: int) -> Tally:
     for task in tasks:
         for seed in range(FIRST_SEED, FIRST_SEED + episodes):
             arm: Any = make_robot(["--robot.type=sim", f"--robot.seed={seed}"])
-            config = SessionConfig(instruction(task), live=True, mode=way, seconds=LASTS_S, stop_s=5.0, hold_s=1.0)
+            config = SessionConfig(instruction=instruction(task), live=True, mode=way, seconds=LASTS_S, stop_s=5.0, hold_s=1.0)
             remote = RemotePolicy(url)
             session = RobotSession(config, arm, remote, told=lambda line: None)
             running, began = watched(session, arm)

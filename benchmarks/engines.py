@@ -26,7 +26,7 @@ def run(
     """Print how many chunks are the same: whole, streamed, begun by committed steps; and milliseconds of both."""
     here, there = VLA0.from_pretrained(checkpoint), VLA0.remote(base_url, checkpoint, engine=engine)
     cameras = {camera: f"observation.images.{camera}" for camera in here.spec.cameras}
-    source = Source(DataConfig(dataset, cameras, state=None if here.spec.state is None else "observation.state"))
+    source = Source(DataConfig(dataset=dataset, cameras=cameras, state=None if here.spec.state is None else "observation.state"))
     rows = np.linspace(0, len(source) - 1, chunks).astype(int)
     seen = [source.sample(int(row), 1, 1).observation for row in rows]
     took: dict[str, list[float]] = {"here": [], "there": []}

@@ -88,7 +88,7 @@ def short(row: dict[str, Any]) -> str:
 
 def spec() -> Spec:
     """The published prompt of LIBERO: two cameras tiled to 224 x 448, 8 steps of 7 numbers in 0..1000."""
-    return Spec((-1.0,) * 7, (1.0,) * 7, 20.0, ("agentview", "wrist"), "random")
+    return Spec(low=(-1.0,) * 7, high=(1.0,) * 7, fps=20.0, cameras=("agentview", "wrist"), base_model="random")
 
 
 def lesson(number: int) -> Iterator[tuple[Observation, np.ndarray]]:
@@ -386,7 +386,7 @@ def trained(
             warmup_ratio=30 / steps, max_grad_norm=1.0, **settings,
         )  # fmt: skip
         config = TrainConfig(
-            DataConfig("", {"any": ""}, num_workers=8 if gpu else 0), told, LoggingConfig(folder, log_every_n_steps=20)
+            data=DataConfig(dataset="", cameras={"any": ""}, num_workers=8 if gpu else 0), training=told, logging=LoggingConfig(output_dir=folder, log_every_n_steps=20)
         )
         asked = arguments(config, Path(folder), steps, 1.0)
         asked.disable_tqdm, asked.save_strategy = True, type(asked.save_strategy)("no")

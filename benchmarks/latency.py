@@ -80,7 +80,7 @@ def run(
                     world = SimulatedWorld(lambda o: policy.predict_batch([o])[0], lambda _, s=latency / 1e3: s)
                     hand.world = world
                     guard = SafetyGuard(hand, ActionLimits.of(spec), 1 / spec.fps, live=True, stop_s=1e6, now=world.now)
-                    pace = Pacer(spec.fps, spec.chunk_size, way, n_action_steps=spec.chunk_size if way == "sync" else None)
+                    pace = Pacer(fps=spec.fps, chunk_size=spec.chunk_size, mode=way, n_action_steps=spec.chunk_size if way == "sync" else None)
                     drive(world, guard, pace, ticks, lambda tick, h=hand: h.end(tick.step), lambda h=hand: h.done)
                     solved, tried = solved + hand.done, tried + 1
                     took += [hand.ticks] if hand.done else []

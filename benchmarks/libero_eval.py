@@ -99,7 +99,7 @@ def measure(
 ) -> None:
     """Print each way's rate and where its time goes."""
     shape = {"episodes": workers * episodes, "max_steps": steps, "quick": quick}
-    config = EvalConfig((task,), "libero", n_action_steps=1, ensemble="none", **shape)
+    config = EvalConfig(tasks=(task,), env="libero", n_action_steps=1, ensemble="none", **shape)
     rates = {}
 
     def show(way, folder, model=0.0):
@@ -130,7 +130,7 @@ def measure(
             ways["evaluator, 1 step a query, model"] = (1, Counted(partial(policy.predict_batch, num_steps=1)))
         for number, (way, (n_action_steps, predict)) in enumerate(ways.items()):
             own, folder = (
-                EvalConfig((task,), "libero", n_action_steps=n_action_steps, ensemble="none", **shape),
+                EvalConfig(tasks=(task,), env="libero", n_action_steps=n_action_steps, ensemble="none", **shape),
                 Path(name) / str(number),
             )
             folder.mkdir()

@@ -82,7 +82,7 @@ def bench(dataset: Path | str, chunk_size: int, rows: int, rounds: int) -> list[
     """Rows {way, samples_per_s}: the median of rounds in which the ways take turns, each reading the same rows."""
     if min(chunk_size, rows, rounds) < 1:
         raise InputError("chunk_size, rows and rounds >= 1", f"{chunk_size}, {rows} and {rounds}", "give whole numbers from 1")
-    source = Source(DataConfig(str(dataset)))
+    source = Source(DataConfig(dataset=str(dataset)))
     spec = Spec(base_model="none", chunk_size=chunk_size, **source.spec_fields(chunk_size))
     stock = Stock(source, spec)
     ways: Mapping[str, Callable[[int], Sample]] = {

@@ -93,8 +93,8 @@ def measure(way: str, settings: Settings) -> Speed:
             precision="bf16" if torch.cuda.is_available() else "fp32",
             gradient_checkpointing=settings.gradient_checkpointing,
         )  # fmt: skip
-        data = DataConfig("", {"any": ""}, num_workers=settings.workers)
-        config = TrainConfig(data, training, LoggingConfig(folder, log_every_n_steps=10**6))
+        data = DataConfig(dataset="", cameras={"any": ""}, num_workers=settings.workers)
+        config = TrainConfig(data=data, training=training, logging=LoggingConfig(output_dir=folder, log_every_n_steps=10**6))
         told = arguments(config, Path(folder), WARM + settings.steps, 1.0)
         told.disable_tqdm, told.torch_compile = True, way == COMPILED
         told.save_strategy = type(told.save_strategy)("no")
@@ -149,9 +149,9 @@ def _inputs(settings: Settings, reader: str) -> tuple[Any, Prompt, Any]:
     """(model, prompt, rows)."""
     source = None
     if settings.dataset is None:
-        spec = Spec((-1.0,) * 7, (1.0,) * 7, 20.0, ("agentview", "wrist"), settings.model)
+        spec = Spec(low=(-1.0,) * 7, high=(1.0,) * 7, fps=20.0, cameras=("agentview", "wrist"), base_model=settings.model)
     else:
-        source = Source(DataConfig(settings.dataset))
+        source = Source(DataConfig(dataset=settings.dataset))
         spec = Spec(base_model=settings.model, **source.spec_fields(Spec.chunk_size))
     if settings.model in (TINY, "3b"):
         processor: Any = tiny_processor([spec.system_text(), "move the red blue green block"])

@@ -22,7 +22,7 @@ def draw(
     """Draw one row of a dataset with what the policy writes for it; dimensions that stay as they are, as grey numbers only."""
     policy = VLA0.from_pretrained(checkpoint)
     keys = {camera: f"observation.images.{camera}" for camera in policy.spec.cameras}
-    source = Source(DataConfig(str(dataset), keys, state="observation.state"))
+    source = Source(DataConfig(dataset=str(dataset), cameras=keys, state="observation.state"))
     if row >= len(source):
         raise typer.BadParameter(f"the dataset has {len(source)} rows", param_hint="--row")
     observation = source.sample(row, policy.spec.chunk_size, policy.spec.history).observation

@@ -55,10 +55,10 @@ def run(
     told = policy.metadata  # what the checkpoint says of itself
     robot = MyRobot(list(told["cameras"]), told["dimensions"], told["state"] or 0, instruction)
     # What the demonstrations did; add step=... or velocity=... where actions are positions. Narrow it at first.
-    limits = ActionLimits(told["low"], told["high"])
+    limits = ActionLimits(low=told["low"], high=told["high"])
     guard = SafetyGuard(robot, limits, 1 / told["fps"], start=robot.position, live=live)
     watchdog = guard.watch()
-    pace = Pacer(told["fps"], told["chunk_size"], way)
+    pace = Pacer(fps=told["fps"], chunk_size=told["chunk_size"], mode=way)
     try:
         report = drive(RealWorld(policy.predict), guard, pace, round(seconds * told["fps"]))
     finally:

@@ -65,7 +65,7 @@ def test_the_pictures_move_a_little_at_each_step(spec):
 
 
 def test_recorded_episodes_are_those_of_the_dataset_again_and_again(dataset, spec):
-    config = DataConfig(str(dataset), {"front": "observation.images.top", "wrist": "observation.images.hand"})
+    config = DataConfig(dataset=str(dataset), cameras={"front": "observation.images.top", "wrist": "observation.images.hand"})
     episode = recorded(config, spec)(1)
     seen = [next(episode).images["front"] for _ in range(9)]
     assert not np.array_equal(seen[0], seen[1])
@@ -122,7 +122,7 @@ def test_training_is_timed_beside_the_plain_way(tmp_path, dataset):
 
 def test_both_readers_give_the_same_samples(dataset):
     """So that their times compare."""
-    config = DataConfig(str(dataset), state="observation.state")
+    config = DataConfig(dataset=str(dataset), state="observation.state")
     source = Source(config)
     spec = Spec(base_model="none", chunk_size=3, **source.spec_fields(3))
     stock = reading.Stock(source, spec)

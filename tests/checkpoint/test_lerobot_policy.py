@@ -83,7 +83,7 @@ def test_what_lerobot_trains_is_a_checkpoint_of_vla0(trained, base, dataset):
     policy = VLA0.from_pretrained(folder)
     ours = Source(
         DataConfig(
-            str(dataset), {"top": "observation.images.top", "hand": "observation.images.hand"}, state="observation.state"
+            dataset=str(dataset), cameras={"top": "observation.images.top", "hand": "observation.images.hand"}, state="observation.state"
         )
     )
     expected = ours.spec_fields(2)
@@ -182,7 +182,7 @@ def test_lerobots_batches_become_the_very_samples_of_the_spine(trained, dataset)
     found, before, *_ = opened(folder)
     spec = found.vla.spec
     keys = {camera: f"observation.images.{camera}" for camera in spec.cameras}
-    ours = Samples(Source(DataConfig(str(dataset), keys, state="observation.state")), spec)
+    ours = Samples(Source(DataConfig(dataset=str(dataset), cameras=keys, state="observation.state")), spec)
     rows = (0, 3, 5, 9, 14)
     batch = before(training_batch(found, dataset, rows))
     samples = found._samples(batch)
@@ -467,12 +467,12 @@ def test_a_newcomer_pushes_nobody_out_who_is_active():
 
     server = LeRobotServer(Reach(), ServerLimits(clients=2))
     for name in ("a", "b"):
-        server._admit(name, Client({}, {}, 3))
-    server._admit("a", Client({}, {}, 3))  # who begins anew keeps his place
+        server._admit(name, Client(features={}, renamed={}, steps=3))
+    server._admit("a", Client(features={}, renamed={}, steps=3))  # who begins anew keeps his place
     with pytest.raises(InputError, match="at most 2 clients"):
-        server._admit("c", Client({}, {}, 3))
+        server._admit("c", Client(features={}, renamed={}, steps=3))
     server.clients["b"].heard_at -= 100
-    server._admit("c", Client({}, {}, 3))
+    server._admit("c", Client(features={}, renamed={}, steps=3))
     assert list(server.clients) == ["a", "c"]
 
 

@@ -82,7 +82,7 @@ def test_between_two_angles_lies_the_shorter_way(one, other):
 
 @given(ANGLES, ANGLES, st.floats(0.5, 20))
 def test_a_command_goes_over_the_seam_within_its_bounds_and_its_change(last, wanted, most):
-    limits = ActionLimits((-1.0, -179.8), (1.0, 179.9), step=(1.0, most), periodic=TURNS)
+    limits = ActionLimits(low=(-1.0, -179.8), high=(1.0, 179.9), step=(1.0, most), periodic=TURNS)
     last = float(np.clip(last, -179.8, 179.9))
     command = limits.safe(np.array([0.0, wanted]), np.array([0.0, last]), 0.1)
     assert -179.8 <= command[1] <= 179.9
@@ -91,14 +91,14 @@ def test_a_command_goes_over_the_seam_within_its_bounds_and_its_change(last, wan
 
 
 def test_a_command_does_not_go_where_no_demonstration_went():
-    limits = ActionLimits((-1.0, -170.0), (1.0, 170.0), step=(1.0, 5.0), periodic=TURNS)
+    limits = ActionLimits(low=(-1.0, -170.0), high=(1.0, 170.0), step=(1.0, 5.0), periodic=TURNS)
     assert limits.safe(np.array([0.0, -169.0]), np.array([0.0, 169.0]), 0.1)[1] == 164.0  # the long way round
 
 
 @given(ANGLES, st.integers(-2, 2), st.floats(-180, 170), st.floats(5, 350))
 def test_a_command_is_the_nearest_of_its_bounds_on_the_circle(wanted, turns, low, width):
     """Bounds 0 to 350 of a dataset whose angles go from 0 to 360, and a policy that gives back -90: 270, and not 0."""
-    limits = ActionLimits((-1.0, low), (1.0, low + width), periodic=TURNS)
+    limits = ActionLimits(low=(-1.0, low), high=(1.0, low + width), periodic=TURNS)
     command = limits.safe(np.array([0.0, wanted + 360 * turns]), None, 0.1)[1]
     assert low <= command <= low + width
     nearest = 0.0 if (wanted - low) % 360 <= width else min(apart(wanted, low), apart(wanted, low + width))
@@ -142,10 +142,10 @@ def test_bounds_of_a_wrist_that_wraps_are_told_of_and_those_of_a_periodic_one_ar
 
 
 def test_angles_outside_of_what_is_said_of_them_are_told_of(turning):
-    source = Source(DataConfig(str(turning), periodic={1: (0, 360)}))
+    source = Source(DataConfig(dataset=str(turning), periodic={1: (0, 360)}))
     assert "outside of its data.periodic, 0 to 360" in " ".join(source.problems())
     with pytest.raises(InputError, match=r"dimensions of actions, 0\.\.1; got 9"):
-        Source(DataConfig(str(turning), periodic={9: (0, 360)})).spec_fields(4)
+        Source(DataConfig(dataset=str(turning), periodic={9: (0, 360)})).spec_fields(4)
 
 
 @pytest.mark.parametrize(
@@ -157,11 +157,11 @@ def test_angles_outside_of_what_is_said_of_them_are_told_of(turning):
 )  # fmt: skip
 def test_what_is_no_setting_of_data_is_refused_in_words(field, given):
     with pytest.raises(InputError, match=f"expected {field}"):
-        DataConfig("x", {"top": "k"}, **{field: given})
+        DataConfig(dataset="x", cameras={"top": "k"}, **{field: given})
 
 
 def test_a_dimension_named_on_the_command_line_is_a_number():
-    assert DataConfig("x", periodic={"1": [-180, 180]}).periodic == {1: (-180, 180)}
+    assert DataConfig(dataset="x", periodic={"1": [-180, 180]}).periodic == {1: (-180, 180)}
 
 
 def test_only_what_a_circle_can_be_is_taken():

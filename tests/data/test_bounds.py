@@ -61,7 +61,7 @@ def test_quantiles_are_kept_where_they_differ(values):
 
 
 def test_a_trigger_that_is_seldom_pulled_can_be_pulled(pulsed):
-    source = Source(DataConfig(str(pulsed), CAMERAS, state="observation.state", statistics="quantiles"))
+    source = Source(DataConfig(dataset=str(pulsed), cameras=CAMERAS, state="observation.state", statistics="quantiles"))
     spec = Spec(base_model="tiny", chunk_size=4, **source.spec_fields(4))
     codec = ActionCodec(spec)
     assert set(codec.decode(codec.encode(source.actions))[:, 2].tolist()) == {0.0, 1.0}

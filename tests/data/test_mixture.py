@@ -25,7 +25,7 @@ def other(tmp_path_factory):
 
 
 def parts_of(dataset, other, **changes):
-    sources = [Source(DataConfig(str(d), CAMERAS, state="observation.state", **changes)) for d in (dataset, other)]
+    sources = [Source(DataConfig(dataset=str(d), cameras=CAMERAS, state="observation.state", **changes)) for d in (dataset, other)]
     common = {"cameras": ("front",), "chunk_size": 2, "bins": 100, "image_size": 56, "system": "Write {numbers} integers."}
     return [Samples(s, make_spec(**{**s.spec_fields(2), **common}), seed=3) for s in sources]
 
@@ -152,9 +152,9 @@ def test_a_mixture_that_names_one_dataset_twice_goes_on(dataset, tmp_path):
 )
 def test_a_mixture_that_means_nothing_is_refused(dataset, entry, message):
     with pytest.raises(InputError, match=message):
-        DataConfig(str(dataset), CAMERAS, mixture={"other": entry})
+        DataConfig(dataset=str(dataset), cameras=CAMERAS, mixture={"other": entry})
     with pytest.raises(InputError, match="letters"):
-        DataConfig(str(dataset), CAMERAS, mixture={"../x": {"dataset": "y"}})
+        DataConfig(dataset=str(dataset), cameras=CAMERAS, mixture={"../x": {"dataset": "y"}})
 
 
 def test_guessed_cameras_of_a_mixture_have_one_order(dataset, tmp_path):
@@ -166,7 +166,7 @@ def test_guessed_cameras_of_a_mixture_have_one_order(dataset, tmp_path):
     info = json.loads((turned / "meta" / "info.json").read_text())
     info["features"] = {key: info["features"][key] for key in sorted(info["features"], key=lambda key: "top" in key)}
     (turned / "meta" / "info.json").write_text(json.dumps(info))
-    found = sources_of(DataConfig(str(dataset), mixture={"other": {"dataset": str(turned)}}))
+    found = sources_of(DataConfig(dataset=str(dataset), mixture={"other": {"dataset": str(turned)}}))
     assert [list(source.cameras) for source in found.values()] == [["top", "hand"]] * 2
     assert [source.spec_fields(2)["cameras"] for source in found.values()] == [("top", "hand")] * 2
     one, other = (source.sample(0, 2, 1).observation.images for source in found.values())
@@ -174,7 +174,7 @@ def test_guessed_cameras_of_a_mixture_have_one_order(dataset, tmp_path):
 
 
 def test_a_revision_is_of_one_dataset():
-    config = DataConfig("owner/name", revision="v1", mixture={"other": {"dataset": "owner/other"}})
+    config = DataConfig(dataset="owner/name", revision="v1", mixture={"other": {"dataset": "owner/other"}})
     assert config.all()["other"].revision is None
 
 
@@ -216,7 +216,7 @@ def test_a_depth_map_is_one_more_picture_in_training_and_acting(tmp_path, proces
     dataset.save_episode()
     dataset.finalize()
     cameras = {"top": "observation.images.top", "far": "observation.images.depth"}
-    source = Source(DataConfig(str(tmp_path / "d"), cameras, depth={"far": [0.2, 1.2]}))
+    source = Source(DataConfig(dataset=str(tmp_path / "d"), cameras=cameras, depth={"far": [0.2, 1.2]}))
     spec = Spec(base_model="tiny", **source.spec_fields(2), chunk_size=2, image_size=56, crop=1.0)
     assert spec.depth == (("far", 0.2, 1.2),)
     prompt = Prompt(spec, processor)

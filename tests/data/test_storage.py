@@ -41,7 +41,7 @@ def tables(folder: Path) -> list[Path]:
 
 def test_a_sentence_is_found_by_its_number_whatever_the_order_of_the_table(folder):
     changed(folder / "meta" / "tasks.parquet", lambda table: table.iloc[::-1])
-    source = Source(DataConfig(str(folder), CAMERAS))
+    source = Source(DataConfig(dataset=str(folder), cameras=CAMERAS))
     assert [source.sample(row, 2, 1).observation.instruction for row in (0, 6)] == list(TASKS)
 
 
@@ -49,32 +49,32 @@ def test_a_sentence_is_found_by_its_number_where_numbers_are_missing(folder):
     changed(folder / "meta" / "tasks.parquet", lambda table: table.assign(task_index=[5, 0]))
     for file in folder.glob("data/*/*.parquet"):
         changed(file, lambda table: table.assign(task_index=table["task_index"].map({0: 5, 1: 0})))
-    source = Source(DataConfig(str(folder), CAMERAS))
+    source = Source(DataConfig(dataset=str(folder), cameras=CAMERAS))
     assert [source.sample(row, 2, 1).observation.instruction for row in (0, 6)] == list(TASKS)
 
 
 def test_a_number_without_a_sentence_is_named(folder):
     changed(folder / "meta" / "tasks.parquet", lambda table: table.assign(task_index=[0, 7]))
     with pytest.raises(InputError, match=r"task_index 1 in episode 1, and instructions \[0, 7\]"):
-        Source(DataConfig(str(folder), CAMERAS))
+        Source(DataConfig(dataset=str(folder), cameras=CAMERAS))
 
 
 def test_a_table_of_sentences_in_a_column_is_read_too(folder):
     changed(folder / "meta" / "tasks.parquet", lambda table: table.rename_axis("task").reset_index())
-    assert Source(DataConfig(str(folder), CAMERAS)).tasks == list(TASKS)
+    assert Source(DataConfig(dataset=str(folder), cameras=CAMERAS)).tasks == list(TASKS)
 
 
 def test_episodes_without_a_sentence_are_named_before_they_are_trained_on(folder):
     changed(folder / "meta" / "tasks.parquet", lambda table: table.set_axis([TASKS[0], " "]))
     with pytest.raises(InputError, match="an empty one for episodes 1, 3"):
-        Source(DataConfig(str(folder), CAMERAS))
+        Source(DataConfig(dataset=str(folder), cameras=CAMERAS))
 
 
 def test_empty_episodes_are_counted_by_the_table_of_episodes(folder):
     info = json.loads((folder / "meta" / "info.json").read_text())
     for declared in (2, 9):
         (folder / "meta" / "info.json").write_text(json.dumps({**info, "total_episodes": declared}))
-        assert Source(DataConfig(str(folder), CAMERAS)).problems() == []
+        assert Source(DataConfig(dataset=str(folder), cameras=CAMERAS)).problems() == []
 
 
 def test_a_revision_of_a_folder_is_refused(folder):
@@ -103,7 +103,7 @@ def test_an_episode_is_found_by_its_number_where_another_was_taken_out(videos):
         changed(file, lambda table: table[table["episode_index"] != 2].reset_index(drop=True))
     info = json.loads((videos / "meta" / "info.json").read_text())
     (videos / "meta" / "info.json").write_text(json.dumps({**info, "total_episodes": 4, "total_frames": 16}))
-    source = Source(DataConfig(str(videos), CAMERAS))
+    source = Source(DataConfig(dataset=str(videos), cameras=CAMERAS))
     for row, episode in enumerate(source.episode_of.tolist()):
         frame = source.sample(row, 2, 1).observation.images["front"]
         expected = frame_of(episode, row - int(source.start[row]), 0)
@@ -113,7 +113,7 @@ def test_an_episode_is_found_by_its_number_where_another_was_taken_out(videos):
 def test_episodes_in_another_order_of_the_table_keep_their_videos(videos):
     for file in videos.glob("meta/episodes/*/*.parquet"):
         changed(file, lambda table: table.iloc[::-1].reset_index(drop=True))
-    source = Source(DataConfig(str(videos), CAMERAS))
+    source = Source(DataConfig(dataset=str(videos), cameras=CAMERAS))
     for row in (0, 7, 19):
         frame = source.sample(row, 2, 1).observation.images["front"]
         expected = frame_of(int(source.episode_of[row]), row - int(source.start[row]), 0)
@@ -159,7 +159,7 @@ def test_a_video_that_is_missing_is_named(videos):
     file = next(videos.glob("videos/observation.images.top/*/*.mp4"))
     file.unlink()
     with pytest.raises(InputError, match=r"no '.*mp4', which holds episodes 0, 1, 2, 3, 4"):
-        Source(DataConfig(str(videos), CAMERAS))
+        Source(DataConfig(dataset=str(videos), cameras=CAMERAS))
 
 
 @pytest.mark.parametrize("part", ["meta/tasks.parquet", "meta/episodes", "data"])
@@ -197,7 +197,7 @@ def test_a_format_that_is_not_known_is_refused(folder):
 
 def test_two_cameras_of_one_key_are_refused():
     with pytest.raises(InputError, match="top' twice"):
-        DataConfig("x", cameras={"front": "observation.images.top", "wrist": "observation.images.top"})
+        DataConfig(dataset="x", cameras={"front": "observation.images.top", "wrist": "observation.images.top"})
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_names_are_those_that_the_dataset_gives_each_number(names, found):
 
 
 def test_without_a_mapping_all_cameras_of_colours_are_taken_by_their_last_words(folder):
-    source = Source(DataConfig(str(folder)))
+    source = Source(DataConfig(dataset=str(folder)))
     assert source.cameras == {"top": "observation.images.top", "hand": "observation.images.hand"}
     assert source.spec_fields(2)["cameras"] == ("top", "hand")
 
@@ -241,10 +241,10 @@ def test_pictures_of_more_than_8_bits_are_no_colours(folder, kind):
         changed(
             file, lambda table: table.assign(**{"observation.images.top": [{"bytes": png(deep), "path": None}] * len(table)})
         )
-    source = Source(DataConfig(str(folder), CAMERAS))
+    source = Source(DataConfig(dataset=str(folder), cameras=CAMERAS))
     with pytest.raises(InputError, match=r"pictures of more than 8 bits.*data\.depth"):
         source.sample(0, 2, 1)
-    known = Source(DataConfig(str(folder), CAMERAS, depth={"front": (0.2, 3.0)}))
+    known = Source(DataConfig(dataset=str(folder), cameras=CAMERAS, depth={"front": (0.2, 3.0)}))
     np.testing.assert_allclose(known.sample(0, 2, 1).observation.images["front"], deep, rtol=1e-6)
 
 
@@ -262,7 +262,7 @@ def test_depths_have_the_unit_that_the_dataset_declares(folder, unit, kind, metr
         changed(
             file, lambda table: table.assign(**{"observation.images.top": [{"bytes": png(deep), "path": None}] * len(table)})
         )
-    found = Source(DataConfig(str(folder), CAMERAS, depth={"front": (0.2, 3.0)})).sample(0, 2, 1).observation.images["front"]
+    found = Source(DataConfig(dataset=str(folder), cameras=CAMERAS, depth={"front": (0.2, 3.0)})).sample(0, 2, 1).observation.images["front"]
     np.testing.assert_allclose(found, 0.7 if metres else 700, rtol=1e-6)
 
 
@@ -271,8 +271,8 @@ def test_a_camera_that_is_flagged_as_depth_is_no_picture(folder):
     info["features"]["observation.images.top"]["info"] = {"is_depth_map": True}
     (folder / "meta" / "info.json").write_text(json.dumps(info))
     with pytest.raises(InputError, match=r"flags as depth maps.*data\.depth"):
-        Source(DataConfig(str(folder), CAMERAS))
-    assert list(Source(DataConfig(str(folder))).cameras) == ["hand"]
+        Source(DataConfig(dataset=str(folder), cameras=CAMERAS))
+    assert list(Source(DataConfig(dataset=str(folder))).cameras) == ["hand"]
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_where_videos_lie_is_named_where_it_is_not_said(videos):
     for file in videos.glob("meta/episodes/*/*.parquet"):
         changed(file, lambda table: table.drop(columns="videos/observation.images.top/from_timestamp"))
     with pytest.raises(InputError, match=r"where the videos of 'observation.images.top' lie"):
-        Source(DataConfig(str(videos), CAMERAS))
+        Source(DataConfig(dataset=str(videos), cameras=CAMERAS))
 
 
 def test_frames_late_in_a_long_file_are_found(videos, monkeypatch):
@@ -321,7 +321,7 @@ def test_frames_late_in_a_long_file_are_found(videos, monkeypatch):
         asked.append((times, tolerance))
         return torch.zeros(len(times), 3, 48, 64, dtype=torch.uint8)
 
-    source = Source(DataConfig(str(videos), CAMERAS))
+    source = Source(DataConfig(dataset=str(videos), cameras=CAMERAS))
     monkeypatch.setattr(video_utils, "decode_video_frames", decoded)
     reader = source.pictures["front"]
     reader.places = {number: (file, first + 1800.0) for number, (file, first) in reader.places.items()}

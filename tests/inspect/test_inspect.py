@@ -124,7 +124,7 @@ def test_a_recipe_is_changed_by_a_dataset_and_by_keys_and_nothing_given_is_left_
 
 def test_a_model_that_is_not_at_hand_leaves_only_the_hours_unknown(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "locate", lambda *_, **__: tmp_path / "nothing")
-    survey = examine(dataclasses.replace(config_of(dataset), model=ModelConfig("someone/Qwen2.5-VL-3B")))
+    survey = examine(dataclasses.replace(config_of(dataset), model=ModelConfig(name="someone/Qwen2.5-VL-3B")))
     assert survey.seconds is survey.prompt_tokens is None
     assert survey.memory is not None
     assert survey.memory > 40e9
@@ -139,7 +139,7 @@ def test_memory_is_that_of_what_a_recipe_trains(dataset, tmp_path):
     def memory(**model):
         config = config_of(dataset)
         training = dataclasses.replace(config.training, precision="bf16")
-        survey = examine(dataclasses.replace(config, training=training, model=ModelConfig(str(tmp_path), **model)))
+        survey = examine(dataclasses.replace(config, training=training, model=ModelConfig(name=str(tmp_path), **model)))
         assert survey.seconds
         return survey.memory, dict(facts(survey))["memory"]
 
@@ -199,7 +199,7 @@ def test_a_survey_holds_what_the_model_reads_and_what_it_is_to_write(dataset, tm
     levels = [round((3 + step) / 24 * 100) for step in range(2) for _ in range(3)]
     assert survey.answer == " ".join(map(str, levels))
     monkeypatch.setattr(cost, "locate", lambda *_, **__: tmp_path / "nothing")
-    bare = examine(dataclasses.replace(config_of(dataset), model=ModelConfig("someone/unknown")))
+    bare = examine(dataclasses.replace(config_of(dataset), model=ModelConfig(name="someone/unknown")))
     assert bare.prompt.splitlines()[0] == "system: Write 6 integers."
     assert bare.prompt.splitlines()[1].startswith("user: [picture] State: ")
     assert bare.answer == survey.answer

@@ -16,7 +16,7 @@ from vla0.robot.safety import SafetyGuard
 from vla0.serve.client import NoAnswerError
 
 FPS, HORIZON = 20.0, 8
-LIMITS = ActionLimits((-1.0, -1.0), (1.0, 1.0), step=(0.2, 0.3))
+LIMITS = ActionLimits(low=(-1.0, -1.0), high=(1.0, 1.0), step=(0.2, 0.3))
 GOAL = np.array([0.8, -0.6])
 
 
@@ -62,7 +62,7 @@ def simulated(way="async", latency=lambda query: 0.0, predict=towards, steps=80,
     arm = Arm(world.now)
     guard = SafetyGuard(arm, limits, 1 / FPS, start=np.zeros(2), live=live, hold_s=0.2, stop_s=1.5, now=world.now)
     world.check = guard.check
-    report = drive(world, guard, Pacer(FPS, HORIZON, way, **pace), steps)
+    report = drive(world, guard, Pacer(fps=FPS, chunk_size=HORIZON, mode=way, **pace), steps)
     return arm, guard, report
 
 
@@ -144,7 +144,7 @@ def test_every_action_is_executed_in_the_tick_that_it_was_meant_for(way, latenci
         first = round(observation.captured_at * FPS)
         return np.stack([first + np.arange(HORIZON), np.full(HORIZON, first)], 1).astype(np.float32) / 100
 
-    wide = ActionLimits((-1, -1), (1, 1))
+    wide = ActionLimits(low=(-1, -1), high=(1, 1))
     arm, guard, _ = simulated(
         way, lambda query: latencies[query % len(latencies)], meant, 90, limits=wide, n_action_steps=n_action_steps
     )
@@ -162,7 +162,7 @@ def test_every_action_is_executed_in_the_tick_that_it_was_meant_for(way, latenci
 
 @given(st.lists(st.floats(-10, 10), min_size=2, max_size=2), st.lists(st.floats(-1, 1), min_size=2, max_size=2))
 def test_safe_is_the_nearest_within_all_limits(action, last):
-    limits = ActionLimits((-1, -0.5), (1, 0.5), (0.3, 0.2), velocity=(1.0, 100.0))
+    limits = ActionLimits(low=(-1, -0.5), high=(1, 0.5), step=(0.3, 0.2), velocity=(1.0, 100.0))
     last = np.clip(last, limits.low, limits.high)
     safe = limits.safe(np.array(action), last, 0.1)
     assert (safe >= np.array(limits.low) - 1e-12).all()
@@ -194,7 +194,7 @@ def test_a_camera_that_froze_is_not_asked_about():
     arm = Arm(world.now)
     arm.frozen_at = 0.0
     guard = SafetyGuard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, now=world.now)
-    report = drive(world, guard, Pacer(FPS, HORIZON), 200)
+    report = drive(world, guard, Pacer(fps=FPS, chunk_size=HORIZON), 200)
     assert report.stale > 0
     assert guard.stopped is not None
     assert max(at for at, _ in arm.sent) < 0.5 + HORIZON / FPS + 0.1
@@ -261,7 +261,7 @@ def test_an_interruption_stops_the_body():
     arm = Interrupted(world.now)
     guard = SafetyGuard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, now=world.now)
     with pytest.raises(KeyboardInterrupt):
-        drive(world, guard, Pacer(FPS, HORIZON), 100)
+        drive(world, guard, Pacer(fps=FPS, chunk_size=HORIZON), 100)
     assert [kind for kind, *_ in arm.diary][-2:] == ["send", "stop"]
 
 
@@ -278,7 +278,7 @@ def test_the_watchdog_holds_though_the_loop_hangs():
     arm = Hanging(time.monotonic)
     guard = SafetyGuard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, hold_s=0.15, stop_s=0.4)
     done = guard.watch()
-    thread = threading.Thread(target=drive, args=(RealWorld(towards), guard, Pacer(FPS, HORIZON), 100))
+    thread = threading.Thread(target=drive, args=(RealWorld(towards), guard, Pacer(fps=FPS, chunk_size=HORIZON), 100))
     thread.start()
     while guard.stopped is None:
         time.sleep(0.01)
@@ -307,7 +307,7 @@ def test_a_body_that_hangs_in_a_command_is_held_and_stopped_all_the_same():
         arm = Stuck(time.monotonic)
         guard = SafetyGuard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, hold_s=0.15, stop_s=0.4)
         done = guard.watch()
-        thread = threading.Thread(target=drive, args=(RealWorld(towards), guard, Pacer(FPS, HORIZON), 100))
+        thread = threading.Thread(target=drive, args=(RealWorld(towards), guard, Pacer(fps=FPS, chunk_size=HORIZON), 100))
         thread.start()
         if key:
             time.sleep(0.3)
@@ -332,7 +332,7 @@ def test_in_real_time_the_pace_is_kept():
 
     arm = Arm(time.monotonic)
     guard = SafetyGuard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True)
-    report = drive(RealWorld(slowly), guard, Pacer(FPS, HORIZON), 60)
+    report = drive(RealWorld(slowly), guard, Pacer(fps=FPS, chunk_size=HORIZON), 60)
     gaps = np.diff([at for at, _ in arm.sent])
     assert abs(np.median(gaps) - 1 / FPS) < 0.02
     assert report.idle < 20
@@ -354,14 +354,14 @@ def test_a_chunk_that_could_not_be_executed_moves_nothing(shape, way):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ActionLimits((0.0,), (1.0, 2.0)), "high: 1 finite"),
-        (lambda: ActionLimits((2.0,), (1.0,)), "low <= high"),
-        (lambda: ActionLimits((0.0,), (1.0,), step=(0.0,)), "step > 0"),
+        (lambda: ActionLimits(low=(0.0,), high=(1.0, 2.0)), "high: 1 finite"),
+        (lambda: ActionLimits(low=(2.0,), high=(1.0,)), "low <= high"),
+        (lambda: ActionLimits(low=(0.0,), high=(1.0,), step=(0.0,)), "step > 0"),
         (lambda: SafetyGuard(Arm(), LIMITS, 0.05), "start, for limits of change"),
         (lambda: SafetyGuard(Arm(), LIMITS, 0.05, np.zeros(2), hold_s=2.0, stop_s=1.0), "hold first"),
-        (lambda: Pacer(FPS, HORIZON, "asynchronous"), "a mode of"),
-        (lambda: Pacer(FPS, HORIZON, n_action_steps=9), "n_action_steps in 1..8"),
-        (lambda: Pacer(0.0, HORIZON), "above 0"),
+        (lambda: Pacer(fps=FPS, chunk_size=HORIZON, mode="asynchronous"), "a mode of"),
+        (lambda: Pacer(fps=FPS, chunk_size=HORIZON, n_action_steps=9), "n_action_steps in 1..8"),
+        (lambda: Pacer(fps=0.0, chunk_size=HORIZON), "above 0"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(make, message):
@@ -373,7 +373,7 @@ def test_a_workspace_of_ones_own_is_kept(spec):
     def disc(action):
         return action / max(1.0, np.linalg.norm(action) / 0.5)
 
-    arm, guard, _ = simulated(limits=ActionLimits((-1, -1), (1, 1), workspace=disc))
+    arm, guard, _ = simulated(limits=ActionLimits(low=(-1, -1), high=(1, 1), workspace=disc))
     assert max(np.linalg.norm(action) for _, action in arm.sent) <= 0.5 + 1e-9
     assert guard.clipped > 0
     assert ActionLimits.of(spec).low == spec.low

@@ -323,7 +323,7 @@ def test_limits_of_ones_own_let_a_checkpoint_move_whose_data_do_not_say_how_fast
 
 
 def test_a_demonstration_may_begin_a_step_outside_of_where_its_actions_led():
-    limits = ActionLimits((16.0,), (24.0,), step=(5.0,))
+    limits = ActionLimits(low=(16.0,), high=(24.0,), step=(5.0,))
     for start in (7.5, 32.5):
         refuse_elsewhere(np.array([start]), limits, ["gripper.pos"])
     for start in (6.5, 33.5):

@@ -16,7 +16,7 @@ from vla0.robot import safety as module
 from vla0.robot.limits import ActionLimits
 from vla0.robot.safety import SafetyGuard
 
-LIMITS = ActionLimits((-1.0, -1.0), (1.0, 1.0), step=(0.2, 0.3))
+LIMITS = ActionLimits(low=(-1.0, -1.0), high=(1.0, 1.0), step=(0.2, 0.3))
 AWAY = np.array([0.1, 0.1])
 
 
@@ -193,7 +193,7 @@ def test_a_real_signal_in_the_middle_of_a_command_stops_after_it(kind):
             fired.append(signal.raise_signal(kind))
         return action
 
-    guard = SafetyGuard(body, ActionLimits((-1, -1), (1, 1), workspace=workspace), 0.1, np.zeros(2), live=True)
+    guard = SafetyGuard(body, ActionLimits(low=(-1, -1), high=(1, 1), workspace=workspace), 0.1, np.zeros(2), live=True)
     before = signal.signal(kind, lambda number, frame: guard.stop(signal.Signals(number).name))
     try:
         assert guard.send(AWAY, time.monotonic() + 1) is None
@@ -241,7 +241,7 @@ def test_a_command_that_comes_through_after_all_is_stopped_again():
 @given(st.floats(-3, 3), st.lists(st.floats(-1, 1), min_size=1, max_size=30))
 def test_a_start_outside_of_the_limits_comes_in_and_stays(start, wanted):
     """On the way in a command lies between the one before and the limits, nearer by a step each time; then within."""
-    limits = ActionLimits((-1.0, -1.0), (1.0, 1.0), step=(0.1, 0.1))
+    limits = ActionLimits(low=(-1.0, -1.0), high=(1.0, 1.0), step=(0.1, 0.1))
     guard = SafetyGuard(RobotInterface(), limits, 0.1, np.array([start, 0.0]), live=True)
     last, outside = start, abs(start) > 1
     for goal in wanted:

@@ -212,7 +212,7 @@ def test_only_who_knows_the_key_is_let_in(policy):
 
 
 def fetch(url, path, headers=None):
-    asked = urllib.request.Request(url.replace("ws://", "http://") + path, headers=headers or {})
+    asked = urllib.request.Request(observation=url.replace("ws://", "http://") + path, headers=headers or {})
     with urllib.request.urlopen(asked, timeout=10) as answer:
         return answer.read().decode()
 
@@ -585,7 +585,7 @@ def test_a_message_may_be_a_full_hd_picture_of_each_camera_unless_said_otherwise
 def busy(*used: float) -> tuple[Batches, list[ClientSession]]:
     """Batches, and sessions for which the model worked so many seconds just now."""
     batches, now = Batches(None, None, 64, Metrics()), time.monotonic()
-    batches.sessions = [ClientSession(None, 1, 20.0, heard_at=now, used=own, used_at=now) for own in used]
+    batches.sessions = [ClientSession(ensemble=None, n_action_steps=1, fps=20.0, heard_at=now, used=own, used_at=now) for own in used]
     return batches, batches.sessions
 
 

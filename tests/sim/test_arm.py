@@ -68,9 +68,9 @@ def test_the_expert_knows_which_joints_reach_a_place(world):
 
 
 def test_demonstrations_name_what_the_robot_has(tmp_path):
-    found = collect(CollectConfig(tuple(TASKS), "arm", episodes=1, image_size=56), tmp_path / "arm", workers=1)
+    found = collect(CollectConfig(tasks=tuple(TASKS), env="arm", episodes=1, image_size=56), tmp_path / "arm", workers=1)
     assert found == dict.fromkeys(TASKS, (1, 0))
-    source = Source(DataConfig(str(tmp_path / "arm"), CAMERAS, state="observation.state"))
+    source = Source(DataConfig(dataset=str(tmp_path / "arm"), cameras=CAMERAS, state="observation.state"))
     fields = source.spec_fields(8)
     robot = make_robot(["--robot.type=sim"])
     assert fields["action_names"] == fields["state_names"] == STATES == tuple(robot.action_features)
@@ -80,7 +80,7 @@ def test_demonstrations_name_what_the_robot_has(tmp_path):
 
 def test_the_robot_of_a_seed_begins_as_its_episode_does(caplog):
     caplog.set_level("INFO", "vla0")
-    env = make_env(EvalConfig(("touch-cube",), "arm", image_size=112), "touch-cube")
+    env = make_env(EvalConfig(tasks=("touch-cube",), env="arm", image_size=112), "touch-cube")
     begun = env.reset(10_003)
     robot = make_robot(["--robot.type=sim", "--robot.width=112", "--robot.height=112", "--robot.seed=10003"])
     robot.connect()

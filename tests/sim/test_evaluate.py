@@ -21,7 +21,7 @@ from vla0.sim.workers import RolloutConfig, work, write_video
 
 def config_of(folder, tasks=("fine",), **changes) -> EvalConfig:
     folder.mkdir(exist_ok=True)
-    return EvalConfig(tuple(tasks), str(folder), **{"episodes": 3, "first_seed": 0, "ensemble": "mean", **changes})
+    return EvalConfig(tasks=tuple(tasks), env=str(folder), **{"episodes": 3, "first_seed": 0, "ensemble": "mean", **changes})
 
 
 def run(tmp_path, config, policies=None, **changes):
@@ -161,7 +161,7 @@ def test_incoherent_settings_are_refused(change):
 
 def test_an_unknown_simulator_is_refused():
     with pytest.raises(InputError, match="did you mean 'metaworld'"):
-        make_env(EvalConfig(("a",), "meta"), "a")
+        make_env(EvalConfig(tasks=("a",), env="meta"), "a")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_whole_file_is_left_as_it_is(tmp_path):
 def test_a_video_holds_what_the_policy_looked_at_or_every_step(tmp_path):
     import av
 
-    config = EvalConfig(("line",), str(tmp_path), episodes=1, first_seed=0, n_action_steps=3, ensemble="none")
+    config = EvalConfig(tasks=("line",), env=str(tmp_path), episodes=1, first_seed=0, n_action_steps=3, ensemble="none")
     still = {"policy": lambda observations: np.zeros((len(observations), 4, 1), np.float32)}
     for render, frames, rate in ((False, 3, Fraction(20, 3)), (True, 8, 20)):
         evaluate(still, 4, config, tmp_path / f"{render}", 1, make_line, render=render)
@@ -330,7 +330,7 @@ def test_a_process_whose_parent_is_gone_ends_in_peace(tmp_path):
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     (tmp_path / "videos").mkdir()
-    play = RolloutConfig(partial(make_line, config_of(tmp_path / "world")), (4, 1, "mean", None, None), 1)
+    play = RolloutConfig(make_env=partial(make_line, config_of(tmp_path / "world")), acting=(4, 1, "mean", None, None), keep=1)
     process = context.Process(target=work, args=(theirs, play, tmp_path))
     process.start()
     theirs.close()

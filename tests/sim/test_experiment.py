@@ -16,7 +16,7 @@ from vla0.sim.evaluate import EvalConfig
 from vla0.sim.experiment import ROWS, SEPARATE, _load, ablation, trial
 from vla0.sim.results import ablation_table, read_episodes
 
-CONFIG = EvalConfig(("reach-v3",), episodes=2, max_steps=3, image_size=56)
+CONFIG = EvalConfig(tasks=("reach-v3",), episodes=2, max_steps=3, image_size=56)
 
 
 @pytest.fixture(scope="module")

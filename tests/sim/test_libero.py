@@ -80,10 +80,10 @@ def test_a_task_has_a_name_a_number_and_a_sentence():
 
 
 def test_evaluation_starts_at_the_first_initial_state_and_has_fifty():
-    config = EvalConfig(("object/0",), "libero", episodes=50)
+    config = EvalConfig(tasks=("object/0",), env="libero", episodes=50)
     assert (config.first_seed, config.tasks) == (0, (libero.tasks("object")[0],))
     with pytest.raises(InputError, match="50 initial states"):
-        EvalConfig(("object/0",), "libero", episodes=51)
+        EvalConfig(tasks=("object/0",), env="libero", episodes=51)
 
 
 def test_which_tasks_have_an_expert():
@@ -233,7 +233,7 @@ def test_the_gripper_is_open_or_closed(small):
 def test_the_episode_of_a_killed_worker_is_run_again_and_counted_once(tmp_path, monkeypatch):
     """Killed while it acts, as the system does where memory runs out."""
     monkeypatch.setenv(libero.ASSETS, str(MESHES))
-    config = EvalConfig((TASK,), "libero", episodes=3, n_action_steps=8, ensemble="none", max_steps=24, image_size=64)
+    config = EvalConfig(tasks=(TASK,), env="libero", episodes=3, n_action_steps=8, ensemble="none", max_steps=24, image_size=64)
     killed = []
 
     def still(observations):
@@ -256,7 +256,7 @@ def test_demonstrations_have_the_public_schema_and_an_interrupted_collection_goe
     from vla0.sim import collect as module
 
     monkeypatch.setenv(libero.ASSETS, str(MESHES))
-    config = module.CollectConfig((TASK,), "libero", episodes=2, image_size=64, quick=True)
+    config = module.CollectConfig(tasks=(TASK,), env="libero", episodes=2, image_size=64, quick=True)
     stream = module._stream
 
     def interrupted(*arguments):

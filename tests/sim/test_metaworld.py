@@ -34,7 +34,7 @@ def world():
 def collected(tmp_path_factory):
     folder = tmp_path_factory.mktemp("collected")
     return [
-        (collect(CollectConfig((TASK,), episodes=2, image_size=56), folder / name, workers=2), folder / name)[1]
+        (collect(CollectConfig(tasks=(TASK,), episodes=2, image_size=56), folder / name, workers=2), folder / name)[1]
         for name in ("one", "same")
     ]
 
@@ -117,7 +117,7 @@ def test_lerobot_itself_opens_what_is_collected(collected):
 
 def test_the_same_arguments_give_the_same_dataset(collected):
     one, same = (
-        Source(DataConfig(str(folder), {"front": "observation.images.front"}, state="observation.state"))
+        Source(DataConfig(dataset=str(folder), cameras={"front": "observation.images.front"}, state="observation.state"))
         for folder in collected
     )
     np.testing.assert_array_equal(one.actions, same.actions)
@@ -129,7 +129,7 @@ def test_the_same_arguments_give_the_same_dataset(collected):
 
 def test_what_is_stored_is_what_the_expert_saw(collected, world):
     """The first frame of the first episode is the simulator's, pixel for pixel."""
-    source = Source(DataConfig(str(collected[0]), {"front": "observation.images.front"}))
+    source = Source(DataConfig(dataset=str(collected[0]), cameras={"front": "observation.images.front"}))
     np.testing.assert_array_equal(source.sample(0, 1, 1).observation.images["front"], world.reset(0).images["front"])
 
 
@@ -151,7 +151,7 @@ def test_a_recipe_may_ask_for_the_simulator_at_each_save(collected, tmp_path):
 def test_an_episode_that_an_interrupted_run_left_is_not_played_again(tmp_path, monkeypatch):
     from vla0.sim import collect as module
 
-    config = CollectConfig((TASK,), episodes=1, image_size=56)
+    config = CollectConfig(tasks=(TASK,), episodes=1, image_size=56)
     played = module.demonstrate(config, TASK, 0, tmp_path)
     failed = module.demonstrate(replace(config, noise_share=1.0, noise_scale=50.0), TASK, 1, tmp_path)
     monkeypatch.setattr(module, "_world", None)
@@ -166,8 +166,8 @@ def test_an_episode_that_an_interrupted_run_left_is_not_played_again(tmp_path, m
 
 def test_nothing_is_overwritten_and_evaluation_seeds_are_kept_free(collected, tmp_path):
     with pytest.raises(InputError, match="which exists"):
-        collect(CollectConfig((TASK,), episodes=1), collected[0])
+        collect(CollectConfig(tasks=(TASK,), episodes=1), collected[0])
     with pytest.raises(InputError, match="evaluation"):
-        CollectConfig((TASK,), episodes=1, seed=FIRST_SEED)
+        CollectConfig(tasks=(TASK,), episodes=1, seed=FIRST_SEED)
     assert json.loads((collected[0] / "meta" / "info.json").read_text())["total_episodes"] == 2
     assert list(tmp_path.iterdir()) == []

@@ -32,7 +32,7 @@ def address():
 
 def run(tmp_path, address, load=load_walk, tasks=("fine", "also", "third"), episodes=8):
     (tmp_path / "world").mkdir(exist_ok=True)
-    config = EvalConfig(tasks, str(tmp_path / "world"), episodes=episodes, first_seed=0, ensemble="mean")
+    config = EvalConfig(tasks=tasks, env=str(tmp_path / "world"), episodes=episodes, first_seed=0, ensemble="mean")
     pool = partial(Cluster, address, load)
     return evaluate({"policy": load}, 4, config, tmp_path / "out", 2, make_line, pool=pool)
 

@@ -23,7 +23,7 @@ from vla0.serve import client
 from vla0.serve.client import RemotePolicy
 
 TURN = ((2, -180.0, 180.0),)
-LIMITS = ActionLimits((-1e8, -1.0, -180.0, -1e8), (1e8, 1.0, 180.0, 1e8), step=(NEVER, 0.05, 6.0, NEVER), periodic=TURN)
+LIMITS = ActionLimits(low=(-1e8, -1.0, -180.0, -1e8), high=(1e8, 1.0, 180.0, 1e8), step=(NEVER, 0.05, 6.0, NEVER), periodic=TURN)
 SLOW_S = 0.6  # of the SafetyGuard: a command that takes longer is not waited for
 NAMES = ("late", "out of bounds", "after the stop", "not finite", "not held or stopped in time", "an error of ours")
 
@@ -47,7 +47,7 @@ def episode(seed: int) -> tuple[dict[str, str], dict[str, int]]:
             chunk_size = world.predict.chunk_size
         way = str(rng.choice(MODES if chunk_size > 1 else MODES[:2]))
         pace = Pacer(
-            loop_fps, chunk_size, way, None if way == "ensemble" else int(rng.integers(1, chunk_size + 1)), periodic=TURN
+            fps=loop_fps, chunk_size=chunk_size, mode=way, n_action_steps=None if way == "ensemble" else int(rng.integers(1, chunk_size + 1)), periodic=TURN
         )
         guard = SafetyGuard(body, LIMITS, 1 / loop_fps, start, True, hold_s, stop_s, now=world.now)
         world.guard, guard.touching, guard.apart = guard, Untimed(), Untimed()

@@ -230,7 +230,7 @@ def evaluates(
         moments.wrap(evaluate, name, "begin")
     moments.wrap(WorkerPool, "_hear", "hear")
     moments.wrap(WorkerPool, "_lost", "lost")
-    config = evaluate.EvalConfig(tasks, "walk", episodes, 0, ensemble="mean")
+    config = evaluate.EvalConfig(tasks=tasks, env="walk", episodes=episodes, first_seed=0, ensemble="mean")
     policies = {"policy": walk, "slow": functools.partial(walk, pace=0.3)}
     evaluate.evaluate(policies, 4, config, output, workers=4, make_env=make_walk)
     if counts is not None:

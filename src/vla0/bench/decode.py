@@ -42,7 +42,7 @@ MOST = 1024  # nodes of a pass: of many rows each has fewer, or the exhaustive w
 BLIND = ("forced symbols ride along", "all digits, one level", "all digits, two levels")  # they guess without a last chunk
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Timing:
     """A row of the result."""
 
@@ -135,8 +135,8 @@ def measure(
         margin = parting(policy, inputs[at], row, expected[at][row], found[at][row])
     ms = np.array(seconds) * 1e3
     timing = Timing(
-        way, batch, n_action_steps, len(found) * batch, float(np.mean(passes)), float(np.median(ms)), float(np.percentile(ms, 95)),
-        float(np.mean(same)), margin, len(same),
+        way=way, batch=batch, n_action_steps=n_action_steps, chunks=len(found) * batch, passes=float(np.mean(passes)), ms_median=float(np.median(ms)), ms_p95=float(np.percentile(ms, 95)),
+        identical=float(np.mean(same)), margin=margin, compared=len(same),
     )  # fmt: skip
     return timing, found
 

@@ -74,7 +74,7 @@ def chosen(name: str, device: str | None = None) -> VLA0:
     """The policy that is measured: "tiny" and "3b" have random weights, the latter the shape of Qwen2.5-VL-3B in bf16."""
     if name not in ("tiny", "3b"):
         return VLA0.from_pretrained(name, device)
-    spec = Spec((-1.0,) * 7, (1.0,) * 7, 20.0, ("agentview", "wrist"), name)
+    spec = Spec(low=(-1.0,) * 7, high=(1.0,) * 7, fps=20.0, cameras=("agentview", "wrist"), base_model=name)
     processor: Any = tiny_processor([spec.system_text(), "move the red blue green block"])
     where = models.device_of(device)
     if name == "tiny":

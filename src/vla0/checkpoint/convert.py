@@ -68,7 +68,7 @@ def read_spec(run: Path, vision_id: bool = False, crop: float | None = None) -> 
         statistics = load_arrays(file, f"{run}/dataset_stats.pkl")
     low, high = _bounds(statistics, dimensions)
     return Spec(
-        low, high, 20.0, CAMERAS[:count], str(qwen.get("qwen_model_id", "Qwen/Qwen2.5-VL-3B-Instruct")), chunk_size, bins,
+        low=low, high=high, fps=20.0, cameras=CAMERAS[:count], base_model=str(qwen.get("qwen_model_id", "Qwen/Qwen2.5-VL-3B-Instruct")), chunk_size=chunk_size, bins=bins,
         image_size=sides[0], crop=_crop(config, crop), tile=tile, history=int(qwen.get("history", 1)), vision_id=vision_id,
     )  # fmt: skip
 

@@ -160,7 +160,7 @@ def robot(
 
     folder = (out or Path(f"runs/robot/{datetime.now():%Y-%m-%d_%H-%M-%S}")) if record else None
     config = SessionConfig(
-        instruction, live, mode, n_action_steps, fps=fps, resample=resample, episodes=episodes, seconds=seconds, reset_s=reset_s,
+        instruction=instruction, live=live, mode=mode, n_action_steps=n_action_steps, fps=fps, resample=resample, episodes=episodes, seconds=seconds, reset_s=reset_s,
         hold_s=hold_s, stop_s=stop_s, out=folder, view=view, **given(weights=weights),
     )  # fmt: skip
     pairs, narrowed = pairs_of("--camera", camera or []), _limits(limits)

@@ -45,7 +45,7 @@ def collect(
     quiet()
     found = run(
         CollectConfig(
-            tasks, env, episodes, seed, image_size, quick=quick, noise_share=noise_share, noise_scale=noise_scale,
+            tasks=tasks, env=env, episodes=episodes, seed=seed, image_size=image_size, quick=quick, noise_share=noise_share, noise_scale=noise_scale,
             videos=videos, **given(start=start, fps=fps),
         ), out, workers
     )  # fmt: skip

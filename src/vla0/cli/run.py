@@ -83,7 +83,7 @@ def evaluate(
     if env != "libero":
         refuse_idle({"--quick": quick}, "--env libero")
     settings = EvalConfig(
-        named(env, task, suite, assets), env, episodes, max_steps=max_steps, image_size=image_size, quick=quick,
+        tasks=named(env, task, suite, assets), env=env, episodes=episodes, max_steps=max_steps, image_size=image_size, quick=quick,
         **given(n_action_steps=n_action_steps, ensemble=ensemble, start=start),
     )  # fmt: skip
     refuse_unknown_baselines(baseline or [])

@@ -30,7 +30,7 @@ def tupled(value: Any) -> Any:
     return tuple(tupled(v) for v in value) if isinstance(value, list | tuple) else value
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Spec:
     """Everything that a checkpoint's training and its acting must agree on; saved beside the weights as `vla0.json`."""
 

@@ -8,7 +8,7 @@ from vla0.core.spec import JITTER, MAIN, tupled
 from vla0.errors import InputError, refuse_unknown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which dataset, and what its columns are called; others to learn from beside it."""
 
@@ -94,7 +94,7 @@ def refuse_other_views(
     raise InputError(f"the cameras {list(expected)} in mixture.{name}", f"{list(found)}", remedy)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """What training adds at random; acting has none of it."""
 

@@ -23,7 +23,7 @@ PICTURES = 6  # shown
 TRIED = 40  # episodes of which a frame is read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dimension:
     """One number of an action, in the dataset's units."""
 
@@ -45,7 +45,7 @@ class Picture:
     caption: str  # which frame of which episode, its instruction, the cameras from left to right and their own sizes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Survey:
     """What `examine` found."""
 
@@ -103,15 +103,15 @@ def examine(config: TrainConfig, file: Path | None = None) -> Survey:
     shown = list(zip(rows, samples, strict=True))[:: max(1, len(samples) // PICTURES)][:PICTURES]
     by = f"config {file}" if file else "the published settings"
     return Survey(
-        config.data.dataset, f"model {config.model.name}, {by}", len(starts), len(source), source.fps,
-        (int(counts.min()), int(np.median(counts)), int(counts.max())),
-        dict(Counter(episodes_of.values()).most_common()),
-        {name: f"{_by(sizes[name])}, {source.dataset.features[key]['dtype']}" for name, key in source.cameras.items()},
-        _squeezed(sizes, spec), dimensions, idle, prompt_tokens, answer_tokens, steps, batch, seconds,
-        None if size is None else size.memory, trained_of(config),
-        tuple(_problems(source, spec, dimensions, idle)),
-        tuple(_picture(source, row, sample, sizes, spec) for row, sample in shown),
-        _prompt(samples[0], spec, processor), _answer(samples[0], spec),
+        dataset=config.data.dataset, estimated=f"model {config.model.name}, {by}", episodes=len(starts), frames=len(source), fps=source.fps,
+        lengths=(int(counts.min()), int(np.median(counts)), int(counts.max())),
+        instructions=dict(Counter(episodes_of.values()).most_common()),
+        cameras={name: f"{_by(sizes[name])}, {source.dataset.features[key]['dtype']}" for name, key in source.cameras.items()},
+        squeezed=_squeezed(sizes, spec), dimensions=dimensions, idle=idle, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, steps=steps, samples=batch, seconds=seconds,
+        memory=None if size is None else size.memory, trained=trained_of(config),
+        problems=tuple(_problems(source, spec, dimensions, idle)),
+        pictures=tuple(_picture(source, row, sample, sizes, spec) for row, sample in shown),
+        prompt=_prompt(samples[0], spec, processor), answer=_answer(samples[0], spec),
     )  # fmt: skip
 
 
@@ -156,8 +156,8 @@ def _dimensions(source: Source, spec: Spec) -> tuple[Dimension, ...]:
     names = _names(spec)
     return tuple(
         Dimension(
-            names[d], float(actions[:, d].min()), float(actions[:, d].max()), (spec.low[d], spec.high[d]), float(errors[d]),
-            float(outside[d]), len(np.unique(levels[:, d])), tuple(np.histogram(actions[:, d], 40)[0].tolist()),
+            name=names[d], low=float(actions[:, d].min()), high=float(actions[:, d].max()), bounds=(spec.low[d], spec.high[d]), error=float(errors[d]),
+            clipped=float(outside[d]), levels=len(np.unique(levels[:, d])), histogram=tuple(np.histogram(actions[:, d], 40)[0].tolist()),
         )
         for d in range(spec.dimensions)
     )  # fmt: skip

@@ -87,7 +87,7 @@ def config_to_inspect(given: Sequence[str], file: Path | None = None) -> TrainCo
     if not datasets:
         raise InputError("a dataset or --config", "neither", "name a folder, a Hub id or a config")
     refuse_missing(datasets[0])
-    return TrainConfig(DataConfig(datasets[0]), TrainingConfig(num_epochs=1.0), LoggingConfig(""))
+    return TrainConfig(data=DataConfig(dataset=datasets[0]), training=TrainingConfig(num_epochs=1.0), logging=LoggingConfig(output_dir=""))
 
 
 def _single(feature: dict[str, Any]) -> bool:

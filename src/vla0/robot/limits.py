@@ -12,7 +12,7 @@ from vla0.errors import InputError
 NEVER = 1e9  # a limit that is none
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ActionLimits:
     """What a command may be, for each dimension of the action, in its units."""
 
@@ -41,7 +41,7 @@ class ActionLimits:
         """What the demonstrations did and no more. Relative dimensions have no bounds of their own there: give them."""
         if spec.relative_dims:
             raise InputError("limits", f"none, and relative dimensions {spec.relative_dims}", "give low and high of the robot")
-        return cls(spec.low, spec.high, periodic=spec.periodic)
+        return cls(low=spec.low, high=spec.high, periodic=spec.periodic)
 
     def safe(self, action: np.ndarray, last: np.ndarray | None, period_s: float) -> np.ndarray:
         """The nearest action within all limits; last: the command before, if there was one."""

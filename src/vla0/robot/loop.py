@@ -22,7 +22,7 @@ MODES = ("sync", "async", "ensemble")
 SLOW = (5**0.5 - 1) / 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Pacer:
     """How a policy is executed.
 
@@ -54,7 +54,7 @@ class Pacer:
         return self.n_action_steps or max(1, self.chunk_size // 2)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Report:
     """What happened."""
 
@@ -67,7 +67,7 @@ class Report:
     stopped: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tick:
     """One step of the loop, as whoever records or shows it is told."""
 
@@ -137,7 +137,7 @@ class _Loop:
         else:
             self.report.idle += 1
         self.guard.check()
-        on_step(Tick(self.step, observation, action, command, self.chunk, self.step - self.latest))
+        on_step(Tick(step=self.step, observation=observation, action=action, command=command, chunk=self.chunk, age=self.step - self.latest))
         self.report.steps += 1
         # A tick that has passed by now is not made up for: what was meant for it would come late.
         self.step = max(self.step + 1, math.ceil((self.world.now() - self.began) / self.period - 1e-6))

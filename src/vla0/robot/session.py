@@ -27,7 +27,7 @@ from vla0.serve.client import RemotePolicy
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SessionConfig:
     """How episodes are run. None: as the checkpoint was trained."""
 
@@ -84,7 +84,7 @@ class RobotSession:
             rate = getattr(camera, "fps", None)
             if rate and rate < self.fps:
                 logger.warning("camera '%s' gives %g pictures a second, the loop looks %g times", name, rate, self.fps)
-        self.pace = Pacer(self.fps, chunk_size, config.mode, config.n_action_steps, config.weights, spec.periodic)
+        self.pace = Pacer(fps=self.fps, chunk_size=chunk_size, mode=config.mode, n_action_steps=config.n_action_steps, weights=config.weights, periodic=spec.periodic)
         self.world = RealWorld(predict)
         self.chunk_size = chunk_size
         self.guard: SafetyGuard | None = None

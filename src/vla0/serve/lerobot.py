@@ -49,7 +49,7 @@ IDLE_S = 60.0  # without a word, after which a client may have gone
 PATIENCE_S = 2.0  # that a client waits for actions before it hears that there are none
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Client:
     """What is remembered of one."""
 
@@ -84,7 +84,7 @@ class LeRobotServer:
             wanted = _unpacked(message.data, RemotePolicyConfig)
             renamed = {str(old).rpartition(".")[2]: str(new).rpartition(".")[2] for old, new in wanted.rename_map.items()}
             steps = min(max(1, int(wanted.actions_per_chunk)), self.policy.spec.chunk_size)
-            self._admit(context.peer(), Client(wanted.lerobot_features, renamed, steps))
+            self._admit(context.peer(), Client(features=wanted.lerobot_features, renamed=renamed, steps=steps))
         return messages.Empty()
 
     def SendObservations(self, parts: Iterator[Any], context: Any) -> Any:  # noqa: N802

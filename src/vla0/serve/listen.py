@@ -23,7 +23,7 @@ KEYLESS = {  # protocols that know no key → how to do without another address
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ServerLimits:
     """What a client may ask for."""
 

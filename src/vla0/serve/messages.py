@@ -14,7 +14,7 @@ STATE = ("state", "observation/state", "observation.state")
 OWN = "vla0/"  # names of what openpi's protocol does not know
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One message of a client."""
 
@@ -52,7 +52,7 @@ def request(message: Mapping[str, Any], spec: Spec, keys: Mapping[str, str], mos
             raise InputError(f"one of {[OWN + n for n in known]}, of its kind", f"'{OWN}{name[:40]}'", "leave it out")
     action_prefix = own.pop("action_prefix", None)
     seen = Observation(images, instruction, state if spec.state or spec.relative_dims else None, action_prefix=action_prefix)
-    return Request(seen, **own)
+    return Request(observation=seen, **own)
 
 
 def refuse_other_cameras(keys: Mapping[str, str], spec: Spec) -> None:

@@ -122,7 +122,7 @@ class Server:
     def _session(self) -> ClientSession:
         spec = self.policy.spec
         acting = (spec.chunk_size, self.n_action_steps, self.weights, spec.ensemble_k, spec.periodic)
-        return ClientSession(None if self.weights == NONE else TemporalEnsemble(*acting), self.n_action_steps, spec.fps)
+        return ClientSession(ensemble=None if self.weights == NONE else TemporalEnsemble(*acting), n_action_steps=self.n_action_steps, fps=spec.fps)
 
     async def _handshake(self, connection: ServerConnection, handshake: Handshake) -> Response | None:
         """Health and metrics for whoever may ask; a key from whoever wants to talk."""

@@ -18,7 +18,7 @@ LATELY_S = 1.0  # how long it is remembered who made the model work
 PAUSE_S = 10.0  # without a question, after which what was predicted before is not averaged with what comes
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class ClientSession:
     """What one client's connection remembers. Nobody else's chunks ever come here."""
 

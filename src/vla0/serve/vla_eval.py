@@ -66,7 +66,7 @@ class VlaEvalServer(Server):
     def _session(self) -> Episodes:
         spec = self.policy.spec
         ensemble = TemporalEnsemble(spec.chunk_size, self.n_action_steps, self.weights, spec.ensemble_k, spec.periodic)
-        return Episodes(ensemble, self.n_action_steps, spec.fps)
+        return Episodes(ensemble=ensemble, n_action_steps=self.n_action_steps, fps=spec.fps)
 
     def hello(self) -> dict[str, Any]:
         """What a benchmark is told: cameras by its own names, the instruction, and the dataset's own dimensions and units."""

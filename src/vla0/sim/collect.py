@@ -31,7 +31,7 @@ from vla0.sim.simulator import make, simulator
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Demonstration:
     """A solved episode of the expert."""
 
@@ -41,7 +41,7 @@ class Demonstration:
     actions: np.ndarray  # (T, D) float32: what the expert wanted, without the noise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CollectConfig:
     """What is demonstrated, and how. None: as the simulator has it."""
 
@@ -117,7 +117,7 @@ def demonstrate(config: CollectConfig, task: str, seed: int, store: Path | None 
     if episode.success:
         images = {camera: np.stack([observation.images[camera] for observation in seen]) for camera in seen[0].images}
         states = np.stack([observation.state for observation in seen if observation.state is not None])
-        found = Demonstration(seen[0].instruction, images, states, episode.actions)
+        found = Demonstration(instruction=seen[0].instruction, images=images, states=states, actions=episode.actions)
     if file is not None:
         _write(file, found)
     return found
@@ -138,7 +138,7 @@ def _read(file: Path) -> Demonstration | None:
         if not arrays.files:
             return None
         images = {key.removeprefix("images."): arrays[key] for key in arrays.files if key.startswith("images.")}
-        return Demonstration(str(arrays["instruction"]), images, arrays["states"], arrays["actions"])
+        return Demonstration(instruction=str(arrays["instruction"]), images=images, states=arrays["states"], actions=arrays["actions"])
 
 
 def collect(config: CollectConfig, out: str | Path, workers: int | None = None) -> dict[str, tuple[int, int]]:

@@ -24,7 +24,7 @@ from vla0.sim.workers import ATTEMPTS, Predict, RolloutConfig, WorkerPool
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """What is evaluated, and how the policy acts in it. Saved beside the results; a run goes on only with the same."""
 
@@ -130,7 +130,7 @@ def _run(policies, acting, config: EvalConfig, out: Path, workers, make_env, ide
                 if line["error"] is None:
                     progress.advance(bar)
 
-            rollout = RolloutConfig(partial(make_env, config), acting, 1 if heavy else len(config.tasks), render)
+            rollout = RolloutConfig(make_env=partial(make_env, config), acting=acting, keep=1 if heavy else len(config.tasks), render=render)
             pool(policies, rollout, out, count).run(jobs, record)
     return lines
 

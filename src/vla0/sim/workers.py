@@ -33,7 +33,7 @@ IDLE_S = 0.05  # a batch goes when all ask, or when nothing came for so long
 SILENT_S = 300.0  # a process that says nothing for so long is taken for dead
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How episodes are rolled out, in whichever process."""
 

@@ -42,7 +42,7 @@ class Lora:
             raise InputError("dropout in [0, 1)", f"{self.dropout}", "0 is usual")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which VLM, and what of it is trained."""
 
@@ -68,7 +68,7 @@ class ActionConfig:
     ensemble_k: int | None = None  # the newest chunks that acting averages; None: all that reach the instant
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long, how fast, with what. Defaults are the published ones for one GPU where there is one."""
 
@@ -102,7 +102,7 @@ class TrainingConfig:
             raise InputError("precision: bf16 or fp32", f"'{self.precision}'", "fp16 was found to diverge: use bf16")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """Where things go, and how often. Every N epochs, or every N steps; TensorBoard is always written."""
 
@@ -133,7 +133,7 @@ class LoggingConfig:
         return steps or (max(1, round(epochs * per_epoch)) if epochs else default)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A config. Keys have the names of the method's public write-up where it has one."""
 

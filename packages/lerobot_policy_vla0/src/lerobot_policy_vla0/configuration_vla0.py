@@ -18,7 +18,7 @@ from vla0.data.config import Augmentation
 
 
 @PreTrainedConfig.register_subclass("vla0")
-@dataclass
+@dataclass(kw_only=True)
 class VLA0Config(PreTrainedConfig):
     """Defaults are the published ones."""
 

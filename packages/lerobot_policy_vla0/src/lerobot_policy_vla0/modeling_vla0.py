@@ -196,8 +196,8 @@ def spec_of_dataset(config: VLA0Config, meta: Any) -> Spec:
     low, high = map(tuple, bounds[ACTION])
     low_state, high_state = map(tuple, bounds.get(STATE, ((), ())))
     return Spec(
-        low, high, float(meta.fps), tuple(key.rsplit(".", 1)[-1] for key in config.image_features), config.model_name,
-        config.chunk_size, config.action_bins, config.image_size, config.crop, config.tile, system=config.system,
+        low=low, high=high, fps=float(meta.fps), cameras=tuple(key.rsplit(".", 1)[-1] for key in config.image_features), base_model=config.model_name,
+        chunk_size=config.chunk_size, bins=config.action_bins, image_size=config.image_size, crop=config.crop, tile=config.tile, system=config.system,
         state=(low_state, high_state) if config.use_state else None, action_names=names_of(meta.features[ACTION]),
         state_names=names_of(meta.features[STATE]) if config.use_state else None,
     )  # fmt: skip
