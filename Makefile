@@ -11,7 +11,7 @@ APART := $(addprefix tests/, serve/test_server.py bench/test_bench.py)
 CHECK := $(RUN)/python -c "from vla0.doctor import draw; draw()"
 GL_PACKAGES := libegl1 libegl-mesa0 libgl1-mesa-dri
 
-.PHONY: install rendering browser newest demo test test-all soak licences lint clean
+.PHONY: install rendering browser newest demo test test-all soak docs licences lint clean
 
 install: .venv/installed rendering
 
@@ -47,8 +47,7 @@ demo:
 lint: .venv/installed
 	$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/pyright
 
-test: install browser newest
-	$(RUN)/ruff format --check . && $(RUN)/ruff check .
+test: install browser newest lint
 	$(RUN)/pytest
 	$(NEWEST)/bin/pytest $(CORE)
 
@@ -59,6 +58,12 @@ test-all: install browser newest lint
 # All attacks, for so many minutes: make soak MINUTES=10. What goes wrong is in runs/soak, with the seed that finds it again.
 soak: install
 	PYTHONPATH=tests $(RUN)/python -m soak --minutes $(or $(MINUTES),60)
+
+# The site, in docs/_build/index.html; the pages of keys and errors are written from the source first.
+docs: install
+	$(RUN)/python docs/reference.py
+	$(RUN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+	@echo docs/_build/index.html
 
 licences: install
 	$(RUN)/python docs/licences.py

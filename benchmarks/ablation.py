@@ -1,10 +1,12 @@
-"""What each choice of a config is worth: the same config trained with one thing changed, several seeds, and tried.
+"""What each choice of a config is worth: the same config trained with one thing changed, several
+seeds, and tried.
 
-python benchmarks/ablation.py --env metaworld --dataset runs/demo/dataset --out runs/ablation
-python benchmarks/ablation.py --env libero --dataset runs/libero_tiny/dataset --out runs/ablation_libero
+python benchmarks/ablation.py --env metaworld --dataset runs/demo/dataset --out runs/ablation python
+benchmarks/ablation.py --env libero --dataset runs/libero_tiny/dataset --out runs/ablation_libero
 
-Each row is trained and tried by `vla0` commands, which are printed; the same command again goes on where it stopped.
-Rows do not know of each other: `--row` and `--seed` share them out over several processes.
+Each row is trained and tried by `vla0` commands, which are printed; the same command again goes on
+where it stopped. Rows do not know of each other: `--row` and `--seed` share them out over several
+processes.
 """
 
 import os
@@ -43,22 +45,37 @@ class Plan:
 STATE = "data.state=observation.state"
 PLANS = {
     "metaworld": Plan(
-        config=Path("configs/demo.yaml"), steps=600,
+        config=Path("configs/demo.yaml"),
+        steps=600,
         tasks=["button-press-topdown-v3", "drawer-close-v3", "window-close-v3"],
-        acting=["--n-action-steps", "1", "--start", "above", "--max-steps", "50"],  # as the demo does
+        # as the demo does
+        acting=["--n-action-steps", "1", "--start", "above", "--max-steps", "50"],
         overrides=[],
-        rows={**MASKS, "with the state": [STATE], "with the state, relative": [STATE, "data.relative_dims=[0,1,2]"]},
+        rows={
+            **MASKS,
+            "with the state": [STATE],
+            "with the state, relative": [STATE, "data.relative_dims=[0,1,2]"],
+        },
         acted=ACTED,
     ),
     "libero": Plan(
-        config=Path("configs/libero_tiny.yaml"), steps=1000, tasks=["object/0"],
+        config=Path("configs/libero_tiny.yaml"),
+        steps=1000,
+        tasks=["object/0"],
         acting=["--env", "libero", "--n-action-steps", "2", "--workers", "1"],
         overrides=["training.precision=bf16"],  # 1.6 times faster on a CPU that has it
-        rows={**MASKS, "without the state": ["data.state=null"], "relative to the state": ["data.relative_dims=[0,1,2]"]},
+        rows={
+            **MASKS,
+            "without the state": ["data.state=null"],
+            "relative to the state": ["data.relative_dims=[0,1,2]"],
+        },
         # Its chunks have two steps: to overlap, each has to be left after one.
-        acted={name: [*words, "--n-action-steps", "1"] for name, words in {"newest chunk of each step": [], **ACTED}.items()},
+        acted={
+            name: [*words, "--n-action-steps", "1"]
+            for name, words in {"newest chunk of each step": [], **ACTED}.items()
+        },
     ),
-}  # fmt: skip
+}
 
 
 def run(
@@ -66,9 +83,13 @@ def run(
     out: Annotated[Path, typer.Option()],
     env: Annotated[str, typer.Option(help="metaworld or libero")] = "metaworld",
     steps: Annotated[int | None, typer.Option(help="of training, instead of the plan's")] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="several times for several; default 0, 1 and 2")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="several times for several; default 0, 1 and 2")
+    ] = None,
     episodes: Annotated[int, typer.Option(help="for each task and seed")] = 20,
-    row: Annotated[list[str] | None, typer.Option(help="only this row; several times for several")] = None,
+    row: Annotated[
+        list[str] | None, typer.Option(help="only this row; several times for several")
+    ] = None,
 ) -> None:
     """Train and try what is missing, and print the table after each seed."""
     plan = PLANS[env]
@@ -77,13 +98,35 @@ def run(
             if row and name not in row:
                 continue
             folder = out / f"{file_of(name)}-{own}"
-            settings = [f"logging.output_dir={folder}", f"data.dataset={dataset}", f"training.seed={own}"]
-            settings += [f"{key}={steps or plan.steps}" for key in ("training.num_steps", "logging.save_every_n_steps")]
+            settings = [
+                f"logging.output_dir={folder}",
+                f"data.dataset={dataset}",
+                f"training.seed={own}",
+            ]
+            settings += [
+                f"{key}={steps or plan.steps}"
+                for key in ("training.num_steps", "logging.save_every_n_steps")
+            ]
             vla0("train", "--config", plan.config, *settings, *plan.overrides, *overrides)
             for how, acting in {name: [], **(plan.acted if name == BASE else {})}.items():
                 tasks = [word for task in plan.tasks for word in ("--task", task)]
-                words = [*tasks, "--episodes", episodes, *plan.acting, "--ensemble", "none", *acting]
-                vla0("eval", "--checkpoint", folder / "last", *words, "--out", out / f"{file_of(how)}-{own}-eval")
+                words = [
+                    *tasks,
+                    "--episodes",
+                    episodes,
+                    *plan.acting,
+                    "--ensemble",
+                    "none",
+                    *acting,
+                ]
+                vla0(
+                    "eval",
+                    "--checkpoint",
+                    folder / "last",
+                    *words,
+                    "--out",
+                    out / f"{file_of(how)}-{own}-eval",
+                )
         console.print(table(out, [*plan.rows, *plan.acted]))
 
 
@@ -95,22 +138,32 @@ def file_of(row: str) -> str:
 def vla0(*words: object) -> None:
     """Runs a `vla0` command; ends where it fails."""
     console.print(f"[bold]vla0 {' '.join(map(str, words))}[/bold]")
-    code = subprocess.run([sys.executable, "-m", "vla0", *map(str, words)], env={**os.environ, "TQDM_DISABLE": "1"}).returncode
+    code = subprocess.run(
+        [sys.executable, "-m", "vla0", *map(str, words)], env={**os.environ, "TQDM_DISABLE": "1"}
+    ).returncode
     if code:
         sys.exit(code)
 
 
 def table(out: Path, rows: list[str]) -> Table:
-    """Success of each row by task, each seed's mean, and all episodes with their Wilson 95 % interval."""
+    """Success of each row by task, each seed's mean, and all episodes with their Wilson 95 %
+    interval.
+    """
     result: Table | None = None
     for row in rows:
-        runs = [summary(read_episodes(file)) for file in sorted(out.glob(f"{file_of(row)}-[0-9]*-eval/episodes.jsonl"))]
+        runs = [
+            summary(read_episodes(file))
+            for file in sorted(out.glob(f"{file_of(row)}-[0-9]*-eval/episodes.jsonl"))
+        ]
         if not runs:
             continue
         tried_rows = [run["policy"] for run in runs]
         tasks = list(tried_rows[0])
         result = result or Table("row", *tasks, "mean of each seed", "all", "95 %")
-        solved = [(sum(r[t]["successes"] for r in tried_rows), sum(r[t]["episodes"] for r in tried_rows)) for t in tasks]
+        solved = [
+            (sum(r[t]["successes"] for r in tried_rows), sum(r[t]["episodes"] for r in tried_rows))
+            for t in tasks
+        ]
         good, tried = (sum(pair[i] for pair in solved) for i in (0, 1))
         low, high = wilson(good, tried)
         means = ", ".join(f"{mean_success(r):.0%}" for r in tried_rows)

@@ -1,12 +1,15 @@
 """Latency on the simulated arm, in real time, over a socket, with a server in a process of its own.
 
-python benchmarks/arm_latency.py                                  # a script instead of a model: only the loop is measured
-python benchmarks/arm_latency.py --checkpoint runs/arm/train/last # a policy: tasks solved
+python benchmarks/arm_latency.py                                  # a script instead of a model:
+only the loop is measured python benchmarks/arm_latency.py --checkpoint runs/arm/train/last # a
+policy: tasks solved
 
-The script: every two seconds the arm is to be somewhere else. It sees where the arm is and which goal is shown, and answers
-after the latency with a chunk of 8 steps at 20 Hz, four degrees a step at most. A goal is reached if the arm comes within six
-degrees of it in all joints while it is shown. The policy: its latency comes on top of the time that it takes itself; an
-episode of `vla0 eval --env arm`'s seeds is solved when the fingertips touch what the instruction names, failed after 5 s.
+The script: every two seconds the arm is to be somewhere else. It sees where the arm is and which
+goal is shown, and answers after the latency with a chunk of 8 steps at 20 Hz, four degrees a step
+at most. A goal is reached if the arm comes within six degrees of it in all joints while it is
+shown. The policy: its latency comes on top of the time that it takes itself; an episode of `vla0
+eval --env arm`'s seeds is solved when the fingertips touch what the instruction names, failed after
+5 s.
 """
 
 import asyncio
@@ -39,7 +42,9 @@ THREAD = ThreadPoolExecutor(1)
 def goal(at: float, began: float) -> np.ndarray:
     """Where the script wants the arm at an instant."""
     rng = np.random.default_rng([7, max(0, int((at - began) / SHOWN_S))])
-    return np.r_[rng.uniform(-35, 35), rng.uniform(-20, 20, 3), rng.uniform(-30, 30), rng.uniform(10, 60)]
+    return np.r_[
+        rng.uniform(-35, 35), rng.uniform(-20, 20, 3), rng.uniform(-30, 30), rng.uniform(10, 60)
+    ]
 
 
 class Script:
@@ -48,11 +53,21 @@ class Script:
     def __init__(self, began: Any):
         self.began = began
         self.spec = Spec(
-            low=tuple(LOW), high=tuple(HIGH), fps=20.0, cameras=("front", "wrist"), base_model="none", image_size=56, state=(tuple(LOW), tuple(HIGH)),
-            action_names=ACTIONS, state_names=ACTIONS, max_step_change=(8.0,) * 6,
-        )  # fmt: skip
+            low=tuple(LOW),
+            high=tuple(HIGH),
+            fps=20.0,
+            cameras=("front", "wrist"),
+            base_model="none",
+            image_size=56,
+            state=(tuple(LOW), tuple(HIGH)),
+            action_names=ACTIONS,
+            state_names=ACTIONS,
+            max_step_change=(8.0,) * 6,
+        )
 
-    def predict_batch(self, observations: list[Observation], steps: int | None = None) -> np.ndarray:
+    def predict_batch(
+        self, observations: list[Observation], steps: int | None = None
+    ) -> np.ndarray:
         """A chunk each."""
         now = goal(time.monotonic(), self.began.value)
         return np.stack([self._chunk(observation, now) for observation in observations])
@@ -101,7 +116,9 @@ class Tally:
         """Counts the commands of a session, until it had done what it should."""
         times = [at for at, _ in arm.diary if at <= began + lasted_s]
         self.ticks, self.commands = self.ticks + lasted_s * fps, self.commands + len(times)
-        self.pause_s = max(self.pause_s, float(np.diff(times).max()) if len(times) > 1 else lasted_s)
+        self.pause_s = max(
+            self.pause_s, float(np.diff(times).max()) if len(times) > 1 else lasted_s
+        )
 
     def __str__(self) -> str:
         took = f" in {np.median(self.seconds):.1f} s" if self.seconds else ""
@@ -120,7 +137,9 @@ def watched(session: RobotSession, arm: Any) -> tuple[Future, float]:
 def followed(url: str, way: str, goals: int, began: Any) -> Tally:
     """The script's goals."""
     arm: Any = make_robot(["--robot.type=sim", "--robot.width=64", "--robot.height=48"])
-    config = SessionConfig(instruction="reach", live=True, mode=way, seconds=goals * SHOWN_S, stop_s=5.0, hold_s=1.0)
+    config = SessionConfig(
+        instruction="reach", live=True, mode=way, seconds=goals * SHOWN_S, stop_s=5.0, hold_s=1.0
+    )
     remote = RemotePolicy(url)
     running, began.value = watched(RobotSession(config, arm, remote, told=lambda line: None), arm)
     reached = set()
@@ -142,7 +161,14 @@ def solved(url: str, way: str, tasks: list[str], episodes: int) -> Tally:
     for task in tasks:
         for seed in range(FIRST_SEED, FIRST_SEED + episodes):
             arm: Any = make_robot(["--robot.type=sim", f"--robot.seed={seed}"])
-            config = SessionConfig(instruction=instruction(task), live=True, mode=way, seconds=LASTS_S, stop_s=5.0, hold_s=1.0)
+            config = SessionConfig(
+                instruction=instruction(task),
+                live=True,
+                mode=way,
+                seconds=LASTS_S,
+                stop_s=5.0,
+                hold_s=1.0,
+            )
             remote = RemotePolicy(url)
             session = RobotSession(config, arm, remote, told=lambda line: None)
             running, began = watched(session, arm)
@@ -171,7 +197,11 @@ def run(
     logging.getLogger("lerobot").setLevel(logging.ERROR)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
-    latency, began, ports = context.Value("d", 0.0), context.Value("d", time.monotonic()), context.Queue()
+    latency, began, ports = (
+        context.Value("d", 0.0),
+        context.Value("d", time.monotonic()),
+        context.Queue(),
+    )
     name = None if checkpoint is None else str(checkpoint)
     server = context.Process(target=served, args=(name, latency, began, ports), daemon=True)
     server.start()
@@ -180,7 +210,12 @@ def run(
     console.print("latency", *MODES, sep=" | ")
     for added in latency_ms:
         latency.value = added / 1e3
-        cells = [followed(url, way, goals, began) if checkpoint is None else solved(url, way, task, episodes) for way in MODES]
+        cells = [
+            followed(url, way, goals, began)
+            if checkpoint is None
+            else solved(url, way, task, episodes)
+            for way in MODES
+        ]
         console.print(f"{added} ms", *map(str, cells), sep=" | ")
     server.terminate()
     server.join()

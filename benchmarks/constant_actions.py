@@ -1,4 +1,5 @@
-"""How far one gets in a Meta-World task without looking: the best of many constant actions, by where the hand starts.
+"""How far one gets in a Meta-World task without looking: the best of many constant actions, by
+where the hand starts.
 
 python benchmarks/constant_actions.py
 """
@@ -21,17 +22,29 @@ def measure(
     steps: Annotated[int, typer.Option(help="after which a constant action has failed")] = 100,
 ) -> None:
     """Print the success of the best constant action for each task and start."""
-    directions = [np.array(d, float) for d in itertools.product((-1.0, 0.0, 1.0), repeat=3) if any(d)]
+    directions = [
+        np.array(d, float) for d in itertools.product((-1.0, 0.0, 1.0), repeat=3) if any(d)
+    ]
     for name in task:
         for start in STARTS:
             env = MetaWorldEnv(name, image_size=28, start=start)
             episode = rollout(env, MetaWorldExpert(env), 0)
             grip = float(np.median(episode.actions[:, 3]))
-            candidates = [*directions, episode.actions[:, :3].mean(0), np.median(episode.actions[:, :3], 0)]
-            rates = [np.mean([solves(env, np.r_[c, grip], FIRST_SEED + s, steps) for s in range(episodes)]) for c in candidates]
+            candidates = [
+                *directions,
+                episode.actions[:, :3].mean(0),
+                np.median(episode.actions[:, :3], 0),
+            ]
+            rates = [
+                np.mean(
+                    [solves(env, np.r_[c, grip], FIRST_SEED + s, steps) for s in range(episodes)]
+                )
+                for c in candidates
+            ]
             best = int(np.argmax(rates))
             print(
-                f"{name} {start}: best {rates[best]:.0%} of {episodes}, with {np.round(candidates[best], 1).tolist()}",
+                f"{name} {start}: best {rates[best]:.0%} of {episodes}, with "
+                f"{np.round(candidates[best], 1).tolist()}",
                 flush=True,
             )
             env.close()

@@ -1,10 +1,13 @@
-"""What only a GPU can tell, in minutes: a model of Qwen2.5-VL-3B's shape trained and decoded, and whether the tokens are right.
+"""What only a GPU can tell, in minutes: a model of Qwen2.5-VL-3B's shape trained and decoded, and
+whether the tokens are right.
 
-python benchmarks/gpu.py --minutes 8 --out runs/gpu      # --small: the tiny model, to rehearse on any machine
+python benchmarks/gpu.py --minutes 8 --out runs/gpu      # --small: the tiny model, to rehearse on
+any machine
 
-Needs no network, no dataset and no weights: the model starts from random numbers and is trained for some minutes on made-up
-pictures, so that its chunks resemble each other as a policy's do. Each stage is a process with a time limit; what it has
-measured is on the disk after each row, so that a run cut at any moment loses nothing. The most valuable stages come first.
+Needs no network, no dataset and no weights: the model starts from random numbers and is trained for
+some minutes on made-up pictures, so that its chunks resemble each other as a policy's do. Each
+stage is a process with a time limit; what it has measured is on the disk after each row, so that a
+run cut at any moment loses nothing. The most valuable stages come first.
 """
 
 import gc
@@ -87,12 +90,22 @@ def short(row: dict[str, Any]) -> str:
 
 
 def spec() -> Spec:
-    """The published prompt of LIBERO: two cameras tiled to 224 x 448, 8 steps of 7 numbers in 0..1000."""
-    return Spec(low=(-1.0,) * 7, high=(1.0,) * 7, fps=20.0, cameras=("agentview", "wrist"), base_model="random")
+    """The published prompt of LIBERO: two cameras tiled to 224 x 448, 8 steps of 7 numbers in
+    0..1000.
+    """
+    return Spec(
+        low=(-1.0,) * 7,
+        high=(1.0,) * 7,
+        fps=20.0,
+        cameras=("agentview", "wrist"),
+        base_model="random",
+    )
 
 
 def lesson(number: int) -> Iterator[tuple[Observation, np.ndarray]]:
-    """An episode without an end: pictures whose colours turn, and the actions (8, 7) that go with them, a little unsteady."""
+    """An episode without an end: pictures whose colours turn, and the actions (8, 7) that go with
+    them, a little unsteady.
+    """
     rng = np.random.default_rng(number)
     phase, pace = rng.random(), 1 / 96
     hidden = np.random.default_rng(0)
@@ -107,7 +120,10 @@ def lesson(number: int) -> Iterator[tuple[Observation, np.ndarray]]:
         actions[:, 6] = np.sign(actions[:, 6])  # a gripper
         actions[:, :6] += rng.normal(0, 0.005, (8, 6))
         images = {"agentview": picture, "wrist": picture[::-1, ::-1]}
-        yield Observation(images, f"move the {COLOURS[number % 3]} block"), actions.astype(np.float32)
+        yield (
+            Observation(images, f"move the {COLOURS[number % 3]} block"),
+            actions.astype(np.float32),
+        )
         phase += pace
 
 
@@ -142,14 +158,22 @@ def processor() -> Any:
 def vlm(small: bool, dtype: torch.dtype) -> Any:
     """A model of random weights on the device."""
     own: Any = tiny_model(processor())
-    return own.to(models.default_device(), dtype) if small else build_3b(processor(), models.default_device(), dtype)
+    return (
+        own.to(models.default_device(), dtype)
+        if small
+        else build_3b(processor(), models.default_device(), dtype)
+    )
 
 
 def policy_of(stage: Stage, trained: bool) -> VLA0:
     """The policy that the stage `policy` left, or one of random weights, in bf16 on a GPU."""
     if trained:
         return VLA0.from_pretrained(stage.scratch / "policy")
-    return VLA0(vlm(stage.small, torch.bfloat16 if torch.cuda.is_available() else torch.float32), processor(), spec())
+    return VLA0(
+        vlm(stage.small, torch.bfloat16 if torch.cuda.is_available() else torch.float32),
+        processor(),
+        spec(),
+    )
 
 
 # Stages
@@ -157,10 +181,18 @@ def policy_of(stage: Stage, trained: bool) -> VLA0:
 
 def machine(stage: Stage) -> None:
     """Versions, and the two ceilings: products of matrices, and copies."""
-    found: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__, "cpus": os.cpu_count()}
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpus": os.cpu_count(),
+    }
     if torch.cuda.is_available():
         own = torch.cuda.get_device_properties(0)
-        found |= {"card": own.name, "gib": own.total_memory / 2**30, "capability": f"{own.major}.{own.minor}"}
+        found |= {
+            "card": own.name,
+            "gib": own.total_memory / 2**30,
+            "capability": f"{own.major}.{own.minor}",
+        }
         source = torch.randn(2**30, device="cuda", dtype=torch.bfloat16)
         target = torch.empty_like(source)
         found["copy_tb_per_s"] = 4 * 2**30 / device_ms(lambda: target.copy_(source), 10) / 1e9
@@ -170,13 +202,18 @@ def machine(stage: Stage) -> None:
 
 
 def steady() -> dict[str, bool]:
-    """Of the 3B's products, by rows: whether each row is the same, bit for bit, after the rows were put in another order."""
+    """Of the 3B's products, by rows: whether each row is the same, bit for bit, after the rows were
+    put in another order.
+    """
     found, device = {}, models.default_device()
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     for into, out in ((2048, 2048), (2048, 256), (2048, 11008), (11008, 2048)):
         weight = torch.randn(out, into, device=device, dtype=dtype) / into**0.5
         for rows in (16, 32, 64, 128, 256, 512):
-            given, order = torch.randn(rows, into, device=device, dtype=dtype), torch.randperm(rows, device=device)
+            given, order = (
+                torch.randn(rows, into, device=device, dtype=dtype),
+                torch.randperm(rows, device=device),
+            )
             once, again = given @ weight.T, given[order] @ weight.T
             found[f"{into} to {out}, {rows}"] = bool(torch.equal(once[order], again))
     return found
@@ -221,7 +258,11 @@ def trained_weights(stage: Stage) -> None:
     for number in range(6):
         observation, actions = next(lesson(20_000 + number))
         wrong.append(np.abs(own.predict_batch([observation])[0] - actions).mean())
-    stage.note(way="its mean error on unseen pictures, in actions", mean=float(np.mean(wrong)), of_always_zero=0.57)
+    stage.note(
+        way="its mean error on unseen pictures, in actions",
+        mean=float(np.mean(wrong)),
+        of_always_zero=0.57,
+    )
     decoded(stage, own, [(1, 1)], (PLAIN, TAIL, "not invariant"), 21, profile=True)
     decoded(stage, own, [(1, 8), (8, 1), (32, 1)], (TAIL,), 16, base=False)
 
@@ -235,13 +276,17 @@ def certified(stage: Stage) -> None:
 
 
 def decoded(stage, policy, kinds, ways, chunks, base=True, profile=False) -> None:
-    """Rows of ways of decoding; `generate` on the first two chunks, one token a pass on the first few."""
+    """Rows of ways of decoding; `generate` on the first two chunks, one token a pass on the first
+    few.
+    """
     for batch, n_action_steps in kinds:
         inputs = decoding.inputs_of(policy.prompt, observations, batch, n_action_steps, chunks)
         expected: list[np.ndarray] = []
         baseline = 0.0
         if base:
-            row, expected = decoding.measure(policy, decoding.BASELINE, inputs[:2], n_action_steps, [], lambda: None)
+            row, expected = decoding.measure(
+                policy, decoding.BASELINE, inputs[:2], n_action_steps, [], lambda: None
+            )
             baseline = row.ms_median
             stage.note(**asdict(row))
         for way in ways:
@@ -251,10 +296,19 @@ def decoded(stage, policy, kinds, ways, chunks, base=True, profile=False) -> Non
             slow = way == PLAIN
             started = time.monotonic()
             row, levels = decoding.measure(
-                policy, way, inputs[: max(2, chunks // 5) if slow else chunks], n_action_steps, expected, lambda: None
+                policy,
+                way,
+                inputs[: max(2, chunks // 5) if slow else chunks],
+                n_action_steps,
+                expected,
+                lambda: None,
             )
             expected = levels if way == ways[0] else expected
-            own = {**asdict(row), "whole_s": time.monotonic() - started, "ms_per_number": row.ms_median / 56}
+            own = {
+                **asdict(row),
+                "whole_s": time.monotonic() - started,
+                "ms_per_number": row.ms_median / 56,
+            }
             if baseline:
                 own["faster"] = baseline / row.ms_median
             stage.note(**own)
@@ -264,8 +318,17 @@ def decoded(stage, policy, kinds, ways, chunks, base=True, profile=False) -> Non
         parts(stage, policy, inputs[0], batch, profile)
 
 
-def parts(stage: Stage, policy: VLA0, batch: dict[str, torch.Tensor], rows: int, profile: bool, **settings: Any) -> None:
-    """What a chunk's time is made of: vision, first pass and the others on the device; the rest is the host's."""
+def parts(
+    stage: Stage,
+    policy: VLA0,
+    batch: dict[str, torch.Tensor],
+    rows: int,
+    profile: bool,
+    **settings: Any,
+) -> None:
+    """What a chunk's time is made of: vision, first pass and the others on the device; the rest is
+    the host's.
+    """
     decoder = SpeculativeDecoder(policy.model, policy.prompt, **settings)
     started = time.perf_counter()
     decoder.decode(batch)
@@ -293,7 +356,10 @@ def parts(stage: Stage, policy: VLA0, batch: dict[str, torch.Tensor], rows: int,
             vision = CudaGraph(engine.vision_tower, None, pixels) if rows == 1 else None
             if vision:
                 found["vision_ms"] = device_ms(vision.graph.replay, 20)
-        weights = sum(p.numel() * p.element_size() for p in policy.model.model.language_model.layers.parameters())
+        weights = sum(
+            p.numel() * p.element_size()
+            for p in policy.model.model.language_model.layers.parameters()
+        )
         found["layers_gb"] = weights / 1e9
     found["pass_ms_by_nodes"] = read(cache_file()).get(key_of(engine))
     stage.note(**found)
@@ -316,9 +382,11 @@ def kernels(name: str, function: Callable[[], Any]) -> dict[str, Any]:
             own[0], own[1] = own[0] + 1, own[1] + event.device_time / 1e3
     ranked = sorted(total.items(), key=lambda item: -item[1][1])
     return {
-        "way": f"kernels of {name}", "count": sum(int(c) for c, _ in total.values()), "ms": sum(ms for _, ms in total.values()),
+        "way": f"kernels of {name}",
+        "count": sum(int(c) for c, _ in total.values()),
+        "ms": sum(ms for _, ms in total.values()),
         "kernels": [{"name": k, "count": c, "ms": ms} for k, (c, ms) in ranked[:24]],
-    }  # fmt: skip
+    }
 
 
 def compiled(stage: Stage) -> None:
@@ -332,7 +400,9 @@ def compiled(stage: Stage) -> None:
 
 
 class Limit(TrainerCallback):
-    """Stops training when its time is up, notes the losses, and times the steps after the first few."""
+    """Stops training when its time is up, notes the losses, and times the steps after the first
+    few.
+    """
 
     def __init__(self, stage: Stage, seconds: float):
         self.stage, self.seconds, self.losses = stage, seconds, []
@@ -344,19 +414,25 @@ class Limit(TrainerCallback):
         if state.global_step == training.WARM:
             sync()
             self.clock = self.began = time.monotonic()
-        if not self.halfway and self.began and time.monotonic() - self.began > self.seconds / 2:  # what is compiled, is so
+        # what is compiled, is so
+        if not self.halfway and self.began and time.monotonic() - self.began > self.seconds / 2:
             sync()
             self.clock, self.halfway = time.monotonic(), state.global_step
         if state.global_step > training.WARM and time.monotonic() - self.began > self.seconds:
             control.should_training_stop = True
         if control.should_training_stop or state.global_step == state.max_steps:
             sync()
-            self.took, self.steps = time.monotonic() - self.clock, state.global_step - max(training.WARM, self.halfway)
+            self.took, self.steps = (
+                time.monotonic() - self.clock,
+                state.global_step - max(training.WARM, self.halfway),
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Keeps the losses."""
         if logs and "loss" in logs:
-            self.losses.append([state.global_step, round(logs["loss"], 3), round(logs.get("token_accuracy", 0), 3)])
+            self.losses.append(
+                [state.global_step, round(logs["loss"], 3), round(logs.get("token_accuracy", 0), 3)]
+            )
 
 
 def sync() -> None:
@@ -366,34 +442,54 @@ def sync() -> None:
 
 
 def trained(
-    stage: Stage, name: str, seconds: float, own: Any = None, prompt: Any = None, steps: int = 10**6, lora: int = 0,
-    profiled: bool = False, plain: bool = False, compiled: bool = False, rate: float = 2e-4, **settings: Any,
-) -> Any:  # fmt: skip
+    stage: Stage,
+    name: str,
+    seconds: float,
+    own: Any = None,
+    prompt: Any = None,
+    steps: int = 10**6,
+    lora: int = 0,
+    profiled: bool = False,
+    plain: bool = False,
+    compiled: bool = False,
+    rate: float = 2e-4,
+    **settings: Any,
+) -> Any:
     """Trains for some seconds as a config would, notes the speed, and gives the model."""
     gpu = torch.cuda.is_available()
     if own is None:
         own = vlm(stage.small, torch.bfloat16 if lora and gpu else torch.float32)
     model = adapted(own, Lora(lora), False)
     if compiled:
-        for layer in own.model.language_model.layers:  # the tower's blocks, checkpointed, were not the same when computed anew
+        # the tower's blocks, checkpointed, were not the same when computed anew
+        for layer in own.model.language_model.layers:
             layer.compile()
     from vla0.core.prompt import Prompt
 
     prompt = Prompt(spec(), processor())
     with TemporaryDirectory() as folder:
         told = TrainingConfig(
-            num_steps=steps, learning_rate=rate, precision="bf16" if gpu else "fp32", lr_scheduler="constant_with_warmup",
-            warmup_ratio=30 / steps, max_grad_norm=1.0, **settings,
-        )  # fmt: skip
+            num_steps=steps,
+            learning_rate=rate,
+            precision="bf16" if gpu else "fp32",
+            lr_scheduler="constant_with_warmup",
+            warmup_ratio=30 / steps,
+            max_grad_norm=1.0,
+            **settings,
+        )
         config = TrainConfig(
-            data=DataConfig(dataset="", cameras={"any": ""}, num_workers=8 if gpu else 0), training=told, logging=LoggingConfig(output_dir=folder, log_every_n_steps=20)
+            data=DataConfig(dataset="", cameras={"any": ""}, num_workers=8 if gpu else 0),
+            training=told,
+            logging=LoggingConfig(output_dir=folder, log_every_n_steps=20),
         )
         asked = arguments(config, Path(folder), steps, 1.0)
         asked.disable_tqdm, asked.save_strategy = True, type(asked.save_strategy)("no")
         collate = collator([prompt], Augmentation(mask="none", jitter=(0.0, 0.0, 0.0, 0.0)))
         limit, rows = Limit(stage, seconds), Lessons()
         kind = training.Trainer if plain else VLA0Trainer
-        trainer: Any = kind(model=model, args=asked, train_dataset=rows, data_collator=collate, callbacks=[limit])
+        trainer: Any = kind(
+            model=model, args=asked, train_dataset=rows, data_collator=collate, callbacks=[limit]
+        )
         trainer.remove_callback(training.PrinterCallback)
         if gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -403,29 +499,45 @@ def trained(
         if profiled and gpu:
             inputs = trainer._prepare_inputs(batch)
             for what, function in {
-                "a step's forward and backward": lambda: trainer.training_step(trainer.model, inputs, None),
+                "a step's forward and backward": lambda: trainer.training_step(
+                    trainer.model, inputs, None
+                ),
                 "a step of the optimiser": lambda: trainer.optimizer.step(),
             }.items():
                 stage.note(**kernels(what, function))
     tokens = int(batch["attention_mask"].sum()) / told.batch_size
     speed = limit.steps * told.batch_size / limit.took
     stage.note(
-        way=name, samples_per_s=speed, tokens_per_s=speed * tokens, tflop_per_sample=work / 1e12,
-        tflop_per_s=speed * work / 1e12, mfu_of_measured=speed * work / product_rate(gpu), steps=limit.steps,
+        way=name,
+        samples_per_s=speed,
+        tokens_per_s=speed * tokens,
+        tflop_per_sample=work / 1e12,
+        tflop_per_s=speed * work / 1e12,
+        mfu_of_measured=speed * work / product_rate(gpu),
+        steps=limit.steps,
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if gpu else None,
-        reserved_gib=torch.cuda.max_memory_reserved() / 2**30 if gpu else None, losses=limit.losses,
-    )  # fmt: skip
+        reserved_gib=torch.cuda.max_memory_reserved() / 2**30 if gpu else None,
+        losses=limit.losses,
+    )
     return own
 
 
 def policy(stage: Stage) -> None:
-    """Full fine-tuning from random weights, for as long as there is time: its speed, and a policy of it."""
+    """Full fine-tuning from random weights, for as long as there is time: its speed, and a policy
+    of it.
+    """
     batch = 4 if stage.small else 32
     liger = torch.cuda.is_available() and importlib.util.find_spec("liger_kernel") is not None
     own = trained(
-        stage, f"full, checkpointing, {batch} a step{', liger' * liger}", min(30 if stage.small else 90, stage.seconds - 70),
-        batch_size=batch, gradient_checkpointing=True, liger=liger, profiled=True, rate=1e-3 if stage.small else 1.5e-4,
-    )  # fmt: skip
+        stage,
+        f"full, checkpointing, {batch} a step{', liger' * liger}",
+        min(30 if stage.small else 90, stage.seconds - 70),
+        batch_size=batch,
+        gradient_checkpointing=True,
+        liger=liger,
+        profiled=True,
+        rate=1e-3 if stage.small else 1.5e-4,
+    )
     own.zero_grad()
     gc.collect()
     own = own.to(torch.bfloat16) if torch.cuda.is_available() else own
@@ -439,8 +551,13 @@ def lora(stage: Stage) -> None:
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, 23.5 * 2**30 / whole))
     trained(
-        stage, "LoRA 64, checkpointing, 8 a step, 23.5 GiB at most", 12, lora=64, batch_size=8, gradient_checkpointing=True,
-    )  # fmt: skip
+        stage,
+        "LoRA 64, checkpointing, 8 a step, 23.5 GiB at most",
+        12,
+        lora=64,
+        batch_size=8,
+        gradient_checkpointing=True,
+    )
 
 
 def full(stage: Stage, name: str, **settings: Any) -> None:
@@ -459,7 +576,8 @@ TRAINING: dict[str, dict[str, Any]] = {  # configs of full fine-tuning, a stage 
     "plain_trainer_16": {"plain": True, "gradient_checkpointing": True},
 }
 
-NEEDS = {"policy": 70, "lora": 18, **dict.fromkeys(TRAINING, 70)}  # GiB of a card; of what is not named 12
+# GiB of a card; of what is not named 12
+NEEDS = {"policy": 70, "lora": 18, **dict.fromkeys(TRAINING, 70)}
 
 STAGES: dict[str, tuple[float, Callable[[Stage], None]]] = {  # seconds at most, what is done
     "machine": (30, machine),
@@ -469,7 +587,10 @@ STAGES: dict[str, tuple[float, Callable[[Stage], None]]] = {  # seconds at most,
     "certificate": (60, certified),
     "lora": (40, lora),
     "random": (60, random_weights),
-    **{name: (45, lambda stage, n=name, w=own: full(stage, n, **w)) for name, own in TRAINING.items()},
+    **{
+        name: (45, lambda stage, n=name, w=own: full(stage, n, **w))
+        for name, own in TRAINING.items()
+    },
 }
 
 
@@ -479,39 +600,60 @@ def child(name: str, out: Path, scratch: Path, small: bool, seconds: float) -> N
     needed = NEEDS.get(name, 12) * 2**30
     if torch.cuda.is_available() and not small and (there := torch.cuda.mem_get_info()[1]) < needed:
         stage.note(
-            way=name, skipped=f"needs {needed / 2**30:.0f} GiB, the card has {there / 2**30:.1f}: {needed - there} bytes lack"
+            way=name,
+            skipped=f"needs {needed / 2**30:.0f} GiB, the card has {there / 2**30:.1f}: "
+            f"{needed - there} bytes lack",
         )
         return
     try:
         STAGES[name][1](stage)
     except Exception as error:  # the next stage begins clean
         traceback.print_exc()
-        stage.note(way=name, error=f"{type(error).__name__}: {str(error).splitlines()[0][:300]}" if str(error) else repr(error))
+        stage.note(
+            way=name,
+            error=f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            if str(error)
+            else repr(error),
+        )
 
 
 def run(
     out: Annotated[Path, typer.Option(help="a JSON file for each stage")] = Path("runs/gpu"),
     minutes: Annotated[float, typer.Option(help="of all stages together")] = 8.0,
-    stage: Annotated[list[str] | None, typer.Option(help="those only; several times for several")] = None,
-    scratch: Annotated[Path | None, typer.Option(help="8 GB of weights go there; default OUT")] = None,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="those only; several times for several")
+    ] = None,
+    scratch: Annotated[
+        Path | None, typer.Option(help="8 GB of weights go there; default OUT")
+    ] = None,
     small: Annotated[bool, typer.Option(help="the tiny model: a rehearsal")] = False,
 ) -> None:
     """Run the stages that there is time for, and print what they found."""
     if unknown := [name for name in stage or () if name not in STAGES]:
-        raise typer.BadParameter(f"expected a stage of {list(STAGES)}; got '{unknown[0]}'; choose one of those")
+        raise typer.BadParameter(
+            f"expected a stage of {list(STAGES)}; got '{unknown[0]}'; choose one of those"
+        )
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
         "1"  # looks for a GPU without beginning CUDA, which children could not use then
     )
     if not small and not torch.cuda.is_available():
-        print(f"expected a GPU that torch {torch.__version__} can use; got none, or a driver before CUDA {torch.version.cuda};")
+        print(
+            f"expected a GPU that torch {torch.__version__} can use; got none, or a driver "
+            f"before CUDA {torch.version.cuda};"
+        )
         print("install a newer driver, or rehearse with --small. It would have measured:")
         for name in stage or STAGES:
-            print(f"  {name}: at most {STAGES[name][0]} s. {STAGES[name][1].__doc__ or 'Full fine-tuning by another config.'}")
+            print(
+                f"  {name}: at most {STAGES[name][0]} s. "
+                f"{STAGES[name][1].__doc__ or 'Full fine-tuning by another config.'}"
+            )
         raise typer.Exit(2)
     out.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("XDG_CACHE_HOME", str((out / "cache").absolute()))  # widths are measured anew
+    # widths are measured anew
+    os.environ.setdefault("XDG_CACHE_HOME", str((out / "cache").absolute()))
     began, console = time.monotonic(), Console(width=150)
-    context = multiprocessing.get_context("fork")  # torch is imported once; CUDA begins in the child
+    # torch is imported once; CUDA begins in the child
+    context = multiprocessing.get_context("fork")
     for name in stage or STAGES:
         left = minutes * 60 - (time.monotonic() - began)
         if left < 20:
@@ -532,7 +674,9 @@ def run(
 
 def show(out: Path, console: Console) -> None:
     """What lies on the disk, as tables."""
-    for file in sorted(out.glob("*.json"), key=lambda f: list(STAGES).index(f.stem) if f.stem in STAGES else 99):
+    for file in sorted(
+        out.glob("*.json"), key=lambda f: list(STAGES).index(f.stem) if f.stem in STAGES else 99
+    ):
         table = Table("what", "found", title=file.stem)
         for row in json.loads(file.read_text(encoding="utf-8")):
             told = dict(row)

@@ -2,8 +2,9 @@
 
 python benchmarks/latency.py --checkpoint runs/demo/train/last
 
-The synchronous way executes whole chunks, the asynchronous one half of each. Time is the simulator's: a tick of the loop is a
-step of Meta-World, and where the loop sends nothing the hand stays.
+The synchronous way executes whole chunks, the asynchronous one half of each. Time is the
+simulator's: a tick of the loop is a step of Meta-World, and where the loop sends nothing the hand
+stays.
 """
 
 from dataclasses import replace
@@ -62,9 +63,13 @@ def run(
     checkpoint: Annotated[Path, typer.Option()],
     latency_ms: Annotated[list[int], typer.Option()] = [0, 50, 100, 200, 500],  # noqa: B006
     episodes: Annotated[int, typer.Option(help="for each task")] = 8,
-    ticks: Annotated[int, typer.Option(help="after which an episode has failed; Meta-World ends at 250")] = 240,
+    ticks: Annotated[
+        int, typer.Option(help="after which an episode has failed; Meta-World ends at 250")
+    ] = 240,
 ) -> None:
-    """Print successes, the median time of those, and of the time that passed the share without a command."""
+    """Print successes, the median time of those, and of the time that passed the share without a
+    command.
+    """
     policy = VLA0.from_pretrained(checkpoint)
     spec = policy.spec
     console, table = Console(), Table("latency", *MODES)
@@ -77,18 +82,42 @@ def run(
                 env = MetaWorldEnv(task, start="above", fps=spec.fps)
                 for seed in range(episodes):
                     hand = Hand(env, FIRST_SEED + seed)
-                    world = SimulatedWorld(lambda o: policy.predict_batch([o])[0], lambda _, s=latency / 1e3: s)
+                    world = SimulatedWorld(
+                        lambda o: policy.predict_batch([o])[0], lambda _, s=latency / 1e3: s
+                    )
                     hand.world = world
-                    guard = SafetyGuard(hand, ActionLimits.of(spec), 1 / spec.fps, live=True, stop_s=1e6, now=world.now)
-                    pace = Pacer(fps=spec.fps, chunk_size=spec.chunk_size, mode=way, n_action_steps=spec.chunk_size if way == "sync" else None)
-                    drive(world, guard, pace, ticks, lambda tick, h=hand: h.end(tick.step), lambda h=hand: h.done)
+                    guard = SafetyGuard(
+                        hand,
+                        ActionLimits.of(spec),
+                        1 / spec.fps,
+                        live=True,
+                        stop_s=1e6,
+                        now=world.now,
+                    )
+                    pace = Pacer(
+                        fps=spec.fps,
+                        chunk_size=spec.chunk_size,
+                        mode=way,
+                        n_action_steps=spec.chunk_size if way == "sync" else None,
+                    )
+                    drive(
+                        world,
+                        guard,
+                        pace,
+                        ticks,
+                        lambda tick, h=hand: h.end(tick.step),
+                        lambda h=hand: h.done,
+                    )
                     solved, tried = solved + hand.done, tried + 1
                     took += [hand.ticks] if hand.done else []
                     idle, passed = idle + hand.ticks - guard.sent, passed + hand.ticks
                 env.close()
             low, high = wilson(solved, tried)
             seconds = f"{np.median(took) / spec.fps:.2f} s" if took else "never"
-            cells.append(f"{solved} of {tried} ({low:.0%} to {high:.0%}), {seconds}, {idle / passed:.0%} idle")
+            cells.append(
+                f"{solved} of {tried} ({low:.0%} to {high:.0%}), {seconds}, {idle / passed:.0%} "
+                f"idle"
+            )
         table.add_row(f"{latency} ms", *cells)
         console.print(f"{latency} ms", *cells, sep=" | ")
     console.print(table)

@@ -1,10 +1,12 @@
-"""What the evaluator costs beside the simulators it drives, and where the time of a LIBERO evaluation goes.
+"""What the evaluator costs beside the simulators it drives, and where the time of a LIBERO
+evaluation goes.
 
 python benchmarks/libero_eval.py --workers 2 [--checkpoint DIR]
 
-Runs of the same episodes in the same number of processes: processes that only reset, step and draw; `evaluate` with a policy
-that costs nothing, asked at every step and at every eighth; and with a checkpoint, where one is given. Each builds its worlds
-first; the clock runs from the first reset on.
+Runs of the same episodes in the same number of processes: processes that only reset, step and draw;
+`evaluate` with a policy that costs nothing, asked at every step and at every eighth; and with a
+checkpoint, where one is given. Each builds its worlds first; the clock runs from the first reset
+on.
 """
 
 import json
@@ -81,8 +83,14 @@ class Counted:
 
 
 def read(folder: Path) -> tuple[float, dict[str, float]]:
-    """Wall seconds from the first reset to the last end, and seconds by part, over all processes."""
-    lines = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
+    """Wall seconds from the first reset to the last end, and seconds by part, over all
+    processes.
+    """
+    lines = [
+        json.loads(line)
+        for file in folder.glob("*.jsonl")
+        for line in file.read_text().splitlines()
+    ]
     parts: dict[str, float] = {}
     for part, _, seconds in lines:
         parts[part] = parts.get(part, 0.0) + seconds
@@ -108,7 +116,10 @@ def measure(
         parts["idle"] = wall - sum(parts.values())
         shares = ", ".join(f"{part} {seconds / wall:.0%}" for part, seconds in parts.items())
         rates[way] = workers * episodes / wall * 3600
-        line = f"{rates[way]:.0f} episodes/h of {steps} steps, {rates[way] / rates['alone']:.2f} of alone"
+        line = (
+            f"{rates[way]:.0f} episodes/h of {steps} steps, "
+            f"{rates[way] / rates['alone']:.2f} of alone"
+        )
         print(f"{way}: {line}; {shares}", flush=True)
 
     with tempfile.TemporaryDirectory() as name:
@@ -116,25 +127,46 @@ def measure(
         folder.mkdir()
         context = multiprocessing.get_context("spawn")
         shares = [list(range(i, workers * episodes, workers)) for i in range(workers)]
-        processes = [context.Process(target=alone, args=(config, folder, share)) for share in shares]
+        processes = [
+            context.Process(target=alone, args=(config, folder, share)) for share in shares
+        ]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
         show("alone", folder)
-        ways = {f"evaluator, {n_action_steps} steps a query": (n_action_steps, Counted(zero)) for n_action_steps in (1, 8)}
+        ways = {
+            f"evaluator, {n_action_steps} steps a query": (n_action_steps, Counted(zero))
+            for n_action_steps in (1, 8)
+        }
         if checkpoint is not None:
             from vla0.policy import VLA0
 
             policy = VLA0.from_pretrained(checkpoint)
-            ways["evaluator, 1 step a query, model"] = (1, Counted(partial(policy.predict_batch, num_steps=1)))
+            ways["evaluator, 1 step a query, model"] = (
+                1,
+                Counted(partial(policy.predict_batch, num_steps=1)),
+            )
         for number, (way, (n_action_steps, predict)) in enumerate(ways.items()):
             own, folder = (
-                EvalConfig(tasks=(task,), env="libero", n_action_steps=n_action_steps, ensemble="none", **shape),
+                EvalConfig(
+                    tasks=(task,),
+                    env="libero",
+                    n_action_steps=n_action_steps,
+                    ensemble="none",
+                    **shape,
+                ),
                 Path(name) / str(number),
             )
             folder.mkdir()
-            evaluate({"policy": predict}, 8, own, Path(name) / f"out{number}", workers, partial(timed, folder=folder))
+            evaluate(
+                {"policy": predict},
+                8,
+                own,
+                Path(name) / f"out{number}",
+                workers,
+                partial(timed, folder=folder),
+            )
             show(way, folder, predict.seconds)
 
 

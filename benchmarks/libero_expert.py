@@ -1,4 +1,5 @@
-"""How often the scripted expert solves each LIBERO task from random placements, disturbed as its demonstrations are.
+"""How often the scripted expert solves each LIBERO task from random placements, disturbed as its
+demonstrations are.
 
 python benchmarks/libero_expert.py --suite object --episodes 10
 
@@ -28,7 +29,10 @@ def attempt(task: str, episodes: int) -> tuple[str, list[int] | str]:
         expert = make_expert(env)
         share, scale = libero.NOISE
         seeds = libero.SEEDS[:episodes]
-        done = [rollout(NoisyEnv(env, np.random.default_rng([s, 10_000]), share, scale), expert, s) for s in seeds]
+        done = [
+            rollout(NoisyEnv(env, np.random.default_rng([s, 10_000]), share, scale), expert, s)
+            for s in seeds
+        ]
         return task, [episode.steps for episode in done if episode.success]
     except InputError as error:
         return task, error.args[1]
@@ -42,14 +46,19 @@ def measure(
     workers: Annotated[int, typer.Option()] = 2,
 ) -> None:
     """Print a line for each task."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), max_tasks_per_child=1
+    ) as pool:
         for task, found in pool.map(partial(attempt, episodes=episodes), libero.tasks(suite)):
             if isinstance(found, str):
                 print(f"| {task} | no expert: {found} |", flush=True)
                 continue
             low, high = wilson(len(found), episodes)
             steps = f"{np.median(found):.0f}" if found else ""
-            print(f"| {task} | {len(found)} of {episodes} | {low:.0%} to {high:.0%} | {steps} |", flush=True)
+            print(
+                f"| {task} | {len(found)} of {episodes} | {low:.0%} to {high:.0%} | {steps} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""How fast rows are read here: vla0's Source against LeRobotDataset with a chunk query, on the same dataset."""
+"""How fast rows are read here: vla0's Source against LeRobotDataset with a chunk query, on the same
+dataset.
+"""
 
 import importlib.util
 import json
@@ -26,14 +28,22 @@ SIZE, DIMENSIONS, INSTRUCTION = 256, 7, "move the red block"
 
 
 def made(folder: Path, videos: bool = False, episodes: int = 4, frames: int = 50) -> Path:
-    """A LeRobot dataset in the form of LIBERO's: two cameras of 256 x 256 at 20 Hz, 7 numbers, a state of 8."""
+    """A LeRobot dataset in the form of LIBERO's: two cameras of 256 x 256 at 20 Hz, 7 numbers, a
+    state of 8.
+    """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    picture = {"dtype": "video" if videos else "image", "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]}
+    picture = {
+        "dtype": "video" if videos else "image",
+        "shape": (SIZE, SIZE, 3),
+        "names": ["height", "width", "channels"],
+    }
     features = {f"observation.images.{camera}": picture for camera in ("image", "image2")}
     for key, count in {"observation.state": 8, "action": DIMENSIONS}.items():
         features[key] = {"dtype": "float32", "shape": (count,), "names": None}
-    dataset = LeRobotDataset.create("local/made", 20, features, root=folder, use_videos=videos, video_backend="pyav")
+    dataset = LeRobotDataset.create(
+        "local/made", 20, features, root=folder, use_videos=videos, video_backend="pyav"
+    )
     rng = np.random.default_rng(0)
     for _ in range(episodes):
         pictures = rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
@@ -41,8 +51,11 @@ def made(folder: Path, videos: bool = False, episodes: int = 4, frames: int = 50
             frame: dict[str, Any] = {"task": INSTRUCTION}
             for camera, own in zip(("image", "image2"), pictures, strict=True):
                 moved = np.roll(np.kron(own, np.ones((16, 16, 1), np.uint8)), 2 * step, axis=1)
-                noise = rng.integers(-4, 5, moved.shape)  # a camera's: without it files are smaller than real ones
-                frame[f"observation.images.{camera}"] = np.clip(moved + noise, 0, 255).astype(np.uint8)
+                # a camera's: without it files are smaller than real ones
+                noise = rng.integers(-4, 5, moved.shape)
+                frame[f"observation.images.{camera}"] = np.clip(moved + noise, 0, 255).astype(
+                    np.uint8
+                )
             frame["observation.state"] = rng.random(8).astype(np.float32)
             dataset.add_frame({**frame, "action": rng.random(DIMENSIONS).astype(np.float32)})
         dataset.save_episode()
@@ -51,7 +64,9 @@ def made(folder: Path, videos: bool = False, episodes: int = 4, frames: int = 50
 
 
 class Stock(torch.utils.data.Dataset):
-    """The same Samples as a Source gives, read by LeRobotDataset with a chunk query, as its own policies are trained."""
+    """The same Samples as a Source gives, read by LeRobotDataset with a chunk query, as its own
+    policies are trained.
+    """
 
     def __init__(self, source: Source, spec: Spec):
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -59,7 +74,9 @@ class Stock(torch.utils.data.Dataset):
         self.config, self.cameras = source.config, source.cameras
         chunk = {self.config.action: [step / source.fps for step in range(spec.chunk_size)]}
         root = source.dataset.root
-        self.dataset: Any = LeRobotDataset(f"local/{root.name}", root, delta_timestamps=chunk, video_backend="pyav")
+        self.dataset: Any = LeRobotDataset(
+            f"local/{root.name}", root, delta_timestamps=chunk, video_backend="pyav"
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -68,20 +85,29 @@ class Stock(torch.utils.data.Dataset):
         """A row's Sample."""
         item = self.dataset[row]
         images = {
-            camera: (item[key].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8) for camera, key in self.cameras.items()
+            camera: (item[key].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+            for camera, key in self.cameras.items()
         }
         state = None if self.config.state is None else item[self.config.state].numpy()
         valid = ~item[f"{self.config.action}_is_pad"].numpy()
-        return Sample(Observation(images, item["task"], state), item[self.config.action].numpy(), valid)
+        return Sample(
+            Observation(images, item["task"], state), item[self.config.action].numpy(), valid
+        )
 
     def __getitem__(self, row: int) -> tuple[Sample, tuple[int, ...], int]:
         return self.sample(row), (0, 0, row), 0
 
 
 def bench(dataset: Path | str, chunk_size: int, rows: int, rounds: int) -> list[dict[str, Any]]:
-    """Rows {way, samples_per_s}: the median of rounds in which the ways take turns, each reading the same rows."""
+    """Rows {way, samples_per_s}: the median of rounds in which the ways take turns, each reading
+    the same rows.
+    """
     if min(chunk_size, rows, rounds) < 1:
-        raise InputError("chunk_size, rows and rounds >= 1", f"{chunk_size}, {rows} and {rounds}", "give whole numbers from 1")
+        raise InputError(
+            "chunk_size, rows and rounds >= 1",
+            f"{chunk_size}, {rows} and {rounds}",
+            "give whole numbers from 1",
+        )
     source = Source(DataConfig(dataset=str(dataset)))
     spec = Spec(base_model="none", chunk_size=chunk_size, **source.spec_fields(chunk_size))
     stock = Stock(source, spec)
@@ -97,7 +123,9 @@ def bench(dataset: Path | str, chunk_size: int, rows: int, rounds: int) -> list[
             for row in picks:
                 read(row)
             seconds[way].append(time.perf_counter() - started)
-    return [{"way": way, "samples_per_s": rows / float(np.median(own))} for way, own in seconds.items()]
+    return [
+        {"way": way, "samples_per_s": rows / float(np.median(own))} for way, own in seconds.items()
+    ]
 
 
 @contextmanager
@@ -124,8 +152,13 @@ def show(rows: list[dict[str, Any]], file: Path | None) -> None:
 
 
 def main(
-    dataset: Annotated[str | None, typer.Option(help="LeRobot dataset; default one made up in the form of LIBERO's")] = None,
-    videos: Annotated[bool, typer.Option(help="of the made-up one, videos instead of images")] = False,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="LeRobot dataset; default one made up in the form of LIBERO's"),
+    ] = None,
+    videos: Annotated[
+        bool, typer.Option(help="of the made-up one, videos instead of images")
+    ] = False,
     chunk_size: Annotated[int, typer.Option(help="steps of a chunk")] = 8,
     rows: Annotated[int, typer.Option(help="read by each way in each round")] = 100,
     rounds: Annotated[int, typer.Option(help="the ways take turns; the median counts")] = 5,
@@ -135,7 +168,9 @@ def main(
     quiet()
     with dataset_or_made(dataset, videos) as folder:
         if folder is None:
-            raise InputError("lerobot, to read datasets", "not installed", "pip install 'vla0[lerobot]'")
+            raise InputError(
+                "lerobot, to read datasets", "not installed", "pip install 'vla0[lerobot]'"
+            )
         show(bench(folder, chunk_size, rows, rounds), out)
 
 

@@ -1,4 +1,5 @@
-"""A server under load: many clients at once, then thousands of damaged messages beside one who goes on working.
+"""A server under load: many clients at once, then thousands of damaged messages beside one who goes
+on working.
 
 python benchmarks/serving.py --checkpoint runs/demo/train/last
 """
@@ -27,7 +28,18 @@ def run(
     messages: Annotated[int, typer.Option(help="damaged ones")] = 10_000,
 ) -> None:
     """Print what was answered, how fast, and what the server's memory did."""
-    command = [sys.executable, "-m", "vla0", "serve", "--checkpoint", str(checkpoint), "--port", "0", "--rate", "10000"]
+    command = [
+        sys.executable,
+        "-m",
+        "vla0",
+        "serve",
+        "--checkpoint",
+        str(checkpoint),
+        "--port",
+        "0",
+        "--rate",
+        "10000",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -45,8 +57,12 @@ def run(
 def observation_of(spec: Spec, seed: int) -> Observation:
     """A picture of noise for each camera."""
     rng = np.random.default_rng(seed)
-    images = {camera: rng.integers(0, 256, (112, 112, 3), dtype=np.uint8) for camera in spec.cameras}
-    return Observation(images, "push the window closed", None if spec.state is None else np.array(spec.state[0]))
+    images = {
+        camera: rng.integers(0, 256, (112, 112, 3), dtype=np.uint8) for camera in spec.cameras
+    }
+    return Observation(
+        images, "push the window closed", None if spec.state is None else np.array(spec.state[0])
+    )
 
 
 def crowd(url: str, spec: Spec, clients: int, seconds: float) -> None:
@@ -56,7 +72,10 @@ def crowd(url: str, spec: Spec, clients: int, seconds: float) -> None:
     until = time.monotonic() + seconds + 5
 
     def work(number: int) -> None:
-        remote, observation = RemotePolicy(url, timeout_s=60, patience_s=60), observation_of(spec, number)
+        remote, observation = (
+            RemotePolicy(url, timeout_s=60, patience_s=60),
+            observation_of(spec, number),
+        )
         expected = None
         while time.monotonic() < until:
             started = time.monotonic()
@@ -99,7 +118,11 @@ def hostile(url: str, spec: Spec, messages: int, pid: int) -> None:
                         if rng.random() < 0.1:
                             del damaged[rng.integers(0, len(damaged)) :]
                             break
-                        where = rng.integers(0, 100) if rng.random() < 0.8 else rng.integers(0, len(damaged))
+                        where = (
+                            rng.integers(0, 100)
+                            if rng.random() < 0.8
+                            else rng.integers(0, len(damaged))
+                        )
                         damaged[min(where, len(damaged) - 1)] = rng.integers(0, 256)
                     sent += 1
                     rude.send(bytes(damaged))
@@ -110,13 +133,20 @@ def hostile(url: str, spec: Spec, messages: int, pid: int) -> None:
         if not np.array_equal(bystander.predict(observation), expected):
             raise SystemExit("the bystander was given something else")
     after = memory(pid)
-    print(f"{sent} damaged messages: {errors} answered with an error, {answers} still understood, {closed} times shown out")
+    print(
+        f"{sent} damaged messages: {errors} answered with an error, {answers} still understood, "
+        f"{closed} times shown out"
+    )
     print(f"memory of the server: {before:.0f} MiB before, {after:.0f} MiB after")
 
 
 def memory(pid: int) -> float:
     """MiB that a process holds."""
-    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
+    (line,) = [
+        line
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        if line.startswith("VmRSS")
+    ]
     return int(line.split()[1]) / 1024
 
 

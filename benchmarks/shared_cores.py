@@ -1,11 +1,13 @@
-"""Training and acting on cores that others use too: how many threads, and what OpenMP's do while they wait.
+"""Training and acting on cores that others use too: how many threads, and what OpenMP's do while
+they wait.
 
 python benchmarks/shared_cores.py --checkpoint runs/demo/train/best
 
-Each setting has a process of its own, with its environment, that stays; they take turns, alone and beside busy processes,
-round after round. A rate is the median of the rounds, a share is of "unset" alone in the same run. "unset" is OpenMP's own
-default; "vla0" is what vla0 makes of it where the user has set nothing. What others do on this machine would be measured too:
-it waits until they are quiet, and a measurement in which they were not is not counted.
+Each setting has a process of its own, with its environment, that stays; they take turns, alone and
+beside busy processes, round after round. A rate is the median of the rounds, a share is of "unset"
+alone in the same run. "unset" is OpenMP's own default; "vla0" is what vla0 makes of it where the
+user has set nothing. What others do on this machine would be measured too: it waits until they are
+quiet, and a measurement in which they were not is not counted.
 """
 
 import json
@@ -30,9 +32,14 @@ SETTINGS: dict[str, dict[str, str]] = {
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
-READ = {key for setting in SETTINGS.values() for key in setting}  # nothing of these comes from outside
+# nothing of these comes from outside
+READ = {key for setting in SETTINGS.values() for key in setting}
 WIDTHS = (64, 256, 1024)
-WORKS = (*(f"40 layers of {width}, a step" for width in WIDTHS), "training, a step", "acting, a chunk")
+WORKS = (
+    *(f"40 layers of {width}, a step" for width in WIDTHS),
+    "training, a step",
+    "acting, a chunk",
+)
 ROWS = 16  # of a training step of the policy
 WIDTH = 16  # of decoding's tree; what is measured by itself differs between settings
 BUSY = [sys.executable, "-c", "while True: pass"]
@@ -50,7 +57,12 @@ def run(
     until = time.monotonic() + 60 * minutes
     rates: dict[tuple[int, bool, str], list[float]] = {}
     members = {name: _member(name, checkpoint) for name in SETTINGS}
-    turns = [(which, beside, name) for which in range(len(WORKS)) for beside in (False, True) for name in SETTINGS]
+    turns = [
+        (which, beside, name)
+        for which in range(len(WORKS))
+        for beside in (False, True)
+        for name in SETTINGS
+    ]
     try:
         for turn in turns * rounds:
             rate = None
@@ -62,7 +74,10 @@ def run(
         for member in members.values():
             member.kill()
     for which, title in enumerate(WORKS):
-        print(f"\n| {title} | alone, 1/s | beside {busy} busy, 1/s | alone | beside | measured |\n|---|---|---|---|---|---|")
+        print(
+            f"\n| {title} | alone, 1/s | beside {busy} busy, 1/s | alone | beside | measured "
+            f"|\n|---|---|---|---|---|---|"
+        )
         whole = np.median(rates.get((which, False, UNSET), [np.nan]))
         for name in SETTINGS:
             both = [rates.get((which, beside, name), [np.nan]) for beside in (False, True)]
@@ -97,7 +112,8 @@ def _cores_of_others(do: Callable[[], object], own: list[int]) -> float:
     def used() -> float:
         whole = psutil.cpu_times()
         ours = [psutil.Process(pid).cpu_times() for pid in own]
-        return sum(whole[:3]) + sum(whole[5:8]) - sum(own.user + own.system for own in ours)  # steal is of others too
+        # steal is of others too
+        return sum(whole[:3]) + sum(whole[5:8]) - sum(own.user + own.system for own in ours)
 
     started, before = time.perf_counter(), used()
     do()
@@ -105,15 +121,24 @@ def _cores_of_others(do: Callable[[], object], own: list[int]) -> float:
 
 
 def _member(name: str, checkpoint: str) -> Any:
-    environment = {key: value for key, value in os.environ.items() if key not in READ} | SETTINGS[name]
+    environment = {key: value for key, value in os.environ.items() if key not in READ} | SETTINGS[
+        name
+    ]
     first = "torch" if name == UNSET else "vla0"  # once torch is loaded vla0 sets nothing
-    code = f"import sys, {first}; sys.path.insert(0, sys.argv[1]); from shared_cores import work; work(sys.argv[2])"
+    code = (
+        f"import sys, {first}; sys.path.insert(0, sys.argv[1]); from shared_cores import "
+        f"work; work(sys.argv[2])"
+    )
     words = [sys.executable, "-c", code, str(Path(__file__).parent), checkpoint]
-    return subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def work(checkpoint: str) -> None:
-    """What a measured process does: for each line [work, seconds] of its input a line of calls a second."""
+    """What a measured process does: for each line [work, seconds] of its input a line of calls a
+    second.
+    """
     import torch
 
     from vla0.bench.inputs import chosen, moving_pictures
@@ -144,7 +169,11 @@ def work(checkpoint: str) -> None:
     def answers() -> Any:
         return policy.model(**batch, logits_to_keep=40, use_cache=False).logits.square().mean()
 
-    calls = [*map(stack, WIDTHS), trained(policy.model, answers), lambda: policy.predict_batch(observations[:1])]
+    calls = [
+        *map(stack, WIDTHS),
+        trained(policy.model, answers),
+        lambda: policy.predict_batch(observations[:1]),
+    ]
     for line in sys.stdin:
         which, seconds = json.loads(line)
         calls[which]()

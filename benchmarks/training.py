@@ -1,4 +1,6 @@
-"""How fast training is here: vla0 against transformers' Trainer with all logits and LeRobot's own reader."""
+"""How fast training is here: vla0 against transformers' Trainer with all logits and LeRobot's own
+reader.
+"""
 
 import resource
 import time
@@ -47,7 +49,8 @@ class Settings:
     """What is trained."""
 
     model: str  # tiny, 3b, or a checkpoint
-    dataset: str | None  # None: pictures in memory, where LeRobot is not installed; both readers are then the same
+    # None: pictures in memory, where LeRobot is not installed; both readers are then the same
+    dataset: str | None
     batch_size: int
     steps: int
     workers: int
@@ -61,12 +64,16 @@ class Speed:
     way: str
     samples_per_s: float
     tokens_per_s: float  # of prompts and answers, padding left out
-    mfu: float  # of the rate of large products of matrices on this device, measured now; nothing computed twice counts
+    # of the rate of large products of matrices on this device, measured now; nothing computed twice
+    # counts
+    mfu: float
     peak_gib: float  # on a GPU what torch allocated; else of the process
 
 
 def bench(settings: Settings, ways: Sequence[str], rounds: int) -> list[Speed]:
-    """A row for each way: the median of rounds in which the ways take turns, each in a process of its own."""
+    """A row for each way: the median of rounds in which the ways take turns, each in a process of
+    its own.
+    """
     known = (*WAYS, COMPILED)
     if unknown := [way for way in ways if way not in known]:
         raise InputError(f"a way of {known}", f"'{unknown[0]}'", "choose one of those")
@@ -79,7 +86,9 @@ def bench(settings: Settings, ways: Sequence[str], rounds: int) -> list[Speed]:
     result = []
     for way, own in found.items():
         names = ("samples_per_s", "tokens_per_s", "mfu", "peak_gib")
-        result.append(Speed(way, *(float(np.median([asdict(row)[name] for row in own])) for name in names)))
+        result.append(
+            Speed(way, *(float(np.median([asdict(row)[name] for row in own])) for name in names))
+        )
     return result
 
 
@@ -94,20 +103,27 @@ def measure(way: str, settings: Settings) -> Speed:
             gradient_checkpointing=settings.gradient_checkpointing,
         )  # fmt: skip
         data = DataConfig(dataset="", cameras={"any": ""}, num_workers=settings.workers)
-        config = TrainConfig(data=data, training=training, logging=LoggingConfig(output_dir=folder, log_every_n_steps=10**6))
+        config = TrainConfig(
+            data=data,
+            training=training,
+            logging=LoggingConfig(output_dir=folder, log_every_n_steps=10**6),
+        )
         told = arguments(config, Path(folder), WARM + settings.steps, 1.0)
         told.disable_tqdm, told.torch_compile = True, way == COMPILED
         told.save_strategy = type(told.save_strategy)("no")
         collate = collator([prompt], config.augmentation)
         kind = VLA0Trainer if loss == "vla0" else Trainer
         clock = Clock()
-        trainer = kind(model=model, args=told, train_dataset=rows, data_collator=collate, callbacks=[clock])
+        trainer = kind(
+            model=model, args=told, train_dataset=rows, data_collator=collate, callbacks=[clock]
+        )
         trainer.remove_callback(PrinterCallback)  # it prints a summary as it ends
         trainer.train()
         batch = collate([rows[i % len(rows)] for i in range(settings.batch_size)])
         tokens = int(batch["attention_mask"].sum()) / settings.batch_size
         samples = settings.steps * settings.batch_size / clock.seconds
-        work = 3 * _forward(trainer.model, batch) / settings.batch_size  # forward, and twice that for backward
+        # forward, and twice that for backward
+        work = 3 * _forward(trainer.model, batch) / settings.batch_size
         rate = product_rate(torch.cuda.is_available())
     peak = clock.peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return Speed(way, samples, samples * tokens, samples * work / rate, peak)
@@ -125,7 +141,9 @@ class Clock(TrainerCallback):
                 torch.cuda.synchronize()
                 self.peak = torch.cuda.max_memory_allocated() / 2**30
             now = time.perf_counter()
-            self.started, self.seconds = (now, 0.0) if state.global_step == WARM else (0.0, now - self.started)
+            self.started, self.seconds = (
+                (now, 0.0) if state.global_step == WARM else (0.0, now - self.started)
+            )
 
 
 class InMemory(torch.utils.data.Dataset):
@@ -136,7 +154,9 @@ class InMemory(torch.utils.data.Dataset):
         rng = np.random.default_rng(0)
         shape = (spec.chunk_size, spec.dimensions)
         whole = np.ones(spec.chunk_size, bool)
-        self.rows = [Sample(next(stream), rng.random(shape, np.float32), whole) for _ in range(count)]
+        self.rows = [
+            Sample(next(stream), rng.random(shape, np.float32), whole) for _ in range(count)
+        ]
 
     def __len__(self) -> int:
         return 10**6
@@ -149,13 +169,23 @@ def _inputs(settings: Settings, reader: str) -> tuple[Any, Prompt, Any]:
     """(model, prompt, rows)."""
     source = None
     if settings.dataset is None:
-        spec = Spec(low=(-1.0,) * 7, high=(1.0,) * 7, fps=20.0, cameras=("agentview", "wrist"), base_model=settings.model)
+        spec = Spec(
+            low=(-1.0,) * 7,
+            high=(1.0,) * 7,
+            fps=20.0,
+            cameras=("agentview", "wrist"),
+            base_model=settings.model,
+        )
     else:
         source = Source(DataConfig(dataset=settings.dataset))
         spec = Spec(base_model=settings.model, **source.spec_fields(Spec.chunk_size))
     if settings.model in (TINY, "3b"):
         processor: Any = tiny_processor([spec.system_text(), "move the red blue green block"])
-        model: Any = tiny_model(processor) if settings.model == TINY else build_3b(processor, default_device(), torch.float32)
+        model: Any = (
+            tiny_model(processor)
+            if settings.model == TINY
+            else build_3b(processor, default_device(), torch.float32)
+        )
     else:
         model, processor = load(locate(settings.model), "cpu", torch.float32)
     prompt = Prompt(spec, processor)
@@ -177,14 +207,21 @@ def _forward(model: Any, batch: dict[str, torch.Tensor]) -> float:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="tiny or 3b (random weights), or a checkpoint folder or Hub id")] = "tiny",
-    dataset: Annotated[str | None, typer.Option(help="LeRobot dataset; default one made up in the form of LIBERO's")] = None,
+    model: Annotated[
+        str, typer.Option(help="tiny or 3b (random weights), or a checkpoint folder or Hub id")
+    ] = "tiny",
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="LeRobot dataset; default one made up in the form of LIBERO's"),
+    ] = None,
     batch: Annotated[int, typer.Option(help="samples of a step")] = 8,
     steps: Annotated[int, typer.Option(help="timed")] = 20,
     rounds: Annotated[int, typer.Option(help="the ways take turns; the median counts")] = 3,
     workers: Annotated[int, typer.Option(help="processes that prepare batches")] = 0,
     gradient_checkpointing: Annotated[bool, typer.Option(help="less memory, more time")] = False,
-    way: Annotated[list[str] | None, typer.Option(help="of the ways, those only; several times for several")] = None,
+    way: Annotated[
+        list[str] | None, typer.Option(help="of the ways, those only; several times for several")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="file for the rows, JSON")] = None,
 ) -> None:
     """Time training against transformers' Trainer with all logits and LeRobot's own reader."""

@@ -1,7 +1,8 @@
-"""The whole of VLA-0 on a laptop: collect → train → evaluate, then results.json, plot.png and report.html.
+"""The whole of VLA-0 on a laptop: collect → train → evaluate, then results.json, plot.png and
+report.html.
 
-Each stage is a `vla0` command that you could type yourself; it is printed before it runs. Run again after an interruption:
-finished stages are kept.
+Each stage is a `vla0` command that you could type yourself; it is printed before it runs. Run again
+after an interruption: finished stages are kept.
 """
 
 import json
@@ -38,7 +39,9 @@ def run(
     demonstrations: Annotated[int, typer.Option(help="for each task")] = 80,
     episodes: Annotated[int, typer.Option(help="for each task and baseline, on unseen seeds")] = 20,
     steps: Annotated[int | None, typer.Option(help="of training; default the config's")] = None,
-    install_s: Annotated[float, typer.Option(help="seconds the installation took, for the record")] = 0.0,
+    install_s: Annotated[
+        float, typer.Option(help="seconds the installation took, for the record")
+    ] = 0.0,
 ) -> None:
     """Run the demo, or what is missing of it."""
     try:
@@ -49,22 +52,51 @@ def run(
 
 
 def stages(
-    out: Path, config: Path, task: list[str], demonstrations: int, episodes: int, steps: int | None, install_s: float
+    out: Path,
+    config: Path,
+    task: list[str],
+    demonstrations: int,
+    episodes: int,
+    steps: int | None,
+    install_s: float,
 ) -> None:
-    """One after another; a stage that is done is not done again. Raises KeyboardInterrupt where one was interrupted."""
+    """One after another; a stage that is done is not done again.
+
+    Raises KeyboardInterrupt where one was interrupted.
+    """
     out.mkdir(parents=True, exist_ok=True)
     seconds = Seconds(out / "seconds.json")
     seconds.add("install", install_s)
     tasks = [word for name in task for word in ("--task", name)]
     if not (out / "dataset").exists():
-        command = ["collect", "metaworld", *tasks, "--episodes", demonstrations, *START, "--fps", FPS, "--out", out / "dataset"]
+        command = [
+            "collect",
+            "metaworld",
+            *tasks,
+            "--episodes",
+            demonstrations,
+            *START,
+            "--fps",
+            FPS,
+            "--out",
+            out / "dataset",
+        ]
         seconds.time("collect", command)
     overrides = [f"logging.output_dir={out / 'train'}", f"data.dataset={out / 'dataset'}"]
     overrides += [f"training.num_steps={steps}"] if steps else []
     seconds.time("train", ["train", "--config", config, *overrides])
     baselines = [word for name in BASELINES for word in ("--baseline", name)]
     acting = [*START, "--n-action-steps", 1, "--ensemble", "none", "--max-steps", STEPS]
-    command = ["eval", "--checkpoint", out / "train" / "last", *tasks, "--episodes", episodes, *acting, *baselines]
+    command = [
+        "eval",
+        "--checkpoint",
+        out / "train" / "last",
+        *tasks,
+        "--episodes",
+        episodes,
+        *acting,
+        *baselines,
+    ]
     seconds.time("evaluate", [*command, "--out", out / "eval"])
     lines = read_episodes(out / "eval" / "episodes.jsonl")
     found = results(lines, seconds.all)
@@ -72,7 +104,10 @@ def stages(
     plot(found, out / "train", out / "plot.png")
     console.print(table(lines))
     minutes = sum(seconds.all.values()) / 60
-    console.print(f"{minutes:.1f} minutes in all. See {out}/results.json, {out}/plot.png and {out}/eval/report.html")
+    console.print(
+        f"{minutes:.1f} minutes in all. See {out}/results.json, {out}/plot.png and "
+        f"{out}/eval/report.html"
+    )
 
 
 class Seconds:
@@ -94,7 +129,8 @@ class Seconds:
         process = subprocess.Popen([sys.executable, "-m", "vla0", *map(str, words)])
         try:
             code = process.wait()
-        except KeyboardInterrupt:  # a terminal's Ctrl-C reaches the command too, and it puts away what it has
+        except KeyboardInterrupt:
+            # a terminal's Ctrl-C reaches the command too, and it puts away what it has
             try:
                 process.wait(ENDING_S)
             except subprocess.TimeoutExpired:
@@ -112,32 +148,57 @@ class Seconds:
 def results(lines: list[dict], seconds: dict[str, float]) -> dict:
     """What results.json holds."""
     rows = summary(lines)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
     return {
         "mean_success": {policy: round(mean_success(own), 4) for policy, own in rows.items()},
         "tasks": rows,
         "seconds": {**seconds, "total": round(sum(seconds.values()), 1)},
         "commit": commit or "unknown",
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
-        "machine": {"cores": os.cpu_count(), "processor": platform.machine(), "system": platform.system()},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in PACKAGES},
+        },
+        "machine": {
+            "cores": os.cpu_count(),
+            "processor": platform.machine(),
+            "system": platform.system(),
+        },
     }
 
 
 def plot(found: dict, training: Path, file: Path) -> None:
-    """The loss over training, and success by task for the policy and each baseline with 95 % intervals."""
+    """The loss over training, and success by task for the policy and each baseline with 95 %
+    intervals.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    states = sorted((training / "state").glob("checkpoint-*/trainer_state.json"), key=lambda f: f.stat().st_mtime)
+    states = sorted(
+        (training / "state").glob("checkpoint-*/trainer_state.json"),
+        key=lambda f: f.stat().st_mtime,
+    )
     history = [e for e in json.loads(states[-1].read_text())["log_history"] if "loss" in e]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(1, 1.6), layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 3.6), width_ratios=(1, 1.6), layout="constrained"
+    )
     left.plot([e["step"] for e in history], [e["loss"] for e in history], color="#3b6fd4")
-    left.set(xlabel="training step", ylabel="loss per token", title="A tiny Qwen2.5-VL learns to write actions")
+    left.set(
+        xlabel="training step",
+        ylabel="loss per token",
+        title="A tiny Qwen2.5-VL learns to write actions",
+    )
     plain_log(left)
     colours = {"policy": "#3b6fd4", "blank": "#9aa5b8", "untrained": "#c4cad6", "random": "#dfe3ea"}
-    names = {"policy": "trained", "blank": "trained, image blanked", "untrained": "untrained", "random": "random actions"}
+    names = {
+        "policy": "trained",
+        "blank": "trained, image blanked",
+        "untrained": "untrained",
+        "random": "random actions",
+    }
     first = next(iter(found["tasks"].values()))
     for i, (policy, rows) in enumerate(found["tasks"].items()):
         x = [j + (i - 1.5) * 0.2 for j in range(len(rows))]
@@ -147,11 +208,24 @@ def plot(found: dict, training: Path, file: Path) -> None:
             [row["high"] - r for r, row in zip(rates, rows.values(), strict=True)],
         ]
         right.bar(
-            x, rates, 0.19, yerr=error, color=colours[policy], label=names[policy], error_kw={"lw": 0.8, "ecolor": "#5b6472"}
+            x,
+            rates,
+            0.19,
+            yerr=error,
+            color=colours[policy],
+            label=names[policy],
+            error_kw={"lw": 0.8, "ecolor": "#5b6472"},
         )
         for place, row in zip(x, rows.values(), strict=True):
             if not row["successes"]:  # a bar that one does not see
-                right.text(place, row["high"] + 0.01, f"0/{row['episodes']}", ha="center", fontsize=7, color="#5b6472")
+                right.text(
+                    place,
+                    row["high"] + 0.01,
+                    f"0/{row['episodes']}",
+                    ha="center",
+                    fontsize=7,
+                    color="#5b6472",
+                )
     right.set_xticks(range(len(first)), [name.removesuffix("-v3") for name in first])
     right.set(ylim=(0, 1.05), ylabel="success", title="Meta-World, unseen seeds, 95 % intervals")
     right.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.1))

@@ -14,8 +14,9 @@ import typer
 
 from vla0.core.spec import Observation
 from vla0.robot.clock import RealWorld
+from vla0.robot.limits import ActionLimits
 from vla0.robot.loop import Pacer, drive
-from vla0.robot.safety import ActionLimits, SafetyGuard
+from vla0.robot.safety import SafetyGuard
 from vla0.serve.client import RemotePolicy
 
 
@@ -29,14 +30,21 @@ class MyRobot:
     def observe(self) -> Observation:
         """Read your cameras, RGB and upright, and your joints, in the dataset's units and order."""
         images = {camera: np.full((240, 320, 3), 128, np.uint8) for camera in self.cameras}
-        return Observation(images, self.instruction, np.resize(self.position, self.state), captured_at=time.monotonic())
+        return Observation(
+            images,
+            self.instruction,
+            np.resize(self.position, self.state),
+            captured_at=time.monotonic(),
+        )
 
     def send(self, action: np.ndarray) -> None:
         """Command your joints. `action` is within your limits already."""
         self.position = action
 
     def hold(self) -> None:
-        """Stay where you are, under power: for most position-controlled arms there is nothing to do."""
+        """Stay where you are, under power: for most position-controlled arms there is nothing to
+        do.
+        """
 
     def stop(self) -> None:
         """The safest end that your arm has; nothing is sent after it."""
@@ -45,8 +53,10 @@ class MyRobot:
 
 def run(
     policy_url: Annotated[str, typer.Option(help="of `vla0 serve`")] = "ws://127.0.0.1:8000",
-    instruction: Annotated[str, typer.Option(help="what the robot shall do")] = "pick up the red block",
-    way: Annotated[str, typer.Option(help="sync, async or ensemble")] = "async",
+    instruction: Annotated[
+        str, typer.Option(help="what the robot shall do")
+    ] = "pick up the red block",
+    mode: Annotated[str, typer.Option(help="sync, async or ensemble")] = "async",
     seconds: Annotated[float, typer.Option()] = 10.0,
     live: Annotated[bool, typer.Option(help="really move")] = False,
 ) -> None:
@@ -54,18 +64,26 @@ def run(
     policy = RemotePolicy(policy_url, timeout_s=1.0)
     told = policy.metadata  # what the checkpoint says of itself
     robot = MyRobot(list(told["cameras"]), told["dimensions"], told["state"] or 0, instruction)
-    # What the demonstrations did; add step=... or velocity=... where actions are positions. Narrow it at first.
+    # What the demonstrations did; add step=... or velocity=... where actions are positions. Narrow
+    # it at first.
     limits = ActionLimits(low=told["low"], high=told["high"])
     guard = SafetyGuard(robot, limits, 1 / told["fps"], start=robot.position, live=live)
     watchdog = guard.watch()
-    pace = Pacer(fps=told["fps"], chunk_size=told["chunk_size"], mode=way)
+    pace = Pacer(fps=told["fps"], chunk_size=told["chunk_size"], mode=mode)
     try:
         report = drive(RealWorld(policy.predict), guard, pace, round(seconds * told["fps"]))
     finally:
         watchdog.set()
         policy.close()
-    latency = f"{np.median(report.latency_s) * 1e3:.0f} ms a chunk" if report.latency_s else "no chunk came"
-    print(f"{'live' if live else 'dry run'}: {guard.sent} commands in {report.steps} ticks, {guard.clipped} clipped, {latency}")
+    latency = (
+        f"{np.median(report.latency_s) * 1e3:.0f} ms a chunk"
+        if report.latency_s
+        else "no chunk came"
+    )
+    print(
+        f"{'live' if live else 'dry run'}: {guard.sent} commands in {report.steps} ticks, "
+        f"{guard.clipped} clipped, {latency}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What the tests share: a tiny model, a small LeRobot dataset, the real processor where it lies beside the checkout."""
+"""What the tests share: a tiny model, a small LeRobot dataset, the real processor where it lies
+beside the checkout.
+"""
 
 import asyncio
 import os
@@ -38,9 +40,18 @@ def spec() -> Spec:
 
 def make_spec(**changes) -> Spec:
     fields = {
-        "low": (-1.0, 0.0, -0.5), "high": (1.0, 2.0, 0.5), "fps": 20.0, "cameras": ("front", "wrist"), "base_model": "tiny",
-        "chunk_size": 3, "bins": 100, "image_size": 56, "crop": 0.9, "state": ((0.0, 0.0), (1.0, 1.0)), "system": "Write {numbers} integers.",
-    }  # fmt: skip
+        "low": (-1.0, 0.0, -0.5),
+        "high": (1.0, 2.0, 0.5),
+        "fps": 20.0,
+        "cameras": ("front", "wrist"),
+        "base_model": "tiny",
+        "chunk_size": 3,
+        "bins": 100,
+        "image_size": 56,
+        "crop": 0.9,
+        "state": ((0.0, 0.0), (1.0, 1.0)),
+        "system": "Write {numbers} integers.",
+    }
     return Spec(**{**fields, **changes})
 
 
@@ -53,7 +64,14 @@ def processor():
 @pytest.fixture(scope="session")
 def policy(processor) -> VLA0:
     """A tiny policy with random weights."""
-    small = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
+    small = {
+        "width": 48,
+        "layers": 2,
+        "heads": 3,
+        "vision_width": 32,
+        "vision_layers": 1,
+        "vision_heads": 2,
+    }
     return VLA0(tiny_model(processor, **small), processor, make_spec())
 
 
@@ -64,7 +82,9 @@ def observation() -> Observation:
 
 def make_observation(seed: int) -> Observation:
     rng = np.random.default_rng(seed)
-    images = {camera: rng.integers(0, 256, (48, 64, 3), dtype=np.uint8) for camera in ("front", "wrist")}
+    images = {
+        camera: rng.integers(0, 256, (48, 64, 3), dtype=np.uint8) for camera in ("front", "wrist")
+    }
     return Observation(images, TASKS[seed % 2], rng.random(2))
 
 
@@ -80,13 +100,21 @@ def real_processor():
 
 
 def frame_of(episode: int, step: int, camera: int, sides=(48, 64)) -> np.ndarray:
-    """A picture that tells its episode, step and camera by its colours; smooth, so that video keeps it."""
+    """A picture that tells its episode, step and camera by its colours; smooth, so that video keeps
+    it.
+    """
     image = np.zeros((*sides, 3), np.uint8)
-    image[..., 0], image[..., 1], image[..., 2] = 40 * episode + 20, 20 * step + 10, 100 * camera + 50
+    image[..., 0], image[..., 1], image[..., 2] = (
+        40 * episode + 20,
+        20 * step + 10,
+        100 * camera + 50,
+    )
     return image
 
 
-def make_dataset(folder: Path, videos: bool = False, lengths=(6, 4, 5), dimensions: int = 3, sides=(48, 64)) -> Path:
+def make_dataset(
+    folder: Path, videos: bool = False, lengths=(6, 4, 5), dimensions: int = 3, sides=(48, 64)
+) -> Path:
     """A LeRobot dataset: action[d] = step + 10 * episode + d / 10, state = action / 2."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -98,7 +126,9 @@ def make_dataset(folder: Path, videos: bool = False, lengths=(6, 4, 5), dimensio
         "observation.state": {"dtype": "float32", "shape": (dimensions,), "names": None},
         "action": {"dtype": "float32", "shape": (dimensions,), "names": None},
     }
-    dataset = LeRobotDataset.create("local/small", 10, features, root=folder, use_videos=videos, video_backend="pyav")
+    dataset = LeRobotDataset.create(
+        "local/small", 10, features, root=folder, use_videos=videos, video_backend="pyav"
+    )
     for episode, length in enumerate(lengths):
         for step in range(length):
             action = np.float32(step + 10 * episode) + np.arange(dimensions, dtype=np.float32) / 10
@@ -123,7 +153,14 @@ def dataset(tmp_path_factory) -> Path:
 RECIPE = {
     "model": {
         "name": "tiny",
-        "tiny": {"width": 48, "layers": 1, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2},
+        "tiny": {
+            "width": 48,
+            "layers": 1,
+            "heads": 3,
+            "vision_width": 32,
+            "vision_layers": 1,
+            "vision_heads": 2,
+        },
     },
     "action": {"chunk_size": 2, "action_bins": 100},
     "spec": {"image_size": 56, "system": "Write {numbers} integers."},
@@ -133,13 +170,22 @@ RECIPE = {
 
 
 def make_recipe(dataset: Path, output: Path, **changes) -> dict:
-    """A recipe that trains in seconds. changes: whole sections, or fields of model, training and logging by their names."""
+    """A recipe that trains in seconds.
+
+    changes: whole sections, or fields of model, training and logging by their names.
+    """
     recipe = {name: dict(section) for name, section in RECIPE.items()}
-    recipe["data"] = {"dataset": str(dataset), "cameras": {"front": "observation.images.top"}, "state": "observation.state"}
+    recipe["data"] = {
+        "dataset": str(dataset),
+        "cameras": {"front": "observation.images.top"},
+        "state": "observation.state",
+    }
     recipe["logging"]["output_dir"] = str(output)
     kinds = {"model": ModelConfig, "training": TrainingConfig, "logging": LoggingConfig}
     for name, value in changes.items():
-        section = next((section for section, kind in kinds.items() if name in kind.__dataclass_fields__), None)
+        section = next(
+            (section for section, kind in kinds.items() if name in kind.__dataclass_fields__), None
+        )
         if name in TrainConfig.__dataclass_fields__ or section is None:
             recipe[name] = value
         else:
@@ -176,7 +222,9 @@ def grpc_of(policy):
     from vla0.serve.lerobot import LeRobotServer, serve_lerobot
 
     stop, ports = threading.Event(), []
-    thread = threading.Thread(target=serve_lerobot, args=(LeRobotServer(policy), "127.0.0.1", 0, ports.append, stop))
+    thread = threading.Thread(
+        target=serve_lerobot, args=(LeRobotServer(policy), "127.0.0.1", 0, ports.append, stop)
+    )
     thread.start()
     while not ports:
         time.sleep(0.01)

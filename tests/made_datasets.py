@@ -11,7 +11,11 @@ CAMERAS = {"front": "observation.images.top", "wrist": "observation.images.hand"
 
 
 def source_of(dataset: Path, **changes) -> Source:
-    return Source(DataConfig(**{"dataset": str(dataset), "cameras": CAMERAS, "state": "observation.state", **changes}))
+    return Source(
+        DataConfig(
+            **{"dataset": str(dataset), "cameras": CAMERAS, "state": "observation.state", **changes}
+        )
+    )
 
 
 def downgraded(folder: Path) -> Path:
@@ -21,18 +25,30 @@ def downgraded(folder: Path) -> Path:
 
     meta = folder / "meta"
     info = json.loads((meta / "info.json").read_text())
-    episodes = pd.concat([pd.read_parquet(file) for file in sorted((meta / "episodes").rglob("*.parquet"))])
+    episodes = pd.concat(
+        [pd.read_parquet(file) for file in sorted((meta / "episodes").rglob("*.parquet"))]
+    )
     tasks = pd.read_parquet(meta / "tasks.parquet")
     data = next((folder / "data").rglob("*.parquet"))
     table = pq.read_table(data)
     data.unlink()
     for _, episode in episodes.iterrows():
-        index, first, last = int(episode["episode_index"]), int(episode["dataset_from_index"]), int(episode["dataset_to_index"])
-        pq.write_table(table.slice(first, last - first), folder / "data" / "chunk-000" / f"episode_{index:06d}.parquet")
+        index, first, last = (
+            int(episode["episode_index"]),
+            int(episode["dataset_from_index"]),
+            int(episode["dataset_to_index"]),
+        )
+        pq.write_table(
+            table.slice(first, last - first),
+            folder / "data" / "chunk-000" / f"episode_{index:06d}.parquet",
+        )
     listed = [
-        {"episode_index": int(e.episode_index), "tasks": list(e.tasks), "length": int(e.length)} for e in episodes.itertuples()
+        {"episode_index": int(e.episode_index), "tasks": list(e.tasks), "length": int(e.length)}
+        for e in episodes.itertuples()
     ]
-    named = [{"task_index": int(row.task_index), "task": str(task)} for task, row in tasks.iterrows()]
+    named = [
+        {"task_index": int(row.task_index), "task": str(task)} for task, row in tasks.iterrows()
+    ]
     plain = lambda value: value.tolist() if hasattr(value, "tolist") else value  # noqa: E731
     stats = []
     for _, episode in episodes.iterrows():
@@ -47,7 +63,10 @@ def downgraded(folder: Path) -> Path:
     for gone in ("data_files_size_in_mb", "video_files_size_in_mb"):
         info.pop(gone, None)
     info |= {"codebase_version": "v2.1", "total_chunks": 1, "total_videos": 0, "chunks_size": 1000}
-    info |= {"data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet", "video_path": None}
+    info |= {
+        "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+        "video_path": None,
+    }
     (meta / "info.json").write_text(json.dumps(info))
     (meta / "tasks.parquet").unlink()
     shutil.rmtree(meta / "episodes")

@@ -19,7 +19,12 @@ def test_all_numbers_are_written_and_only_what_moves_is_drawn(policy, dataset, t
     content.loader.exec_module(module)
     names = ("x", "gripper", "z")
     spec = make_spec(
-        low=(-1.0, 1.0, -1.0), high=(1.0, 1.0, 1.0), cameras=("top",), state=None, chunk_size=6, action_names=names
+        low=(-1.0, 1.0, -1.0),
+        high=(1.0, 1.0, 1.0),
+        cameras=("top",),
+        state=None,
+        chunk_size=6,
+        action_names=names,
     )
     VLA0(policy.model, policy.processor, spec).save_pretrained(tmp_path / "checkpoint")
     out = tmp_path / "new" / "picture.png"

@@ -21,8 +21,21 @@ STEPS = 30
 
 
 def words(out, demonstrations=2, steps=3, episodes=1):
-    sizes = ["--demonstrations", demonstrations, "--steps", steps, "--episodes", episodes, "--install-s", 1.5]
-    return [sys.executable, "examples/demo.py", *map(str, ["--out", out, "--task", "coffee-button-v3", *sizes])]
+    sizes = [
+        "--demonstrations",
+        demonstrations,
+        "--steps",
+        steps,
+        "--episodes",
+        episodes,
+        "--install-s",
+        1.5,
+    ]
+    return [
+        sys.executable,
+        "examples/demo.py",
+        *map(str, ["--out", out, "--task", "coffee-button-v3", *sizes]),
+    ]
 
 
 def demo(out):
@@ -37,13 +50,20 @@ def test_a_bar_that_vanishes_says_how_many_and_the_loss_has_plain_numbers(tmp_pa
     content.loader.exec_module(module)
     state = tmp_path / "state" / "checkpoint-3" / "trainer_state.json"
     state.parent.mkdir(parents=True)
-    state.write_text(json.dumps({"log_history": [{"step": step, "loss": 4 / step} for step in range(1, 9)]}))
+    state.write_text(
+        json.dumps({"log_history": [{"step": step, "loss": 4 / step} for step in range(1, 9)]})
+    )
     row = {"episodes": 20, "low": 0.0, "high": 0.16}
-    tasks = {"policy": {"reach-v3": row | {"successes": 3}}, "blank": {"reach-v3": row | {"successes": 0}}}
+    tasks = {
+        "policy": {"reach-v3": row | {"successes": 3}},
+        "blank": {"reach-v3": row | {"successes": 0}},
+    }
     module.plot({"tasks": tasks}, tmp_path, tmp_path / "plot.png")
     loss, success = pyplot.gcf().axes
     assert [text.get_text() for text in success.texts] == ["0/20"]
-    labels = [label.get_text() for minor in (False, True) for label in loss.get_yticklabels(minor=minor)]
+    labels = [
+        label.get_text() for minor in (False, True) for label in loss.get_yticklabels(minor=minor)
+    ]
     assert {"0.5", "1", "2"} <= set(labels)
     assert not [label for label in labels if "10" in label and "^" in label]
     pyplot.close("all")
@@ -75,7 +95,9 @@ def test_ctrl_c_in_any_stage_loses_no_more_than_what_was_under_way(tmp_path):
     command = [*words(out, 12, STEPS, 4), "--config", str(recipe)]
 
     def interrupted(begun):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True
+        )
         until = time.monotonic() + 120
         while not begun():
             assert process.poll() is None, process.communicate()
@@ -100,7 +122,11 @@ def test_ctrl_c_in_any_stage_loses_no_more_than_what_was_under_way(tmp_path):
     assert ended.returncode == 0, ended.stderr[-4000:]
     assert log.read_text().startswith(played)
     assert json.loads((out / "dataset" / "meta" / "info.json").read_text())["total_episodes"] == 12
-    state = json.loads((out / "train" / "state" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
-    assert [line["step"] for line in state["log_history"] if "loss" in line] == list(range(1, STEPS + 1))
+    state = json.loads(
+        (out / "train" / "state" / f"checkpoint-{STEPS}" / "trainer_state.json").read_text()
+    )
+    assert [line["step"] for line in state["log_history"] if "loss" in line] == list(
+        range(1, STEPS + 1)
+    )
     found = json.loads((out / "results.json").read_text())["tasks"]
     assert [own["coffee-button-v3"]["episodes"] for own in found.values()] == [4] * 4

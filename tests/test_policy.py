@@ -19,7 +19,10 @@ def test_predict_gives_a_chunk_inside_the_bounds(policy, observation):
 
 
 def test_predict_is_pure(policy, observation):
-    first, second = (policy.predict(observation.images, observation.instruction, observation.state) for _ in range(2))
+    first, second = (
+        policy.predict(observation.images, observation.instruction, observation.state)
+        for _ in range(2)
+    )
     np.testing.assert_array_equal(first, second)
 
 
@@ -31,11 +34,18 @@ def test_predict_batch_is_predict_for_each(policy):
 
 def test_chunk_size_gives_the_first_steps(policy, observation):
     whole = policy.predict(observation.images, observation.instruction, observation.state)
-    part = policy.predict(image=observation.images, instruction=observation.instruction, state=observation.state, num_steps=2)
+    part = policy.predict(
+        image=observation.images,
+        instruction=observation.instruction,
+        state=observation.state,
+        num_steps=2,
+    )
     np.testing.assert_array_equal(part, whole[:2])
     for size in (0, 4):
         with pytest.raises(InputError, match="num_steps"):
-            policy.predict(observation.images, observation.instruction, observation.state, num_steps=size)
+            policy.predict(
+                observation.images, observation.instruction, observation.state, num_steps=size
+            )
 
 
 def test_one_image_is_enough_for_one_camera_and_refused_for_two(policy, processor, observation):
@@ -43,7 +53,9 @@ def test_one_image_is_enough_for_one_camera_and_refused_for_two(policy, processo
         policy.predict(observation.images["front"], "go", observation.state)
     single = VLA0(policy.model, processor, make_spec(cameras=("front",)))
     chunk = single.predict(observation.images["front"], "go", observation.state)
-    np.testing.assert_array_equal(chunk, single.predict({"front": observation.images["front"]}, "go", observation.state))
+    np.testing.assert_array_equal(
+        chunk, single.predict({"front": observation.images["front"]}, "go", observation.state)
+    )
 
 
 def test_relative_actions_come_back_absolute(policy, processor, observation):
@@ -59,7 +71,9 @@ def test_act_is_the_ensemble_of_what_predict_gave(policy):
     chunks = []
     for seed in range(5):
         observation = make_observation(seed)
-        chunks.append(policy.predict(observation.images, observation.instruction, observation.state))
+        chunks.append(
+            policy.predict(observation.images, observation.instruction, observation.state)
+        )
         expected = policy.ensemble_actions(chunks, k=3)
         np.testing.assert_allclose(policy.act(observation), expected, rtol=1e-6)
         np.testing.assert_array_equal(expected, ensemble_actions(chunks, 3))
@@ -79,16 +93,25 @@ def test_ensembling_that_would_do_nothing_is_refused(policy):
 
 
 def test_the_published_example_runs(policy, processor, observation, tmp_path):
-    VLA0(policy.model, processor, make_spec(cameras=("front",), state=None)).save_pretrained(tmp_path / "checkpoint")
+    VLA0(policy.model, processor, make_spec(cameras=("front",), state=None)).save_pretrained(
+        tmp_path / "checkpoint"
+    )
     model = VLA0.from_pretrained(str(tmp_path / "checkpoint"))
     model.eval()
     buffer = []
     for _ in range(3):
-        buffer.append(model.predict(image=observation.images["front"], instruction="push the red block", num_steps=3))
+        buffer.append(
+            model.predict(
+                image=observation.images["front"], instruction="push the red block", num_steps=3
+            )
+        )
     assert model.ensemble_actions(buffer, k=5).shape == (3,)
 
 
-@pytest.mark.parametrize("change", [{"state": None}, {"state": np.array([np.nan, 0])}, {"images": {}}, {"instruction": ""}])
+@pytest.mark.parametrize(
+    "change",
+    [{"state": None}, {"state": np.array([np.nan, 0])}, {"images": {}}, {"instruction": ""}],
+)
 def test_a_broken_observation_is_refused(policy, observation, change):
     with pytest.raises(InputError):
         policy.predict_batch([replace(observation, **change)])
@@ -104,13 +127,17 @@ def decoded(request, policy):
     other = VLA0(policy.model, policy.processor, policy.spec)
     if request.param == "reference":
         other.decoder = GreedyDecoder(policy.model, other.prompt)
-    assert isinstance(other.decoder, GreedyDecoder if request.param == "reference" else SpeculativeDecoder)
+    assert isinstance(
+        other.decoder, GreedyDecoder if request.param == "reference" else SpeculativeDecoder
+    )
     return other
 
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_chunk_that_begins_as_the_model_would_is_the_models(decoded, steps):
-    """Steps that are committed to are the beginning of the text; what follows is what would have followed."""
+    """Steps that are committed to are the beginning of the text; what follows is what would have
+    followed.
+    """
     for seed in range(4):
         observation = make_observation(seed)
         whole = decoded.predict_batch([observation])[0]
@@ -130,13 +157,22 @@ def test_both_decoders_go_on_alike_from_what_the_model_would_not_have_begun(poli
     seen, rest = [], []
     for seed in range(6):
         action_prefix = None if seed % 3 == 0 else rng.uniform(low, high, (seed % 3, 3))
-        seen.append(replace(make_observation(seed), action_prefix=action_prefix, draft_actions=rng.uniform(low, high, (3, 3))))
+        seen.append(
+            replace(
+                make_observation(seed),
+                action_prefix=action_prefix,
+                draft_actions=rng.uniform(low, high, (3, 3)),
+            )
+        )
         rest.append(action_prefix)
     chunks = policy.predict_batch(seen)
     np.testing.assert_array_equal(chunks, plain.predict_batch(seen))
     for chunk, action_prefix in zip(chunks, rest, strict=True):
         if action_prefix is not None:  # within half a level
-            assert (np.abs(chunk[: len(action_prefix)] - action_prefix) <= (high - low) / policy.spec.bins / 2 + 1e-6).all()
+            assert (
+                np.abs(chunk[: len(action_prefix)] - action_prefix)
+                <= (high - low) / policy.spec.bins / 2 + 1e-6
+            ).all()
     np.testing.assert_array_equal(policy.predict_batch(seen, 2 + 1), chunks)
 
 
@@ -173,7 +209,8 @@ def test_threads_that_share_a_policy_get_what_each_would_get_alone(policy):
         streamed = list(threads.map(lambda own: _streamed(policy, own), seen))
     np.testing.assert_array_equal(alone, together)
     for own, found in zip(alone, streamed, strict=True):
-        assert found is None or np.array_equal(own, found)  # one stream at a time: others are told so
+        # one stream at a time: others are told so
+        assert found is None or np.array_equal(own, found)
     assert any(found is not None for found in streamed)
 
 

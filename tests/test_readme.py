@@ -16,9 +16,9 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_example_runs(policy, processor, tmp_path):
     example = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-    VLA0(policy.model, processor, make_spec(cameras=("front",), state=None, chunk_size=4)).save_pretrained(
-        tmp_path / "checkpoint"
-    )
+    VLA0(
+        policy.model, processor, make_spec(cameras=("front",), state=None, chunk_size=4)
+    ).save_pretrained(tmp_path / "checkpoint")
     names = {}
     exec(example.replace("runs/demo/train/last", str(tmp_path / "checkpoint")), names)
     assert names["action"].shape == (3,)
@@ -26,7 +26,11 @@ def test_the_example_runs(policy, processor, tmp_path):
 
 def test_the_line_count_is_what_its_command_says():
     claimed, command = re.search(r"The method itself is ([\d,]+) lines: `(.*?)`", README).groups()
-    counted = int(subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    counted = int(
+        subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+    )
     assert abs(int(claimed.replace(",", "")) - counted) <= 50
 
 
@@ -38,9 +42,22 @@ def test_recipes_are_understood(recipe):
 def test_every_command_is_there_after_make_install():
     """In the environment that README says to activate; `uv` is not on a bare machine's path."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if line and not line.startswith((" ", "#"))]
+    lines = [
+        line
+        for block in blocks
+        for line in block.splitlines()
+        if line and not line.startswith((" ", "#"))
+    ]
     words = {line.split()[0] for line in lines}
-    assert words <= {"make", "vla0", "python", "pip", "lerobot-train", "lerobot-eval", "lerobot-rollout"}
+    assert words <= {
+        "make",
+        "vla0",
+        "python",
+        "pip",
+        "lerobot-train",
+        "lerobot-eval",
+        "lerobot-rollout",
+    }
     assert README.index("source .venv/bin/activate") < README.index("vla0 inspect")
     assert "uv run" not in README
 

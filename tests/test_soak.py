@@ -28,7 +28,9 @@ def here(policy):
                 address = stack.enter_context(serving(named, VlaEvalServer, ensemble="v1"))[0]
             else:
                 address = stack.enter_context(serving(named, limits=ServerLimits(rate=1e5)))[0]
-            yield SimpleNamespace(address=address.removeprefix("ws://"), ended=lambda: False, megabytes=lambda: 0.0)
+            yield SimpleNamespace(
+                address=address.removeprefix("ws://"), ended=lambda: False, megabytes=lambda: 0.0
+            )
 
     return serve
 
@@ -43,7 +45,9 @@ def test_no_command_is_late_out_of_bounds_or_after_the_stop(tmp_path):
     held(arm.episodes(Until(tries=200), 0, tmp_path), 200)
 
 
-def test_whatever_message_comes_each_is_answered_and_an_honest_client_notices_nothing(tmp_path, here):
+def test_whatever_message_comes_each_is_answered_and_an_honest_client_notices_nothing(
+    tmp_path, here
+):
     held(messages.mutated(Until(tries=2400), 0, tmp_path, here), 800)
 
 

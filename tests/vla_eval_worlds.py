@@ -1,4 +1,6 @@
-"""Meta-World as a benchmark of vla-eval, which ships none: `vla-eval run` finds it by `vla_eval_worlds:MetaWorldBenchmark`."""
+"""Meta-World as a benchmark of vla-eval, which ships none: `vla-eval run` finds it by
+`vla_eval_worlds:MetaWorldBenchmark`.
+"""
 
 import numpy as np
 from vla_eval.benchmarks.base import StepBenchmark, StepResult
@@ -14,7 +16,13 @@ class MetaWorldBenchmark(StepBenchmark):
 
     def __init__(self, tasks=TASKS, fps: float = 40.0, max_steps: int = 150):
         super().__init__()
-        self.tasks, self.fps, self.max_steps, self.env, self.task = list(tasks), fps, max_steps, None, None
+        self.tasks, self.fps, self.max_steps, self.env, self.task = (
+            list(tasks),
+            fps,
+            max_steps,
+            None,
+            None,
+        )
 
     def get_tasks(self):
         return [{"name": task, "suite": "metaworld"} for task in self.tasks]
@@ -22,7 +30,10 @@ class MetaWorldBenchmark(StepBenchmark):
     def reset(self, task):
         if self.task != task["name"]:
             self.cleanup()
-            self.env, self.task = MetaWorldEnv(task["name"], start="above", fps=self.fps), task["name"]
+            self.env, self.task = (
+                MetaWorldEnv(task["name"], start="above", fps=self.fps),
+                task["name"],
+            )
         return self.env.reset(FIRST_SEED + task["episode_idx"])
 
     def step(self, action):
@@ -30,7 +41,11 @@ class MetaWorldBenchmark(StepBenchmark):
         return StepResult(seen, float(done), done, {})
 
     def make_obs(self, raw_obs, task):
-        return {"images": {"view": raw_obs.images["front"]}, "task_description": raw_obs.instruction, "state": raw_obs.state}
+        return {
+            "images": {"view": raw_obs.images["front"]},
+            "task_description": raw_obs.instruction,
+            "state": raw_obs.state,
+        }
 
     def get_step_result(self, step_result):
         return {"success": bool(step_result.done)}

@@ -10,7 +10,10 @@ from vla0 import InputError, Observation, Spec
 
 
 class Line:
-    """Done when the place, which the actions move, passes 3. The task's name says what goes wrong."""
+    """Done when the place, which the actions move, passes 3.
+
+    The task's name says what goes wrong.
+    """
 
     fps, max_steps = 20.0, 8
 
@@ -76,22 +79,39 @@ def load_absent():
 
 
 JOINTS = tuple(
-    f"{joint}.pos" for joint in ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
+    f"{joint}.pos"
+    for joint in (
+        "shoulder_pan",
+        "shoulder_lift",
+        "elbow_flex",
+        "wrist_flex",
+        "wrist_roll",
+        "gripper",
+    )
 )
 
 
 def arm_spec(**changes) -> Spec:
     """Of a policy for the simulated arm."""
     fields = {
-        "low": (-90.0, -60.0, -60.0, -60.0, -90.0, 0.0), "high": (90.0, 60.0, 60.0, 60.0, 90.0, 100.0), "fps": 20.0, "cameras": ("front", "wrist"),
-        "base_model": "none", "image_size": 56, "state": ((-180.0,) * 6, (180.0,) * 6), "action_names": JOINTS, "state_names": JOINTS,
+        "low": (-90.0, -60.0, -60.0, -60.0, -90.0, 0.0),
+        "high": (90.0, 60.0, 60.0, 60.0, 90.0, 100.0),
+        "fps": 20.0,
+        "cameras": ("front", "wrist"),
+        "base_model": "none",
+        "image_size": 56,
+        "state": ((-180.0,) * 6, (180.0,) * 6),
+        "action_names": JOINTS,
+        "state_names": JOINTS,
         "max_step_change": (6.0, 6.0, 6.0, 6.0, 6.0, 20.0),
-    }  # fmt: skip
+    }
     return Spec(**{**fields, **changes})
 
 
 class Reach:
-    """What `vla0 serve` needs of a policy: moves the simulated arm to a goal, four degrees a step, after a while."""
+    """What `vla0 serve` needs of a policy: moves the simulated arm to a goal, four degrees a step,
+    after a while.
+    """
 
     def __init__(
         self,
@@ -100,7 +120,13 @@ class Reach:
         goal=(40.0, 20.0, -20.0, 30.0, 0.0, 30.0),
         wild: float = 0.0,
     ):
-        self.spec, self.latency_s, self.goal, self.wild, self.queries = spec or arm_spec(), latency_s, np.array(goal), wild, 0
+        self.spec, self.latency_s, self.goal, self.wild, self.queries = (
+            spec or arm_spec(),
+            latency_s,
+            np.array(goal),
+            wild,
+            0,
+        )
 
     def predict_batch(self, observations, steps=None):
         time.sleep(self.latency_s(self.queries))
@@ -115,5 +141,7 @@ class Reach:
         place, chunk = begun[-1] if len(begun) else observation.state, list(begun)
         while len(chunk) < self.spec.chunk_size:
             place = place + np.clip(self.goal - place, -4, 4)
-            chunk.append(place + self.wild * np.random.default_rng(len(chunk) + self.queries).normal(size=6))
+            chunk.append(
+                place + self.wild * np.random.default_rng(len(chunk) + self.queries).normal(size=6)
+            )
         return np.array(chunk, np.float32)

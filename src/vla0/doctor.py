@@ -18,12 +18,15 @@ from vla0.sim import libero_files
 JOBS = ("train", "eval", "serve")
 GIB = 2**30
 MODELS = {"Qwen2.5-VL-3B": 3.75e9, "Qwen2.5-VL-7B": 8.29e9, "Qwen2.5-VL-72B": 73.4e9}  # parameters
-ACTING, TRAINING = 2.4, 17.0  # bytes a parameter: bf16 and what a decode keeps; fp32 with gradient and two moments
+# bytes a parameter: bf16 and what a decode keeps; fp32 with gradient and two moments
+ACTING, TRAINING = 2.4, 17.0
 FRAME = (  # drawn in a process of its own: a broken driver kills it
     "import os, mujoco; "  # MUJOCO_GL is that of vla0.sim
-    'model = mujoco.MjModel.from_xml_string(\'<mujoco><worldbody><light pos="0 0 3"/><geom size=".3" rgba="1 0 0 1"/>'
+    'model = mujoco.MjModel.from_xml_string(\'<mujoco><worldbody><light pos="0 0 3"/><geom '
+    'size=".3" rgba="1 0 0 1"/>'
     "</worldbody></mujoco>'); data = mujoco.MjData(model); mujoco.mj_forward(model, data); "
-    "renderer = mujoco.Renderer(model, 64, 64); renderer.update_scene(data); picture = renderer.render(); renderer.close(); "
+    "renderer = mujoco.Renderer(model, 64, 64); renderer.update_scene(data); picture = "
+    "renderer.render(); renderer.close(); "
     "assert picture.std() > 5, 'an empty picture'; print(os.environ['MUJOCO_GL'])"
 )
 
@@ -46,14 +49,34 @@ def diagnose() -> list[Finding]:
         ("torch", _torch, "pip install vla0", JOBS),
         ("transformers", lambda: metadata.version("transformers"), "pip install vla0", JOBS),
         ("LeRobot", _lerobot, "pip install 'vla0[lerobot]'", ("train",)),
-        ("rendering", draw, "Debian: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri; or set MUJOCO_GL", ("eval",)),
+        (
+            "rendering",
+            draw,
+            "Debian: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri; or set MUJOCO_GL",
+            ("eval",),
+        ),
         ("MuJoCo", _mujoco, f"pip install mujoco=={libero_files.MUJOCO}: results depend on it", ()),
         ("Meta-World", lambda: metadata.version("metaworld"), "pip install 'vla0[metaworld]'", ()),
         ("LIBERO", lambda: metadata.version("hf-libero"), "pip install 'vla0[libero]'", ()),
         ("LIBERO's meshes", _meshes, "vla0 download libero-assets, or set VLA0_LIBERO_ASSETS", ()),
-        ("disk", _disk, "free some: a checkpoint of a 3B model takes 15 GB, its training state 45", ("train",)),
-        ("a model to act", lambda: _fits(ACTING), "a smaller model, or another machine", ("eval", "serve")),
-        ("a model to train", lambda: _fits(TRAINING), "the tiny model of configs/demo.yaml, or another machine", ()),
+        (
+            "disk",
+            _disk,
+            "free some: a checkpoint of a 3B model takes 15 GB, its training state 45",
+            ("train",),
+        ),
+        (
+            "a model to act",
+            lambda: _fits(ACTING),
+            "a smaller model, or another machine",
+            ("eval", "serve"),
+        ),
+        (
+            "a model to train",
+            lambda: _fits(TRAINING),
+            "the tiny model of configs/demo.yaml, or another machine",
+            (),
+        ),
     ]
     found = [_try(*check) for check in checks]
     if not any(line.fine for line in found if line.name in ("Meta-World", "LIBERO")):
@@ -73,10 +96,17 @@ def findings_table(found: list[Finding]) -> Table:
 
 
 def draw() -> str:
-    """Renders a frame without a screen; the back-end's name. Raises RuntimeError where that fails."""
-    done = subprocess.run([sys.executable, "-c", FRAME], capture_output=True, text=True, timeout=120)
+    """Renders a frame without a screen; the back-end's name.
+
+    Raises RuntimeError where that fails.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", FRAME], capture_output=True, text=True, timeout=120
+    )
     if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
+        raise RuntimeError(
+            (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        )
     return f"MUJOCO_GL={done.stdout.strip()}"
 
 
@@ -89,7 +119,8 @@ def _try(name: str, check: Callable[[], str], remedy: str, jobs: tuple[str, ...]
         _, got, better = error.args
         return Finding(name, False, f"{got}", better or remedy, jobs)
     except Exception as error:  # whatever is broken here is a line on the screen
-        kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "  # RuntimeErrors are our own words
+        # RuntimeErrors are our own words
+        kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
         return Finding(name, False, f"{kind}{error}".splitlines()[0], remedy, jobs)
 
 
@@ -123,7 +154,9 @@ def _mujoco() -> str:
 
 def _meshes() -> str:
     count = libero_files.standins()
-    return f"{libero_files.assets()}" + (f", {count} are stand-ins: no published number compares" if count else "")
+    return f"{libero_files.assets()}" + (
+        f", {count} are stand-ins: no published number compares" if count else ""
+    )
 
 
 def _disk() -> str:

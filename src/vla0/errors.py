@@ -13,7 +13,9 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         expected, got, remedy = self.args
-        if got is None:  # one text: another machine's error, or a worker's, which torch hands on behind its traceback
+        # one text: another machine's error, or a worker's, which torch hands on behind its
+        # traceback
+        if got is None:
             return expected.rpartition("InputError: ")[2].strip()
         return f"expected {expected}; got {got}; {remedy}"
 
@@ -33,7 +35,12 @@ RENAMED = {  # keys and names that earlier versions had
 }
 
 
-def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str, elsewhere: Mapping[str, str] | None = None) -> None:
+def refuse_unknown(
+    keys: Iterable[str],
+    known: Iterable[str],
+    where: str,
+    elsewhere: Mapping[str, str] | None = None,
+) -> None:
     """Raises InputError for the first key that is not known, naming the nearest known one.
 
     elsewhere: keys that are known in another place → their full names.
@@ -41,11 +48,15 @@ def refuse_unknown(keys: Iterable[str], known: Iterable[str], where: str, elsewh
     known = list(known)
     for key in keys:
         if key not in known:
-            raise InputError(f"a known key in {where}", f"unknown key '{key}'", nearest(key, known, elsewhere))
+            raise InputError(
+                f"a known key in {where}", f"unknown key '{key}'", nearest(key, known, elsewhere)
+            )
 
 
 def nearest(word: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
-    """The remedy for a word that is not known: what it is called now, or the nearest of those that are."""
+    """The remedy for a word that is not known: what it is called now, or the nearest of those that
+    are.
+    """
     known, places = list(known), elsewhere or {}
     known += [name for name in places if name not in known]
     if (now := RENAMED.get(word)) in known:
@@ -60,7 +71,13 @@ def given(**settings: Any) -> dict[str, Any]:
 
 
 def refuse_idle(settings: Mapping[str, Any], needed: str) -> None:
-    """Raises InputError for the first setting that was given although it does nothing without what is needed."""
+    """Raises InputError for the first setting that was given although it does nothing without what
+    is needed.
+    """
     for name, value in settings.items():
         if not (value is None or value is False or value == []):
-            raise InputError(f"{needed} for {name}", f"{name} {value} without it", "leave it out: it would do nothing")
+            raise InputError(
+                f"{needed} for {name}",
+                f"{name} {value} without it",
+                "leave it out: it would do nothing",
+            )

@@ -25,7 +25,8 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 @contextmanager
 def set_aside(file: Path) -> Iterator[Path]:
-    """A name to write to, of this process alone; what is written there stands at `file` once all of it is.
+    """A name to write to, of this process alone; what is written there stands at `file` once all of
+    it is.
 
     Ended before, by an error, it leaves nothing; by a kill, a file that `clear_aside` removes.
     """
@@ -38,7 +39,9 @@ def set_aside(file: Path) -> Iterator[Path]:
 
 
 def settle(folder: Path) -> None:
-    """Waits until a folder is on the disk, so that a power cut cannot take what is about to be named as whole."""
+    """Waits until a folder is on the disk, so that a power cut cannot take what is about to be
+    named as whole.
+    """
     for place in [*folder.rglob("*"), folder]:
         if place.is_file() or place.is_dir():
             number = os.open(place, os.O_RDONLY)
@@ -56,7 +59,10 @@ def clear_aside(folder: Path) -> None:
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object that a file holds. Raises InputError where it holds none: cut off, empty, or something else."""
+    """The JSON object that a file holds.
+
+    Raises InputError where it holds none: cut off, empty, or something else.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -68,7 +74,10 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
 
 @contextmanager
 def held(folder: Path, job: str) -> Iterator[None]:
-    """A folder for oneself; given back however the process ends. Raises InputError where another process has it."""
+    """A folder for oneself; given back however the process ends.
+
+    Raises InputError where another process has it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(folder / ".lock"), folder / ".owner"
     try:
@@ -76,7 +85,9 @@ def held(folder: Path, job: str) -> Iterator[None]:
     except Timeout:
         who = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
         raise InputError(
-            f"'{folder}' for this {job} alone", who, "wait until that has ended, or choose another folder"
+            f"'{folder}' for this {job} alone",
+            who,
+            "wait until that has ended, or choose another folder",
         ) from None
     try:
         write_whole(owner, f"process {os.getpid()} on {socket.gethostname()}, a {job}")

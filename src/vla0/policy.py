@@ -28,12 +28,20 @@ logger = logging.getLogger(__name__)
 
 
 class VLA0:
-    """A VLM that writes actions. `predict` is pure, also from several threads; `act` remembers its chunks until `reset`."""
+    """A VLM that writes actions.
+
+    `predict` is pure, also from several threads; `act` remembers its chunks until `reset`.
+    """
 
     told = False  # that a state is given in vain
 
     def __init__(
-        self, vlm: Any, processor: Any, spec: Spec, n_action_steps: int = 1, weights: str | Sequence[float] | None = None
+        self,
+        vlm: Any,
+        processor: Any,
+        spec: Spec,
+        n_action_steps: int = 1,
+        weights: str | Sequence[float] | None = None,
     ):
         self.model: Any = vlm.eval()
         self.processor, self.spec = processor, spec
@@ -43,8 +51,15 @@ class VLA0:
         self._ready(n_action_steps, weights)
 
     def _ready(self, n_action_steps: int, weights: str | Sequence[float] | None) -> Self:
-        self.alone = threading.RLock()  # a decode's keys and values lie in one place; held for a pass at least
-        averaged = min(-(-self.spec.chunk_size // n_action_steps), self.spec.ensemble_k or self.spec.chunk_size) > 1
+        # a decode's keys and values lie in one place; held for a pass at least
+        self.alone = threading.RLock()
+        averaged = (
+            min(
+                -(-self.spec.chunk_size // n_action_steps),
+                self.spec.ensemble_k or self.spec.chunk_size,
+            )
+            > 1
+        )
         return self.acting(n_action_steps, weights or ("v1" if averaged else ensemble.NONE))
 
     @classmethod
@@ -55,9 +70,12 @@ class VLA0:
         dtype: str | torch.dtype = "auto",
         embodiment: str = MAIN,
     ) -> Self:
-        """The policy of a checkpoint folder or Hub id. Raises InputError where it is not one, or not whole.
+        """The policy of a checkpoint folder or Hub id.
 
-        embodiment: of a checkpoint trained on a mixture, the name of the dataset whose robot is to act; default the first.
+        Raises InputError where it is not one, or not whole.
+
+        embodiment: of a checkpoint trained on a mixture, the name of the dataset whose robot is to
+        act; default the first.
         """
         folder = locate(path)
         spec = Spec.load(folder, embodiment)
@@ -67,10 +85,12 @@ class VLA0:
 
     @classmethod
     def remote(cls, base_url: str, spec: Spec | str | Path, **server: Any) -> Self:
-        """The policy of a checkpoint that another engine serves over OpenAI's chat API: vLLM, SGLang, llama.cpp.
+        """The policy of a checkpoint that another engine serves over OpenAI's chat API: vLLM,
+        SGLang, llama.cpp.
 
-        spec: the checkpoint's, its folder or Hub id. server: model, key, engine, timeout_s, extra of vla0.decode.remote.
-        Raises InputError where the server does not answer; TimeoutError or ConnectionError when it stops to.
+        spec: the checkpoint's, its folder or Hub id. server: model, key, engine, timeout_s, extra
+        of vla0.decode.remote. Raises InputError where the server does not answer; TimeoutError or
+        ConnectionError when it stops to.
         """
         from vla0.decode.remote import ChatPrompt, Remote
 
@@ -78,15 +98,26 @@ class VLA0:
         policy.spec = spec if isinstance(spec, Spec) else Spec.load(locate(spec, weights=False))
         policy.model = policy.processor = policy.mode = None
         policy.specs, policy.codec = {MAIN: policy.spec}, ActionCodec(policy.spec)
-        policy.prompt, policy.decoder = ChatPrompt(policy.spec), Remote(base_url, policy.spec, **server)
+        policy.prompt, policy.decoder = (
+            ChatPrompt(policy.spec),
+            Remote(base_url, policy.spec, **server),
+        )
         return policy._ready(1, None)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Writes a folder that `from_pretrained` and transformers read."""
         if self.model is None:
-            raise InputError("weights, to save", "a policy of another's server", "copy the checkpoint that it serves")
+            raise InputError(
+                "weights, to save",
+                "a policy of another's server",
+                "copy the checkpoint that it serves",
+            )
         if self.mode is not None:
-            raise InputError("the exact policy, to save", f"one made {self.mode}", "save the one that it was made from")
+            raise InputError(
+                "the exact policy, to save",
+                f"one made {self.mode}",
+                "save the one that it was made from",
+            )
         model.save(path, self.model, self.processor, self.specs)
 
     def eval(self) -> Self:
@@ -96,9 +127,13 @@ class VLA0:
         return self
 
     def approximate(self, mode: str) -> "VLA0":
-        """Another policy of the same weights that decodes faster and may write other numbers: see vla0.decode.approximate."""
+        """Another policy of the same weights that decodes faster and may write other numbers: see
+        vla0.decode.approximate.
+        """
         if self.model is None:
-            raise InputError("weights here", "a policy of another's server", "let that server be approximate")
+            raise InputError(
+                "weights here", "a policy of another's server", "let that server be approximate"
+            )
         other = copy(self)
         other.model, other.decoder = approximate(self.model, self.prompt, mode)
         other.mode = mode
@@ -111,22 +146,32 @@ class VLA0:
         state: np.ndarray | None = None,
         num_steps: int | None = None,
     ) -> np.ndarray:
-        """(H, D) float32: the next actions in the dataset's units; the first `num_steps` of them where given.
+        """(H, D) float32: the next actions in the dataset's units; the first `num_steps` of them
+        where given.
 
-        image: (h, w, 3) uint8 RGB where the checkpoint has one camera, else {camera: image}. A state is for checkpoints
-        that were trained with one; of another the log says that it changes nothing.
+        image: (h, w, 3) uint8 RGB where the checkpoint has one camera, else {camera: image}. A
+        state is for checkpoints that were trained with one; of another the log says that it changes
+        nothing.
         """
         if state is not None and not (self.spec.state or self.spec.relative_dims) and not self.told:
             logger.warning("state= changes nothing: this checkpoint was trained without one")
             self.told = True
         if not isinstance(image, Mapping):
             if len(self.spec.cameras) > 1:
-                raise InputError(f"images of cameras {list(self.spec.cameras)}", "one image", "pass image={camera: array}")
+                raise InputError(
+                    f"images of cameras {list(self.spec.cameras)}",
+                    "one image",
+                    "pass image={camera: array}",
+                )
             image = dict.fromkeys(self.spec.cameras, np.asarray(image))
         return self.predict_batch([Observation(image, instruction, state)], num_steps)[0]
 
-    def predict_batch(self, observations: Sequence[Observation], num_steps: int | None = None) -> np.ndarray:
-        """(B, H, D) float32: a chunk for each observation, decoded together; its first `num_steps` steps where given."""
+    def predict_batch(
+        self, observations: Sequence[Observation], num_steps: int | None = None
+    ) -> np.ndarray:
+        """(B, H, D) float32: a chunk for each observation, decoded together; its first `num_steps`
+        steps where given.
+        """
         if not observations:
             raise InputError("one observation at least", "none", "pass a list of them")
         self._check(num_steps)
@@ -135,10 +180,18 @@ class VLA0:
         return np.stack([self._actions(*pair) for pair in zip(levels, observations, strict=True)])
 
     def see(self, observation: Observation) -> Observation:
-        """The observation with its pictures cropped and resized, so that `predict_batch` need not: for threads with time."""
-        return observation if self.model is None else replace(observation, seen=self.prompt.see(observation))
+        """The observation with its pictures cropped and resized, so that `predict_batch` need not:
+        for threads with time.
+        """
+        return (
+            observation
+            if self.model is None
+            else replace(observation, seen=self.prompt.see(observation))
+        )
 
-    def predict_stream(self, observation: Observation, num_steps: int | None = None) -> Iterator[np.ndarray]:
+    def predict_stream(
+        self, observation: Observation, num_steps: int | None = None
+    ) -> Iterator[np.ndarray]:
         """The actions (D,) of `predict`, one after another, each as soon as it is certain."""
         self._check(num_steps)
         given = 0
@@ -153,17 +206,31 @@ class VLA0:
             given = len(levels)
 
     def ensemble_actions(
-        self, chunks: Sequence[np.ndarray], k: int | None = None, weights: str | Sequence[float] = "v1"
+        self,
+        chunks: Sequence[np.ndarray],
+        k: int | None = None,
+        weights: str | Sequence[float] = "v1",
     ) -> np.ndarray:
-        """(D,): the action of now, from chunks queried at successive steps, newest last; k: default the Spec's."""
-        return ensemble.ensemble_actions(chunks, k or self.spec.ensemble_k, weights, self.spec.periodic)
+        """(D,): the action of now, from chunks queried at successive steps, newest last; k: default
+        the Spec's.
+        """
+        return ensemble.ensemble_actions(
+            chunks, k or self.spec.ensemble_k, weights, self.spec.periodic
+        )
 
     def acting(self, n_action_steps: int = 1, weights: str | Sequence[float] = "v1") -> Self:
-        """Itself, set to execute `n_action_steps` steps per query and to ensemble by `weights` (vla0.core.ensemble)."""
+        """Itself, set to execute `n_action_steps` steps per query and to ensemble by `weights`
+        (vla0.core.ensemble).
+        """
         steps = ensemble.steps_used(self.spec.chunk_size, n_action_steps, weights)
         predict = lambda observation: self.predict_batch([observation], steps)[0]  # noqa: E731
         self._acting = ChunkPolicy(
-            predict, self.spec.chunk_size, n_action_steps, weights, self.spec.ensemble_k, self.spec.periodic
+            predict,
+            self.spec.chunk_size,
+            n_action_steps,
+            weights,
+            self.spec.ensemble_k,
+            self.spec.periodic,
         )
         self.settings = n_action_steps, weights
         return self
@@ -194,7 +261,10 @@ class VLA0:
         guesses = [self._guess(observation) for observation in observations]
         if all(observation.action_prefix is None for observation in observations):
             return self.prompt.observe(observations), num_steps, guesses
-        prefixes = [self._begun(observation, num_steps or self.spec.chunk_size) for observation in observations]
+        prefixes = [
+            self._begun(observation, num_steps or self.spec.chunk_size)
+            for observation in observations
+        ]
         texts = [written(levels) for levels in prefixes]
         return self.prompt.observe(observations, prefixes=texts), num_steps, guesses, prefixes
 
@@ -204,9 +274,15 @@ class VLA0:
         if observation.action_prefix is None:
             return np.zeros((0, dimensions), np.int64)
         action_prefix = np.asarray(observation.action_prefix, np.float64)
-        if action_prefix.ndim != 2 or action_prefix.shape[1] != dimensions or len(action_prefix) >= steps:
+        if (
+            action_prefix.ndim != 2
+            or action_prefix.shape[1] != dimensions
+            or len(action_prefix) >= steps
+        ):
             expected = f"action_prefix: fewer than {steps} actions of {dimensions}"
-            raise InputError(expected, f"shape {action_prefix.shape}", "commit to fewer steps than a chunk has")
+            raise InputError(
+                expected, f"shape {action_prefix.shape}", "commit to fewer steps than a chunk has"
+            )
         return self.codec.encode(to_written(action_prefix, observation, self.spec))
 
     def _actions(self, levels: np.ndarray, observation: Observation) -> np.ndarray:
@@ -221,7 +297,9 @@ class VLA0:
         most, dimensions = self.spec.chunk_size, self.spec.dimensions
         if expected.ndim != 2 or expected.shape[1] != dimensions or not 1 <= len(expected) <= most:
             raise InputError(
-                f"expected: 1 to {most} actions of {dimensions}", f"shape {expected.shape}", "give the rest of the last chunk"
+                f"expected: 1 to {most} actions of {dimensions}",
+                f"shape {expected.shape}",
+                "give the rest of the last chunk",
             )
         levels = self.codec.encode(to_written(expected, observation, self.spec))
         return filled(levels, most)

@@ -7,13 +7,19 @@ import warnings
 
 
 def hush() -> None:
-    """Silences what libraries say of themselves as they are imported, here and in processes that are started from here."""
-    warnings.filterwarnings("ignore", category=SyntaxWarning)  # of torchao and robosuite, wherever bytecode is not kept
+    """Silences what libraries say of themselves as they are imported, here and in processes that
+    are started from here.
+    """
+    # of torchao and robosuite, wherever bytecode is not kept
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
     os.environ.setdefault("PYTHONWARNINGS", "ignore::SyntaxWarning")
-    warnings.filterwarnings("ignore", message="Could not find a config file", module="peft")  # of a model that has no name
-    # bitsandbytes, which peft imports wherever it is installed, asks for one more package: for speed on a CPU.
+    # of a model that has no name
+    warnings.filterwarnings("ignore", message="Could not find a config file", module="peft")
+    # bitsandbytes, which peft imports wherever it is installed, asks for one more package: for
+    # speed on a CPU.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)  # of times of files, when checkpoints make room
+    # of times of files, when checkpoints make room
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
 
 
 def quiet() -> None:

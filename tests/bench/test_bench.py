@@ -65,25 +65,48 @@ def test_the_pictures_move_a_little_at_each_step(spec):
 
 
 def test_recorded_episodes_are_those_of_the_dataset_again_and_again(dataset, spec):
-    config = DataConfig(dataset=str(dataset), cameras={"front": "observation.images.top", "wrist": "observation.images.hand"})
+    config = DataConfig(
+        dataset=str(dataset),
+        cameras={"front": "observation.images.top", "wrist": "observation.images.hand"},
+    )
     episode = recorded(config, spec)(1)
     seen = [next(episode).images["front"] for _ in range(9)]
     assert not np.array_equal(seen[0], seen[1])
     np.testing.assert_array_equal(seen[0], seen[4])  # the second episode has four steps
 
 
-@pytest.mark.parametrize(("batches", "steps_per_query", "chunks"), [([0], [1], 1), ([1], [0], 1), ([1], [9], 1), ([1], [1], 0)])
+@pytest.mark.parametrize(
+    ("batches", "steps_per_query", "chunks"),
+    [([0], [1], 1), ([1], [0], 1), ([1], [9], 1), ([1], [1], 0)],
+)
 def test_numbers_that_mean_nothing_are_refused(batches, steps_per_query, chunks):
     with pytest.raises(InputError):
         refuse(batches, steps_per_query, chunks, 8)
 
 
 def test_a_model_of_random_weights_in_bf16_is_measured_too(monkeypatch):
-    small = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+    small = {
+        "num_hidden_layers": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+    }
     text = {**SHAPE_3B["text_config"], **small}
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
-    vision = {**SHAPE_3B["vision_config"], "depth": 1, "out_hidden_size": 64, "hidden_size": 64, "num_heads": 4}
-    monkeypatch.setattr(inputs, "SHAPE_3B", {**SHAPE_3B, "text_config": text, "vision_config": vision})
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "mrope_section": [2, 3, 3],
+    }
+    vision = {
+        **SHAPE_3B["vision_config"],
+        "depth": 1,
+        "out_hidden_size": 64,
+        "hidden_size": 64,
+        "num_heads": 4,
+    }
+    monkeypatch.setattr(
+        inputs, "SHAPE_3B", {**SHAPE_3B, "text_config": text, "vision_config": vision}
+    )
     policy = chosen("3b", "cpu")
     assert str(policy.model.dtype) == "torch.bfloat16"
     rows = bench(policy, [1], [1], 1, ["generate", "tree that learns, and a tail"])
@@ -93,14 +116,26 @@ def test_a_model_of_random_weights_in_bf16_is_measured_too(monkeypatch):
 def test_the_3b_shape_has_the_published_models_parameters():
     with torch.device("meta"):
         vlm = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**SHAPE_3B))
-    assert sum(p.numel() for p in vlm.model.visual.parameters()) / 1e9 == pytest.approx(0.669, abs=5e-4)
-    assert sum(p.numel() for p in vlm.model.language_model.parameters()) / 1e9 == pytest.approx(3.086, abs=5e-4)
+    assert sum(p.numel() for p in vlm.model.visual.parameters()) / 1e9 == pytest.approx(
+        0.669, abs=5e-4
+    )
+    assert sum(p.numel() for p in vlm.model.language_model.parameters()) / 1e9 == pytest.approx(
+        3.086, abs=5e-4
+    )
     assert vlm.lm_head.weight.shape == (151_936, 2048)
 
 
 def test_the_benchmark_needs_neither_lerobot_nor_mujoco():
-    code = "import sys, vla0.bench.decode; print([m for m in ('lerobot', 'mujoco', 'robosuite') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, vla0.bench.decode; print([m for m in ('lerobot', 'mujoco', 'robosuite') "
+        "if m in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 ROW = {"way", "samples_per_s", "tokens_per_s", "mfu", "peak_gib"}
@@ -115,7 +150,9 @@ def test_training_is_timed_beside_the_plain_way(tmp_path, dataset):
         assert row.samples_per_s > 0
         assert 0 < row.mfu < 1
         assert row.peak_gib > 0.1
-    assert rows[0].tokens_per_s / rows[0].samples_per_s == pytest.approx(rows[1].tokens_per_s / rows[1].samples_per_s)
+    assert rows[0].tokens_per_s / rows[0].samples_per_s == pytest.approx(
+        rows[1].tokens_per_s / rows[1].samples_per_s
+    )
     with pytest.raises(InputError, match="a way of"):
         training.bench(settings, ["plane"], 1)
 
@@ -133,7 +170,9 @@ def test_both_readers_give_the_same_samples(dataset):
         assert one.observation.instruction == other.observation.instruction
         assert set(one.observation.images) == {"top", "hand"}
         for camera in source.cameras:
-            np.testing.assert_array_equal(one.observation.images[camera], other.observation.images[camera])
+            np.testing.assert_array_equal(
+                one.observation.images[camera], other.observation.images[camera]
+            )
 
 
 @pytest.mark.parametrize("videos", [False, True])
@@ -157,7 +196,9 @@ def test_a_certificate_counts_what_is_identical_and_says_where_others_part(polic
         levels = right(self, *args, **more)
         if not self.plain:
             calls.append(1)
-            levels[0, -1, -1] = (levels[0, -1, -1] + 1) % policy.spec.bins if len(calls) == 2 else levels[0, -1, -1]
+            levels[0, -1, -1] = (
+                (levels[0, -1, -1] + 1) % policy.spec.bins if len(calls) == 2 else levels[0, -1, -1]
+            )
         return levels
 
     monkeypatch.setattr(SpeculativeDecoder, "decode", wrong)
@@ -172,7 +213,18 @@ def test_a_certificate_counts_what_is_identical_and_says_where_others_part(polic
 
 def test_a_certificate_is_written_by_the_command(policy, tmp_path):
     policy.save_pretrained(tmp_path / "checkpoint")
-    words = ("bench", "decode", "--model", str(tmp_path / "checkpoint"), "--certify", "2", "--out", str(tmp_path / "c.json"))
-    done = subprocess.run([sys.executable, "-m", "vla0", *words], capture_output=True, text=True, check=True)
+    words = (
+        "bench",
+        "decode",
+        "--model",
+        str(tmp_path / "checkpoint"),
+        "--certify",
+        "2",
+        "--out",
+        str(tmp_path / "c.json"),
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "vla0", *words], capture_output=True, text=True, check=True
+    )
     assert "2 of 2 chunks identical to one token a pass" in done.stdout
     assert json.loads((tmp_path / "c.json").read_text())["identical"] == 2

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("lerobot") is not None, reason="tried where only the base package is: make test does"
+    importlib.util.find_spec("lerobot") is not None,
+    reason="tried where only the base package is: make test does",
 )
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
@@ -19,14 +20,18 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 def run(out, *words):
     command = [sys.executable, str(SCRIPT), "--small", "--out", str(out), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # threads of several processes would wait for each other
+    # threads of several processes would wait for each other
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_a_stage_leaves_its_rows_on_the_disk_and_a_stage_that_fails_does_not_end_the_run(tmp_path):
-    done = run(tmp_path, "--minutes", "3", "--stage", "trained", "--stage", "random", "--stage", "machine")
+    done = run(
+        tmp_path, "--minutes", "3", "--stage", "trained", "--stage", "random", "--stage", "machine"
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "no such folder" in json.loads((tmp_path / "trained.json").read_text())[0]["error"]  # nothing was trained before
+    # nothing was trained before
+    assert "no such folder" in json.loads((tmp_path / "trained.json").read_text())[0]["error"]
     rows = json.loads((tmp_path / "random.json").read_text())
     assert [row["way"] for row in rows[:2]] == ["one token a pass", "all digits, one level"]
     assert all(row["identical"] == 1 for row in rows if "identical" in row)
@@ -34,9 +39,13 @@ def test_a_stage_leaves_its_rows_on_the_disk_and_a_stage_that_fails_does_not_end
     assert "all digits, two levels" in done.stdout  # the table at the end
 
 
-def test_without_a_gpu_it_says_what_it_would_have_measured_and_without_time_nothing_begins(tmp_path):
+def test_without_a_gpu_it_says_what_it_would_have_measured_and_without_time_nothing_begins(
+    tmp_path,
+):
     if not torch.cuda.is_available():
-        done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 2
         assert "rehearse with --small" in done.stdout
         assert "trained: at most 90 s. Decoding as of a policy" in done.stdout

@@ -1,4 +1,6 @@
-"""A run folder of the official structure becomes a checkpoint that acts; a hostile one does nothing."""
+"""A run folder of the official structure becomes a checkpoint that acts; a hostile one does
+nothing.
+"""
 
 import pickle
 
@@ -14,9 +16,17 @@ from vla0 import VLA0, InputError, Observation
 from vla0.checkpoint.convert import convert, read_spec
 
 QWEN = {
-    "action_type": "original", "original_action_dim": 7, "horizon": 8, "history": 1, "num_cam": 2, "num_bins_actions": 1000,
-    "tiled_rgb_imgs": True, "rgb_img_size": [224, 224], "add_vision_id": True, "qwen_model_id": "Qwen/Qwen2.5-VL-3B-Instruct",
-}  # fmt: skip
+    "action_type": "original",
+    "original_action_dim": 7,
+    "horizon": 8,
+    "history": 1,
+    "num_cam": 2,
+    "num_bins_actions": 1000,
+    "tiled_rgb_imgs": True,
+    "rgb_img_size": [224, 224],
+    "add_vision_id": True,
+    "qwen_model_id": "Qwen/Qwen2.5-VL-3B-Instruct",
+}
 OPTIONS = "IMAGE.crop_img:0.875:IMAGE.img_size:224:IMAGE.cam_list:('3p1','3p2')"
 LOW = np.array([-0.9375, -0.9375, -0.9375, -0.25821429, -0.375, -0.3675, -1], np.float32)
 HIGH = np.array([0.9375, 0.9375, 0.9375, 0.35571429, 0.375, 0.375, 1], np.float32)
@@ -38,7 +48,13 @@ def run(policy, tmp_path):
 
 def test_a_run_becomes_a_checkpoint_that_acts(run, policy, tmp_path):
     spec = convert(run, tmp_path / "out")
-    assert (spec.chunk_size, spec.dimensions, spec.bins, spec.crop, spec.image_size) == (8, 7, 1000, 0.875, 224)
+    assert (spec.chunk_size, spec.dimensions, spec.bins, spec.crop, spec.image_size) == (
+        8,
+        7,
+        1000,
+        0.875,
+        224,
+    )
     assert (spec.cameras, spec.tile, spec.vision_id) == (("agentview", "wrist"), True, False)
     np.testing.assert_array_equal(np.float32(spec.low), LOW)
     np.testing.assert_array_equal(np.float32(spec.high), HIGH)
@@ -47,18 +63,27 @@ def test_a_run_becomes_a_checkpoint_that_acts(run, policy, tmp_path):
     for name, weight in policy.model.state_dict().items():
         np.testing.assert_array_equal(weight.numpy(), loaded.model.state_dict()[name].numpy())
     frame = make_observation(0).images[policy.spec.cameras[0]]
-    assert loaded.predict({"agentview": frame, "wrist": frame}, "open the drawer", num_steps=1).shape == (1, 7)
-    assert not [file for file in (tmp_path / "out").rglob("*") if file.suffix in (".pkl", ".pth", ".bin")]
+    assert loaded.predict(
+        {"agentview": frame, "wrist": frame}, "open the drawer", num_steps=1
+    ).shape == (1, 7)
+    assert not [
+        file for file in (tmp_path / "out").rglob("*") if file.suffix in (".pkl", ".pth", ".bin")
+    ]
 
 
 def official(processor, frames, instruction, actions):
-    """The published pipeline, written down from its description alone: what the model is given, and what it must answer."""
-    tiled = Image.fromarray(np.concatenate([frame[16:240, 16:240] for frame in frames], axis=1))  # crop 0.875 of 256 is 224
+    """The published pipeline, written down from its description alone: what the model is given, and
+    what it must answer.
+    """
+    # crop 0.875 of 256 is 224
+    tiled = Image.fromarray(np.concatenate([frame[16:240, 16:240] for frame in frames], axis=1))
     levels = np.round((actions - LOW) / (HIGH - LOW) * 1000).astype(int)
     numbers = " ".join(str(level) for level in levels.reshape(-1))
     system = (
-        "Analyze the input image and predict robot actions for the next 8 timesteps. Each action has 7 dimensions. Output a single "
-        "sequence of 56 integers (0-1000 each), representing the 8 timesteps sequentially. Provide only space separated numbers. "
+        "Analyze the input image and predict robot actions for the next 8 timesteps. Each action "
+        "has 7 dimensions. Output a single "
+        "sequence of 56 integers (0-1000 each), representing the 8 timesteps sequentially. "
+        "Provide only space separated numbers. "
         "Nothing else."
     )
     turns = [
@@ -66,24 +91,39 @@ def official(processor, frames, instruction, actions):
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]},
         {"role": "assistant", "content": [{"type": "text", "text": numbers}]},
     ]
-    asked, whole = (processor.apply_chat_template(turns[:n], add_generation_prompt=n == 2, tokenize=False) for n in (2, 3))
+    asked, whole = (
+        processor.apply_chat_template(turns[:n], add_generation_prompt=n == 2, tokenize=False)
+        for n in (2, 3)
+    )
     pixels = {"min_pixels": 224 * 448, "max_pixels": 224 * 448}
-    inputs, prompt = (processor(text=[t], images=[tiled], return_tensors="pt", **pixels) for t in (whole, asked))
+    inputs, prompt = (
+        processor(text=[t], images=[tiled], return_tensors="pt", **pixels) for t in (whole, asked)
+    )
     labels = inputs["input_ids"].clone()
     labels[:, : prompt["input_ids"].shape[1]] = -100
     return inputs, labels
 
 
-def test_the_same_picture_sentence_and_weights_give_the_official_tokens_pixels_and_loss(run, tmp_path):
+def test_the_same_picture_sentence_and_weights_give_the_official_tokens_pixels_and_loss(
+    run, tmp_path
+):
     convert(run, tmp_path / "out")
     ours = VLA0.from_pretrained(tmp_path / "out")
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (256, 256, 3), dtype=np.uint8) for _ in range(2)]
     actions = rng.uniform(LOW, HIGH, (8, 7)).astype(np.float32)
-    inputs, labels = official(AutoProcessor.from_pretrained(run / "model_last"), frames, "open the drawer", actions)
-    # The official answer ends with a newline that decoding never reaches: a row of docs/differences.md.
-    inputs, labels = {key: v[:, :-1] if v.shape == labels.shape else v for key, v in inputs.items()}, labels[:, :-1]
-    observation = Observation(dict(zip(("agentview", "wrist"), frames, strict=True)), "open the drawer")
+    inputs, labels = official(
+        AutoProcessor.from_pretrained(run / "model_last"), frames, "open the drawer", actions
+    )
+    # The official answer ends with a newline that decoding never reaches: a row of
+    # docs/differences.md.
+    inputs, labels = (
+        {key: v[:, :-1] if v.shape == labels.shape else v for key, v in inputs.items()},
+        labels[:, :-1],
+    )
+    observation = Observation(
+        dict(zip(("agentview", "wrist"), frames, strict=True)), "open the drawer"
+    )
     answer = ours.codec.write(ours.codec.encode(actions))
     batch = ours.prompt.observe([observation], [answer])
     torch.testing.assert_close(batch["input_ids"], inputs["input_ids"])
@@ -117,7 +157,10 @@ def test_a_pickle_that_would_run_code_runs_nothing(run, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("gone", ["config.yaml", "dataset_stats.pkl", "model_last/model.safetensors", "model_last/config.json"])
+@pytest.mark.parametrize(
+    "gone",
+    ["config.yaml", "dataset_stats.pkl", "model_last/model.safetensors", "model_last/config.json"],
+)
 def test_an_incomplete_run_is_refused_and_leaves_nothing(run, gone, tmp_path):
     (run / gone).unlink()
     with pytest.raises(InputError):
@@ -143,7 +186,10 @@ def test_a_config_that_does_not_fit_is_refused(run, change):
         read_spec(run)
 
 
-@pytest.mark.parametrize("damage", [b"", b"\x80\x04garbage", pickle.dumps([1, 2]), pickle.dumps({"out_ori_act": {"min": LOW}})])
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"\x80\x04garbage", pickle.dumps([1, 2]), pickle.dumps({"out_ori_act": {"min": LOW}})],
+)
 def test_damaged_statistics_are_refused(run, damage):
     (run / "dataset_stats.pkl").write_bytes(damage)
     with pytest.raises(InputError):

@@ -58,7 +58,9 @@ def test_a_dataset_of_v21_is_converted_where_it_lies(hub, tmp_path):
 def test_a_dataset_of_v20_is_converted_too(hub, tmp_path):
     old = hub["somebody/older"] = downgraded(make_dataset(tmp_path / "old", lengths=(3, 4)))
     (old / "meta" / "episodes_stats.jsonl").unlink()
-    info, stats = (json.loads((old / "meta" / name).read_text()) for name in ("info.json", "stats.json"))
+    info, stats = (
+        json.loads((old / "meta" / name).read_text()) for name in ("info.json", "stats.json")
+    )
     (old / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": "v2.0"}))
     known = ("min", "max", "mean", "std")
     plain = {key: {name: own[name] for name in known} for key, own in stats.items()}
@@ -68,7 +70,9 @@ def test_a_dataset_of_v20_is_converted_too(hub, tmp_path):
     np.testing.assert_array_equal(source.actions, whole.actions)
     for name in known:
         for key in ("action", "observation.state"):
-            np.testing.assert_allclose(source.dataset.meta.stats[key][name], stats[key][name], rtol=1e-5)
+            np.testing.assert_allclose(
+                source.dataset.meta.stats[key][name], stats[key][name], rtol=1e-5
+            )
 
 
 def test_what_is_no_dataset_or_too_old_is_refused(hub, tmp_path):
@@ -88,7 +92,11 @@ def test_a_checkpoint_is_pushed_whole_and_without_pickles(policy, tmp_path, monk
     (tmp_path / "last").symlink_to("step-000001")
     (tmp_path / "last" / "optimizer.pt").write_bytes(b"pickle")
     made, sent = [], []
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo, private, exist_ok: made.append((repo, private, exist_ok)))
+    monkeypatch.setattr(
+        HfApi,
+        "create_repo",
+        lambda self, repo, private, exist_ok: made.append((repo, private, exist_ok)),
+    )
 
     def upload(self, repo_id, folder_path, ignore_patterns, commit_message):
         from huggingface_hub.utils import filter_repo_objects
@@ -106,7 +114,10 @@ def test_a_checkpoint_is_pushed_whole_and_without_pickles(policy, tmp_path, monk
 
 def test_what_cannot_be_pushed_is_one_line(policy, tmp_path):
     policy.save_pretrained(tmp_path / "good")
-    for folder, message in ((tmp_path, "checkpoint folder"), (tmp_path / "good", "leave to write 'me/arm'")):
+    for folder, message in (
+        (tmp_path, "checkpoint folder"),
+        (tmp_path / "good", "leave to write 'me/arm'"),
+    ):
         done = subprocess.run(
             [sys.executable, "-m", "vla0", "push", str(folder), "me/arm"],
             capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},

@@ -22,14 +22,24 @@ def test_from_pretrained_inverts_save_pretrained(policy, checkpoint):
     loaded = VLA0.from_pretrained(checkpoint)
     assert loaded.spec == policy.spec
     observations = [make_observation(seed) for seed in range(2)]
-    np.testing.assert_array_equal(loaded.predict_batch(observations), policy.predict_batch(observations))
+    np.testing.assert_array_equal(
+        loaded.predict_batch(observations), policy.predict_batch(observations)
+    )
 
 
 def test_a_checkpoint_is_an_ordinary_transformers_folder_without_pickle(policy, checkpoint):
-    model, processor = AutoModelForImageTextToText.from_pretrained(checkpoint), AutoProcessor.from_pretrained(checkpoint)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(checkpoint),
+        AutoProcessor.from_pretrained(checkpoint),
+    )
     assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
     assert type(processor).__name__ == "Qwen2_5_VLProcessor"
-    assert {file.suffix for file in checkpoint.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt"}
+    assert {file.suffix for file in checkpoint.iterdir()} <= {
+        ".json",
+        ".safetensors",
+        ".jinja",
+        ".txt",
+    }
 
 
 def test_a_checkpoint_is_replaced_whole_and_leaves_nothing_behind(policy, checkpoint):
@@ -59,14 +69,18 @@ def test_truncated_weights_are_refused(checkpoint, share):
         VLA0.from_pretrained(checkpoint)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors", "vla0.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "model.safetensors", "vla0.json"]
+)
 def test_a_checkpoint_that_lacks_a_file_is_refused(checkpoint, name):
     (checkpoint / name).unlink()
     with pytest.raises(InputError):
         VLA0.from_pretrained(checkpoint)
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "processor_config.json", "vla0.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "processor_config.json", "vla0.json"]
+)
 def test_a_checkpoint_with_a_cut_file_is_refused(checkpoint, name):
     cut(checkpoint / name, 0.5)
     with pytest.raises(InputError):
@@ -117,17 +131,34 @@ def test_the_tiny_tokenizer_keeps_digits_and_spaces_apart(processor):
 
 
 def test_the_tiny_model_is_a_function_of_its_seed(processor):
-    small = {"width": 48, "layers": 1, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
+    small = {
+        "width": 48,
+        "layers": 1,
+        "heads": 3,
+        "vision_width": 32,
+        "vision_layers": 1,
+        "vision_heads": 2,
+    }
     one, same, other = (tiny_model(processor, **small, seed=seed) for seed in (0, 0, 1))
     weights = [next(m.model.language_model.layers[0].parameters()) for m in (one, same, other)]
     assert (weights[0] == weights[1]).all()
     assert (weights[0] != weights[2]).any()
-    assert (next(models.untrained(other).model.language_model.layers[0].parameters()) != weights[2]).any()
+    assert (
+        next(models.untrained(other).model.language_model.layers[0].parameters()) != weights[2]
+    ).any()
 
 
 def test_qwens_own_processor_serves_the_policy(real_processor):
     """The real tokenizer and chat template over a small body of the same architecture."""
-    model = tiny_model(real_processor, width=48, layers=1, heads=3, vision_width=32, vision_layers=1, vision_heads=2)
+    model = tiny_model(
+        real_processor,
+        width=48,
+        layers=1,
+        heads=3,
+        vision_width=32,
+        vision_layers=1,
+        vision_heads=2,
+    )
     policy = VLA0(model, real_processor, make_spec(chunk_size=2, bins=1000))
     assert policy.predict_batch([make_observation(0)]).shape == (1, 2, 3)
 

@@ -40,7 +40,14 @@ from lerobot.policies.factory import get_policy_class, make_policy, make_pre_pos
 from lerobot.scripts import lerobot_train
 from lerobot_policy_vla0.modeling_vla0 import left_over
 
-SMALL = {"width": 48, "layers": 1, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
+SMALL = {
+    "width": 48,
+    "layers": 1,
+    "heads": 3,
+    "vision_width": 32,
+    "vision_layers": 1,
+    "vision_heads": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +67,27 @@ def lerobot_train_with(monkeypatch, *words):
 
 def words(base, dataset, output, *more):
     return [
-        "--policy.type=vla0", f"--policy.model_name={base}", "--policy.device=cpu", "--policy.push_to_hub=false", "--policy.chunk_size=2",
-        "--policy.action_bins=100", "--policy.image_size=56", "--policy.system=Write {numbers} integers.", "--policy.use_state=true",
-        "--policy.optimizer_lr=1e-3", "--dataset.repo_id=local/small", f"--dataset.root={dataset}", "--dataset.video_backend=pyav",
-        "--batch_size=2", "--steps=4", "--save_freq=2", "--log_freq=1", "--num_workers=0", f"--output_dir={output}", *more,
-    ]  # fmt: skip
+        "--policy.type=vla0",
+        f"--policy.model_name={base}",
+        "--policy.device=cpu",
+        "--policy.push_to_hub=false",
+        "--policy.chunk_size=2",
+        "--policy.action_bins=100",
+        "--policy.image_size=56",
+        "--policy.system=Write {numbers} integers.",
+        "--policy.use_state=true",
+        "--policy.optimizer_lr=1e-3",
+        "--dataset.repo_id=local/small",
+        f"--dataset.root={dataset}",
+        "--dataset.video_backend=pyav",
+        "--batch_size=2",
+        "--steps=4",
+        "--save_freq=2",
+        "--log_freq=1",
+        "--num_workers=0",
+        f"--output_dir={output}",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +106,9 @@ def test_what_lerobot_trains_is_a_checkpoint_of_vla0(trained, base, dataset):
     policy = VLA0.from_pretrained(folder)
     ours = Source(
         DataConfig(
-            dataset=str(dataset), cameras={"top": "observation.images.top", "hand": "observation.images.hand"}, state="observation.state"
+            dataset=str(dataset),
+            cameras={"top": "observation.images.top", "hand": "observation.images.hand"},
+            state="observation.state",
         )
     )
     expected = ours.spec_fields(2)
@@ -99,27 +124,44 @@ def test_what_lerobot_trains_is_a_checkpoint_of_vla0(trained, base, dataset):
 def test_lerobots_training_goes_on_where_it_stopped(trained, monkeypatch):
     config = trained / "last" / "pretrained_model" / "train_config.json"
     lerobot_train_with(monkeypatch, f"--config_path={config}", "--resume=true", "--steps=6")
-    assert json.loads((trained / "000006" / "training_state" / "training_step.json").read_text())["step"] == 6
+    assert (
+        json.loads((trained / "000006" / "training_state" / "training_step.json").read_text())[
+            "step"
+        ]
+        == 6
+    )
     assert VLA0.from_pretrained(trained / "000006" / "pretrained_model").spec.chunk_size == 2
 
 
 def test_adapters_are_trained_saved_and_go_on(base, dataset, tmp_path, monkeypatch):
     output = tmp_path / "lora"
-    lerobot_train_with(monkeypatch, *words(base, dataset, output, "--peft.method_type=LORA", "--peft.r=4"))
+    lerobot_train_with(
+        monkeypatch, *words(base, dataset, output, "--peft.method_type=LORA", "--peft.r=4")
+    )
     folder = output / "checkpoints" / "last" / "pretrained_model"
     assert (folder / "adapter_model.safetensors").stat().st_size < 1e5
     with pytest.raises(InputError, match="vla0 convert"):
         VLA0.from_pretrained(folder)
     assert not (folder / "model.safetensors").exists()
-    lerobot_train_with(monkeypatch, f"--config_path={folder / 'train_config.json'}", "--resume=true", "--steps=6")
-    config = PreTrainedConfig.from_pretrained(output / "checkpoints" / "000006" / "pretrained_model")
+    lerobot_train_with(
+        monkeypatch, f"--config_path={folder / 'train_config.json'}", "--resume=true", "--steps=6"
+    )
+    config = PreTrainedConfig.from_pretrained(
+        output / "checkpoints" / "000006" / "pretrained_model"
+    )
     config.pretrained_path = output / "checkpoints" / "000006" / "pretrained_model"
     policy = make_policy(config, ds_meta=LeRobotDataset("local/small", root=dataset).meta)
-    assert any(weight.abs().max() > 0 for name, weight in policy.named_parameters() if "lora_B" in name)
-    done = CliRunner().invoke(app, ["convert", str(config.pretrained_path), str(tmp_path / "merged")])
+    assert any(
+        weight.abs().max() > 0 for name, weight in policy.named_parameters() if "lora_B" in name
+    )
+    done = CliRunner().invoke(
+        app, ["convert", str(config.pretrained_path), str(tmp_path / "merged")]
+    )
     assert done.exit_code == 0, done.output
     ordinary = VLA0.from_pretrained(tmp_path / "merged")
-    batch = policy.collate([(sample, (0,), 0) for sample in policy._samples(training_batch(policy, dataset))])
+    batch = policy.collate(
+        [(sample, (0,), 0) for sample in policy._samples(training_batch(policy, dataset))]
+    )
     with torch.no_grad():
         _, adapted, _ = answered(policy.get_base_model().model, batch)
         _, merged, _ = answered(ordinary.model, batch)
@@ -133,31 +175,47 @@ def training_batch(policy, dataset, rows=(0, 3, 5, 9, 14)):
     """What LeRobot's loader gives a policy to learn from; some rows at an episode's end."""
     meta = LeRobotDataset("local/small", root=dataset).meta
     ahead = resolve_delta_timestamps(policy.config, meta)
-    found = LeRobotDataset("local/small", root=dataset, delta_timestamps=ahead, video_backend="pyav")
+    found = LeRobotDataset(
+        "local/small", root=dataset, delta_timestamps=ahead, video_backend="pyav"
+    )
     return torch.utils.data.default_collate([found[row] for row in rows])
 
 
 def batch_of(policy, observation, cameras=("front", "wrist"), state=2):
     """What LeRobot gives a policy of an observation."""
     frames = dict(zip(cameras, observation.images.values(), strict=True))
-    batch = {f"observation.images.{c}": torch.from_numpy(f).permute(2, 0, 1)[None].float() / 255 for c, f in frames.items()}
+    batch = {
+        f"observation.images.{c}": torch.from_numpy(f).permute(2, 0, 1)[None].float() / 255
+        for c, f in frames.items()
+    }
     values = np.resize(observation.state, state).astype(np.float32)
-    return {**batch, "observation.state": torch.from_numpy(values)[None], "task": [observation.instruction]}
+    return {
+        **batch,
+        "observation.state": torch.from_numpy(values)[None],
+        "task": [observation.instruction],
+    }
 
 
 @pytest.fixture(scope="module")
 def plugged(policy, tmp_path_factory):
-    """(a policy of LeRobot's, preprocessor, postprocessor, the checkpoint): opened from what vla0 saved."""
+    """(a policy of LeRobot's, preprocessor, postprocessor, the checkpoint): opened from what vla0
+    saved.
+    """
     folder = tmp_path_factory.mktemp("ours") / "checkpoint"
     policy.save_pretrained(folder)
     return opened(folder)
 
 
 def opened(folder, **changes):
-    config = PreTrainedConfig.from_pretrained(folder, cli_overrides=[f"--{name}={value}" for name, value in changes.items()])
+    config = PreTrainedConfig.from_pretrained(
+        folder, cli_overrides=[f"--{name}={value}" for name, value in changes.items()]
+    )
     config.pretrained_path = folder
     found = get_policy_class(config.type).from_pretrained(folder, config=config)
-    overrides = {"device_processor": {"device": "cpu"}, "rename_observations_processor": {"rename_map": {}}}
+    overrides = {
+        "device_processor": {"device": "cpu"},
+        "rename_observations_processor": {"rename_map": {}},
+    }
     before, after = make_pre_post_processors(config, str(folder), preprocessor_overrides=overrides)
     return found, before, after, folder
 
@@ -182,20 +240,27 @@ def test_lerobots_batches_become_the_very_samples_of_the_spine(trained, dataset)
     found, before, *_ = opened(folder)
     spec = found.vla.spec
     keys = {camera: f"observation.images.{camera}" for camera in spec.cameras}
-    ours = Samples(Source(DataConfig(dataset=str(dataset), cameras=keys, state="observation.state")), spec)
+    ours = Samples(
+        Source(DataConfig(dataset=str(dataset), cameras=keys, state="observation.state")), spec
+    )
     rows = (0, 3, 5, 9, 14)
     batch = before(training_batch(found, dataset, rows))
     samples = found._samples(batch)
     for row, sample in zip(rows, samples, strict=True):
         expected = ours.sample(row)
         for camera in spec.cameras:
-            np.testing.assert_array_equal(sample.observation.images[camera], expected.observation.images[camera])
+            np.testing.assert_array_equal(
+                sample.observation.images[camera], expected.observation.images[camera]
+            )
         np.testing.assert_array_equal(sample.observation.state, expected.observation.state)
         np.testing.assert_array_equal(sample.actions, expected.actions)
         np.testing.assert_array_equal(sample.valid, expected.valid)
         assert sample.observation.instruction == expected.observation.instruction
     prompts = [Prompt(spec, found.vla.processor)]
-    pairs = [[(sample, (7, i), 0) for i, sample in enumerate(group)] for group in (samples, [ours.sample(row) for row in rows])]
+    pairs = [
+        [(sample, (7, i), 0) for i, sample in enumerate(group)]
+        for group in (samples, [ours.sample(row) for row in rows])
+    ]
     first, second = (collator(prompts, found.config.augmentation)(pair) for pair in pairs)
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
@@ -209,11 +274,18 @@ def test_ensembles_of_a_batch_are_those_of_each_environment(policy, tmp_path):
     for pair in seeds:
         rows = [batch_of(found, make_observation(seed)) for seed in pair]
         batch = {
-            key: ([row[key][0] for row in rows] if key == "task" else torch.cat([row[key] for row in rows])) for key in rows[0]
+            key: (
+                [row[key][0] for row in rows]
+                if key == "task"
+                else torch.cat([row[key] for row in rows])
+            )
+            for key in rows[0]
         }
         action = found.select_action(batch)
         for place, seed in enumerate(pair):
-            seen = replace(make_observation(seed), state=make_observation(seed).state.astype(np.float32))
+            seen = replace(
+                make_observation(seed), state=make_observation(seed).state.astype(np.float32)
+            )
             np.testing.assert_allclose(action[place].numpy(), alone[place].act(seen), atol=1e-6)
 
 
@@ -227,8 +299,12 @@ def test_real_time_chunks_go_on_from_what_will_have_been_executed(policy, plugge
     left_over[:2] = torch.from_numpy(ahead)
     assert found.supports_rtc()
     for delay, committed in ((0, None), (1, ahead[:1]), (2, ahead), (7, ahead)):
-        chunk = found.predict_action_chunk(batch, inference_delay=delay, prev_chunk_left_over=left_over)[0].numpy()
-        np.testing.assert_array_equal(chunk, policy.predict_batch([replace(seen, action_prefix=committed)])[0])
+        chunk = found.predict_action_chunk(
+            batch, inference_delay=delay, prev_chunk_left_over=left_over
+        )[0].numpy()
+        np.testing.assert_array_equal(
+            chunk, policy.predict_batch([replace(seen, action_prefix=committed)])[0]
+        )
 
 
 @pytest.mark.parametrize("ahead", [0.0, 0.5, "0.5 then 0", "0 then 0.5"])
@@ -244,7 +320,11 @@ def test_committed_steps_are_forced_whatever_their_values(policy, plugged, ahead
 
 
 @example([0.5, 0.0, 0.5], 2, 2)
-@given(st.lists(st.sampled_from([0.0, 0.5, -1.0]), min_size=1, max_size=6), st.integers(0, 5), st.integers(0, 12))
+@given(
+    st.lists(st.sampled_from([0.0, 0.5, -1.0]), min_size=1, max_size=6),
+    st.integers(0, 5),
+    st.integers(0, 12),
+)
 def test_what_is_left_of_a_chunk_is_told_from_what_lerobot_fills_up_with(values, begun, length):
     chunk = np.float32(values)[:, None].repeat(2, 1)
     rest = chunk[min(begun, len(chunk) - 1) :][: max(length, 1)]
@@ -252,9 +332,13 @@ def test_what_is_left_of_a_chunk_is_told_from_what_lerobot_fills_up_with(values,
     filled[: len(rest)] = rest
     found = left_over(filled, chunk)
     assert found >= len(rest)
-    assert not filled[len(rest) : found].any()  # what comes beyond can be a zero of the chunk's own, and nothing else
-    # 0.5, 0 of the chunk 0.5, 0, 0.5 may be its first two or its last one, filled up: nothing tells which, and fewer would be lost.
-    assert any(np.array_equal(filled[:found], chunk[first : first + found]) for first in range(len(chunk)))
+    # what comes beyond can be a zero of the chunk's own, and nothing else
+    assert not filled[len(rest) : found].any()
+    # 0.5, 0 of the chunk 0.5, 0, 0.5 may be its first two or its last one, filled up: nothing tells
+    # which, and fewer would be lost.
+    assert any(
+        np.array_equal(filled[:found], chunk[first : first + found]) for first in range(len(chunk))
+    )
 
 
 def test_what_lerobot_would_exchange_and_depth_as_colours_are_refused(base, tmp_path):
@@ -311,11 +395,16 @@ def test_settings_that_contradict_a_checkpoint_are_refused(plugged, changes, mes
         opened(plugged[3], **changes)
 
 
-def test_a_checkpoint_that_learns_from_another_dataset_says_what_it_clips(trained, dataset, tmp_path, caplog):
+def test_a_checkpoint_that_learns_from_another_dataset_says_what_it_clips(
+    trained, dataset, tmp_path, caplog
+):
     folder = trained / "last" / "pretrained_model"
     config = PreTrainedConfig.from_pretrained(folder)
     config.pretrained_path = folder
-    for other, clipped in ((dataset, False), (make_dataset(tmp_path / "longer", lengths=(9, 12, 9)), True)):
+    for other, clipped in (
+        (dataset, False),
+        (make_dataset(tmp_path / "longer", lengths=(9, 12, 9)), True),
+    ):
         caplog.clear()
         policy = make_policy(config, ds_meta=LeRobotDataset("local/small", root=other).meta)
         assert ("are clipped" in caplog.text) == clipped
@@ -371,7 +460,9 @@ def raw(step=0, place=0.0, **changes):
 
     pictures = {camera: np.full((48, 64, 3), 100, np.uint8) for camera in ("front", "wrist")}
     content = {**dict.fromkeys(JOINTS, place), **pictures, "task": "reach", **changes}
-    return TimedObservation(1000.0, step, {key: value for key, value in content.items() if value is not None}, True)
+    return TimedObservation(
+        1000.0, step, {key: value for key, value in content.items() if value is not None}, True
+    )
 
 
 def parts(content):
@@ -395,7 +486,9 @@ def test_lerobots_protocol_gives_the_policys_own_chunks(lerobot_server):
         actions = pickle.loads(stub.GetActions(services_pb2.Empty()).data)
         assert [action.timestep for action in actions] == list(range(step, step + 5))
         expected = policy.chunk(replace(make_observation(0), state=np.full(6, place)))
-        np.testing.assert_allclose(np.stack([action.action.numpy() for action in actions]), expected[:5])
+        np.testing.assert_allclose(
+            np.stack([action.action.numpy() for action in actions]), expected[:5]
+        )
         assert actions[1].timestamp - actions[0].timestamp == pytest.approx(0.05)
 
 
@@ -418,11 +511,19 @@ def test_a_hostile_message_runs_nothing_and_hurts_nobody(lerobot_server, tmp_pat
     with pytest.raises(grpc.RpcError, match="SendPolicyInstructions first"):
         stub.SendObservations(parts(raw()))
     stub.SendPolicyInstructions(instructions())
-    for content in (Evil(tmp_path / "run"), raw(task=Evil(tmp_path / "run")), b"no pickle", {"a": 1}, instructions().data):
+    for content in (
+        Evil(tmp_path / "run"),
+        raw(task=Evil(tmp_path / "run")),
+        b"no pickle",
+        {"a": 1},
+        instructions().data,
+    ):
         with pytest.raises(grpc.RpcError, match="got"):
             stub.SendObservations(parts(content))
     with pytest.raises(grpc.RpcError, match="got"):
-        stub.SendPolicyInstructions(services_pb2.PolicySetup(data=pickle.dumps(Evil(tmp_path / "run"))))
+        stub.SendPolicyInstructions(
+            services_pb2.PolicySetup(data=pickle.dumps(Evil(tmp_path / "run")))
+        )
     assert not (tmp_path / "run").exists()
     for changes, message in (
         ({"wrist": None}, "camera 'wrist'"),
@@ -436,7 +537,9 @@ def test_a_hostile_message_runs_nothing_and_hurts_nobody(lerobot_server, tmp_pat
     assert len(pickle.loads(stub.GetActions(services_pb2.Empty()).data)) == 5
 
 
-def test_a_stream_that_does_not_end_is_ended_and_newcomers_push_nobody_out(lerobot_server, monkeypatch):
+def test_a_stream_that_does_not_end_is_ended_and_newcomers_push_nobody_out(
+    lerobot_server, monkeypatch
+):
     import grpc
     from lerobot.transport import services_pb2
 
@@ -499,7 +602,8 @@ def script(tmp_path, module, call):
     counting = (
         "import atexit\nfrom vla0.robot.simulatedarm import SimulatedArm\n"
         "send, moved = SimulatedArm.send_action, []\n"
-        "SimulatedArm.send_action = lambda self, action: (moved.append(action), send(self, action))[1]\n"
+        "SimulatedArm.send_action = lambda self, action: (moved.append(action), send(self, "
+        "action))[1]\n"
         "atexit.register(lambda: print('moved', len(moved), 'times'))\n"
     )
     file.write_text(f"{counting}from {module} import {call}\n{call}()\n")
@@ -509,7 +613,9 @@ def script(tmp_path, module, call):
 @pytest.fixture
 def arm_checkpoint(tmp_path):
     processor = tiny_processor(["Write 24 integers.", "reach"])
-    spec = arm_spec(system="Write {numbers} integers.", chunk_size=4, bins=100, state=None, state_names=None)
+    spec = arm_spec(
+        system="Write {numbers} integers.", chunk_size=4, bins=100, state=None, state_names=None
+    )
     VLA0(tiny_model(processor, **SMALL), processor, spec).save_pretrained(tmp_path / "arm")
     return tmp_path / "arm"
 
@@ -543,8 +649,21 @@ def test_lerobot_rollout_moves_the_simulated_arm(arm_checkpoint, tmp_path, how):
 @pytest.mark.slow
 def test_lerobots_own_robot_client_is_served(arm_checkpoint, tmp_path):
     server = subprocess.Popen(
-        [sys.executable, "-m", "vla0", "serve", "--checkpoint", str(arm_checkpoint), "--protocol", "lerobot", "--port", "0"], stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "vla0",
+            "serve",
+            "--checkpoint",
+            str(arm_checkpoint),
+            "--protocol",
+            "lerobot",
+            "--port",
+            "0",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     address = next(line for line in server.stdout if "--server_address" in line).strip()
     command = script(tmp_path, "lerobot.async_inference.robot_client", "async_client")
     arm = [
@@ -581,24 +700,51 @@ def test_lerobot_eval_runs_in_its_own_simulators(tmp_path, env):
     cameras = ("front",) if env == "metaworld" else ("image", "image2")
     processor = tiny_processor(["Write integers."])
     spec = arm_spec(
-        low=(-1.0,) * dimensions, high=(1.0,) * dimensions, cameras=cameras, system="Write integers.", chunk_size=8, bins=10, state=None, state_names=None,
-        action_names=None, max_step_change=None,
-    )  # fmt: skip
+        low=(-1.0,) * dimensions,
+        high=(1.0,) * dimensions,
+        cameras=cameras,
+        system="Write integers.",
+        chunk_size=8,
+        bins=10,
+        state=None,
+        state_names=None,
+        action_names=None,
+        max_step_change=None,
+    )
     VLA0(tiny_model(processor, **SMALL), processor, spec).save_pretrained(tmp_path / "checkpoint")
     environment = {**os.environ, "MUJOCO_GL": "egl"}
-    words = ["--env.task=drawer-close-v3", '--rename_map={"observation.image": "observation.images.front"}']
+    words = [
+        "--env.task=drawer-close-v3",
+        '--rename_map={"observation.image": "observation.images.front"}',
+    ]
     prelude = ""
     if env == "libero":
         try:
             libero_files.assets()
         except InputError as error:
             pytest.skip(str(error))
-        prelude = "from vla0.sim import libero_files; libero_files.environment(); "  # hf-libero without a prompt or download
+        # hf-libero without a prompt or download
+        prelude = "from vla0.sim import libero_files; libero_files.environment(); "
         words = ["--env.task=libero_object", "--env.task_ids=[0]", "--env.episode_length=16"]
     done = subprocess.run(
-        [sys.executable, "-c", f"{prelude}from lerobot.scripts.lerobot_eval import main; main()", f"--policy.path={tmp_path / 'checkpoint'}", "--policy.device=cpu",
-         f"--env.type={env}", "--eval.n_episodes=1", "--eval.batch_size=1", f"--output_dir={tmp_path / 'out'}", *words],
-        env=environment, capture_output=True, text=True, timeout=280,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            f"{prelude}from lerobot.scripts.lerobot_eval import main; main()",
+            f"--policy.path={tmp_path / 'checkpoint'}",
+            "--policy.device=cpu",
+            f"--env.type={env}",
+            "--eval.n_episodes=1",
+            "--eval.batch_size=1",
+            f"--output_dir={tmp_path / 'out'}",
+            *words,
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "out" / "eval_info.json").read_text())["overall"]["n_episodes"] == 1
+    assert (
+        json.loads((tmp_path / "out" / "eval_info.json").read_text())["overall"]["n_episodes"] == 1
+    )

@@ -1,4 +1,6 @@
-"""Of a pickle, arrays and nothing else: whatever it says, nothing is run, no class changes, and little is built."""
+"""Of a pickle, arrays and nothing else: whatever it says, nothing is run, no class changes, and
+little is built.
+"""
 
 import io
 import os
@@ -38,11 +40,22 @@ def call(function: bytes, *arguments: bytes) -> bytes:
 
 SAME = [1, (2, 3)]
 CONTENT = {
-    "min": np.arange(7, dtype=np.float32), "picture": np.arange(48, dtype=np.uint8).reshape(4, 4, 3)[:, ::-1],
-    "column": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "big": np.arange(3, dtype=">i4"), "flag": np.array([True, False]),
-    "nothing": np.zeros((0, 3)), "one": np.float64(2.5), "whole": np.int64(7), "words": ["a", "ä", ""], "deep": {"x": (1, None, 2.5)},
-    "shared": [SAME, {"a": SAME}, [SAME] * 3], "large": 2**70, "bytes": b"\x00\xff", "more": bytearray(b"xy"), "again": [1] * 300,
-}  # fmt: skip
+    "min": np.arange(7, dtype=np.float32),
+    "picture": np.arange(48, dtype=np.uint8).reshape(4, 4, 3)[:, ::-1],
+    "column": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "big": np.arange(3, dtype=">i4"),
+    "flag": np.array([True, False]),
+    "nothing": np.zeros((0, 3)),
+    "one": np.float64(2.5),
+    "whole": np.int64(7),
+    "words": ["a", "ä", ""],
+    "deep": {"x": (1, None, 2.5)},
+    "shared": [SAME, {"a": SAME}, [SAME] * 3],
+    "large": 2**70,
+    "bytes": b"\x00\xff",
+    "more": bytearray(b"xy"),
+    "again": [1] * 300,
+}
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -82,12 +95,19 @@ def test_of_an_object_that_is_known_a_record_comes_and_no_class_is_touched(monke
 
 ENCODE, THING = name("_codecs", "encode"), name("somewhere", "Thing")
 BUFFER, U1 = name("numpy._core.numeric", "_frombuffer"), call(name("numpy", "dtype"), text("u1"))
-RAW = call(name("numpy._core.multiarray", "_reconstruct"), name("numpy", "ndarray"), b"K\x00\x85", b"C\x01b")
+RAW = call(
+    name("numpy._core.multiarray", "_reconstruct"),
+    name("numpy", "ndarray"),
+    b"K\x00\x85",
+    b"C\x01b",
+)
 
 
 def doubled(times: int) -> bytes:
     """A tuple that holds one twice, which holds one twice, and so on."""
-    return b")\x94" + b"".join(b"0h" + bytes([n]) + b"h" + bytes([n]) + b"\x86\x94" for n in range(times))
+    return b")\x94" + b"".join(
+        b"0h" + bytes([n]) + b"h" + bytes([n]) + b"\x86\x94" for n in range(times)
+    )
 
 
 ATTACKS = {
@@ -96,11 +116,23 @@ ATTACKS = {
     "numpy's own loader": call(name("numpy", "load"), text("x")),
     "an attribute of a name": name("numpy", "ndarray.tofile"),
     "a codec that expands": call(ENCODE, text("x" * 64), text("hex")),
-    "a codec that takes long": call(ENCODE, text("".join(map(chr, range(0x4E00, 0x5200)))), text("punycode")),
-    "many of one text": text("x" * 10_000) + b"q\x00" + b"0" + b"(" + call(ENCODE, b"h\x00", text("latin1")) * 1000 + b"t",
-    "an array of nothing": call(name("numpy", "ndarray"), b"(\x8a\x05" + (1 << 32).to_bytes(5, "little") + b"t", text("u1")),
+    "a codec that takes long": call(
+        ENCODE, text("".join(map(chr, range(0x4E00, 0x5200)))), text("punycode")
+    ),
+    "many of one text": text("x" * 10_000)
+    + b"q\x00"
+    + b"0"
+    + b"("
+    + call(ENCODE, b"h\x00", text("latin1")) * 1000
+    + b"t",
+    "an array of nothing": call(
+        name("numpy", "ndarray"), b"(\x8a\x05" + (1 << 32).to_bytes(5, "little") + b"t", text("u1")
+    ),
     "an array of objects": call(
-        name("numpy._core.multiarray", "_reconstruct"), name("numpy", "ndarray"), b"(J" + struct.pack("<i", 1 << 29) + b"t", text("O")
+        name("numpy._core.multiarray", "_reconstruct"),
+        name("numpy", "ndarray"),
+        b"(J" + struct.pack("<i", 1 << 29) + b"t",
+        text("O"),
     ),
     "an attribute of a class": THING + b"(N}" + text("__setstate__") + ENCODE + b"stb",
     "an attribute of a function": ENCODE + b"}" + text("x") + b"K\x01sb",
@@ -109,23 +141,46 @@ ATTACKS = {
     "text that never comes": b"\x8d" + struct.pack("<Q", 1 << 40) + b"x",
     "deep tuples": b"(" * 150_000 + b"t" * 150_000,
     "endless": b"N" * 300_000,
-    "objects of numbers": call(name("numpy", "dtype"), text("O")) + call(name("numpy._core.multiarray", "scalar"), b"h\x00", b"C\x01x"),
+    "objects of numbers": call(name("numpy", "dtype"), text("O"))
+    + call(name("numpy._core.multiarray", "scalar"), b"h\x00", b"C\x01x"),
     "a number of digits": b"L" + b"9" * 100_000 + b"L\n",
     "an end without a beginning": b"t",
     "nothing": b"",
-    "a shape of text": call(BUFFER, b"C\x00", U1, b"(" + text("a") + b"\x8a\x05" + (1 << 32).to_bytes(5, "little") + b"t", text("C")),
-    "a shape of fractions": call(BUFFER, b"C\x00", U1, b"(G\x3f\xf0\x00\x00\x00\x00\x00\x00t", text("C")),
+    "a shape of text": call(
+        BUFFER,
+        b"C\x00",
+        U1,
+        b"(" + text("a") + b"\x8a\x05" + (1 << 32).to_bytes(5, "little") + b"t",
+        text("C"),
+    ),
+    "a shape of fractions": call(
+        BUFFER, b"C\x00", U1, b"(G\x3f\xf0\x00\x00\x00\x00\x00\x00t", text("C")
+    ),
     "a key that is hashed for ever": b"}" + doubled(40) + b"Ns",
     "a codec that is printed for ever": call(ENCODE, text("a"), doubled(40)),
     "a dtype that is printed for ever": call(name("numpy", "dtype"), doubled(40)),
     "a name that is printed for ever": doubled(40) + text("x") + b"\x93",
     "a field that is printed for ever": THING + b")R}" + doubled(40) + b"Nsb",
-    "keys of one hash": b"}(" + b"".join(b"\x8a\x0b" + (n * (2**61 - 1)).to_bytes(11, "little") + b"N" for n in range(1, 30_000)) + b"u",
-    "an array that comes many times": RAW + b"\x94" * 30_000 + b"(N" + b"(K\x00tN" + b"N" + b"C\x00" + b"t\x94" + b"j\x00\x00\x00\x00" * 30_000 + b"b",
+    "keys of one hash": b"}("
+    + b"".join(
+        b"\x8a\x0b" + (n * (2**61 - 1)).to_bytes(11, "little") + b"N" for n in range(1, 30_000)
+    )
+    + b"u",
+    "an array that comes many times": RAW
+    + b"\x94" * 30_000
+    + b"(N"
+    + b"(K\x00tN"
+    + b"N"
+    + b"C\x00"
+    + b"t\x94"
+    + b"j\x00\x00\x00\x00" * 30_000
+    + b"b",
     "what is walked through for ever": doubled(40),
     "what is in itself": b"]\x94h\x00a",
-    "a dtype of thousands": call(BUFFER, b"C\x00", call(name("numpy", "dtype"), text("i4," * 50_000)), b")", text("C")),
-}  # fmt: skip
+    "a dtype of thousands": call(
+        BUFFER, b"C\x00", call(name("numpy", "dtype"), text("i4," * 50_000)), b")", text("C")
+    ),
+}
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -144,14 +199,57 @@ def test_an_attack_is_refused_and_takes_little(attack):
 
 
 OPCODES = st.one_of(
-    st.sampled_from([b"(", b"t", b"\x85", b"\x86", b"\x87", b"]", b"}", b"a", b"e", b"s", b"u", b"R", b"b", b"\x81", b"\x94", b"0",
-                     b"N", b"\x88", b"\x89", b"h\x00", b"h\x01", b"q\x00", b"q\x01", b"r\xff\xff\xff\x7f", b"\x93", b"2", b"1", b"l", b"d"]),
-    st.sampled_from([ENCODE, THING, name("numpy", "dtype"), name("numpy", "ndarray"), name("os", "system"),
-                     *(name("numpy._core.multiarray", own) for own in ("_reconstruct", "scalar", "_frombuffer"))]),
+    st.sampled_from(
+        [
+            b"(",
+            b"t",
+            b"\x85",
+            b"\x86",
+            b"\x87",
+            b"]",
+            b"}",
+            b"a",
+            b"e",
+            b"s",
+            b"u",
+            b"R",
+            b"b",
+            b"\x81",
+            b"\x94",
+            b"0",
+            b"N",
+            b"\x88",
+            b"\x89",
+            b"h\x00",
+            b"h\x01",
+            b"q\x00",
+            b"q\x01",
+            b"r\xff\xff\xff\x7f",
+            b"\x93",
+            b"2",
+            b"1",
+            b"l",
+            b"d",
+        ]
+    ),
+    st.sampled_from(
+        [
+            ENCODE,
+            THING,
+            name("numpy", "dtype"),
+            name("numpy", "ndarray"),
+            name("os", "system"),
+            *(
+                name("numpy._core.multiarray", own)
+                for own in ("_reconstruct", "scalar", "_frombuffer")
+            ),
+        ]
+    ),
     st.sampled_from(["f4", "O", "U99999999", "latin1", "hex", "<", "b", ""]).map(text),
     st.binary(max_size=40).map(lambda own: b"C" + bytes([len(own)]) + own),
-    st.integers(0, 255).map(lambda own: b"K" + bytes([own])), st.binary(max_size=3),
-)  # fmt: skip
+    st.integers(0, 255).map(lambda own: b"K" + bytes([own])),
+    st.binary(max_size=3),
+)
 
 
 @given(st.lists(OPCODES, max_size=60))
@@ -169,7 +267,10 @@ def test_no_opcodes_make_anything_but_data_or_an_error(opcodes):
     assert type(found).__module__.split(".")[0] in ("builtins", "numpy", "vla0")
 
 
-@given(st.sampled_from([2, 4, 5]), st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), min_size=1, max_size=6))
+@given(
+    st.sampled_from([2, 4, 5]),
+    st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), min_size=1, max_size=6),
+)
 def test_a_damaged_pickle_is_data_or_an_error(protocol, changes):
     data = bytearray(pickle.dumps(CONTENT, protocol))
     for place, value in changes:

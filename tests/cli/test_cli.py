@@ -49,19 +49,44 @@ def test_train_then_eval_refuses_what_does_not_fit(vla0, dataset, tmp_path):
     assert code == 0
     assert "checkpoint:" in out
     last = tmp_path / "run" / "last"
-    refused(vla0("train", "--config", recipe, "training.num_steps=3"), "training.num_steps: 3 instead of 2")
-    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3"), "actions of 4 numbers", "3 in the checkpoint")
-    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--suite", "object"), "suite", "--env libero")
+    refused(
+        vla0("train", "--config", recipe, "training.num_steps=3"),
+        "training.num_steps: 3 instead of 2",
+    )
+    refused(
+        vla0("eval", "--checkpoint", last, "--task", "reach-v3"),
+        "actions of 4 numbers",
+        "3 in the checkpoint",
+    )
+    refused(
+        vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--suite", "object"),
+        "suite",
+        "--env libero",
+    )
     refused(vla0("eval", "--checkpoint", last), "--task or --suite")
     spec = json.loads((last / "vla0.json").read_text())
-    (last / "vla0.json").write_text(json.dumps(spec | {"low": [-1.0] * 4, "high": [1.0] * 4, "max_step_change": None}))
-    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--n-action-steps", "9"), "n_action_steps")
+    (last / "vla0.json").write_text(
+        json.dumps(spec | {"low": [-1.0] * 4, "high": [1.0] * 4, "max_step_change": None})
+    )
     refused(
-        vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--n-action-steps", "0"), "n_action_steps in 1.."
+        vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--n-action-steps", "9"),
+        "n_action_steps",
+    )
+    refused(
+        vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--n-action-steps", "0"),
+        "n_action_steps in 1..",
     )  # not the default
-    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--n-action-steps", "2"), "would do nothing")
-    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--baseline", "dark"), "a baseline of")
-    refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--approximate", "dark"), "mode")
+    refused(
+        vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--n-action-steps", "2"),
+        "would do nothing",
+    )
+    refused(
+        vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--baseline", "dark"),
+        "a baseline of",
+    )
+    refused(
+        vla0("eval", "--checkpoint", last, "--task", "reach-v3", "--approximate", "dark"), "mode"
+    )
     (last / "vla0.json").unlink()
     refused(vla0("eval", "--checkpoint", last, "--task", "reach-v3"), "vla0.json", "vla0 train")
 
@@ -70,14 +95,23 @@ def test_bad_input_is_one_line_and_exit_code_2(vla0, dataset, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(json.dumps(make_recipe(dataset, tmp_path / "run")))
     refused(vla0("train", "--config", tmp_path / "none.yaml"), "configs/")
-    refused(vla0("train", "--config", recipe, "learning_rat=1"), "did you mean 'training.learning_rate'?")
+    refused(
+        vla0("train", "--config", recipe, "learning_rat=1"),
+        "did you mean 'training.learning_rate'?",
+    )
     refused(vla0("train", "--config", recipe, "action.action_bins=1"), "bins", "1000")
     refused(vla0("train", "--config", recipe, "data.action=actoin"), "key 'actoin'")
     refused(vla0("train", "--config", recipe, "training.lr_scheduler=cosinus"), "cosinus")
     refused(vla0("train", "--config", recipe, "data.dataset=/nowhere"), "a folder that is there")
     refused(vla0("train", "--config", recipe, "simulator.task=[a]"), "did you mean 'tasks'?")
-    refused(vla0("eval", "--checkpoint", "/nowhere", "--task", "reach-v3"), "checkpoint folder or Hub id")
-    refused(vla0("collect", "metaworld", "--task", "make-coffee", "--out", tmp_path / "data"), "Meta-World task")
+    refused(
+        vla0("eval", "--checkpoint", "/nowhere", "--task", "reach-v3"),
+        "checkpoint folder or Hub id",
+    )
+    refused(
+        vla0("collect", "metaworld", "--task", "make-coffee", "--out", tmp_path / "data"),
+        "Meta-World task",
+    )
     refused(vla0("collect", "gazebo", "--task", "x", "--out", tmp_path / "data"), "metaworld")
     assert not (tmp_path / "run" / "last").exists()
 
@@ -89,9 +123,13 @@ def test_inspect_makes_the_pages_folder_and_writes_a_recipe_for_train(vla0, data
     assert page.is_file()
     said = " ".join(out.split())
     assert f"config: {own}" in said
-    assert "for another: --config RECIPE" in said
+    assert "for another: --config FILE" in said
     refused(vla0("inspect", dataset, "--write-config", own), "mine.yaml", "name another")
-    refused(vla0("inspect", dataset, "--write-config", tmp_path / "b.yaml", "--config", own), "--write-config", "both")
+    refused(
+        vla0("inspect", dataset, "--write-config", tmp_path / "b.yaml", "--config", own),
+        "--write-config",
+        "both",
+    )
 
 
 def test_usage_errors_have_exit_code_2(vla0):
@@ -102,10 +140,16 @@ def test_usage_errors_have_exit_code_2(vla0):
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("eval --checkpoint x --task touch-cube --env arm --start above", "--env metaworld for --start"),
+        (
+            "eval --checkpoint x --task touch-cube --env arm --start above",
+            "--env metaworld for --start",
+        ),
         ("eval --checkpoint x --task drawer-close-v3 --quick", "--env libero for --quick"),
         ("eval --checkpoint x --task drawer-close-v3 --separate y", "--ablation for --separate"),
-        ("eval --checkpoint x --task drawer-close-v3 --ablation --n-action-steps 2", "no --ablation"),
+        (
+            "eval --checkpoint x --task drawer-close-v3 --ablation --n-action-steps 2",
+            "no --ablation",
+        ),
         ("collect arm --task touch-cube --out x --fps 40", "metaworld for --fps"),
         ("collect metaworld --task drawer-close-v3 --out x --quick", "libero for --quick"),
         ("serve --checkpoint x --n-action-steps 2", "--ensemble for --n-action-steps"),
@@ -157,7 +201,10 @@ except SystemExit as end:
 )
 def test_what_is_wrong_with_a_command_is_told_before_anything_heavy_is_imported(words):
     found = subprocess.run(
-        [sys.executable, "-c", TOLD, *words.split()], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", TOLD, *words.split()],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
     )
     assert found.stdout.splitlines()[-1] == "2 []"
     assert found.stderr.startswith("vla0: expected ")
@@ -171,11 +218,21 @@ def test_libraries_that_talk_of_themselves_are_not_heard(tmp_path):
         (tmp_path / f"{name}.py").write_text(f'"""invalid {chr(92)}. escape"""')
 
     def said(code):
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+        found = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+        )
         return found.returncode, found.stdout, found.stderr
 
     child = "subprocess.run([sys.executable, '-c', 'import other'])"
-    assert said(f"import subprocess, sys, vla0.quiet; vla0.quiet.hush(); import one; {child}") == (0, "", "")
+    assert said(f"import subprocess, sys, vla0.quiet; vla0.quiet.hush(); import one; {child}") == (
+        0,
+        "",
+        "",
+    )
     assert "SyntaxWarning" in said("import third")[2]  # as it would be without
 
 
@@ -197,11 +254,18 @@ def test_a_flag_of_before_is_refused_with_its_name_of_now(vla0, words, now):
 
 
 def test_a_baseline_of_before_is_refused_with_its_name_of_now(vla0, dataset, tmp_path):
-    refused(vla0("eval", "--checkpoint", tmp_path, "--task", "reach-v3", "--baseline", "exchanged"), "called 'swapped' now")
+    refused(
+        vla0("eval", "--checkpoint", tmp_path, "--task", "reach-v3", "--baseline", "exchanged"),
+        "called 'swapped' now",
+    )
 
 
 def test_a_config_of_before_is_refused_with_its_names_of_now(vla0, dataset, tmp_path):
     config = make_recipe(dataset, tmp_path / "run")
     config["data"]["relative"] = [0]
     (tmp_path / "config.yaml").write_text(json.dumps(config))
-    refused(vla0("train", "--config", tmp_path / "config.yaml"), "'relative'", "called 'relative_dims' now")
+    refused(
+        vla0("train", "--config", tmp_path / "config.yaml"),
+        "'relative'",
+        "called 'relative_dims' now",
+    )

@@ -51,6 +51,12 @@ def test_whatever_breaks_is_a_line_on_the_screen():
         raise InputError("meshes", "none", "fetch them")
 
     line = _try("drawing", broken, "install it", ("eval",))
-    assert line == Finding("drawing", False, "OSError: libGL.so.1: cannot open shared object file", "install it", ("eval",))
+    assert line == Finding(
+        "drawing",
+        False,
+        "OSError: libGL.so.1: cannot open shared object file",
+        "install it",
+        ("eval",),
+    )
     assert _try("meshes", refused, "install it", ()).remedy == "fetch them"
     assert findings_table([line, Finding("all else", True, "well")]).row_count == 3

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from vla0 import InputError
 from vla0.core.codec import END, SPACE, SYMBOLS, ActionCodec, ChunkError, Grammar
 
-BINS = st.one_of(st.sampled_from([2, 9, 10, 99, 100, 255, 1000, 4095, 10000]), st.integers(2, 20000))
+BINS = st.one_of(
+    st.sampled_from([2, 9, 10, 99, 100, 255, 1000, 4095, 10000]), st.integers(2, 20000)
+)
 
 
 @st.composite
@@ -17,23 +19,33 @@ def codecs(draw):
     dimensions = draw(st.integers(1, 7))
     bound = st.floats(-1e3, 1e3, width=32)
     low = draw(st.lists(bound, min_size=dimensions, max_size=dimensions))
-    span = draw(st.lists(st.one_of(st.just(0.0), st.floats(2**-10, 1e3, width=32)), min_size=dimensions, max_size=dimensions))
+    span = draw(
+        st.lists(
+            st.one_of(st.just(0.0), st.floats(2**-10, 1e3, width=32)),
+            min_size=dimensions,
+            max_size=dimensions,
+        )
+    )
     high = [a + b for a, b in zip(low, span, strict=True)]
-    return ActionCodec(make_spec(low=low, high=high, chunk_size=draw(st.integers(1, 9)), bins=draw(BINS)))
+    return ActionCodec(
+        make_spec(low=low, high=high, chunk_size=draw(st.integers(1, 9)), bins=draw(BINS))
+    )
 
 
 def chunk_of(codec, data, below=0.0, above=1.0):
     size = codec.chunk_size * codec.dimensions
     share = data.draw(st.lists(st.floats(below, above), min_size=size, max_size=size))
-    return codec.low + np.array(share).reshape(codec.chunk_size, codec.dimensions) * (codec.high - codec.low)
+    return codec.low + np.array(share).reshape(codec.chunk_size, codec.dimensions) * (
+        codec.high - codec.low
+    )
 
 
 @given(codecs(), st.data())
 def test_read_inverts_write(codec, data):
     size = codec.chunk_size * codec.dimensions
-    levels = np.array(data.draw(st.lists(st.integers(0, codec.bins), min_size=size, max_size=size))).reshape(
-        codec.chunk_size, -1
-    )
+    levels = np.array(
+        data.draw(st.lists(st.integers(0, codec.bins), min_size=size, max_size=size))
+    ).reshape(codec.chunk_size, -1)
     np.testing.assert_array_equal(codec.read(codec.write(levels)), levels)
 
 
@@ -41,17 +53,21 @@ def test_read_inverts_write(codec, data):
 def test_decode_is_at_most_half_a_level_from_what_was_encoded(codec, data):
     actions = chunk_of(codec, data)
     half = (codec.high - codec.low) / codec.bins / 2
-    rounding = 1e-6 * np.maximum(np.abs(codec.low), np.abs(codec.high)) + 1e-9  # float32 of the result
+    # float32 of the result
+    rounding = 1e-6 * np.maximum(np.abs(codec.low), np.abs(codec.high)) + 1e-9
     assert (np.abs(codec.decode(codec.encode(actions)) - actions) <= half + rounding).all()
 
 
 @given(codecs(), st.data())
 def test_encode_inverts_decode(codec, data):
     size = codec.chunk_size * codec.dimensions
-    levels = np.array(data.draw(st.lists(st.integers(0, codec.bins), min_size=size, max_size=size))).reshape(
-        codec.chunk_size, -1
+    levels = np.array(
+        data.draw(st.lists(st.integers(0, codec.bins), min_size=size, max_size=size))
+    ).reshape(codec.chunk_size, -1)
+    # in float32
+    apart = (codec.high - codec.low) / codec.bins > 1e-6 * np.maximum(
+        np.abs(codec.low), np.abs(codec.high)
     )
-    apart = (codec.high - codec.low) / codec.bins > 1e-6 * np.maximum(np.abs(codec.low), np.abs(codec.high))  # in float32
     np.testing.assert_array_equal(codec.encode(codec.decode(levels))[:, apart], levels[:, apart])
 
 
@@ -69,7 +85,9 @@ def test_outside_the_bounds_levels_clip_and_are_counted(codec, data):
 
 def test_a_dimension_that_never_moves_survives():
     codec = ActionCodec(make_spec(low=(0.3, 0.0, 0.0), high=(0.3, 1.0, 1.0)))
-    np.testing.assert_allclose(codec.decode(codec.encode(np.full((3, 3), 0.3)))[:, 0], 0.3, rtol=1e-6)
+    np.testing.assert_allclose(
+        codec.decode(codec.encode(np.full((3, 3), 0.3)))[:, 0], 0.3, rtol=1e-6
+    )
     assert codec.outside(np.full((3, 3), 0.3, np.float64))[0] == 0
 
 
@@ -89,7 +107,12 @@ def test_actions_of_a_wrong_shape_are_refused(shape):
 
 def test_levels_that_no_chunk_has_are_refused():
     codec = ActionCodec(make_spec())
-    for levels in (np.full((3, 3), 101), np.full((3, 3), -1), np.zeros((3, 3)), np.zeros((3, 2), int)):
+    for levels in (
+        np.full((3, 3), 101),
+        np.full((3, 3), -1),
+        np.zeros((3, 3)),
+        np.zeros((3, 2), int),
+    ):
         with pytest.raises(InputError):
             codec.decode(levels)
     with pytest.raises(InputError):
@@ -153,7 +176,9 @@ def test_every_walk_through_the_grammar_is_a_chunk(codec, random):
 @given(BINS, st.text(alphabet="0123456789 ", max_size=12))
 def test_the_grammar_admits_only_what_read_accepts(bins, text):
     codec = ActionCodec(make_spec(low=(0.0,), high=(1.0,), chunk_size=2, bins=bins))
-    fine = re.fullmatch(r"(0|[1-9]\d*) (0|[1-9]\d*)", text) and all(int(n) <= bins for n in text.split(" "))
+    fine = re.fullmatch(r"(0|[1-9]\d*) (0|[1-9]\d*)", text) and all(
+        int(n) <= bins for n in text.split(" ")
+    )
     assert spelled(Grammar(bins, 2), text) == bool(fine)
     if fine:
         codec.read(text)

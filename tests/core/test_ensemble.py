@@ -11,8 +11,15 @@ def chunks_of(chunk_size, count, dimensions=2):
     return np.random.default_rng(0).normal(size=(count, chunk_size, dimensions)).astype(np.float32)
 
 
-@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from(["mean", "v1", "v2:0.8"]), st.integers(1, 20))
-def test_an_action_is_the_weighted_mean_of_all_predictions_for_its_instant(chunk_size, n_action_steps, name, steps):
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.sampled_from(["mean", "v1", "v2:0.8"]),
+    st.integers(1, 20),
+)
+def test_an_action_is_the_weighted_mean_of_all_predictions_for_its_instant(
+    chunk_size, n_action_steps, name, steps
+):
     if -(-chunk_size // n_action_steps) < 2 or n_action_steps > chunk_size:
         with pytest.raises(InputError):
             TemporalEnsemble(chunk_size, n_action_steps, name)
@@ -40,7 +47,9 @@ def test_weights_by_age_are_the_published_ones():
     assert weights_by_age(NONE, 3) == (1,)
 
 
-@pytest.mark.parametrize("name", ["v3", "v2:", "v2:0", "v2:nan", "v2:2", "", [], [0.0, 1.0], [1.0, -1.0], [1.0] * 9])
+@pytest.mark.parametrize(
+    "name", ["v3", "v2:", "v2:0", "v2:nan", "v2:2", "", [], [0.0, 1.0], [1.0, -1.0], [1.0] * 9]
+)
 def test_unknown_weights_are_refused(name):
     with pytest.raises(InputError):
         weights_by_age(name, 4)
@@ -91,7 +100,9 @@ def test_ensemble_actions_is_the_temporal_ensemble_of_successive_queries(count, 
     ensemble = TemporalEnsemble(8, 1, weights_by_age(weights, k) if k > 1 else NONE)
     for step, chunk in enumerate(chunks):
         ensemble.add(chunk, step)
-    np.testing.assert_allclose(ensemble_actions(list(chunks), k, weights), ensemble.action(count - 1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        ensemble_actions(list(chunks), k, weights), ensemble.action(count - 1), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_ensemble_actions_refuses_nothing_and_k_below_one():

@@ -8,7 +8,9 @@ from vla0.decode import decode
 
 
 def by_hand(policy, observation):
-    """Constrained greedy decoding without a cache: the whole text through the model for every token."""
+    """Constrained greedy decoding without a cache: the whole text through the model for every
+    token.
+    """
     prompt = policy.prompt
     grammar = Grammar(policy.spec.bins, policy.spec.numbers)
     batch = prompt.observe([observation])
@@ -36,7 +38,10 @@ def test_decoding_is_constrained_greedy(policy, seed):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_stopping_early_changes_no_number(policy, steps):
     batch = policy.prompt.observe([make_observation(seed) for seed in range(4)])
-    whole, short = decode(policy.model, batch, policy.prompt), decode(policy.model, batch, policy.prompt, steps)
+    whole, short = (
+        decode(policy.model, batch, policy.prompt),
+        decode(policy.model, batch, policy.prompt, steps),
+    )
     np.testing.assert_array_equal(short, whole[:, :steps])
 
 
@@ -52,7 +57,9 @@ def test_stopping_early_saves_the_passes(policy):
 
 
 def test_decoding_gives_exactly_a_chunk_whatever_the_weights(policy):
-    levels = decode(policy.model, policy.prompt.observe([make_observation(s) for s in range(4)]), policy.prompt)
+    levels = decode(
+        policy.model, policy.prompt.observe([make_observation(s) for s in range(4)]), policy.prompt
+    )
     assert levels.shape == (4, policy.spec.chunk_size, policy.spec.dimensions)
     assert levels.min() >= 0
     assert levels.max() <= policy.spec.bins
@@ -63,7 +70,9 @@ def test_a_base_model_with_sampling_settings_still_decodes_greedily(policy):
     expected = decode(policy.model, batch, policy.prompt)
     before = policy.model.generation_config.to_dict()
     try:
-        policy.model.generation_config.update(do_sample=True, temperature=5.0, top_p=0.5, top_k=2, repetition_penalty=3.0)
+        policy.model.generation_config.update(
+            do_sample=True, temperature=5.0, top_p=0.5, top_k=2, repetition_penalty=3.0
+        )
         np.testing.assert_array_equal(decode(policy.model, batch, policy.prompt), expected)
     finally:
         policy.model.generation_config.update(**before)

@@ -27,7 +27,9 @@ def apart(one, other) -> float:
 def wrist(**changes):
     """A Spec whose second dimension is an angle, given as a difference from the state."""
     fields = {"low": (-1.0, -8.0), "high": (1.0, 8.0), "relative_dims": (1,), "periodic": TURNS}
-    return make_spec(**{**fields, "state": ((0.0, -180.0), (1.0, 180.0)), "chunk_size": 1, **changes})
+    return make_spec(
+        **{**fields, "state": ((0.0, -180.0), (1.0, 180.0)), "chunk_size": 1, **changes}
+    )
 
 
 @given(ANGLES, st.floats(-7.9, 7.9))
@@ -87,21 +89,29 @@ def test_a_command_goes_over_the_seam_within_its_bounds_and_its_change(last, wan
     command = limits.safe(np.array([0.0, wanted]), np.array([0.0, last]), 0.1)
     assert -179.8 <= command[1] <= 179.9
     assert apart(command[1], last) <= most + 1e-9
-    assert apart(command[1], wanted) <= apart(last, wanted) + 0.3  # never further off; the seam's own width aside
+    # never further off; the seam's own width aside
+    assert apart(command[1], wanted) <= apart(last, wanted) + 0.3
 
 
 def test_a_command_does_not_go_where_no_demonstration_went():
     limits = ActionLimits(low=(-1.0, -170.0), high=(1.0, 170.0), step=(1.0, 5.0), periodic=TURNS)
-    assert limits.safe(np.array([0.0, -169.0]), np.array([0.0, 169.0]), 0.1)[1] == 164.0  # the long way round
+    # the long way round
+    assert limits.safe(np.array([0.0, -169.0]), np.array([0.0, 169.0]), 0.1)[1] == 164.0
 
 
 @given(ANGLES, st.integers(-2, 2), st.floats(-180, 170), st.floats(5, 350))
 def test_a_command_is_the_nearest_of_its_bounds_on_the_circle(wanted, turns, low, width):
-    """Bounds 0 to 350 of a dataset whose angles go from 0 to 360, and a policy that gives back -90: 270, and not 0."""
+    """Bounds 0 to 350 of a dataset whose angles go from 0 to 360, and a policy that gives back -90:
+    270, and not 0.
+    """
     limits = ActionLimits(low=(-1.0, low), high=(1.0, low + width), periodic=TURNS)
     command = limits.safe(np.array([0.0, wanted + 360 * turns]), None, 0.1)[1]
     assert low <= command <= low + width
-    nearest = 0.0 if (wanted - low) % 360 <= width else min(apart(wanted, low), apart(wanted, low + width))
+    nearest = (
+        0.0
+        if (wanted - low) % 360 <= width
+        else min(apart(wanted, low), apart(wanted, low + width))
+    )
     assert apart(command, wanted) == pytest.approx(nearest, abs=1e-6)
 
 
@@ -112,7 +122,11 @@ def turning(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("data") / "turning"
     features = {
-        "observation.images.top": {"dtype": "image", "shape": (28, 28, 3), "names": ["height", "width", "channels"]},
+        "observation.images.top": {
+            "dtype": "image",
+            "shape": (28, 28, 3),
+            "names": ["height", "width", "channels"],
+        },
         "observation.state": {"dtype": "float32", "shape": (2,), "names": ["x", "wrist"]},
         "action": {"dtype": "float32", "shape": (2,), "names": ["x", "wrist"]},
     }
@@ -122,13 +136,22 @@ def turning(tmp_path_factory):
             state = np.array([step / 60, (100 + 3 * step + 180) % 360 - 180], np.float32)
             action = np.array([step / 60, (103 + 3 * step + 180) % 360 - 180], np.float32)
             picture = np.zeros((28, 28, 3), np.uint8)
-            dataset.add_frame({"observation.images.top": picture, "observation.state": state, "action": action, "task": "turn"})
+            dataset.add_frame(
+                {
+                    "observation.images.top": picture,
+                    "observation.state": state,
+                    "action": action,
+                    "task": "turn",
+                }
+            )
         dataset.save_episode()
     dataset.finalize()
     return folder
 
 
-def test_bounds_of_a_wrist_that_wraps_are_told_of_and_those_of_a_periodic_one_are_its_steps(turning):
+def test_bounds_of_a_wrist_that_wraps_are_told_of_and_those_of_a_periodic_one_are_its_steps(
+    turning,
+):
     fields = {"dataset": str(turning), "state": "observation.state", "relative_dims": [1]}
     plain = Source(DataConfig(**fields))
     spec = make_spec(base_model="tiny", **{**plain.spec_fields(4), "chunk_size": 4})
@@ -167,9 +190,17 @@ def test_a_dimension_named_on_the_command_line_is_a_number():
 def test_only_what_a_circle_can_be_is_taken():
     with pytest.raises(InputError, match="system, a text"):
         make_spec(system=5)
-    for turns in ([[9, -180, 180]], [[1, 180, -180]], [[1, -180]], [[1, 0, 1], [1, 0, 2]], [[1, 0, float("inf")]]):
+    for turns in (
+        [[9, -180, 180]],
+        [[1, 180, -180]],
+        [[1, -180]],
+        [[1, 0, 1], [1, 0, 2]],
+        [[1, 0, float("inf")]],
+    ):
         with pytest.raises(InputError, match="periodic"):
             make_spec(periodic=turns)
     observation = make_observation(0)
-    np.testing.assert_array_equal(to_written(np.ones((3, 3)), observation, make_spec()), np.ones((3, 3)))
+    np.testing.assert_array_equal(
+        to_written(np.ones((3, 3)), observation, make_spec()), np.ones((3, 3))
+    )
     np.testing.assert_array_equal(shortest(np.array([0.0, 350.0]), TURNS), [0, -10])

@@ -71,6 +71,11 @@ def test_an_action_that_is_not_finite_is_never_executed():
 def test_what_is_recorded_is_what_was_seen_and_done():
     predict, _ = steady(1.0)
     seen = []
-    episode = rollout(Corridor(), ChunkPolicy(predict, 4), 0, lambda o, a: seen.append((float(o.state[0]), float(a[0]))))
+    episode = rollout(
+        Corridor(),
+        ChunkPolicy(predict, 4),
+        0,
+        lambda o, a: seen.append((float(o.state[0]), float(a[0]))),
+    )
     assert seen == [(0.0, 1.0), (1.0, 1.0), (2.0, 1.0), (3.0, 1.0)]
     assert episode.actions.ravel().tolist() == [1.0] * 4

@@ -50,8 +50,10 @@ def test_an_incoherent_spec_is_refused_on_construction(change):
 def test_the_system_text_is_the_published_one():
     spec = make_spec(system=Spec.system, chunk_size=8, bins=1000, low=(0.0,) * 7, high=(1.0,) * 7)
     assert spec.system_text() == (
-        "Analyze the input image and predict robot actions for the next 8 timesteps. Each action has 7 dimensions. "
-        "Output a single sequence of 56 integers (0-1000 each), representing the 8 timesteps sequentially. "
+        "Analyze the input image and predict robot actions for the next 8 timesteps. Each action "
+        "has 7 dimensions. "
+        "Output a single sequence of 56 integers (0-1000 each), representing the 8 timesteps "
+        "sequentially. "
         "Provide only space separated numbers. Nothing else."
     )
 

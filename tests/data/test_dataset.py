@@ -27,8 +27,12 @@ def test_a_row_becomes_the_sample_that_was_recorded(dataset):
     source = source_of(dataset)
     sample = source.sample(7, chunk_size=3, history=1)  # second episode, step 1
     assert sample.observation.instruction == TASKS[1]
-    np.testing.assert_allclose(sample.observation.state, np.array([11.0, 11.1, 11.2]) / 2, rtol=1e-6)
-    np.testing.assert_allclose(sample.actions, [[11, 11.1, 11.2], [12, 12.1, 12.2], [13, 13.1, 13.2]], rtol=1e-6)
+    np.testing.assert_allclose(
+        sample.observation.state, np.array([11.0, 11.1, 11.2]) / 2, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        sample.actions, [[11, 11.1, 11.2], [12, 12.1, 12.2], [13, 13.1, 13.2]], rtol=1e-6
+    )
     assert sample.valid.tolist() == [True, True, True]
     np.testing.assert_array_equal(sample.observation.images["front"], frame_of(1, 1, 0))
     np.testing.assert_array_equal(sample.observation.images["wrist"], frame_of(1, 1, 1))
@@ -79,8 +83,15 @@ def test_quantile_bounds_lie_inside_and_what_clips_is_counted(dataset):
 def test_bounds_of_relative_actions_are_over_all_chunks(dataset):
     source = source_of(dataset, relative_dims=[0])
     fields = source.spec_fields(3)
-    chunks = np.concatenate([source.sample(row, 3, 1).actions[:, :1] - source.states[row, :1] for row in range(len(source))])
-    np.testing.assert_allclose((fields["low"][0], fields["high"][0]), (chunks.min(), chunks.max()), rtol=1e-6)
+    chunks = np.concatenate(
+        [
+            source.sample(row, 3, 1).actions[:, :1] - source.states[row, :1]
+            for row in range(len(source))
+        ]
+    )
+    np.testing.assert_allclose(
+        (fields["low"][0], fields["high"][0]), (chunks.min(), chunks.max()), rtol=1e-6
+    )
     np.testing.assert_allclose(fields["low"][1], 0.1, rtol=1e-6)
 
 
@@ -104,14 +115,24 @@ def test_a_batch_is_the_prompt_and_the_answer_and_nothing_after_the_end(dataset,
         answer = " ".join(
             map(
                 str,
-                np.rint((sample.actions.astype(float) - spec.low) / np.subtract(spec.high, spec.low) * 100).astype(int).ravel(),
+                np.rint(
+                    (sample.actions.astype(float) - spec.low)
+                    / np.subtract(spec.high, spec.low)
+                    * 100
+                )
+                .astype(int)
+                .ravel(),
             )
         )
         first = " ".join(answer.split(" ")[: kept * 3])
         expected = [prompt.ids[c] for c in first] + ([prompt.end_id] if kept == 3 else [])
         labels = batch["labels"][row]
         assert labels[labels != IGNORE].tolist()[: len(expected)] == expected
-        digits = [t for t in labels[labels != IGNORE].tolist() if t not in (prompt.ids[" "], prompt.end_id)]
+        digits = [
+            t
+            for t in labels[labels != IGNORE].tolist()
+            if t not in (prompt.ids[" "], prompt.end_id)
+        ]
         assert len(digits) == len(first.replace(" ", ""))
 
 
@@ -135,7 +156,9 @@ def test_pictures_of_other_rows_and_cameras_are_not_decoded(dataset, monkeypatch
     source = source_of(dataset, cameras={"front": CAMERAS["front"]})
     decoded = []
     original = Image.Image.load
-    monkeypatch.setattr(Image.Image, "load", lambda self: (decoded.append(id(self)), original(self))[1])
+    monkeypatch.setattr(
+        Image.Image, "load", lambda self: (decoded.append(id(self)), original(self))[1]
+    )
     source.sample(3, chunk_size=8, history=1)
     assert len(set(decoded)) <= 2  # the picture, and its RGB form
 
@@ -162,7 +185,14 @@ def test_an_incoherent_recipe_is_refused(change):
 
 
 @pytest.mark.parametrize(
-    "change", [{"mask": "words"}, {"mask_most": 2.0}, {"mask_none": -0.1}, {"jitter": (0, 0, 0)}, {"jitter": (0, 0, 0, 0.7)}]
+    "change",
+    [
+        {"mask": "words"},
+        {"mask_most": 2.0},
+        {"mask_none": -0.1},
+        {"jitter": (0, 0, 0)},
+        {"jitter": (0, 0, 0, 0.7)},
+    ],
 )
 def test_an_incoherent_augmentation_is_refused(change):
     with pytest.raises(InputError):
@@ -180,7 +210,12 @@ def test_actions_that_are_not_numbers_are_refused_with_their_row(tmp_path):
     actions[1, 0] = np.nan
     column = table.schema.get_field_index("action")
     pq.write_table(
-        table.set_column(column, table.schema.field(column), pa.array(actions.tolist(), table.schema.field(column).type)), file
+        table.set_column(
+            column,
+            table.schema.field(column),
+            pa.array(actions.tolist(), table.schema.field(column).type),
+        ),
+        file,
     )
     with pytest.raises(InputError, match="row 1"):
         source_of(folder)
@@ -215,10 +250,17 @@ def test_v21_reads_the_same_after_the_command_that_the_error_names(tmp_path):
     for row in range(7):
         one, other = (source.sample(row, 2, 1) for source in (converted, whole))
         assert one.observation.instruction == other.observation.instruction
-        np.testing.assert_array_equal(one.observation.images["front"], other.observation.images["front"])
+        np.testing.assert_array_equal(
+            one.observation.images["front"], other.observation.images["front"]
+        )
 
 
-@given(rows=st.integers(1, 60), batch=st.integers(1, 7), processes=st.integers(2, 5), epoch=st.integers(0, 3))
+@given(
+    rows=st.integers(1, 60),
+    batch=st.integers(1, 7),
+    processes=st.integers(2, 5),
+    epoch=st.integers(0, 3),
+)
 def test_all_processes_together_take_each_row_once_an_epoch(rows, batch, processes, epoch):
     taken = []
     for process in range(processes):

@@ -25,14 +25,26 @@ def other(tmp_path_factory):
 
 
 def parts_of(dataset, other, **changes):
-    sources = [Source(DataConfig(dataset=str(d), cameras=CAMERAS, state="observation.state", **changes)) for d in (dataset, other)]
-    common = {"cameras": ("front",), "chunk_size": 2, "bins": 100, "image_size": 56, "system": "Write {numbers} integers."}
+    sources = [
+        Source(DataConfig(dataset=str(d), cameras=CAMERAS, state="observation.state", **changes))
+        for d in (dataset, other)
+    ]
+    common = {
+        "cameras": ("front",),
+        "chunk_size": 2,
+        "bins": 100,
+        "image_size": 56,
+        "system": "Write {numbers} integers.",
+    }
     return [Samples(s, make_spec(**{**s.spec_fields(2), **common}), seed=3) for s in sources]
 
 
 def drawn(mixture):
     """(part, row) of each place."""
-    return [(which, sample.actions[0, 0].item()) for sample, _, which in (mixture[i] for i in range(len(mixture)))]
+    return [
+        (which, sample.actions[0, 0].item())
+        for sample, _, which in (mixture[i] for i in range(len(mixture)))
+    ]
 
 
 def test_each_row_comes_as_often_as_its_weight_says(dataset, other):
@@ -67,7 +79,9 @@ def test_a_rows_augmentation_differs_when_it_comes_again(dataset, other):
 
 
 def test_a_batch_of_two_robots_has_the_rows_of_each(dataset, other, processor):
-    """Each row of a mixed batch is token for token and pixel for pixel that of a batch of its robot alone."""
+    """Each row of a mixed batch is token for token and pixel for pixel that of a batch of its robot
+    alone.
+    """
     parts = parts_of(dataset, other)
     prompts = [Prompt(part.spec, processor) for part in parts]
     mixture = Mixture(parts, [1, 1], seed=0)
@@ -94,14 +108,21 @@ def test_one_checkpoint_acts_as_each_robot(dataset, other, tmp_path):
     for name, file, count in (("", dataset, 3), ("gantry", other, 2)):
         policy = VLA0.from_pretrained(last, embodiment=name)
         source = Source(config.data.all()[name])
-        assert policy.predict_batch([source.sample(0, 2, 1).observation]).shape == (1, 2, count), file
+        assert policy.predict_batch([source.sample(0, 2, 1).observation]).shape == (1, 2, count), (
+            file
+        )
         fields = source.spec_fields(2)
         assert (policy.spec.low, policy.spec.state) == (fields["low"], fields["state"])
     with pytest.raises(InputError, match="gantry"):
         VLA0.from_pretrained(last, embodiment="gantri")
     policy.save_pretrained(tmp_path / "copy")
-    assert {file.name for file in (tmp_path / "copy").glob("vla0*")} == {"vla0.json", "vla0.gantry.json"}
-    (line,) = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1:]
+    assert {file.name for file in (tmp_path / "copy").glob("vla0*")} == {
+        "vla0.json",
+        "vla0.gantry.json",
+    }
+    (line,) = [
+        json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ][-1:]
     assert {"held_out_loss", "error/2", "gantry/error/1"} <= set(line)
     assert 'embodiment="gantry"' in (last / "README.md").read_text()
 
@@ -164,9 +185,13 @@ def test_guessed_cameras_of_a_mixture_have_one_order(dataset, tmp_path):
 
     turned = shutil.copytree(dataset, tmp_path / "turned")
     info = json.loads((turned / "meta" / "info.json").read_text())
-    info["features"] = {key: info["features"][key] for key in sorted(info["features"], key=lambda key: "top" in key)}
+    info["features"] = {
+        key: info["features"][key] for key in sorted(info["features"], key=lambda key: "top" in key)
+    }
     (turned / "meta" / "info.json").write_text(json.dumps(info))
-    found = sources_of(DataConfig(dataset=str(dataset), mixture={"other": {"dataset": str(turned)}}))
+    found = sources_of(
+        DataConfig(dataset=str(dataset), mixture={"other": {"dataset": str(turned)}})
+    )
     assert [list(source.cameras) for source in found.values()] == [["top", "hand"]] * 2
     assert [source.spec_fields(2)["cameras"] for source in found.values()] == [("top", "hand")] * 2
     one, other = (source.sample(0, 2, 1).observation.images for source in found.values())
@@ -174,12 +199,16 @@ def test_guessed_cameras_of_a_mixture_have_one_order(dataset, tmp_path):
 
 
 def test_a_revision_is_of_one_dataset():
-    config = DataConfig(dataset="owner/name", revision="v1", mixture={"other": {"dataset": "owner/other"}})
+    config = DataConfig(
+        dataset="owner/name", revision="v1", mixture={"other": {"dataset": "owner/other"}}
+    )
     assert config.all()["other"].revision is None
 
 
 def test_the_ks_newest_chunks_are_averaged(processor, policy):
-    """`ensemble_k` of the Spec is what `act` and `ensemble_actions` average, where nothing else is said."""
+    """`ensemble_k` of the Spec is what `act` and `ensemble_actions` average, where nothing else is
+    said.
+    """
     spec = make_spec(ensemble_k=2)
     own = VLA0(policy.model, processor, spec)
     chunks = [np.full((3, 3), float(n), np.float32) for n in range(3)]
@@ -199,30 +228,45 @@ def test_a_depth_map_is_one_more_picture_in_training_and_acting(tmp_path, proces
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     features = {
-        "observation.images.top": {"dtype": "image", "shape": (48, 64, 3), "names": ["height", "width", "channels"]},
+        "observation.images.top": {
+            "dtype": "image",
+            "shape": (48, 64, 3),
+            "names": ["height", "width", "channels"],
+        },
         "observation.images.depth": {
-            "dtype": "image", "shape": (48, 64, 1), "names": ["height", "width", "channels"],
+            "dtype": "image",
+            "shape": (48, 64, 1),
+            "names": ["height", "width", "channels"],
             "info": {"is_depth_map": True, "depth_unit": "mm"},
         },
         "action": {"dtype": "float32", "shape": (2,), "names": None},
-    }  # fmt: skip
-    dataset = LeRobotDataset.create("local/depth", 10, features, root=tmp_path / "d", use_videos=False)
+    }
+    dataset = LeRobotDataset.create(
+        "local/depth", 10, features, root=tmp_path / "d", use_videos=False
+    )
     rng = np.random.default_rng(0)
     maps = rng.integers(100, 3000, (4, 48, 64), dtype=np.uint16)
     maps[:, 0, :8] = 0  # nothing measured
     for depth in maps:
-        frame = {"observation.images.top": np.zeros((48, 64, 3), np.uint8), "observation.images.depth": depth[..., None]}
+        frame = {
+            "observation.images.top": np.zeros((48, 64, 3), np.uint8),
+            "observation.images.depth": depth[..., None],
+        }
         dataset.add_frame({**frame, "action": rng.random(2).astype(np.float32), "task": TASKS[0]})
     dataset.save_episode()
     dataset.finalize()
     cameras = {"top": "observation.images.top", "far": "observation.images.depth"}
-    source = Source(DataConfig(dataset=str(tmp_path / "d"), cameras=cameras, depth={"far": [0.2, 1.2]}))
+    source = Source(
+        DataConfig(dataset=str(tmp_path / "d"), cameras=cameras, depth={"far": [0.2, 1.2]})
+    )
     spec = Spec(base_model="tiny", **source.spec_fields(2), chunk_size=2, image_size=56, crop=1.0)
     assert spec.depth == (("far", 0.2, 1.2),)
     prompt = Prompt(spec, processor)
     recorded = prompt.observe([source.sample(2, 2, 1).observation])
     for sensor in (maps[2], maps[2][..., None], maps[2].astype(np.float32) / 1000):
-        seen = prompt.observe([Observation({"top": np.zeros((48, 64, 3), np.uint8), "far": sensor}, TASKS[0])])
+        seen = prompt.observe(
+            [Observation({"top": np.zeros((48, 64, 3), np.uint8), "far": sensor}, TASKS[0])]
+        )
         for key, value in recorded.items():
             assert torch.equal(value, seen[key]), key
     picture = np.zeros((48, 64, 3), np.uint8)

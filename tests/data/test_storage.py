@@ -1,4 +1,6 @@
-"""Everything in a dataset is looked up by its key; what is not whole is named, and nothing is guessed."""
+"""Everything in a dataset is looked up by its key; what is not whole is named, and nothing is
+guessed.
+"""
 
 import io
 import json
@@ -60,7 +62,9 @@ def test_a_number_without_a_sentence_is_named(folder):
 
 
 def test_a_table_of_sentences_in_a_column_is_read_too(folder):
-    changed(folder / "meta" / "tasks.parquet", lambda table: table.rename_axis("task").reset_index())
+    changed(
+        folder / "meta" / "tasks.parquet", lambda table: table.rename_axis("task").reset_index()
+    )
     assert Source(DataConfig(dataset=str(folder), cameras=CAMERAS)).tasks == list(TASKS)
 
 
@@ -91,7 +95,11 @@ def test_a_table_without_sentences_is_refused(folder):
 @pytest.mark.parametrize("kind", [pyarrow.binary(), pyarrow.string()])
 def test_sentences_that_are_not_utf8_are_named(folder, kind):
     raw = pyarrow.array([b"push the red block", b"sch\xf6n"], pyarrow.binary())
-    texts = raw if kind == pyarrow.binary() else pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
+    texts = (
+        raw
+        if kind == pyarrow.binary()
+        else pyarrow.Array.from_buffers(pyarrow.string(), 2, raw.buffers())
+    )
     table = pyarrow.table({"task_index": pyarrow.array([0, 1]), "task": texts})
     parquet.write_table(table, folder / "meta" / "tasks.parquet")
     with pytest.raises(InputError, match="UTF-8"):
@@ -102,7 +110,9 @@ def test_an_episode_is_found_by_its_number_where_another_was_taken_out(videos):
     for file in tables(videos):
         changed(file, lambda table: table[table["episode_index"] != 2].reset_index(drop=True))
     info = json.loads((videos / "meta" / "info.json").read_text())
-    (videos / "meta" / "info.json").write_text(json.dumps({**info, "total_episodes": 4, "total_frames": 16}))
+    (videos / "meta" / "info.json").write_text(
+        json.dumps({**info, "total_episodes": 4, "total_frames": 16})
+    )
     source = Source(DataConfig(dataset=str(videos), cameras=CAMERAS))
     for row, episode in enumerate(source.episode_of.tolist()):
         frame = source.sample(row, 2, 1).observation.images["front"]
@@ -143,14 +153,21 @@ def test_an_episode_that_is_cut_off_is_named(folder):
 
 def test_rows_out_of_the_order_of_time_are_refused(folder):
     for file in folder.glob("data/*/*.parquet"):
-        changed(file, lambda table: table.iloc[[1, 0, *range(2, len(table))]].reset_index(drop=True))
+        changed(
+            file, lambda table: table.iloc[[1, 0, *range(2, len(table))]].reset_index(drop=True)
+        )
     with pytest.raises(InputError, match=r"in the order of time; got 0 s after 0.1 s in episode 0"):
         Stored(folder)
 
 
 def test_rows_of_an_episode_in_two_places_are_refused(folder):
     for file in folder.glob("data/*/*.parquet"):
-        changed(file, lambda table: table.iloc[[*range(3), *range(6, len(table)), *range(3, 6)]].reset_index(drop=True))
+        changed(
+            file,
+            lambda table: table.iloc[[*range(3), *range(6, len(table)), *range(3, 6)]].reset_index(
+                drop=True
+            ),
+        )
     with pytest.raises(InputError, match="episode 0 in several places"):
         Stored(folder)
 
@@ -171,14 +188,25 @@ def test_a_folder_that_lacks_a_part_says_which(folder, part):
 
 
 def test_a_folder_that_is_not_there_is_no_question_of_the_connection(tmp_path):
-    for name in (str(tmp_path / "nowhere"), "./nowhere", "~/nowhere", "data/own/nowhere", "nowhere"):
-        with pytest.raises(InputError, match="a folder that is there, or owner/name on the Hub") as caught:
+    for name in (
+        str(tmp_path / "nowhere"),
+        "./nowhere",
+        "~/nowhere",
+        "data/own/nowhere",
+        "nowhere",
+    ):
+        with pytest.raises(
+            InputError, match="a folder that is there, or owner/name on the Hub"
+        ) as caught:
             Stored(name)
         assert "connection" not in str(caught.value)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="a file"):
         Stored(tmp_path / "file")
-    with pytest.raises(InputError, match=r"no folder 'no/where' here, and of the Hub: .*correct the path, or the name"):
+    with pytest.raises(
+        InputError,
+        match=r"no folder 'no/where' here, and of the Hub: .*correct the path, or the name",
+    ):
         Stored("no/where")
 
 
@@ -197,7 +225,10 @@ def test_a_format_that_is_not_known_is_refused(folder):
 
 def test_two_cameras_of_one_key_are_refused():
     with pytest.raises(InputError, match="top' twice"):
-        DataConfig(dataset="x", cameras={"front": "observation.images.top", "wrist": "observation.images.top"})
+        DataConfig(
+            dataset="x",
+            cameras={"front": "observation.images.top", "wrist": "observation.images.top"},
+        )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +270,10 @@ def test_pictures_of_more_than_8_bits_are_no_colours(folder, kind):
     deep = np.linspace(300, 3000, 48 * 64).reshape(48, 64).astype(kind)
     for file in folder.glob("data/*/*.parquet"):
         changed(
-            file, lambda table: table.assign(**{"observation.images.top": [{"bytes": png(deep), "path": None}] * len(table)})
+            file,
+            lambda table: table.assign(
+                **{"observation.images.top": [{"bytes": png(deep), "path": None}] * len(table)}
+            ),
         )
     source = Source(DataConfig(dataset=str(folder), cameras=CAMERAS))
     with pytest.raises(InputError, match=r"pictures of more than 8 bits.*data\.depth"):
@@ -249,7 +283,8 @@ def test_pictures_of_more_than_8_bits_are_no_colours(folder, kind):
 
 
 @pytest.mark.parametrize(
-    ("unit", "kind", "metres"), [("mm", np.float32, True), ("m", np.float32, True), ("mm", np.uint16, False)]
+    ("unit", "kind", "metres"),
+    [("mm", np.float32, True), ("m", np.float32, True), ("mm", np.uint16, False)],
 )
 def test_depths_have_the_unit_that_the_dataset_declares(folder, unit, kind, metres):
     """Floats are metres and integers millimetres, whatever they are stored as."""
@@ -260,9 +295,16 @@ def test_depths_have_the_unit_that_the_dataset_declares(folder, unit, kind, metr
     deep = np.full((48, 64), near, kind)
     for file in folder.glob("data/*/*.parquet"):
         changed(
-            file, lambda table: table.assign(**{"observation.images.top": [{"bytes": png(deep), "path": None}] * len(table)})
+            file,
+            lambda table: table.assign(
+                **{"observation.images.top": [{"bytes": png(deep), "path": None}] * len(table)}
+            ),
         )
-    found = Source(DataConfig(dataset=str(folder), cameras=CAMERAS, depth={"front": (0.2, 3.0)})).sample(0, 2, 1).observation.images["front"]
+    found = (
+        Source(DataConfig(dataset=str(folder), cameras=CAMERAS, depth={"front": (0.2, 3.0)}))
+        .sample(0, 2, 1)
+        .observation.images["front"]
+    )
     np.testing.assert_allclose(found, 0.7 if metres else 700, rtol=1e-6)
 
 
@@ -292,7 +334,9 @@ def test_numbers_of_sentences_that_are_none_are_named(folder, change, named):
 
 def test_a_column_that_is_no_numbers_is_named(folder):
     stored = Stored(folder)
-    with pytest.raises(InputError, match=r"numbers in 'observation.images.top', as many in each row; got pictures"):
+    with pytest.raises(
+        InputError, match=r"numbers in 'observation.images.top', as many in each row; got pictures"
+    ):
         stored.column("observation.images.top")
 
 
@@ -306,13 +350,17 @@ def test_a_column_that_the_episodes_lack_is_named(folder, column):
 
 def test_where_videos_lie_is_named_where_it_is_not_said(videos):
     for file in videos.glob("meta/episodes/*/*.parquet"):
-        changed(file, lambda table: table.drop(columns="videos/observation.images.top/from_timestamp"))
+        changed(
+            file, lambda table: table.drop(columns="videos/observation.images.top/from_timestamp")
+        )
     with pytest.raises(InputError, match=r"where the videos of 'observation.images.top' lie"):
         Source(DataConfig(dataset=str(videos), cameras=CAMERAS))
 
 
 def test_frames_late_in_a_long_file_are_found(videos, monkeypatch):
-    """LeRobot compares times in float32, whose steps at half an hour are wider than the tolerance of a short file."""
+    """LeRobot compares times in float32, whose steps at half an hour are wider than the tolerance
+    of a short file.
+    """
     from lerobot.datasets import video_utils
 
     asked = []
@@ -324,7 +372,9 @@ def test_frames_late_in_a_long_file_are_found(videos, monkeypatch):
     source = Source(DataConfig(dataset=str(videos), cameras=CAMERAS))
     monkeypatch.setattr(video_utils, "decode_video_frames", decoded)
     reader = source.pictures["front"]
-    reader.places = {number: (file, first + 1800.0) for number, (file, first) in reader.places.items()}
+    reader.places = {
+        number: (file, first + 1800.0) for number, (file, first) in reader.places.items()
+    }
     source.sample(5, 2, 1)
     ((time,), tolerance) = asked[0]
     exact = time + 1e-5  # as a video's clock has it

@@ -13,12 +13,21 @@ from vla0.decode import SpeculativeDecoder, decode, engine
 from vla0.decode.vision_tower import VisionTower
 from vla0.policy import VLA0
 
-SMALL = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
+SMALL = {
+    "width": 48,
+    "layers": 2,
+    "heads": 3,
+    "vision_width": 32,
+    "vision_layers": 1,
+    "vision_heads": 2,
+}
 
 
 @pytest.fixture(scope="module")
 def small(processor):
-    return VLA0(tiny_model(processor, **SMALL, seed=3), processor, make_spec(bins=100, chunk_size=2))
+    return VLA0(
+        tiny_model(processor, **SMALL, seed=3), processor, make_spec(bins=100, chunk_size=2)
+    )
 
 
 def of_fixed_size(policy: VLA0, width: int = 12) -> SpeculativeDecoder:
@@ -35,7 +44,9 @@ def test_the_tower_sees_what_the_unmodified_one_sees(processor):
     grids = ((1, 8, 12), (1, 4, 6), (1, 6, 6))
     patches = torch.randn(sum(h * w for _, h, w in grids), 1176)
     with torch.inference_mode():
-        expected = torch.cat(list(model.model.get_image_features(patches, torch.tensor(grids)).pooler_output))
+        expected = torch.cat(
+            list(model.model.get_image_features(patches, torch.tensor(grids)).pooler_output)
+        )
         sight = VisionTower(model.model.visual, grids, model.device)
         windows, whole, _ = (len(told["cu_seqlens"].tolist()) for told in sight.told)
         assert windows > whole == len(grids)
@@ -51,12 +62,17 @@ def test_passes_of_a_fixed_size_write_the_same_tokens(small, rows):
     assert len(fast.engine.caches) == 1
 
 
-@pytest.mark.parametrize("mode", ["real", "fake"])  # fake: tensors without content, which would refuse to be looked at
-def test_a_captured_pass_is_a_function_of_its_tensors_and_asks_nothing_of_the_device(small, monkeypatch, mode):
+# fake: tensors without content, which would refuse to be looked at
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_a_captured_pass_is_a_function_of_its_tensors_and_asks_nothing_of_the_device(
+    small, monkeypatch, mode
+):
     captured = []
 
     class Recorded:
-        """Records a function's operations, the host's numbers as they are then, and does them again: as a CUDA graph does."""
+        """Records a function's operations, the host's numbers as they are then, and does them
+        again: as a CUDA graph does.
+        """
 
         def __init__(self, function, pool, *inputs):
             captured.append(self)

@@ -18,7 +18,14 @@ from vla0.decode import speculative as fast_module
 from vla0.decode.invariant import Trees, broken, gathered
 from vla0.policy import VLA0
 
-SMALL = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
+SMALL = {
+    "width": 48,
+    "layers": 2,
+    "heads": 3,
+    "vision_width": 32,
+    "vision_layers": 1,
+    "vision_heads": 2,
+}
 
 
 class Heard(SpeculativeDecoder):
@@ -35,7 +42,10 @@ def random_trees(seed, rows=2, nodes=9, slots=140, heads=6, kinds=2, width=24, d
     draw = torch.Generator().manual_seed(seed)
     query = torch.randn(rows, heads, nodes, width, generator=draw).to(dtype)
     keys, values = torch.randn(2, rows, kinds, slots, width, generator=draw).to(dtype)
-    paths, depths = torch.arange(nodes).view(1, nodes, 1).repeat(rows, 1, nodes), torch.zeros(rows, nodes, dtype=torch.long)
+    paths, depths = (
+        torch.arange(nodes).view(1, nodes, 1).repeat(rows, 1, nodes),
+        torch.zeros(rows, nodes, dtype=torch.long),
+    )
     for row in range(rows):
         for node in range(1, nodes):
             parent = int(torch.randint(0, node, (1,), generator=draw))
@@ -73,7 +83,9 @@ def test_a_node_s_attention_is_what_it_would_be_alone_bit_for_bit(dtype):
 
 
 def test_the_kernel_gives_what_copying_gives_and_depends_on_no_other_node():
-    """By Triton's interpreter, which runs a kernel without a GPU; it has to be asked for before Triton is imported."""
+    """By Triton's interpreter, which runs a kernel without a GPU; it has to be asked for before
+    Triton is imported.
+    """
     program = """
 import torch, test_invariant as t
 from vla0.decode.invariant import broken, gathered, launched
@@ -91,9 +103,17 @@ print("fine")
     environment = {
         **os.environ,
         "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join((os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__)))),
+        "PYTHONPATH": os.pathsep.join(
+            (os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__)))
+        ),
     }
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.stdout.strip() == "fine", done.stderr[-2000:]
 
 
@@ -107,7 +127,9 @@ def test_where_the_kernel_cannot_run_it_says_so_and_decoding_goes_on_without(sma
 
 @pytest.fixture(scope="module")
 def small(processor):
-    return VLA0(tiny_model(processor, **SMALL, seed=3), processor, make_spec(bins=100, chunk_size=2))
+    return VLA0(
+        tiny_model(processor, **SMALL, seed=3), processor, make_spec(bins=100, chunk_size=2)
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 3])

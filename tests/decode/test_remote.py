@@ -1,4 +1,6 @@
-"""A policy behind somebody else's server: a small one of ours that speaks OpenAI's chat API and keeps to what it is told."""
+"""A policy behind somebody else's server: a small one of ours that speaks OpenAI's chat API and
+keeps to what it is told.
+"""
 
 import base64
 import io
@@ -24,10 +26,16 @@ from vla0.decode.remote import _gbnf, _regex
 
 
 class Engine:
-    """Greedy text of a model under a regular expression, from messages alone: it knows nothing of vla0's prompts."""
+    """Greedy text of a model under a regular expression, from messages alone: it knows nothing of
+    vla0's prompts.
+    """
 
     def __init__(self, policy):
-        self.model, self.processor, self.symbols = policy.model, policy.processor, policy.prompt.symbol_ids
+        self.model, self.processor, self.symbols = (
+            policy.model,
+            policy.processor,
+            policy.prompt.symbol_ids,
+        )
         self.requests, self.lock = [], threading.Lock()
 
     @torch.inference_mode()
@@ -38,18 +46,28 @@ class Engine:
             content = message["content"]
             if not isinstance(content, str):
                 urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
-                images += [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB") for url in urls]
-                content = [{"type": "image"} if part["type"] == "image_url" else part for part in content]
+                images += [
+                    Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
+                    for url in urls
+                ]
+                content = [
+                    {"type": "image"} if part["type"] == "image_url" else part for part in content
+                ]
             messages.append({"role": message["role"], "content": content})
         text = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=not going_on, continue_final_message=going_on,
+            messages,
+            tokenize=False,
+            add_generation_prompt=not going_on,
+            continue_final_message=going_on,
             **request.get("chat_template_kwargs", {}),
-        )  # fmt: skip
+        )
         inputs = dict(self.processor(text=[text], images=images, return_tensors="pt"))
         pattern, written = regex.compile(request["structured_outputs"]["regex"]), ""
         while len(written) < request["max_tokens"]:
             scores = self.model(**inputs, use_cache=False).logits[0, -1][self.symbols]
-            fits = [pattern.fullmatch(written + symbol, partial=True) is not None for symbol in SYMBOLS]
+            fits = [
+                pattern.fullmatch(written + symbol, partial=True) is not None for symbol in SYMBOLS
+            ]
             allowed = torch.tensor([*fits, pattern.fullmatch(written) is not None])
             chosen = int(scores.masked_fill(~allowed, float("-inf")).argmax())
             if chosen == len(SYMBOLS):
@@ -60,7 +78,9 @@ class Engine:
             inputs["input_ids"] = torch.cat([inputs["input_ids"], token], dim=1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             if "mm_token_type_ids" in inputs:
-                inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(token)], dim=1)
+                inputs["mm_token_type_ids"] = torch.cat(
+                    [inputs["mm_token_type_ids"], torch.zeros_like(token)], dim=1
+                )
 
 
 @contextmanager
@@ -101,10 +121,19 @@ def engine(policy, answer=None, repeats=False, once=False):
                 written = list(own.write(request))
             if not request.get("stream"):
                 last = request["messages"][-1]
-                text = (last["content"] if repeats and last["role"] == "assistant" else "") + "".join(written)
-                return self.reply(200, json.dumps({"choices": [{"message": {"content": text}}]}).encode())
-            lines = [f"data: {json.dumps({'choices': [{'delta': {'content': symbol}}]})}\n\n" for symbol in written]
-            return self.reply(200, "".join([*lines, "data: [DONE]\n\n"]).encode(), "text/event-stream")
+                text = (
+                    last["content"] if repeats and last["role"] == "assistant" else ""
+                ) + "".join(written)
+                return self.reply(
+                    200, json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+                )
+            lines = [
+                f"data: {json.dumps({'choices': [{'delta': {'content': symbol}}]})}\n\n"
+                for symbol in written
+            ]
+            return self.reply(
+                200, "".join([*lines, "data: [DONE]\n\n"]).encode(), "text/event-stream"
+            )
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -128,10 +157,13 @@ def test_a_remote_policy_writes_what_the_local_one_does(both):
     np.testing.assert_array_equal(there.predict_batch(seen), here.predict_batch(seen))
     np.testing.assert_array_equal(there.predict_batch(seen, 2), here.predict_batch(seen, 2))
     np.testing.assert_array_equal(
-        there.predict(seen[0].images, seen[0].instruction, seen[0].state), here.predict(seen[0].images, seen[0].instruction, seen[0].state)
-    )  # fmt: skip
+        there.predict(seen[0].images, seen[0].instruction, seen[0].state),
+        here.predict(seen[0].images, seen[0].instruction, seen[0].state),
+    )
     for steps in (None, 1, 2):
-        np.testing.assert_array_equal(list(there.predict_stream(seen[0], steps)), list(here.predict_stream(seen[0], steps)))
+        np.testing.assert_array_equal(
+            list(there.predict_stream(seen[0], steps)), list(here.predict_stream(seen[0], steps))
+        )
 
 
 def test_a_remote_chunk_goes_on_from_what_is_committed(both):
@@ -140,7 +172,9 @@ def test_a_remote_chunk_goes_on_from_what_is_committed(both):
     for count in (1, 2):
         seen = replace(make_observation(0), action_prefix=chunk[:count] + np.float32(0.2))
         np.testing.assert_array_equal(there.predict_batch([seen]), here.predict_batch([seen]))
-        np.testing.assert_array_equal(list(there.predict_stream(seen)), list(here.predict_stream(seen)))
+        np.testing.assert_array_equal(
+            list(there.predict_stream(seen)), list(here.predict_stream(seen))
+        )
     assert own.requests[-1][1]["continue_final_message"]
 
 
@@ -148,7 +182,9 @@ def test_a_server_may_repeat_what_was_begun(policy):
     chunk = policy.predict_batch([make_observation(0)])[0]
     seen = replace(make_observation(0), action_prefix=chunk[:1] + np.float32(0.2))
     with engine(policy, repeats=True) as (url, _):
-        np.testing.assert_array_equal(VLA0.remote(url, policy.spec).predict_batch([seen]), policy.predict_batch([seen]))
+        np.testing.assert_array_equal(
+            VLA0.remote(url, policy.spec).predict_batch([seen]), policy.predict_batch([seen])
+        )
     other = json.dumps({"choices": [{"message": {"content": "7 7"}}]})
     with engine(policy, (200, other)) as (url, _), pytest.raises(InputError, match="goes on after"):
         VLA0.remote(url, policy.spec).predict_batch([seen])
@@ -166,16 +202,22 @@ def test_a_remote_policy_acts_in_the_loop(both):
     for policy in (here, there):
         policy.reset()
     for seed in range(4):
-        np.testing.assert_array_equal(there.act(make_observation(seed)), here.act(make_observation(seed)))
+        np.testing.assert_array_equal(
+            there.act(make_observation(seed)), here.act(make_observation(seed))
+        )
     here.reset()
 
 
-@pytest.mark.parametrize("changes", [{"tile": False, "vision_id": True}, {"state": None}, {"bins": 255, "chunk_size": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"tile": False, "vision_id": True}, {"state": None}, {"bins": 255, "chunk_size": 2}]
+)
 def test_every_look_of_a_spec_is_sent_as_it_was_trained(policy, changes):
     here = VLA0(policy.model, policy.processor, make_spec(**changes))
     with engine(here) as (url, _):
         there = VLA0.remote(url, here.spec)
-        np.testing.assert_array_equal(there.predict_batch([make_observation(1)]), here.predict_batch([make_observation(1)]))
+        np.testing.assert_array_equal(
+            there.predict_batch([make_observation(1)]), here.predict_batch([make_observation(1)])
+        )
 
 
 def test_nothing_of_a_checkpoints_sampling_settings_is_used(both):
@@ -189,7 +231,9 @@ def test_nothing_of_a_checkpoints_sampling_settings_is_used(both):
 
 @pytest.mark.parametrize(("name", "field"), [("sglang", "regex"), ("llama.cpp", "grammar")])
 def test_other_engines_are_told_in_their_own_words(policy, name, field):
-    with engine(policy, (200, json.dumps({"choices": [{"message": {"content": "0 " * 8 + "0"}}]}))) as (url, own):
+    with engine(
+        policy, (200, json.dumps({"choices": [{"message": {"content": "0 " * 8 + "0"}}]}))
+    ) as (url, own):
         there = VLA0.remote(f"{url}/v1/", policy.spec, engine=name, key="secret", extra={"seed": 3})
         assert there.predict_batch([make_observation(0)]).shape == (1, 3, 3)
         headers, request = own.requests[-1]
@@ -201,7 +245,9 @@ def test_other_engines_are_told_in_their_own_words(policy, name, field):
 
 @given(st.integers(2, 3000), st.integers(0, 4000))
 def test_numerals_are_those_of_the_range(bins, number):
-    pattern = re.compile("|".join("".join(f"[{low}-{high}]" for low, high in digits) for digits in numerals(bins)))
+    pattern = re.compile(
+        "|".join("".join(f"[{low}-{high}]" for low, high in digits) for digits in numerals(bins))
+    )
     assert (pattern.fullmatch(str(number)) is not None) == (number <= bins)
     assert pattern.fullmatch(f"0{number}") is None
 
@@ -220,8 +266,14 @@ def test_the_expression_admits_exactly_so_many_numbers(bins, numbers, count, aft
 
 
 def test_the_grammar_of_llama_cpp_says_the_same():
-    assert _gbnf(10, 3, False, True) == 'root ::= number (" " number){2}\nnumber ::= [0] | [1-9] | [1] [0]\n'
-    assert _gbnf(10, 2, True, False) == 'root ::= (" " number){2} " "\nnumber ::= [0] | [1-9] | [1] [0]\n'
+    assert (
+        _gbnf(10, 3, False, True)
+        == 'root ::= number (" " number){2}\nnumber ::= [0] | [1-9] | [1] [0]\n'
+    )
+    assert (
+        _gbnf(10, 2, True, False)
+        == 'root ::= (" " number){2} " "\nnumber ::= [0] | [1-9] | [1] [0]\n'
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,7 +283,8 @@ def test_the_grammar_of_llama_cpp_says_the_same():
         ((200, '{"choices": [{"message": {"content": "1 2 3 4 5 6 7 8 101"}}]}'), ChunkError, "whole numbers in 0..100"),
         ((200, '{"choices": [{"message": {"content": "I am a robot"}}]}'), ChunkError, "whole numbers"),
         ((200, '{"choices": []}'), InputError, "a completion as OpenAI's"),
-        ((200, '{"choices": [{"message": {"content": null}}]}'), InputError, "a completion as OpenAI's"),
+        ((200, '{"choices": [{"message": {"content": null}}]}'), InputError, "a completion as "
+                                                                             "OpenAI's"),
         ((200, "no json"), InputError, "a completion as OpenAI's"),
         ((400, '{"error": "regex"}'), InputError, "400: .*regex"),
         ((503, "busy"), InputError, "503: busy"),

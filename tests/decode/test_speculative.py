@@ -29,7 +29,14 @@ WAYS = {
 @pytest.fixture(scope="module", params=[100, 1000, 7])
 def random_policy(request, processor):
     """Policies with random weights and 1, 3 and 4 digits."""
-    small = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
+    small = {
+        "width": 48,
+        "layers": 2,
+        "heads": 3,
+        "vision_width": 32,
+        "vision_layers": 1,
+        "vision_heads": 2,
+    }
     spec = make_spec(bins=request.param, chunk_size=2)
     return VLA0(tiny_model(processor, **small, seed=request.param), processor, spec)
 
@@ -54,7 +61,9 @@ def test_weights_that_change_are_seen(policy):
     with torch.no_grad():
         for weight in other.model.parameters():
             weight.normal_(0, 0.05)
-    np.testing.assert_array_equal(other.decoder.decode(batch), decode(other.model, batch, other.prompt))
+    np.testing.assert_array_equal(
+        other.decoder.decode(batch), decode(other.model, batch, other.prompt)
+    )
 
 
 def test_a_true_guess_saves_passes(random_policy):
@@ -63,7 +72,9 @@ def test_a_true_guess_saves_passes(random_policy):
     expected = decode(policy.model, batch, policy.prompt)
     passes = {}
     for name, guesses in {"none": None, "true": [expected[0]]}.items():
-        fast = SpeculativeDecoder(policy.model, policy.prompt, 24, chain_fraction=1.0, learning=False)
+        fast = SpeculativeDecoder(
+            policy.model, policy.prompt, 24, chain_fraction=1.0, learning=False
+        )
         fast.decode(batch, guesses=guesses)
         passes[name] = fast.passes
     assert passes["true"] < passes["none"]
@@ -76,7 +87,9 @@ def test_rows_of_a_batch_do_not_touch_each_other(random_policy):
     fast = SpeculativeDecoder(policy.model, policy.prompt, 16)
     together = fast.decode(policy.prompt.observe(observations))
     for row, observation in enumerate(observations):
-        np.testing.assert_array_equal(together[row], fast.decode(policy.prompt.observe([observation]))[0])
+        np.testing.assert_array_equal(
+            together[row], fast.decode(policy.prompt.observe([observation]))[0]
+        )
 
 
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
@@ -86,7 +99,9 @@ def test_both_kinds_of_attention_are_driven(policy, kind):
     before = policy.model.config._attn_implementation
     try:
         policy.model.set_attn_implementation(kind)
-        np.testing.assert_array_equal(SpeculativeDecoder(policy.model, policy.prompt, 16).decode(batch), expected)
+        np.testing.assert_array_equal(
+            SpeculativeDecoder(policy.model, policy.prompt, 16).decode(batch), expected
+        )
     finally:
         policy.model.set_attn_implementation(before)
 
@@ -117,7 +132,10 @@ def test_a_stream_gives_each_step_once_and_the_first_before_the_last_pass(policy
 
 
 def test_a_stream_that_another_decode_has_overtaken_says_so(policy):
-    decoder, batch = SpeculativeDecoder(policy.model, policy.prompt, 4), policy.prompt.observe([make_observation(0)])
+    decoder, batch = (
+        SpeculativeDecoder(policy.model, policy.prompt, 4),
+        policy.prompt.observe([make_observation(0)]),
+    )
     stream = decoder.stream(batch)
     next(stream)
     whole = decoder.decode(batch)
@@ -136,7 +154,8 @@ def test_what_was_expected_changes_no_action(policy):
 
 
 @pytest.mark.parametrize(
-    "expected", [np.zeros((0, 3)), np.zeros((4, 3)), np.zeros((2, 2)), np.zeros(3), np.full((1, 3), np.nan)]
+    "expected",
+    [np.zeros((0, 3)), np.zeros((4, 3)), np.zeros((2, 2)), np.zeros(3), np.full((1, 3), np.nan)],
 )
 def test_an_expectation_of_another_shape_is_refused(policy, expected):
     seen = make_observation(0)
@@ -148,10 +167,14 @@ def test_an_expectation_of_another_shape_is_refused(policy, expected):
 def test_a_guess_of_another_shape_is_refused(policy):
     batch = policy.prompt.observe([make_observation(0)])
     with pytest.raises(InputError, match="guess of shape"):
-        SpeculativeDecoder(policy.model, policy.prompt, 4).decode(batch, guesses=[np.zeros((1, 3), np.int64)])
+        SpeculativeDecoder(policy.model, policy.prompt, 4).decode(
+            batch, guesses=[np.zeros((1, 3), np.int64)]
+        )
 
 
-def test_a_model_that_the_engine_cannot_drive_is_decoded_plainly_and_the_log_says_so(policy, caplog):
+def test_a_model_that_the_engine_cannot_drive_is_decoded_plainly_and_the_log_says_so(
+    policy, caplog
+):
     class Other(type(policy.model)):
         pass
 
@@ -166,7 +189,10 @@ def test_a_model_that_the_engine_cannot_drive_is_decoded_plainly_and_the_log_say
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_tree_holds_only_what_the_grammar_allows_each_node_once(data):
-    bins, numbers = data.draw(st.sampled_from([1, 5, 9, 10, 42, 100, 250, 1000])), data.draw(st.integers(1, 4))
+    bins, numbers = (
+        data.draw(st.sampled_from([1, 5, 9, 10, 42, 100, 250, 1000])),
+        data.draw(st.integers(1, 4)),
+    )
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     expectation = Expectation(numbers, 1, bins)
     guess = rng.integers(0, bins + 1, (numbers, 1)) if data.draw(st.booleans()) else None
@@ -180,7 +206,11 @@ def test_a_tree_holds_only_what_the_grammar_allows_each_node_once(data):
         parent, symbol = tree.parents[node], tree.symbols[node]
         assert parent < node
         assert tree.children[parent][symbol] == node
-        assert tree.states[node] == grammar.advance(tree.states[parent], symbol) == after(tree.states[parent], symbol)
+        assert (
+            tree.states[node]
+            == grammar.advance(tree.states[parent], symbol)
+            == after(tree.states[parent], symbol)
+        )
         assert tree.states[node][0] < numbers
 
 
@@ -195,11 +225,17 @@ def test_the_share_of_a_symbol_is_that_of_the_levels_that_begin_so(bins, seed):
         symbols, shares = draft.next(state)
         assert sorted(symbols) == list(grammar.allowed(state))
         assert sum(shares) == pytest.approx(1)
-        begin = [prior[0, v] for v in range(bins + 1) if str(v).startswith(digits)] if digits else prior[0]
+        begin = (
+            [prior[0, v] for v in range(bins + 1) if str(v).startswith(digits)]
+            if digits
+            else prior[0]
+        )
         for symbol, share in zip(symbols, shares, strict=True):
             more = digits + str(symbol)
             own = (
-                prior[0, int(digits)] if symbol >= 10 else sum(prior[0, v] for v in range(bins + 1) if str(v).startswith(more))
+                prior[0, int(digits)]
+                if symbol >= 10
+                else sum(prior[0, v] for v in range(bins + 1) if str(v).startswith(more))
             )
             assert share == pytest.approx(own / sum(begin))
 
@@ -229,7 +265,9 @@ def test_expectations_learn_how_far_chunks_are_from_their_guess():
 def test_the_width_is_measured_once_and_kept(policy, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured, engine = [], policy.decoder.engine
-    monkeypatch.setattr(width, "measure", lambda model: measured.append(1) or {1: 1.0, 8: 1.2, 16: 9.0})
+    monkeypatch.setattr(
+        width, "measure", lambda model: measured.append(1) or {1: 1.0, 8: 1.2, 16: 9.0}
+    )
     assert width.measured_tree_size(engine) == width.measured_tree_size(engine) == 8
     assert len(measured) == 1
     width.measured_tree_size(engine, fresh=True)
@@ -253,7 +291,9 @@ def test_the_measurement_times_passes(policy):
 
 
 def test_the_engine_works_in_bf16_too(policy):
-    half = VLA0(type(policy.model)(policy.model.config).to(torch.bfloat16), policy.processor, policy.spec)
+    half = VLA0(
+        type(policy.model)(policy.model.config).to(torch.bfloat16), policy.processor, policy.spec
+    )
     batch = half.prompt.observe([make_observation(0)])
     levels = SpeculativeDecoder(half.model, half.prompt, 16).decode(batch)
     assert levels.shape == (1, half.spec.chunk_size, half.spec.dimensions)

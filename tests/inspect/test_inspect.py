@@ -72,11 +72,17 @@ def test_quantiles_clip_and_say_so(dataset):
 
 def test_a_dimension_that_never_changes_is_named(dataset, altered):
     altered(lambda source: source.actions.__setitem__((slice(None), 1), 3.0))
-    assert ["actions [1] never change" in text for text in examine(config_of(dataset)).problems] == [True]
+    assert [
+        "actions [1] never change" in text for text in examine(config_of(dataset)).problems
+    ] == [True]
 
 
 def test_frames_that_ask_for_nothing_new_are_counted_within_episodes_only(dataset, altered):
-    altered(lambda source: setattr(source, "actions", np.repeat(source.actions[source.start], 1, axis=0)))
+    altered(
+        lambda source: setattr(
+            source, "actions", np.repeat(source.actions[source.start], 1, axis=0)
+        )
+    )
     survey = examine(config_of(dataset))
     assert survey.idle == 1
     assert "learns to wait" in " ".join(survey.problems)
@@ -108,7 +114,9 @@ def test_without_a_recipe_all_cameras_are_taken_by_their_own_names(dataset):
         config_to_inspect([])
 
 
-def test_a_recipe_is_changed_by_a_dataset_and_by_keys_and_nothing_given_is_left_out(dataset, tmp_path):
+def test_a_recipe_is_changed_by_a_dataset_and_by_keys_and_nothing_given_is_left_out(
+    dataset, tmp_path
+):
     file = tmp_path / "train_config.json"
     file.write_text(json.dumps(make_recipe(dataset, tmp_path)))
     assert config_to_inspect([], file).data.dataset == str(dataset)
@@ -124,7 +132,9 @@ def test_a_recipe_is_changed_by_a_dataset_and_by_keys_and_nothing_given_is_left_
 
 def test_a_model_that_is_not_at_hand_leaves_only_the_hours_unknown(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "locate", lambda *_, **__: tmp_path / "nothing")
-    survey = examine(dataclasses.replace(config_of(dataset), model=ModelConfig(name="someone/Qwen2.5-VL-3B")))
+    survey = examine(
+        dataclasses.replace(config_of(dataset), model=ModelConfig(name="someone/Qwen2.5-VL-3B"))
+    )
     assert survey.seconds is survey.prompt_tokens is None
     assert survey.memory is not None
     assert survey.memory > 40e9
@@ -132,14 +142,20 @@ def test_a_model_that_is_not_at_hand_leaves_only_the_hours_unknown(dataset, tmp_
 
 
 def test_memory_is_that_of_what_a_recipe_trains(dataset, tmp_path):
-    """The published size, of its config alone; LoRA's weights as `vla0 train` counted them at full size: 164.3 million."""
+    """The published size, of its config alone; LoRA's weights as `vla0 train` counted them at full
+    size: 164.3 million.
+    """
     Qwen2_5_VLConfig(**SHAPE_3B).save_pretrained(tmp_path)
     tiny_processor(["push"]).save_pretrained(tmp_path)
 
     def memory(**model):
         config = config_of(dataset)
         training = dataclasses.replace(config.training, precision="bf16")
-        survey = examine(dataclasses.replace(config, training=training, model=ModelConfig(name=str(tmp_path), **model)))
+        survey = examine(
+            dataclasses.replace(
+                config, training=training, model=ModelConfig(name=str(tmp_path), **model)
+            )
+        )
         assert survey.seconds
         return survey.memory, dict(facts(survey))["memory"]
 
@@ -169,8 +185,13 @@ def test_the_rate_is_that_of_a_machine():
 
 def test_a_survey_says_what_it_is_an_estimate_of_and_how_to_get_another(dataset, tmp_path):
     published = dict(facts(examine(config_to_inspect([str(dataset)]))))["estimate for"]
-    assert all(word in published for word in ("Qwen/Qwen2.5-VL-3B-Instruct", "published", "--config"))
-    assert "model tiny, config mine.yaml" in dict(facts(examine(config_of(dataset), Path("mine.yaml"))))["estimate for"]
+    assert all(
+        word in published for word in ("Qwen/Qwen2.5-VL-3B-Instruct", "published", "--config")
+    )
+    assert (
+        "model tiny, config mine.yaml"
+        in dict(facts(examine(config_of(dataset), Path("mine.yaml"))))["estimate for"]
+    )
 
 
 def test_a_picture_says_where_it_is_from_and_what_was_squeezed(dataset, tmp_path):
@@ -183,7 +204,9 @@ def test_a_picture_says_where_it_is_from_and_what_was_squeezed(dataset, tmp_path
     page(survey, tmp_path / "page.html")
     text = html.unescape((tmp_path / "page.html").read_text())
     assert all(line in text for line in (caption, survey.squeezed, survey.prompt, survey.answer))
-    separate = dataclasses.replace(config_of(dataset, cameras=cameras), spec={"image_size": 56, "tile": False})
+    separate = dataclasses.replace(
+        config_of(dataset, cameras=cameras), spec={"image_size": 56, "tile": False}
+    )
     assert np.array_equal(examine(separate).pictures[0].pixels, survey.pictures[0].pixels)
 
 
@@ -191,7 +214,9 @@ def test_squares_are_not_said_to_be_squeezed(tmp_path):
     assert examine(config_of(make_dataset(tmp_path / "square", sides=(48, 48)))).squeezed == ""
 
 
-def test_a_survey_holds_what_the_model_reads_and_what_it_is_to_write(dataset, tmp_path, monkeypatch):
+def test_a_survey_holds_what_the_model_reads_and_what_it_is_to_write(
+    dataset, tmp_path, monkeypatch
+):
     survey = examine(config_of(dataset))
     assert "Write 6 integers." in survey.prompt
     assert "<|im_start|>user" in survey.prompt
@@ -199,7 +224,9 @@ def test_a_survey_holds_what_the_model_reads_and_what_it_is_to_write(dataset, tm
     levels = [round((3 + step) / 24 * 100) for step in range(2) for _ in range(3)]
     assert survey.answer == " ".join(map(str, levels))
     monkeypatch.setattr(cost, "locate", lambda *_, **__: tmp_path / "nothing")
-    bare = examine(dataclasses.replace(config_of(dataset), model=ModelConfig(name="someone/unknown")))
+    bare = examine(
+        dataclasses.replace(config_of(dataset), model=ModelConfig(name="someone/unknown"))
+    )
     assert bare.prompt.splitlines()[0] == "system: Write 6 integers."
     assert bare.prompt.splitlines()[1].startswith("user: [picture] State: ")
     assert bare.answer == survey.answer
@@ -213,7 +240,17 @@ def test_a_duration_is_given_in_the_unit_that_suits_it():
 OWN = Path(__file__).parents[2] / "configs" / "own.yaml"
 TINY = (
     ("name", "tiny"),
-    ("tiny", {"width": 48, "layers": 1, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}),
+    (
+        "tiny",
+        {
+            "width": 48,
+            "layers": 1,
+            "heads": 3,
+            "vision_width": 32,
+            "vision_layers": 1,
+            "vision_heads": 2,
+        },
+    ),
 )
 
 
@@ -221,9 +258,17 @@ def test_a_written_recipe_trains_as_it_is_and_is_never_written_over(dataset, tmp
     file = tmp_path / "new" / "mine.yaml"
     write_own_config([str(dataset)], file)
     small = [f"model.{name}={value}" for name, value in TINY]
-    small += ["spec.image_size=56", "training.num_steps=2", "training.batch_size=2", "training.precision=fp32"]
+    small += [
+        "spec.image_size=56",
+        "training.num_steps=2",
+        "training.batch_size=2",
+        "training.precision=fp32",
+    ]
     config = read_config(TrainConfig, file, [*small, f"logging.output_dir={tmp_path / 'run'}"])
-    assert config.data.cameras == {"top": "observation.images.top", "hand": "observation.images.hand"}
+    assert config.data.cameras == {
+        "top": "observation.images.top",
+        "hand": "observation.images.hand",
+    }
     assert (config.data.action, config.data.state) == ("action", "observation.state")
     assert (main(config) / "vla0.json").is_file()
     before = file.read_text()
@@ -237,16 +282,21 @@ def test_a_written_recipe_trains_as_it_is_and_is_never_written_over(dataset, tmp
 
 def test_a_written_recipe_says_what_own_yaml_says_but_for_the_data(dataset, tmp_path):
     write_own_config([str(dataset)], tmp_path / "mine.yaml")
-    written, own = (read_yaml(file, ["data.dataset=here"]) for file in (tmp_path / "mine.yaml", OWN))
+    written, own = (
+        read_yaml(file, ["data.dataset=here"]) for file in (tmp_path / "mine.yaml", OWN)
+    )
     assert list(written["data"]) == list(own["data"])
     for content in (written, own):
         for name in ("cameras", "state", "held_out"):
             del content["data"][name]
     assert written == own
     lines = (tmp_path / "mine.yaml").read_text().splitlines()
-    assert [line for line in OWN.read_text().splitlines() if " #" in line and line not in lines][2:] == [
+    assert [line for line in OWN.read_text().splitlines() if " #" in line and line not in lines][
+        2:
+    ] == [
         "  state: null # observation.state writes it into the prompt; relative actions need it",
-        "  held_out: 5 # episodes kept back for the loss on unseen data, which decides what `best` is",
+        "  held_out: 5 # episodes kept back for the loss on unseen data, which decides what "
+        "`best` is",
     ]
 
 
@@ -254,7 +304,12 @@ def test_cameras_of_one_number_a_pixel_are_left_out_of_a_written_recipe_and_name
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     def picture(channels, **more):
-        return {"dtype": "image", "shape": (48, 64, channels), "names": ["height", "width", "channels"], **more}
+        return {
+            "dtype": "image",
+            "shape": (48, 64, channels),
+            "names": ["height", "width", "channels"],
+            **more,
+        }
 
     features = {
         "observation.images.top": picture(3),
@@ -271,17 +326,27 @@ def test_cameras_of_one_number_a_pixel_are_left_out_of_a_written_recipe_and_name
             "observation.images.deep": depth,
             "observation.images.bare": depth,
         }
-        recorded.add_frame({**frames, "joints.action": np.arange(2, dtype=np.float32) + step, "task": TASKS[0]})
+        recorded.add_frame(
+            {**frames, "joints.action": np.arange(2, dtype=np.float32) + step, "task": TASKS[0]}
+        )
     recorded.save_episode()
     recorded.finalize()
     file = tmp_path / "mine.yaml"
     write_own_config([str(folder)], file)
     config = read_config(TrainConfig, file).data
-    assert (config.dataset, config.action, config.state, config.held_out) == (str(folder), "joints.action", None, 0)
+    assert (config.dataset, config.action, config.state, config.held_out) == (
+        str(folder),
+        "joints.action",
+        None,
+        0,
+    )
     assert config.cameras == {"top": "observation.images.top"}
     assert config.depth == {}
     file.write_text(
-        file.read_text().replace("    # deep", "    deep").replace("    # bare", "    bare").replace("  # depth", "  depth")
+        file.read_text()
+        .replace("    # deep", "    deep")
+        .replace("    # bare", "    bare")
+        .replace("  # depth", "  depth")
     )
     config = read_config(TrainConfig, file).data
     assert set(config.cameras) == {"top", "deep", "bare"}

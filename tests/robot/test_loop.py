@@ -28,7 +28,9 @@ class Arm:
 
     def observe(self):
         at = self.now() if self.frozen_at is None else self.frozen_at
-        return Observation({"front": np.zeros((4, 4, 3), np.uint8)}, "go", self.position.copy(), captured_at=at)
+        return Observation(
+            {"front": np.zeros((4, 4, 3), np.uint8)}, "go", self.position.copy(), captured_at=at
+        )
 
     def send(self, action):
         self.diary.append(("send", self.now(), action.copy()))
@@ -56,11 +58,21 @@ def towards(observation):
     return np.array(chunk, np.float32)
 
 
-def simulated(way="async", latency=lambda query: 0.0, predict=towards, steps=80, live=True, limits=LIMITS, **pace):
+def simulated(
+    way="async",
+    latency=lambda query: 0.0,
+    predict=towards,
+    steps=80,
+    live=True,
+    limits=LIMITS,
+    **pace,
+):
     """(arm, guard, report) of a run in simulated time."""
     world = SimulatedWorld(predict, latency)
     arm = Arm(world.now)
-    guard = SafetyGuard(arm, limits, 1 / FPS, start=np.zeros(2), live=live, hold_s=0.2, stop_s=1.5, now=world.now)
+    guard = SafetyGuard(
+        arm, limits, 1 / FPS, start=np.zeros(2), live=live, hold_s=0.2, stop_s=1.5, now=world.now
+    )
     world.check = guard.check
     report = drive(world, guard, Pacer(fps=FPS, chunk_size=HORIZON, mode=way, **pace), steps)
     return arm, guard, report
@@ -78,7 +90,10 @@ def test_the_arm_arrives_whatever_the_latency(way, latency_s):
 
 def test_asynchronous_execution_never_pauses_where_the_synchronous_way_does():
     idle = {way: simulated(way, lambda query: 0.12, steps=60)[2] for way in ("sync", "async")}
-    times = {way: [at for at, _ in simulated(way, lambda query: 0.12, steps=60)[0].sent] for way in ("sync", "async")}
+    times = {
+        way: [at for at, _ in simulated(way, lambda query: 0.12, steps=60)[0].sent]
+        for way in ("sync", "async")
+    }
     gaps = {way: np.diff(found).max() for way, found in times.items()}
     assert gaps["async"] < 1.5 / FPS  # after the first answer a command at every tick
     assert gaps["sync"] > 2 / FPS
@@ -86,7 +101,9 @@ def test_asynchronous_execution_never_pauses_where_the_synchronous_way_does():
 
 
 @pytest.mark.parametrize("latency_s", [0.22, 0.3, 0.38, 0.6])
-def test_where_answers_take_most_of_a_chunk_the_asynchronous_way_moves_as_much_as_waiting_does(latency_s):
+def test_where_answers_take_most_of_a_chunk_the_asynchronous_way_moves_as_much_as_waiting_does(
+    latency_s,
+):
     moved = {}
     for way, pace in {"sync": {"n_action_steps": HORIZON}, "async": {}}.items():
         moved[way] = simulated(way, lambda query: latency_s, steps=300, **pace)[1].sent
@@ -115,14 +132,19 @@ def test_what_is_committed_is_what_is_executed():
 
 
 @given(
-    st.lists(st.floats(-1e6, 1e6) | st.sampled_from([np.nan, np.inf, -np.inf]), min_size=16, max_size=16),
+    st.lists(
+        st.floats(-1e6, 1e6) | st.sampled_from([np.nan, np.inf, -np.inf]), min_size=16, max_size=16
+    ),
     st.sampled_from(MODES),
     st.lists(st.floats(0, 0.7), min_size=1, max_size=5),
 )
 def test_no_command_leaves_the_limits_or_follows_a_stop(numbers, way, latencies):
     """Whatever a policy says, and whenever."""
     arm, guard, report = simulated(
-        way, lambda query: latencies[query % len(latencies)], lambda o: np.array(numbers, np.float32).reshape(8, 2), steps=40
+        way,
+        lambda query: latencies[query % len(latencies)],
+        lambda o: np.array(numbers, np.float32).reshape(8, 2),
+        steps=40,
     )
     last, kinds = np.zeros(2), [kind for kind, *_ in arm.diary]
     for _, action in arm.sent:
@@ -135,18 +157,31 @@ def test_no_command_leaves_the_limits_or_follows_a_stop(numbers, way, latencies)
         assert guard.stopped is not None
 
 
-@given(st.sampled_from(["async", "ensemble"]), st.lists(st.floats(0, 0.7), min_size=1, max_size=5), st.integers(1, HORIZON))
+@given(
+    st.sampled_from(["async", "ensemble"]),
+    st.lists(st.floats(0, 0.7), min_size=1, max_size=5),
+    st.integers(1, HORIZON),
+)
 def test_every_action_is_executed_in_the_tick_that_it_was_meant_for(way, latencies, n_action_steps):
-    """Answers may come when they like: what was meant for a moment that has passed is not executed, unless the robot has
-    waited for it: then nothing was executed since it was looked at."""
+    """Answers may come when they like: what was meant for a moment that has passed is not executed,
+    unless the robot has waited for it: then nothing was executed since it was looked at.
+    """
 
     def meant(observation):
         first = round(observation.captured_at * FPS)
-        return np.stack([first + np.arange(HORIZON), np.full(HORIZON, first)], 1).astype(np.float32) / 100
+        return (
+            np.stack([first + np.arange(HORIZON), np.full(HORIZON, first)], 1).astype(np.float32)
+            / 100
+        )
 
     wide = ActionLimits(low=(-1, -1), high=(1, 1))
     arm, guard, _ = simulated(
-        way, lambda query: latencies[query % len(latencies)], meant, 90, limits=wide, n_action_steps=n_action_steps
+        way,
+        lambda query: latencies[query % len(latencies)],
+        meant,
+        90,
+        limits=wide,
+        n_action_steps=n_action_steps,
     )
     ticks = [int(at * FPS + 1e-6) for at, _ in arm.sent]
     for tick, (_, action) in zip(ticks, arm.sent, strict=True):
@@ -160,7 +195,10 @@ def test_every_action_is_executed_in_the_tick_that_it_was_meant_for(way, latenci
     assert guard.late == 0
 
 
-@given(st.lists(st.floats(-10, 10), min_size=2, max_size=2), st.lists(st.floats(-1, 1), min_size=2, max_size=2))
+@given(
+    st.lists(st.floats(-10, 10), min_size=2, max_size=2),
+    st.lists(st.floats(-1, 1), min_size=2, max_size=2),
+)
 def test_safe_is_the_nearest_within_all_limits(action, last):
     limits = ActionLimits(low=(-1, -0.5), high=(1, 0.5), step=(0.3, 0.2), velocity=(1.0, 100.0))
     last = np.clip(last, limits.low, limits.high)
@@ -278,7 +316,9 @@ def test_the_watchdog_holds_though_the_loop_hangs():
     arm = Hanging(time.monotonic)
     guard = SafetyGuard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, hold_s=0.15, stop_s=0.4)
     done = guard.watch()
-    thread = threading.Thread(target=drive, args=(RealWorld(towards), guard, Pacer(fps=FPS, chunk_size=HORIZON), 100))
+    thread = threading.Thread(
+        target=drive, args=(RealWorld(towards), guard, Pacer(fps=FPS, chunk_size=HORIZON), 100)
+    )
     thread.start()
     while guard.stopped is None:
         time.sleep(0.01)
@@ -293,7 +333,9 @@ def test_the_watchdog_holds_though_the_loop_hangs():
 
 
 def test_a_body_that_hangs_in_a_command_is_held_and_stopped_all_the_same():
-    """In real time: a bus that blocks keeps neither the watchdog nor whoever presses the key waiting."""
+    """In real time: a bus that blocks keeps neither the watchdog nor whoever presses the key
+    waiting.
+    """
     release = threading.Event()
 
     class Stuck(Arm):
@@ -305,9 +347,13 @@ def test_a_body_that_hangs_in_a_command_is_held_and_stopped_all_the_same():
     for key in (False, True):
         release.clear()
         arm = Stuck(time.monotonic)
-        guard = SafetyGuard(arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, hold_s=0.15, stop_s=0.4)
+        guard = SafetyGuard(
+            arm, LIMITS, 1 / FPS, start=np.zeros(2), live=True, hold_s=0.15, stop_s=0.4
+        )
         done = guard.watch()
-        thread = threading.Thread(target=drive, args=(RealWorld(towards), guard, Pacer(fps=FPS, chunk_size=HORIZON), 100))
+        thread = threading.Thread(
+            target=drive, args=(RealWorld(towards), guard, Pacer(fps=FPS, chunk_size=HORIZON), 100)
+        )
         thread.start()
         if key:
             time.sleep(0.3)
@@ -322,7 +368,8 @@ def test_a_body_that_hangs_in_a_command_is_held_and_stopped_all_the_same():
         release.set()
         thread.join(5)
         done.set()
-        assert [kind for kind, *_ in arm.diary][-1] == "stop"  # the command that was stuck is not followed by another
+        # the command that was stuck is not followed by another
+        assert [kind for kind, *_ in arm.diary][-1] == "stop"
 
 
 def test_in_real_time_the_pace_is_kept():
@@ -358,7 +405,10 @@ def test_a_chunk_that_could_not_be_executed_moves_nothing(shape, way):
         (lambda: ActionLimits(low=(2.0,), high=(1.0,)), "low <= high"),
         (lambda: ActionLimits(low=(0.0,), high=(1.0,), step=(0.0,)), "step > 0"),
         (lambda: SafetyGuard(Arm(), LIMITS, 0.05), "start, for limits of change"),
-        (lambda: SafetyGuard(Arm(), LIMITS, 0.05, np.zeros(2), hold_s=2.0, stop_s=1.0), "hold first"),
+        (
+            lambda: SafetyGuard(Arm(), LIMITS, 0.05, np.zeros(2), hold_s=2.0, stop_s=1.0),
+            "hold first",
+        ),
         (lambda: Pacer(fps=FPS, chunk_size=HORIZON, mode="asynchronous"), "a mode of"),
         (lambda: Pacer(fps=FPS, chunk_size=HORIZON, n_action_steps=9), "n_action_steps in 1..8"),
         (lambda: Pacer(fps=0.0, chunk_size=HORIZON), "above 0"),

@@ -1,4 +1,6 @@
-"""`vla0 robot` on a simulated arm in real time: a server over a socket, late answers, dead cameras, keys, recordings."""
+"""`vla0 robot` on a simulated arm in real time: a server over a socket, late answers, dead cameras,
+keys, recordings.
+"""
 
 import os
 import pty
@@ -39,8 +41,15 @@ def arm():
 
 
 def session(arm, url, cameras=None, limits=None, **config) -> RobotSession:
-    return RobotSession(SessionConfig(**{"instruction": "reach", "live": True, "seconds": 2.0, "stop_s": 1.0, **config}), arm,
-                   RemotePolicy(url, timeout_s=1.0), cameras, limits)  # fmt: skip
+    return RobotSession(
+        SessionConfig(
+            **{"instruction": "reach", "live": True, "seconds": 2.0, "stop_s": 1.0, **config}
+        ),
+        arm,
+        RemotePolicy(url, timeout_s=1.0),
+        cameras,
+        limits,
+    )
 
 
 def commands(arm):
@@ -66,13 +75,16 @@ def test_the_arm_reaches_its_goal_though_answers_are_late(arm, way):
     assert_within(policy.spec, arm)
     np.testing.assert_allclose(sent[-1], policy.goal, atol=3)
     if way == "async":
-        assert np.quantile(np.diff(at), 0.9) < 0.08  # a command every 50 ms though an answer takes 150
+        # a command every 50 ms though an answer takes 150
+        assert np.quantile(np.diff(at), 0.9) < 0.08
 
 
 def test_whatever_a_policy_says_and_when_no_command_leaves_the_limits(arm):
     policy = Reach(latency_s=lambda query: (0.0, 0.3, 0.05, 0.5)[query % 4], wild=300.0)
     with serving(policy) as (url, _):
-        (report,) = session(arm, url, limits={"low": {JOINTS[0]: -5.0}, "high": {JOINTS[0]: 5.0}}).run()
+        (report,) = session(
+            arm, url, limits={"low": {JOINTS[0]: -5.0}, "high": {JOINTS[0]: 5.0}}
+        ).run()
     assert_within(policy.spec, arm)
     assert np.abs(commands(arm)[0][:, 0]).max() <= 5
     assert report.queries > 3
@@ -151,7 +163,20 @@ def test_frames_that_are_dropped_now_and_then_do_no_harm(arm):
 def command_line(url, *words):
     code = "from vla0.cli import main; main()"
     size = ["--robot.width=64", "--robot.height", "48"]
-    return [sys.executable, "-c", code, "robot", "--policy-url", url, "--instruction", "reach", "--robot", "sim", *size, *words]
+    return [
+        sys.executable,
+        "-c",
+        code,
+        "robot",
+        "--policy-url",
+        url,
+        "--instruction",
+        "reach",
+        "--robot",
+        "sim",
+        *size,
+        *words,
+    ]
 
 
 def test_the_command_records_what_was_sent_beside_what_was_predicted(tmp_path):
@@ -160,8 +185,22 @@ def test_the_command_records_what_was_sent_beside_what_was_predicted(tmp_path):
     policy = Reach(wild=3.0)
     out, shown = tmp_path / "recorded", tmp_path / "shown.rrd"
     with serving(policy) as (url, _):
-        words = ["--live", "--episodes", "2", "--seconds", "1.2", "--reset-s", "0.2", "--out", str(out), "--view", str(shown)]
-        done = subprocess.run(command_line(url, *words), capture_output=True, text=True, timeout=120)
+        words = [
+            "--live",
+            "--episodes",
+            "2",
+            "--seconds",
+            "1.2",
+            "--reset-s",
+            "0.2",
+            "--out",
+            str(out),
+            "--view",
+            str(shown),
+        ]
+        done = subprocess.run(
+            command_line(url, *words), capture_output=True, text=True, timeout=120
+        )
     assert done.returncode == 0, done.stderr + done.stdout
     dataset = LeRobotDataset("local/recorded", root=out, video_backend="pyav")
     assert dataset.meta.total_episodes == 2
@@ -169,7 +208,10 @@ def test_the_command_records_what_was_sent_beside_what_was_predicted(tmp_path):
     assert 12 <= dataset.meta.episodes[0]["length"] <= 25
     table = dataset.hf_dataset.with_format("numpy")
     action, prediction = np.stack(table["action"]), np.stack(table["prediction"])
-    chunk, age = np.stack(table["chunk"]).reshape(-1, 8, 6), np.ravel(table["chunk_age"]).astype(int)
+    chunk, age = (
+        np.stack(table["chunk"]).reshape(-1, 8, 6),
+        np.ravel(table["chunk_age"]).astype(int),
+    )
     assert dataset.meta.features["action"]["names"] == list(JOINTS)
     assert (np.abs(action - prediction) > 1e-3).any()  # the wild policy was kept within its limits
     reached = (age >= 0) & (age < 8)
@@ -184,7 +226,9 @@ def test_a_viewer_that_takes_nothing_keeps_nobody_waiting(arm, caplog):
     """It listens and never reads: rerun itself would wait for it without end."""
     silent = socket.create_server(("127.0.0.1", 0))
     with serving(Reach()) as (url, _):
-        current = session(arm, url, seconds=1.5, view=f"rerun+http://127.0.0.1:{silent.getsockname()[1]}/proxy")
+        current = session(
+            arm, url, seconds=1.5, view=f"rerun+http://127.0.0.1:{silent.getsockname()[1]}/proxy"
+        )
         (report,) = current.run()
     assert report.steps >= 25
     assert len(arm.diary) >= 20
@@ -207,7 +251,14 @@ def test_a_key_or_a_signal_stops_the_arm_at_once(tmp_path, how):
         ours, theirs = pty.openpty()
         words = command_line(url, "--live", "--seconds", "30", "--out", str(out))
         environment = {**os.environ, "TERM": "dumb", "COLUMNS": "200"}
-        process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            words,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env=environment,
+            start_new_session=True,
+        )
         os.close(theirs)
         text = read_until(ours, "limits", "most a step", 60)
         while not (out / "meta" / "info.json").exists():
@@ -244,7 +295,10 @@ def test_a_folder_that_cannot_be_made_is_refused_in_words(arm, tmp_path):
 
 
 def test_a_server_that_averages_already_is_refused(arm):
-    with serving(Reach(), ensemble="v1") as (url, _), pytest.raises(InputError, match="serve without --ensemble"):
+    with (
+        serving(Reach(), ensemble="v1") as (url, _),
+        pytest.raises(InputError, match="serve without --ensemble"),
+    ):
         session(arm, url)
 
 
@@ -262,7 +316,9 @@ def test_ctrl_c_twice_in_a_hurry_loses_no_episode(tmp_path):
     out = tmp_path / "recorded"
     with serving(Reach()) as (url, _):
         process = subprocess.Popen(
-            command_line(url, "--live", "--seconds", "30", "--out", str(out)), stdout=subprocess.PIPE, text=True
+            command_line(url, "--live", "--seconds", "30", "--out", str(out)),
+            stdout=subprocess.PIPE,
+            text=True,
         )
         while not (out / "meta" / "info.json").exists():
             time.sleep(0.05)
@@ -279,12 +335,29 @@ def test_ctrl_c_twice_in_a_hurry_loses_no_episode(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "config", "message"),
     [
-        ({"cameras": ("front", "top")}, {}, "expected a camera 'top' of the robot; got .'front', 'wrist'."),
+        (
+            {"cameras": ("front", "top")},
+            {},
+            "expected a camera 'top' of the robot; got .'front', 'wrist'.",
+        ),
         ({"depth": (("front", 0.1, 2.0),)}, {}, "depth maps from 'front'"),
         ({"action_names": (*JOINTS[:5], "claw.pos")}, {}, "no 'claw.pos'"),
-        ({"action_names": None, "low": (0.0,) * 4, "high": (1.0,) * 4, "max_step_change": None}, {}, "action of 4 numbers"),
+        (
+            {"action_names": None, "low": (0.0,) * 4, "high": (1.0,) * 4, "max_step_change": None},
+            {},
+            "action of 4 numbers",
+        ),
         ({"state_names": None, "state": ((0.0,) * 7, (1.0,) * 7)}, {}, "state of 7 numbers"),
-        ({"action_names": JOINTS[:4], "low": (0.0,) * 4, "high": (1.0,) * 4, "max_step_change": None}, {}, "alone; got also"),
+        (
+            {
+                "action_names": JOINTS[:4],
+                "low": (0.0,) * 4,
+                "high": (1.0,) * 4,
+                "max_step_change": None,
+            },
+            {},
+            "alone; got also",
+        ),
         ({"fps": 30.0}, {"fps": 20.0}, "give --resample"),
         ({}, {"mode": "fast"}, "a mode of"),
         ({}, {"fps": 0.0}, "fps of 0.1 or more; got 0"),
@@ -299,7 +372,11 @@ def test_ctrl_c_twice_in_a_hurry_loses_no_episode(tmp_path):
         ),
         ({}, {"cameras": {"side": "front"}}, "cameras of the checkpoint"),
         ({"low": (200.0,) * 6, "high": (300.0,) * 6}, {}, "near 200..300, its limits"),
-        ({"max_step_change": None}, {}, "a limit of change for each action, to move live; got none of 'shoulder_pan.pos'"),
+        (
+            {"max_step_change": None},
+            {},
+            "a limit of change for each action, to move live; got none of 'shoulder_pan.pos'",
+        ),
         (
             {"max_step_change": None},
             {"limits": {"step": dict.fromkeys(JOINTS[:5], 3.0)}},
@@ -316,7 +393,12 @@ def test_a_checkpoint_of_another_robot_is_refused_before_it_moves(arm, spec, con
 def test_limits_of_ones_own_let_a_checkpoint_move_whose_data_do_not_say_how_fast(arm):
     with serving(Reach(arm_spec(max_step_change=None))) as (url, _):
         session(arm, url, live=False, seconds=0.3).run()  # a dry run needs none
-        session(arm, url, limits={"step": dict.fromkeys(JOINTS[:5], 2.0), "velocity": {JOINTS[5]: 30.0}}, seconds=1.0).run()
+        session(
+            arm,
+            url,
+            limits={"step": dict.fromkeys(JOINTS[:5], 2.0), "velocity": {JOINTS[5]: 30.0}},
+            seconds=1.0,
+        ).run()
     sent, _ = commands(arm)
     assert len(sent) > 5
     assert (np.abs(np.diff(sent, axis=0)) <= np.array([2.0] * 5 + [1.5]) + 1e-6).all()
@@ -344,7 +426,9 @@ class Carried:
 
 
 def test_an_arm_that_nobody_can_carry_goes_to_its_limits_by_itself_and_a_real_one_is_refused():
-    arm = make_robot(["--robot.type=sim", "--robot.width=64", "--robot.height=48", "--robot.seed=10000"])
+    arm = make_robot(
+        ["--robot.type=sim", "--robot.width=64", "--robot.height=48", "--robot.seed=10000"]
+    )
     try:
         arm.connect()
         start = np.array([arm.get_observation()[name] for name in JOINTS])
@@ -356,7 +440,9 @@ def test_an_arm_that_nobody_can_carry_goes_to_its_limits_by_itself_and_a_real_on
         spec, said = arm_spec(low=tuple(low), high=tuple(high), max_step_change=most), []
         with serving(Reach(spec)) as (url, _):
             own = session(Carried(arm), url)
-            with pytest.raises(InputError, match=r"'shoulder_pan.pos' near .*, its limits; got .*; move it there"):
+            with pytest.raises(
+                InputError, match=r"'shoulder_pan.pos' near .*, its limits; got .*; move it there"
+            ):
                 own.run()
             assert arm.diary == []
             assert np.abs(arm.joints - start).max() < 1
@@ -389,7 +475,11 @@ def test_history_is_kept_from_tick_to_tick(arm):
     np.testing.assert_array_equal(second.images["front"][:2], first.images["front"][1:])
 
 
-@given(st.integers(1, 12), st.sampled_from([10.0, 15.0, 20.0, 30.0, 50.0]), st.sampled_from([10.0, 15.0, 20.0, 30.0, 50.0]))
+@given(
+    st.integers(1, 12),
+    st.sampled_from([10.0, 15.0, 20.0, 30.0, 50.0]),
+    st.sampled_from([10.0, 15.0, 20.0, 30.0, 50.0]),
+)
 def test_a_chunk_at_another_rate_is_the_same_motion(chunk_size, fps, loop_fps):
     chunk = np.random.default_rng(chunk_size).normal(size=(chunk_size, 2))
     resampled = Resampled(lambda observation: chunk, fps, loop_fps, chunk_size)
@@ -446,7 +536,10 @@ def test_words_of_a_robot_are_told_from_misspelt_options():
         (["--robot.type=sim", "--robot.colour=red"], "--robot.colour"),
         (["--robot.type=sim", "--robot.width=9"], "pixels"),
         ([], "give --robot sim"),
-        (["--robot.type=so101", "--robot.port=x", "--robot.cameras={front: "], "expected the node content"),
+        (
+            ["--robot.type=so101", "--robot.port=x", "--robot.cameras={front: "],
+            "expected the node content",
+        ),
     ],
 )
 def test_a_robot_that_is_not_described_rightly_is_refused_in_words(words, message):
@@ -457,8 +550,14 @@ def test_a_robot_that_is_not_described_rightly_is_refused_in_words(words, messag
 def test_a_robot_that_is_not_there_is_said_so_in_one_line():
     with serving(Reach(arm_spec(cameras=("front",)))) as (url, _):
         words = command_line(url)
-        words[words.index("sim") :] = ["so101", "--robot.port=/dev/nowhere", "--camera", "front=front",
-                                       "--robot.cameras={front: {type: opencv, index_or_path: 99, width: 64, height: 48, fps: 30}}"]  # fmt: skip
+        words[words.index("sim") :] = [
+            "so101",
+            "--robot.port=/dev/nowhere",
+            "--camera",
+            "front=front",
+            "--robot.cameras={front: {type: opencv, index_or_path: 99, width: 64, height: 48, "
+            "fps: 30}}",
+        ]
         done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert "a robot that answers" in done.stderr

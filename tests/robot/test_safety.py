@@ -1,4 +1,6 @@
-"""Nothing comes after the stop: a model of the interleavings, each point at which a signal or a second thread can come."""
+"""Nothing comes after the stop: a model of the interleavings, each point at which a signal or a
+second thread can come.
+"""
 
 import signal
 import sys
@@ -57,7 +59,11 @@ class Clock:
 
 def made() -> tuple[SafetyGuard, RobotInterface, Clock]:
     body, clock = RobotInterface(), Clock()
-    return SafetyGuard(body, LIMITS, 0.1, np.zeros(2), live=True, hold_s=0.2, stop_s=1.0, now=clock), body, clock
+    return (
+        SafetyGuard(body, LIMITS, 0.1, np.zeros(2), live=True, hold_s=0.2, stop_s=1.0, now=clock),
+        body,
+        clock,
+    )
 
 
 def use(guard: SafetyGuard, clock: Clock) -> None:
@@ -71,7 +77,8 @@ def use(guard: SafetyGuard, clock: Clock) -> None:
 
 
 def reached(act: Callable[[], None], number: int, every: str, injected: Callable[[], None]) -> bool:
-    """Runs act, and calls `injected` at one point of the guard's code that it comes through; whether it came to that.
+    """Runs act, and calls `injected` at one point of the guard's code that it comes through;
+    whether it came to that.
 
     every: "opcode" or "line", which are numbered from 0.
     """
@@ -89,7 +96,8 @@ def reached(act: Callable[[], None], number: int, every: str, injected: Callable
             count += 1
         return trace
 
-    sys._getframe().f_trace_opcodes = every == "opcode"  # before settrace, which reads whether anybody wants them
+    # before settrace, which reads whether anybody wants them
+    sys._getframe().f_trace_opcodes = every == "opcode"
     sys.settrace(trace)
     try:
         act()
@@ -133,7 +141,9 @@ def test_nothing_follows_the_stop_wherever_it_comes_from_and_whenever(way):
 
 
 def test_nothing_follows_a_stop_that_is_interrupted_itself():
-    """Each pair of lines: the stop halts at its own, the loop goes on from where it was to its end, then the stop goes on."""
+    """Each pair of lines: the stop halts at its own, the loop goes on from where it was to its end,
+    then the stop goes on.
+    """
 
     def tried(first: int, second: int) -> tuple[bool, bool]:
         guard, body, clock = made()
@@ -146,7 +156,8 @@ def test_nothing_follows_a_stop_that_is_interrupted_itself():
             if event == "line":
                 if lines == second:
                     here.set()
-                    go.wait(0.02)  # the loop may wait for it: for the body, while it is being stopped
+                    # the loop may wait for it: for the body, while it is being stopped
+                    go.wait(0.02)
                 lines += 1
             return halt
 
@@ -193,7 +204,13 @@ def test_a_real_signal_in_the_middle_of_a_command_stops_after_it(kind):
             fired.append(signal.raise_signal(kind))
         return action
 
-    guard = SafetyGuard(body, ActionLimits(low=(-1, -1), high=(1, 1), workspace=workspace), 0.1, np.zeros(2), live=True)
+    guard = SafetyGuard(
+        body,
+        ActionLimits(low=(-1, -1), high=(1, 1), workspace=workspace),
+        0.1,
+        np.zeros(2),
+        live=True,
+    )
     before = signal.signal(kind, lambda number, frame: guard.stop(signal.Signals(number).name))
     try:
         assert guard.send(AWAY, time.monotonic() + 1) is None
@@ -240,7 +257,9 @@ def test_a_command_that_comes_through_after_all_is_stopped_again():
 
 @given(st.floats(-3, 3), st.lists(st.floats(-1, 1), min_size=1, max_size=30))
 def test_a_start_outside_of_the_limits_comes_in_and_stays(start, wanted):
-    """On the way in a command lies between the one before and the limits, nearer by a step each time; then within."""
+    """On the way in a command lies between the one before and the limits, nearer by a step each
+    time; then within.
+    """
     limits = ActionLimits(low=(-1.0, -1.0), high=(1.0, 1.0), step=(0.1, 0.1))
     guard = SafetyGuard(RobotInterface(), limits, 0.1, np.array([start, 0.0]), live=True)
     last, outside = start, abs(start) > 1

@@ -1,4 +1,6 @@
-"""RemotePolicy against servers that do not do what they should: nothing stale, nothing misshapen, every step as it comes."""
+"""RemotePolicy against servers that do not do what they should: nothing stale, nothing misshapen,
+every step as it comes.
+"""
 
 import threading
 import time
@@ -13,12 +15,18 @@ from vla0 import InputError
 from vla0.serve.client import NoAnswerError, RemotePolicy
 from vla0.serve.msgpack_numpy import pack, unpack
 
-OURS = {"extensions": ["stream", "reset", "number", "action_prefix"], "chunk_size": 3, "dimensions": 2}
+OURS = {
+    "extensions": ["stream", "reset", "number", "action_prefix"],
+    "chunk_size": 3,
+    "dimensions": 2,
+}
 
 
 @contextmanager
 def faked(answers, metadata=OURS):
-    """A server whose answers to (how many messages there were, message) are a list of what is sent; its address."""
+    """A server whose answers to (how many messages there were, message) are a list of what is sent;
+    its address.
+    """
 
     def talk(connection):
         connection.send(pack(metadata))
@@ -72,7 +80,11 @@ def test_an_answer_that_comes_too_late_is_dropped_and_counted():
 
 def test_an_answer_to_a_number_that_was_never_asked_is_dropped():
     def answers(count, message):
-        return [{**marked(99, message), "vla0/number": 77}, {**marked(98, message), "vla0/number": [1]}, marked(count, message)]
+        return [
+            {**marked(99, message), "vla0/number": 77},
+            {**marked(98, message), "vla0/number": [1]},
+            marked(count, message),
+        ]
 
     with faked(answers) as url:
         policy = RemotePolicy(url)
@@ -100,8 +112,14 @@ def test_what_could_not_be_executed_is_refused_by_the_servers_name(actions):
 def test_each_step_of_a_stream_is_given_as_it_comes():
     def answers(count, message):
         own = {"vla0/number": message["vla0/number"]}
-        steps = [{"vla0/step": step, "action": np.full(2, step, np.float32), **own} for step in range(3)]
-        return [part for own in (*steps, {"actions": np.zeros((3, 2), np.float32), **own}) for part in (0.15, own)]
+        steps = [
+            {"vla0/step": step, "action": np.full(2, step, np.float32), **own} for step in range(3)
+        ]
+        return [
+            part
+            for own in (*steps, {"actions": np.zeros((3, 2), np.float32), **own})
+            for part in (0.15, own)
+        ]
 
     with faked(answers) as url:
         policy = RemotePolicy(url)
@@ -115,10 +133,20 @@ def test_each_step_of_a_stream_is_given_as_it_comes():
 
 
 @pytest.mark.parametrize(
-    "odd", [{"chunk_size": "3"}, {"dimensions": 0}, {"extensions": 1}, {"cameras": {"front": 3}}, {"cameras": []}]
+    "odd",
+    [
+        {"chunk_size": "3"},
+        {"dimensions": 0},
+        {"extensions": 1},
+        {"cameras": {"front": 3}},
+        {"cameras": []},
+    ],
 )
 def test_what_a_server_says_of_itself_is_refused_by_its_name_where_it_cannot_be(odd):
-    with faked(lambda count, message: [], OURS | odd) as url, pytest.raises(InputError, match=next(iter(odd))):
+    with (
+        faked(lambda count, message: [], OURS | odd) as url,
+        pytest.raises(InputError, match=next(iter(odd))),
+    ):
         RemotePolicy(url)
 
 
@@ -145,7 +173,9 @@ def test_a_flood_of_answers_to_nothing_ends_with_the_deadline():
 
 
 def test_an_answer_of_many_megabytes_is_not_taken_in():
-    with faked(lambda count, message: [{"actions": np.zeros((5_000_000, 2), np.float32), **message}]) as url:
+    with faked(
+        lambda count, message: [{"actions": np.zeros((5_000_000, 2), np.float32), **message}]
+    ) as url:
         policy = RemotePolicy(url)
         with pytest.raises(InputError, match="answers of at most"):
             policy.predict(make_observation(0), timeout_s=5.0)
@@ -154,7 +184,9 @@ def test_an_answer_of_many_megabytes_is_not_taken_in():
 
 @pytest.mark.parametrize("other", [{"chunk_size": 9}, {"spec": "another"}, {"n_action_steps": 2}])
 def test_another_policy_behind_the_same_address_is_refused(other):
-    """A server that was begun anew with another checkpoint: limits and pace of the robot were those of the first."""
+    """A server that was begun anew with another checkpoint: limits and pace of the robot were those
+    of the first.
+    """
     told = dict(OURS)
 
     def talk(connection):

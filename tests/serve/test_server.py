@@ -42,7 +42,14 @@ KEY = "a key that is long enough"
 
 def message_of(observation: Observation, **more) -> bytes:
     pictures = {f"observation/{camera}": frame for camera, frame in observation.images.items()}
-    return pack({**pictures, "observation/state": observation.state, "prompt": observation.instruction, **more})
+    return pack(
+        {
+            **pictures,
+            "observation/state": observation.state,
+            "prompt": observation.instruction,
+            **more,
+        }
+    )
 
 
 def test_a_remote_chunk_is_the_local_one(policy):
@@ -66,7 +73,8 @@ def test_an_abandoned_stream_spoils_no_later_answer(policy):
         next(iter(remote.predict_stream(make_observation(0))))
         for seed in (1, 2):
             np.testing.assert_array_equal(
-                remote.predict(make_observation(seed)), policy.predict_batch([make_observation(seed)])[0]
+                remote.predict(make_observation(seed)),
+                policy.predict_batch([make_observation(seed)])[0],
             )
         remote.close()
 
@@ -80,12 +88,17 @@ def test_a_session_is_ensembled_by_itself(policy):
 
     with serving(policy, ensemble="v1") as (url, _):
         one, two = RemotePolicy(url), RemotePolicy(url)
-        found = [(one.predict(make_observation(seed)), two.predict(make_observation(seed + 10))) for seed in range(4)]
+        found = [
+            (one.predict(make_observation(seed)), two.predict(make_observation(seed + 10)))
+            for seed in range(4)
+        ]
         one.reset()
         again = [one.predict(make_observation(seed)) for seed in range(2)]
         for remote in (one, two):
             remote.close()
-    for sent, expected in zip(found, zip(local(range(4)), local(range(10, 14)), strict=True), strict=True):
+    for sent, expected in zip(
+        found, zip(local(range(4)), local(range(10, 14)), strict=True), strict=True
+    ):
         for action, alone in zip(sent, expected, strict=True):
             np.testing.assert_allclose(action, alone[None], rtol=1e-6)
     np.testing.assert_allclose(np.concatenate(again), local(range(2)), rtol=1e-6)
@@ -100,7 +113,9 @@ def asking(connection, seed: int, **more) -> np.ndarray:
 
 
 def test_an_ensemble_needs_a_client_that_says_where_an_episode_begins(policy):
-    """openpi's clients keep one connection for all episodes, and know no reset: averaged, one's chunks would go on in the next."""
+    """openpi's clients keep one connection for all episodes, and know no reset: averaged, one's
+    chunks would go on in the next.
+    """
     with serving(policy, ensemble="v1") as (url, _), connect(url) as own:
         own.recv()
         own.send(message_of(make_observation(0)))
@@ -135,7 +150,9 @@ def test_after_a_long_pause_nothing_old_is_averaged(policy, caplog, monkeypatch)
         monkeypatch.setattr(session, "PAUSE_S", 0.0)
         alone = asking(own, 7)
     assert not np.array_equal(averaged, alone)
-    np.testing.assert_allclose(alone[0], policy.predict_batch([make_observation(7)])[0, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        alone[0], policy.predict_batch([make_observation(7)])[0, 0], rtol=1e-6
+    )
     assert "what was predicted before is forgotten" in caplog.text
 
 
@@ -161,15 +178,20 @@ def test_a_message_that_would_hold_up_whoever_builds_it_is_refused_at_once(messa
     began = time.perf_counter()
     with pytest.raises(InputError):
         unpack(message)
-    assert time.perf_counter() - began < 0.5  # it took 33 s; this is milliseconds, whatever else runs here
+    # it took 33 s; this is milliseconds, whatever else runs here
+    assert time.perf_counter() - began < 0.5
 
 
 WHATEVER = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text(max_size=400)
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=400)
     | st.binary(max_size=70_000),
     lambda own: st.lists(own, max_size=20) | st.dictionaries(st.text(max_size=3), own, max_size=20),
     max_leaves=40,
-)  # fmt: skip
+)
 
 
 @given(WHATEVER)
@@ -183,7 +205,9 @@ def test_what_is_skipped_is_what_msgpack_writes(content):
 
 
 def test_a_web_page_is_not_let_in_unless_it_is_asked_for(policy):
-    """Any page that a browser on this machine shows could move the robot else: browsers say whose page asks."""
+    """Any page that a browser on this machine shows could move the robot else: browsers say whose
+    page asks.
+    """
     with serving(policy) as (url, _):
         for origin in ("https://evil.example", "http://127.0.0.1:3000", "null"):
             with pytest.raises(InvalidStatus, match="403"):
@@ -212,7 +236,9 @@ def test_only_who_knows_the_key_is_let_in(policy):
 
 
 def fetch(url, path, headers=None):
-    asked = urllib.request.Request(observation=url.replace("ws://", "http://") + path, headers=headers or {})
+    asked = urllib.request.Request(
+        observation=url.replace("ws://", "http://") + path, headers=headers or {}
+    )
     with urllib.request.urlopen(asked, timeout=10) as answer:
         return answer.read().decode()
 
@@ -221,18 +247,24 @@ def test_bad_input_is_answered_and_hurts_nobody_else(policy):
     observation = make_observation(0)
     good = message_of(observation)
     wrong = {
-        "camera 'wrist'": pack({"observation/front": observation.images["front"], "prompt": "x", "state": np.zeros(2)}),
+        "camera 'wrist'": pack(
+            {"observation/front": observation.images["front"], "prompt": "x", "state": np.zeros(2)}
+        ),
         "an instruction": message_of(observation, prompt=3),
         "a state of 2 numbers": message_of(observation, **{"observation/state": np.zeros(5)}),
         "finite": message_of(observation, **{"observation/state": np.array([np.nan, 0])}),
         "state of numbers": message_of(observation, **{"observation/state": "here"}),
-        "at most 4096 pixels": message_of(observation, **{"observation/front": np.zeros((5000, 4, 3), np.uint8)}),
+        "at most 4096 pixels": message_of(
+            observation, **{"observation/front": np.zeros((5000, 4, 3), np.uint8)}
+        ),
         "uint8": message_of(observation, **{"observation/front": np.zeros((9, 9, 3))}),
         "a picture": message_of(observation, **{"observation/front": np.zeros(3, np.uint8)}),
         "msgpack": good[:-5],
         "a mapping": msgpack.packb([1, 2]),
         "shape and bytes agree": good.replace(b"\x93\x30\x40\x03", b"\x93\x31\x40\x03", 1),
-        "arrays of numbers": msgpack.packb({"x": {b"__ndarray__": True, b"data": b"", b"dtype": "O", b"shape": (0,)}}),
+        "arrays of numbers": msgpack.packb(
+            {"x": {b"__ndarray__": True, b"data": b"", b"dtype": "O", b"shape": (0,)}}
+        ),
         "vla0/streem": message_of(observation, **{"vla0/streem": True}),
         "of its kind": message_of(observation, **{"vla0/number": "x"}),
     }
@@ -270,7 +302,11 @@ def test_too_large_too_many_and_too_fast_are_refused(policy):
     with serving(policy, limits=ServerLimits(message_bytes=30_000, clients=2, rate=3)) as (url, _):
         with connect(url, compression=None) as one:
             one.recv()
-            one.send(message_of(make_observation(0), **{"observation/front": np.zeros((200, 200, 3), np.uint8)}))
+            one.send(
+                message_of(
+                    make_observation(0), **{"observation/front": np.zeros((200, 200, 3), np.uint8)}
+                )
+            )
             with pytest.raises(Exception, match=r"1009|too big"):
                 one.recv()
         remotes = [RemotePolicy(url), RemotePolicy(url)]
@@ -299,9 +335,13 @@ def test_a_late_answer_is_dropped(policy, monkeypatch):
         remote = RemotePolicy(url)
         first = make_observation(0)
         with pytest.raises(NoAnswerError):
-            remote.predict(Observation(first.images, first.instruction, np.array([0.5, 0.5])), timeout_s=0.2)
+            remote.predict(
+                Observation(first.images, first.instruction, np.array([0.5, 0.5])), timeout_s=0.2
+            )
         wait.set()
-        np.testing.assert_array_equal(remote.predict(make_observation(1)), predict([make_observation(1)])[0])
+        np.testing.assert_array_equal(
+            remote.predict(make_observation(1)), predict([make_observation(1)])[0]
+        )
         remote.close()
 
 
@@ -326,8 +366,17 @@ def test_a_clients_mapping_of_cameras_and_openpis_forms_are_understood(policy):
     observation = make_observation(0)
     front, wrist = observation.images["front"], observation.images["wrist"]
     for message in (
-        {"images": {"front": front.transpose(2, 0, 1), "wrist": wrist}, "state": observation.state, "prompt": "x"},
-        {"observation/front": front, "observation/wrist_image": wrist, "observation/state": observation.state, "prompt": "x"},
+        {
+            "images": {"front": front.transpose(2, 0, 1), "wrist": wrist},
+            "state": observation.state,
+            "prompt": "x",
+        },
+        {
+            "observation/front": front,
+            "observation/wrist_image": wrist,
+            "observation/state": observation.state,
+            "prompt": "x",
+        },
         {
             "observation.images.front": front,
             "observation.images.wrist": wrist,
@@ -376,7 +425,9 @@ def test_any_bytes_are_a_mapping_or_an_input_error(message):
 def test_a_mutated_message_is_understood_or_refused_in_words(data):
     good = bytearray(message_of(make_observation(0)))
     for _ in range(data.draw(st.integers(1, 6))):
-        where = data.draw(st.one_of(st.integers(0, 120), st.integers(len(good) - 160, len(good) - 1)))
+        where = data.draw(
+            st.one_of(st.integers(0, 120), st.integers(len(good) - 160, len(good) - 1))
+        )
         good[where] = data.draw(st.integers(0, 255))
     with suppress(InputError):
         request(unpack(bytes(good)), make_spec(), {}, 4096)
@@ -384,7 +435,16 @@ def test_a_mutated_message_is_understood_or_refused_in_words(data):
 
 def test_the_command_serves_and_ends_what_was_begun(policy, tmp_path):
     policy.save_pretrained(tmp_path / "checkpoint")
-    command = [sys.executable, "-m", "vla0", "serve", "--checkpoint", str(tmp_path / "checkpoint"), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "vla0",
+        "serve",
+        "--checkpoint",
+        str(tmp_path / "checkpoint"),
+        "--port",
+        "0",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         lines = [process.stdout.readline() for _ in range(2)]
@@ -397,7 +457,9 @@ def test_the_command_serves_and_ends_what_was_begun(policy, tmp_path):
         time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         answer = unpack(remote.connection.recv(timeout=10))
-        np.testing.assert_array_equal(answer["actions"], policy.predict_batch([make_observation(1)])[0])
+        np.testing.assert_array_equal(
+            answer["actions"], policy.predict_batch([make_observation(1)])[0]
+        )
         assert process.wait(15) == 0
     finally:
         process.kill()
@@ -407,10 +469,22 @@ def test_a_certificate_is_shown_and_checked(policy, tmp_path):
     if shutil.which("openssl") is None:
         pytest.skip("no openssl to make a certificate with")
     cert, private = tmp_path / "cert.pem", tmp_path / "key.pem"
-    words = f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1 -keyout {private} -out {cert}"
+    words = (
+        f"req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext "
+        f"subjectAltName=IP:127.0.0.1 -keyout {private} -out {cert}"
+    )
     subprocess.run(["openssl", *words.split()], check=True, capture_output=True)
     policy.save_pretrained(tmp_path / "checkpoint")
-    command = [sys.executable, "-m", "vla0", "serve", "--checkpoint", str(tmp_path / "checkpoint"), "--port", "0"]
+    command = [
+        sys.executable,
+        "-m",
+        "vla0",
+        "serve",
+        "--checkpoint",
+        str(tmp_path / "checkpoint"),
+        "--port",
+        "0",
+    ]
     process = subprocess.Popen(
         [*command, "--tls-cert", str(cert), "--tls-key", str(private)],
         stdout=subprocess.PIPE,
@@ -466,14 +540,28 @@ def test_the_client_needs_no_torch(tmp_path):
 
     for package in (np, msgpack, websockets):
         folder = Path(package.__file__).parent
-        for found in [folder, *folder.parent.glob(f"{folder.name}.libs"), *folder.parent.glob(f"{folder.name}-*.dist-info")]:
+        for found in [
+            folder,
+            *folder.parent.glob(f"{folder.name}.libs"),
+            *folder.parent.glob(f"{folder.name}-*.dist-info"),
+        ]:
             (tmp_path / "site" / found.name).symlink_to(found)
     (tmp_path / "site" / "vla0").symlink_to(Path(__file__).parents[2] / "src" / "vla0")
-    code = "import vla0.serve.client, vla0.core.rollout, sys; print(sorted(m for m in sys.modules if m in ('torch', 'PIL', 'transformers')))"
+    code = (
+        "import vla0.serve.client, vla0.core.rollout, sys; print(sorted(m for m in "
+        "sys.modules if m in ('torch', 'PIL', 'transformers')))"
+    )
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {code}"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-I",
+            "-S",
+            "-c",
+            f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); {code}",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
 
@@ -497,18 +585,32 @@ print(json.dumps([answer["actions"].tolist(), sorted(answer), policy.get_server_
 @pytest.mark.slow
 def test_openpis_own_client_is_served_unchanged(policy, tmp_path):
     """Real openpi-client, which pins numpy < 2, in an environment of its own."""
-    made = subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "env")], capture_output=True)
+    made = subprocess.run(
+        [sys.executable, "-m", "venv", str(tmp_path / "env")], capture_output=True
+    )
     python = str(tmp_path / "env" / "bin" / "python")
     packages = ["openpi-client", "typing_extensions"]
-    done = subprocess.run([python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [python, "-m", "pip", "install", "-q", *packages],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     if made.returncode or done.returncode:
         pytest.skip(f"openpi-client cannot be installed here: {done.stderr[-300:]}")
     with serving(policy, key=KEY) as (url, _):
-        found = subprocess.run([python, "-c", OPENPI, url.rpartition(":")[2], KEY], capture_output=True, text=True, timeout=60)
+        found = subprocess.run(
+            [python, "-c", OPENPI, url.rpartition(":")[2], KEY],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
     assert found.returncode == 0, found.stderr
     actions, names, chunk_size, refused = json.loads(found.stdout)
     rng = np.random.default_rng(0)
-    images = {camera: rng.integers(0, 256, (48, 64, 3), dtype=np.uint8) for camera in ("front", "wrist")}
+    images = {
+        camera: rng.integers(0, 256, (48, 64, 3), dtype=np.uint8) for camera in ("front", "wrist")
+    }
     expected = policy.predict_batch([Observation(images, "open the drawer", rng.random(2))])[0]
     np.testing.assert_allclose(actions, expected, rtol=1e-6)
     assert (chunk_size, names) == (3, ["actions", "server_timing"])
@@ -517,9 +619,16 @@ def test_openpis_own_client_is_served_unchanged(policy, tmp_path):
 
 def test_the_example_of_an_own_robot_runs_against_a_server(policy):
     with serving(policy) as (url, _):
-        command = [sys.executable, str(Path(__file__).parents[2] / "examples" / "my_robot.py"), "--policy-url", url]
+        command = [
+            sys.executable,
+            str(Path(__file__).parents[2] / "examples" / "my_robot.py"),
+            "--policy-url",
+            url,
+        ]
         for live in ([], ["--live"]):
-            done = subprocess.run([*command, "--seconds", "2", *live], capture_output=True, text=True, timeout=60)
+            done = subprocess.run(
+                [*command, "--seconds", "2", *live], capture_output=True, text=True, timeout=60
+            )
             assert done.returncode == 0, done.stderr
             kind, sent = done.stdout.split(" commands")[0].rpartition(":")[::2]
             assert kind.endswith("live" if live else "dry run")
@@ -535,7 +644,9 @@ def test_the_example_of_an_own_robot_runs_against_a_server(policy):
         ({"url": "ws://127.0.0.1:1", "timeout_s": 0.0}, "timeout_s > 0"),
     ],
 )
-def test_a_client_that_is_told_nonsense_says_so_at_once_and_keeps_its_key_to_itself(settings, message):
+def test_a_client_that_is_told_nonsense_says_so_at_once_and_keeps_its_key_to_itself(
+    settings, message
+):
     with pytest.raises(InputError, match=message) as error:
         RemotePolicy(**settings)
     assert "a secret key" not in str(error.value)
@@ -549,7 +660,9 @@ def test_a_client_takes_observations_alone(policy):
         remote.close()
 
 
-@pytest.mark.parametrize("words", [["front"], ["front="], ["front=a", "front=b"], ["front=a", "wrist=a"]])
+@pytest.mark.parametrize(
+    "words", [["front"], ["front="], ["front=a", "front=b"], ["front=a", "wrist=a"]]
+)
 def test_cameras_are_renamed_one_to_one(words):
     with pytest.raises(InputError, match="--key CAMERA=NAME, each once"):
         pairs_of("--key", words)
@@ -562,7 +675,9 @@ def test_a_client_says_itself_what_the_server_will_not_take(policy):
         assert remote.predict(make_observation(0)).shape == (3, 3)
         seen = make_observation(0)
         with pytest.raises(InputError, match="give 'wrist', in the checkpoint's own names"):
-            remote.predict(replace(seen, images={"front": seen.images["front"], "hand": seen.images["wrist"]}))
+            remote.predict(
+                replace(seen, images={"front": seen.images["front"], "hand": seen.images["wrist"]})
+            )
         large = {camera: np.zeros((200, 200, 3), np.uint8) for camera in seen.images}
         with pytest.raises(InputError, match="send smaller pictures"):
             remote.predict(replace(seen, images=large))
@@ -572,11 +687,17 @@ def test_a_client_says_itself_what_the_server_will_not_take(policy):
 
 def test_what_a_thread_has_seen_already_gives_the_same_chunk(policy):
     seen = [make_observation(seed) for seed in range(3)]
-    np.testing.assert_array_equal(policy.predict_batch(seen), policy.predict_batch([policy.see(own) for own in seen]))
+    np.testing.assert_array_equal(
+        policy.predict_batch(seen), policy.predict_batch([policy.see(own) for own in seen])
+    )
 
 
 def test_a_message_may_be_a_full_hd_picture_of_each_camera_unless_said_otherwise(policy):
-    assert 2 * 1920 * 1080 * 3 < ServerLimits().of(policy.spec).message_bytes < 2 * 1920 * 1080 * 3 + 2**21
+    assert (
+        2 * 1920 * 1080 * 3
+        < ServerLimits().of(policy.spec).message_bytes
+        < 2 * 1920 * 1080 * 3 + 2**21
+    )
     assert ServerLimits(message_bytes=7).of(policy.spec).message_bytes == 7
     with pytest.raises(InputError, match="limits of one at least"):
         ServerLimits(message_bytes=0)
@@ -585,7 +706,12 @@ def test_a_message_may_be_a_full_hd_picture_of_each_camera_unless_said_otherwise
 def busy(*used: float) -> tuple[Batches, list[ClientSession]]:
     """Batches, and sessions for which the model worked so many seconds just now."""
     batches, now = Batches(None, None, 64, Metrics()), time.monotonic()
-    batches.sessions = [ClientSession(ensemble=None, n_action_steps=1, fps=20.0, heard_at=now, used=own, used_at=now) for own in used]
+    batches.sessions = [
+        ClientSession(
+            ensemble=None, n_action_steps=1, fps=20.0, heard_at=now, used=own, used_at=now
+        )
+        for own in used
+    ]
     return batches, batches.sessions
 
 
@@ -603,7 +729,9 @@ def test_who_takes_more_of_the_server_than_others_waits_and_who_takes_as_much_do
     assert all(own.free_at <= time.monotonic() for own in (*alike, alone))
 
 
-def test_who_sends_megabytes_in_vain_is_not_heard_for_a_while_and_does_not_keep_the_server_from_ending(policy):
+def test_who_sends_megabytes_in_vain_is_not_heard_for_a_while_and_does_not_keep_the_server_from_ending(
+    policy,
+):
     with serving(policy) as (url, server), connect(url, compression=None, max_size=None) as rude:
         rude.recv()
         rude.send(b"\x81\xa1x\xc6" + (8 << 20).to_bytes(4, "big") + bytes(8 << 20))

@@ -36,12 +36,20 @@ from vla0.serve.vla_eval import VlaEvalServer
 
 def sent(observation, names):
     images = {names.get(camera, camera): frame for camera, frame in observation.images.items()}
-    return {"images": images, "task_description": observation.instruction, "states": observation.state}
+    return {
+        "images": images,
+        "task_description": observation.instruction,
+        "states": observation.state,
+    }
 
 
-@pytest.mark.parametrize(("n_action_steps", "ensemble"), [(1, "v1"), (2, "mean"), (3, "none"), (1, "none")])
+@pytest.mark.parametrize(
+    ("n_action_steps", "ensemble"), [(1, "v1"), (2, "mean"), (3, "none"), (1, "none")]
+)
 def test_a_harness_is_given_what_vla0s_own_evaluation_executes(policy, n_action_steps, ensemble):
-    """Two episodes at once of each of two clients, by vla-eval's own; nobody meets another's chunks."""
+    """Two episodes at once of each of two clients, by vla-eval's own; nobody meets another's
+    chunks.
+    """
     names, expected = {"front": "agentview"}, {}
     for start in (0, 20, 50, 70):
         alone = ChunkPolicy(lambda o: policy.predict_batch([o])[0], 3, n_action_steps, ensemble)
@@ -62,13 +70,17 @@ def test_a_harness_is_given_what_vla0s_own_evaluation_executes(policy, n_action_
             group.start_soon(episodes, url, 0)
             group.start_soon(episodes, url, 50)
 
-    with serving(policy, VlaEvalServer, keys=names, n_action_steps=n_action_steps, ensemble=ensemble) as (url, _):
+    with serving(
+        policy, VlaEvalServer, keys=names, n_action_steps=n_action_steps, ensemble=ensemble
+    ) as (url, _):
         anyio.run(together, url)
 
 
 def asked(connection, kind, payload, seq=1):
     """What a server says to a message; an error as its text."""
-    connection.send(payload if isinstance(payload, bytes | str) else pack_message(Message(kind, payload, seq)))
+    connection.send(
+        payload if isinstance(payload, bytes | str) else pack_message(Message(kind, payload, seq))
+    )
     found = unpack_message(connection.recv(timeout=20))
     return found.payload["error"] if found.type is MessageType.ERROR else found
 
@@ -96,7 +108,11 @@ def test_what_a_benchmark_lacks_is_said_in_words_and_to_it_alone(policy, changes
             connection.send(pack_message(Message(MessageType.EPISODE_START, {}, 0)))
         assert message in asked(broken, MessageType.OBSERVATION, {**SEEN, **changes})
         for connection in (good, broken):
-            np.testing.assert_allclose(asked(connection, MessageType.OBSERVATION, SEEN).payload["actions"], expected, atol=1e-5)
+            np.testing.assert_allclose(
+                asked(connection, MessageType.OBSERVATION, SEEN).payload["actions"],
+                expected,
+                atol=1e-5,
+            )
 
 
 def test_an_observation_belongs_to_an_episode(policy):
@@ -114,10 +130,17 @@ def bomb(side: int) -> bytes:
 def test_a_message_of_vla_evals_cannot_swell_nor_hold_up_others(policy):
     """Its own server takes any size, and builds whatever a message says."""
     picture = {"__image__": True, "format": "png", "data": bomb(3000)}
-    with serving(policy, VlaEvalServer, limits=ServerLimits(message_bytes=4 * 2**20)) as (url, _), connect(url) as connection:
-        assert "at most 4194304 bytes" in asked(connection, MessageType.OBSERVATION, {"images": {"front": picture}})
+    with (
+        serving(policy, VlaEvalServer, limits=ServerLimits(message_bytes=4 * 2**20)) as (url, _),
+        connect(url) as connection,
+    ):
+        assert "at most 4194304 bytes" in asked(
+            connection, MessageType.OBSERVATION, {"images": {"front": picture}}
+        )
         small = {"__image__": True, "format": "png", "data": bomb(1000)}
-        assert "bytes" in asked(connection, MessageType.OBSERVATION, {"images": {str(n): small for n in range(100)}})
+        assert "bytes" in asked(
+            connection, MessageType.OBSERVATION, {"images": {str(n): small for n in range(100)}}
+        )
         nested = msgpack.packb({"type": "hello", "payload": [[[]] * 50_000] * 20, "seq": 1})
         began = time.monotonic()
         assert "entries" in asked(connection, None, nested)
@@ -140,7 +163,10 @@ def test_a_web_page_can_neither_ask_nor_change_the_server_of_a_harness(policy):
 def test_a_harness_is_refused_what_cannot_be(policy):
     with pytest.raises(InputError, match="no key"):
         served(VlaEvalServer(policy), "0.0.0.0", 0)
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(InputError, match="choose another --port"):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(InputError, match="choose another --port"),
+    ):
         served(VlaEvalServer(policy), "127.0.0.1", taken.getsockname()[1])
     with pytest.raises(InputError, match="name those of the checkpoint"):
         VlaEvalServer(policy, {"side": "x"})
@@ -149,10 +175,26 @@ def test_a_harness_is_refused_what_cannot_be(policy):
 
 
 def test_vla_evals_own_client_runs_against_the_command(tmp_path):
-    """Meta-World, one short episode: the real orchestrator, the real simulator, a checkpoint of random weights."""
+    """Meta-World, one short episode: the real orchestrator, the real simulator, a checkpoint of
+    random weights.
+    """
     processor = tiny_processor(["Write integers.", *TASKS])
-    small = {"width": 48, "layers": 1, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
-    spec = make_spec(low=(-1.0,) * 4, high=(1.0,) * 4, cameras=("front",), state=None, bins=10, system="Write integers.")
+    small = {
+        "width": 48,
+        "layers": 1,
+        "heads": 3,
+        "vision_width": 32,
+        "vision_layers": 1,
+        "vision_heads": 2,
+    }
+    spec = make_spec(
+        low=(-1.0,) * 4,
+        high=(1.0,) * 4,
+        cameras=("front",),
+        state=None,
+        bins=10,
+        system="Write integers.",
+    )
     VLA0(tiny_model(processor, **small), processor, spec).save_pretrained(tmp_path / "checkpoint")
     words = [
         "serve",
@@ -167,8 +209,14 @@ def test_vla_evals_own_client_runs_against_the_command(tmp_path):
         "--port",
         "0",
     ]
-    ignoring = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); from vla0.cli import main; main()"  # as in a shell's `&`
-    server = subprocess.Popen([sys.executable, "-c", ignoring, *words], stdout=subprocess.PIPE, text=True)
+    # as in a shell's `&`
+    ignoring = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); from vla0.cli "
+        "import main; main()"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", ignoring, *words], stdout=subprocess.PIPE, text=True
+    )
     try:
         address = next(line for line in server.stdout if "ws://" in line).strip()
         params = {"tasks": ["drawer-close-v3"], "max_steps": 12}
@@ -178,7 +226,11 @@ def test_vla_evals_own_client_runs_against_the_command(tmp_path):
             "episodes_per_task": 1,
             "params": params,
         }
-        config = {"server": {"url": address, "timeout": 30}, "output_dir": str(tmp_path / "out"), "benchmarks": [benchmark]}
+        config = {
+            "server": {"url": address, "timeout": 30},
+            "output_dir": str(tmp_path / "out"),
+            "benchmarks": [benchmark],
+        }
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
         command = [
@@ -195,7 +247,11 @@ def test_vla_evals_own_client_runs_against_the_command(tmp_path):
         (file,) = (tmp_path / "out").rglob("*aggregate.json")
         (task,) = json.loads(file.read_text())["tasks"]
         (episode,) = task["episodes"]
-        assert (task["task"], episode["steps"], episode["metrics"]) == ("drawer-close-v3", 12, {"success": False})
+        assert (task["task"], episode["steps"], episode["metrics"]) == (
+            "drawer-close-v3",
+            12,
+            {"success": False},
+        )
         assert "failure_reason" not in episode, episode
     finally:
         server.send_signal(signal.SIGINT)

@@ -1,4 +1,6 @@
-"""The simulated arm in simulated time: its expert, its demonstrations, and that `vla0 robot --robot sim` is the same world."""
+"""The simulated arm in simulated time: its expert, its demonstrations, and that `vla0 robot --robot
+sim` is the same world.
+"""
 
 import importlib.util
 import time
@@ -53,7 +55,9 @@ def test_the_arm_goes_where_it_is_told(world):
         observation, _ = world.step(goal)
     assert np.abs(observation.state - goal).max() < 1.5
     world.step(np.full(6, 1e9))
-    np.testing.assert_allclose(np.degrees(world.world.data.ctrl[:5]), [high for _, high in RANGES[:5]])
+    np.testing.assert_allclose(
+        np.degrees(world.world.data.ctrl[:5]), [high for _, high in RANGES[:5]]
+    )
 
 
 def test_the_expert_knows_which_joints_reach_a_place(world):
@@ -63,14 +67,21 @@ def test_the_expert_knows_which_joints_reach_a_place(world):
         for _ in range(25):
             world.step(expert.reach(np.array(place)))
         assert np.linalg.norm(world.world.data.site("tip").xpos - place) < 0.01
-    for place in ([0.065, 0.0, 0.0074], [5.0, 0.0, 0.0]):  # under its shoulder, and out of reach: as near as it can
+    # under its shoulder, and out of reach: as near as it can
+    for place in ([0.065, 0.0, 0.0074], [5.0, 0.0, 0.0]):
         assert np.isfinite(expert.reach(np.array(place))).all()
 
 
 def test_demonstrations_name_what_the_robot_has(tmp_path):
-    found = collect(CollectConfig(tasks=tuple(TASKS), env="arm", episodes=1, image_size=56), tmp_path / "arm", workers=1)
+    found = collect(
+        CollectConfig(tasks=tuple(TASKS), env="arm", episodes=1, image_size=56),
+        tmp_path / "arm",
+        workers=1,
+    )
     assert found == dict.fromkeys(TASKS, (1, 0))
-    source = Source(DataConfig(dataset=str(tmp_path / "arm"), cameras=CAMERAS, state="observation.state"))
+    source = Source(
+        DataConfig(dataset=str(tmp_path / "arm"), cameras=CAMERAS, state="observation.state")
+    )
     fields = source.spec_fields(8)
     robot = make_robot(["--robot.type=sim"])
     assert fields["action_names"] == fields["state_names"] == STATES == tuple(robot.action_features)
@@ -82,12 +93,15 @@ def test_the_robot_of_a_seed_begins_as_its_episode_does(caplog):
     caplog.set_level("INFO", "vla0")
     env = make_env(EvalConfig(tasks=("touch-cube",), env="arm", image_size=112), "touch-cube")
     begun = env.reset(10_003)
-    robot = make_robot(["--robot.type=sim", "--robot.width=112", "--robot.height=112", "--robot.seed=10003"])
+    robot = make_robot(
+        ["--robot.type=sim", "--robot.width=112", "--robot.height=112", "--robot.seed=10003"]
+    )
     robot.connect()
     seen = robot.get_observation()
     env.close()
     assert begun.state is not None
-    np.testing.assert_allclose([seen[name] for name in STATES], begun.state, atol=0.5)  # some milliseconds of gravity
+    # some milliseconds of gravity
+    np.testing.assert_allclose([seen[name] for name in STATES], begun.state, atol=0.5)
     for camera in CAMERAS:
         assert np.abs(seen[camera].astype(int) - begun.images[camera]).mean() < 1
     expert = ArmExpert(env)

@@ -21,16 +21,29 @@ from vla0.sim.workers import RolloutConfig, work, write_video
 
 def config_of(folder, tasks=("fine",), **changes) -> EvalConfig:
     folder.mkdir(exist_ok=True)
-    return EvalConfig(tasks=tuple(tasks), env=str(folder), **{"episodes": 3, "first_seed": 0, "ensemble": "mean", **changes})
+    return EvalConfig(
+        tasks=tuple(tasks),
+        env=str(folder),
+        **{"episodes": 3, "first_seed": 0, "ensemble": "mean", **changes},
+    )
 
 
 def run(tmp_path, config, policies=None, **changes):
-    return evaluate(policies or {"policy": walk}, 4, config, tmp_path / "out", make_env=make_line, **{"workers": 3, **changes})
+    return evaluate(
+        policies or {"policy": walk},
+        4,
+        config,
+        tmp_path / "out",
+        make_env=make_line,
+        **{"workers": 3, **changes},
+    )
 
 
 def test_every_episode_has_its_line_video_and_actions(tmp_path):
     lines = run(tmp_path, config_of(tmp_path / "world", ("fine", "also")))
-    assert {(e["task"], e["seed"]) for e in lines} == {(task, seed) for task in ("fine", "also") for seed in range(3)}
+    assert {(e["task"], e["seed"]) for e in lines} == {
+        (task, seed) for task in ("fine", "also") for seed in range(3)
+    }
     assert all(e["success"] and e["steps"] == 7 and e["error"] is None for e in lines)
     assert read_episodes(tmp_path / "out" / "episodes.jsonl") == lines
     for line in lines:
@@ -64,7 +77,11 @@ def test_environments_share_one_batched_policy(tmp_path):
 
 
 def test_every_policy_sees_the_same_seeds(tmp_path):
-    lines = run(tmp_path, config_of(tmp_path / "world"), {"policy": walk, "random": random_actions([-0.1], [0.1], 4)})
+    lines = run(
+        tmp_path,
+        config_of(tmp_path / "world"),
+        {"policy": walk, "random": random_actions([-0.1], [0.1], 4)},
+    )
     rows = summary(lines)
     assert (rows["policy"]["fine"]["successes"], rows["random"]["fine"]["successes"]) == (3, 0)
     assert {e["seed"] for e in lines if e["policy"] == "random"} == {0, 1, 2}
@@ -134,7 +151,8 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path):
     run(tmp_path, config_of(tmp_path / "world"))
     with pytest.raises(InputError, match="n_action_steps"):
         run(tmp_path, config_of(tmp_path / "world", n_action_steps=2))
-    assert len(run(tmp_path, config_of(tmp_path / "world", episodes=4))) == 4  # more of the same is no other setting
+    # more of the same is no other setting
+    assert len(run(tmp_path, config_of(tmp_path / "world", episodes=4))) == 4
 
 
 def test_another_checkpoint_in_the_same_folder_is_refused(tmp_path):
@@ -153,7 +171,9 @@ def test_ensembling_that_would_do_nothing_is_refused_before_anything_starts(tmp_
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change", [{"episodes": 0}, {"tasks": ()}, {"tasks": "one"}, {"max_steps": 0}])
+@pytest.mark.parametrize(
+    "change", [{"episodes": 0}, {"tasks": ()}, {"tasks": "one"}, {"max_steps": 0}]
+)
 def test_incoherent_settings_are_refused(change):
     with pytest.raises(InputError):
         EvalConfig(**{"tasks": ("a",), **change})
@@ -165,17 +185,26 @@ def test_an_unknown_simulator_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("change", "words"), [({"cameras": ("top",)}, "'top'"), ({"low": (0.0,), "high": (1.0,)}, "1 in the check")]
+    ("change", "words"),
+    [({"cameras": ("top",)}, "'top'"), ({"low": (0.0,), "high": (1.0,)}, "1 in the check")],
 )
 def test_a_checkpoint_that_does_not_fit_the_simulator_is_refused(change, words):
     pytest.importorskip("metaworld")
-    fits = {"low": (0.0,) * 4, "high": (1.0,) * 4, "fps": 80.0, "cameras": ("front",), "base_model": "tiny"}
+    fits = {
+        "low": (0.0,) * 4,
+        "high": (1.0,) * 4,
+        "fps": 80.0,
+        "cameras": ("front",),
+        "base_model": "tiny",
+    }
     fit(Spec(**fits), "metaworld")
     with pytest.raises(InputError, match=words):
         fit(Spec(**{**fits, **change}), "metaworld")
 
 
-@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 0.0), (0.0, 0.04), (-100.0, 100.0), (0.0, 0.0)])
+@pytest.mark.parametrize(
+    "bounds", [(0.0, 1.0), (-1.0, 0.0), (0.0, 0.04), (-100.0, 100.0), (0.0, 0.0)]
+)
 def test_a_gripper_in_other_units_than_liberos_is_refused(bounds):
     pytest.importorskip("libero")
     low, high = (*(-1.0,) * 6, bounds[0]), (*(1.0,) * 6, bounds[1])
@@ -208,7 +237,13 @@ def test_the_blank_control_sees_black(tmp_path):
 def test_exchanged_sentences_are_those_of_the_suite():
     from vla0 import Observation
 
-    tasks = [("a/1", "open it"), ("b/1", "lift it"), ("a/2", "close it"), ("b/2", "drop it"), ("a/3", "turn it")]
+    tasks = [
+        ("a/1", "open it"),
+        ("b/1", "lift it"),
+        ("a/2", "close it"),
+        ("b/2", "drop it"),
+        ("a/3", "turn it"),
+    ]
     heard = []
     deaf = swapped(lambda observations: heard.extend(o.instruction for o in observations), tasks)
     deaf([Observation({}, instruction) for _, instruction in tasks])
@@ -219,25 +254,43 @@ def test_exchanged_sentences_are_those_of_the_suite():
 
 def test_a_suite_is_its_tasks_together():
     lines = [
-        {"policy": "policy", "task": f"libero_goal/{task}", "seed": seed, "success": seed < task, "steps": 9, "error": None}
-        for task in (1, 3) for seed in range(4)
-    ]  # fmt: skip
+        {
+            "policy": "policy",
+            "task": f"libero_goal/{task}",
+            "seed": seed,
+            "success": seed < task,
+            "steps": 9,
+            "error": None,
+        }
+        for task in (1, 3)
+        for seed in range(4)
+    ]
     found = suites(summary(lines)["policy"])
-    assert found == {"libero_goal": {"episodes": 8, "successes": 4, "low": wilson(4, 8)[0], "high": wilson(4, 8)[1]}}
+    assert found == {
+        "libero_goal": {
+            "episodes": 8,
+            "successes": 4,
+            "low": wilson(4, 8)[0],
+            "high": wilson(4, 8)[1],
+        }
+    }
     shown = table(lines)
     assert [str(cell) for cell in list(shown.columns)[-1].cells] == ["", "", "96.2 %", ""]
     assert suites({"drawer-close-v3": {}}) == {}
 
 
 @pytest.mark.parametrize(
-    ("successes", "episodes", "low", "high"), [(0, 20, 0, 0.1611), (20, 20, 0.8389, 1), (18, 20, 0.699, 0.9721), (0, 0, 0, 1)]
+    ("successes", "episodes", "low", "high"),
+    [(0, 20, 0, 0.1611), (20, 20, 0.8389, 1), (18, 20, 0.699, 0.9721), (0, 0, 0, 1)],
 )
 def test_wilson_gives_the_known_intervals(successes, episodes, low, high):
     assert wilson(successes, episodes) == pytest.approx((low, high), abs=2e-4)
 
 
 def test_the_table_is_a_function_of_the_lines(tmp_path):
-    lines = run(tmp_path, config_of(tmp_path / "world", ("fine", "also")), {"policy": walk, "another": walk})
+    lines = run(
+        tmp_path, config_of(tmp_path / "world", ("fine", "also")), {"policy": walk, "another": walk}
+    )
     assert [(name, list(rows)) for name, rows in summary(lines).items()] == [
         ("policy", ["also", "fine"]),
         ("another", ["also", "fine"]),
@@ -258,7 +311,14 @@ def test_a_whole_file_is_left_as_it_is(tmp_path):
 def test_a_video_holds_what_the_policy_looked_at_or_every_step(tmp_path):
     import av
 
-    config = EvalConfig(tasks=("line",), env=str(tmp_path), episodes=1, first_seed=0, n_action_steps=3, ensemble="none")
+    config = EvalConfig(
+        tasks=("line",),
+        env=str(tmp_path),
+        episodes=1,
+        first_seed=0,
+        n_action_steps=3,
+        ensemble="none",
+    )
     still = {"policy": lambda observations: np.zeros((len(observations), 4, 1), np.float32)}
     for render, frames, rate in ((False, 3, Fraction(20, 3)), (True, 8, 20)):
         evaluate(still, 4, config, tmp_path / f"{render}", 1, make_line, render=render)
@@ -268,12 +328,23 @@ def test_a_video_holds_what_the_policy_looked_at_or_every_step(tmp_path):
 
 
 def test_two_evaluations_do_not_share_a_folder(tmp_path):
-    with held(tmp_path / "out", "evaluation"), pytest.raises(InputError, match="for this evaluation alone"):
+    with (
+        held(tmp_path / "out", "evaluation"),
+        pytest.raises(InputError, match="for this evaluation alone"),
+    ):
         run(tmp_path, config_of(tmp_path / "world"))
     run(tmp_path, config_of(tmp_path / "world"))
 
 
-LINE = {"policy": "policy", "task": "a", "seed": 1, "success": True, "steps": 3, "video": "videos/a.mp4", "error": None}
+LINE = {
+    "policy": "policy",
+    "task": "a",
+    "seed": 1,
+    "success": True,
+    "steps": 3,
+    "video": "videos/a.mp4",
+    "error": None,
+}
 
 
 def test_an_episode_is_counted_once_whoever_wrote_it(tmp_path):
@@ -281,7 +352,13 @@ def test_an_episode_is_counted_once_whoever_wrote_it(tmp_path):
     other = {**LINE, "success": False}
     file.write_text(
         "".join(
-            json.dumps(line) + "\n" for line in (LINE, {**LINE, "error": "boom", "success": None}, other, {**LINE, "seed": 2})
+            json.dumps(line) + "\n"
+            for line in (
+                LINE,
+                {**LINE, "error": "boom", "success": None},
+                other,
+                {**LINE, "seed": 2},
+            )
         )
     )
     lines = read_episodes(file)
@@ -330,7 +407,11 @@ def test_a_process_whose_parent_is_gone_ends_in_peace(tmp_path):
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     (tmp_path / "videos").mkdir()
-    play = RolloutConfig(make_env=partial(make_line, config_of(tmp_path / "world")), acting=(4, 1, "mean", None, None), keep=1)
+    play = RolloutConfig(
+        make_env=partial(make_line, config_of(tmp_path / "world")),
+        acting=(4, 1, "mean", None, None),
+        keep=1,
+    )
     process = context.Process(target=work, args=(theirs, play, tmp_path))
     process.start()
     theirs.close()
@@ -358,4 +439,7 @@ def test_what_a_kill_left_of_a_video_goes_with_the_next_evaluation(tmp_path):
     (tmp_path / "out" / "videos").mkdir(parents=True)
     (tmp_path / "out" / "videos" / ".partial-17-policy_fine_0.mp4").write_bytes(b"half")
     run(tmp_path, config_of(tmp_path / "world", episodes=1))
-    assert sorted(file.name for file in (tmp_path / "out" / "videos").iterdir()) == ["policy_fine_0.mp4", "policy_fine_0.npz"]
+    assert sorted(file.name for file in (tmp_path / "out" / "videos").iterdir()) == [
+        "policy_fine_0.mp4",
+        "policy_fine_0.npz",
+    ]

@@ -24,10 +24,17 @@ def checkpoints(policy, tmp_path_factory):
     """The tiny policy for Meta-World: tiled, and with separate images."""
     folder = tmp_path_factory.mktemp("checkpoints")
     spec = make_spec(
-        low=(-1.0,) * 4, high=(1.0,) * 4, cameras=("front",), state=None, fps=80.0, action_names=("dx", "dy", "dz", "grip")
+        low=(-1.0,) * 4,
+        high=(1.0,) * 4,
+        cameras=("front",),
+        state=None,
+        fps=80.0,
+        action_names=("dx", "dy", "dz", "grip"),
     )
     for name, tile in (("tiled", True), ("separate", False)):
-        VLA0(policy.model, policy.processor, replace(spec, tile=tile)).save_pretrained(folder / name)
+        VLA0(policy.model, policy.processor, replace(spec, tile=tile)).save_pretrained(
+            folder / name
+        )
     return {name: str(folder / name) for name in ("tiled", "separate")}
 
 
@@ -36,7 +43,9 @@ def test_the_ablation_has_the_published_rows_in_folders_of_their_own(checkpoints
     assert list(found) == [*ROWS, SEPARATE]
     assert len({path.parent for path in tmp_path.glob("*/report.html")}) == 5
     assert all(">grip<" in path.read_text() for path in tmp_path.glob("*/report.html"))
-    queries = {row: {(line["seed"], line["steps"]) for line in lines} for row, lines in found.items()}
+    queries = {
+        row: {(line["seed"], line["steps"]) for line in lines} for row, lines in found.items()
+    }
     assert all(len(own) == 2 for own in queries.values())
     assert ablation_table(found).row_count == 5
     with caplog.at_level(logging.WARNING):
@@ -57,8 +66,12 @@ def test_a_trial_on_ray_is_the_trial_here(checkpoints, tmp_path):
     pytest.importorskip("ray", reason="Ray is an extra: make install")
     found = {}
     for name, ray in (("here", None), ("ray", "local")):
-        lines = trial(checkpoints["tiled"], CONFIG, tmp_path / name, ["blank", "random"], workers=2, ray=ray)
-        found[name] = sorted((line["policy"], line["seed"], line["steps"], line["success"]) for line in lines)
+        lines = trial(
+            checkpoints["tiled"], CONFIG, tmp_path / name, ["blank", "random"], workers=2, ray=ray
+        )
+        found[name] = sorted(
+            (line["policy"], line["seed"], line["steps"], line["success"]) for line in lines
+        )
         assert read_episodes(tmp_path / name / "episodes.jsonl") == lines
         assert (tmp_path / name / "report.html").exists()
     assert found["here"] == found["ray"]

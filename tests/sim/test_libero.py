@@ -24,7 +24,9 @@ from vla0.sim.libero import LiberoEnv
 
 MESHES = Path(os.environ.get(libero.ASSETS, Path(__file__).parents[3] / "shared" / "libero-assets"))
 TASK = "libero_object/3"
-needs_meshes = pytest.mark.skipif(not MESHES.is_dir(), reason=f"LIBERO's meshes are not here; {libero.ASSETS} may name them")
+needs_meshes = pytest.mark.skipif(
+    not MESHES.is_dir(), reason=f"LIBERO's meshes are not here; {libero.ASSETS} may name them"
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,10 @@ def looked_at(observation):
 
 
 def same(one, other):
-    return all((one.images[camera] == other.images[camera]).all() for camera in one.images) and (one.state == other.state).all()
+    return (
+        all((one.images[camera] == other.images[camera]).all() for camera in one.images)
+        and (one.state == other.state).all()
+    )
 
 
 def test_a_suite_has_ten_tasks_and_all_has_forty():
@@ -70,9 +75,15 @@ def test_a_suite_has_ten_tasks_and_all_has_forty():
 def test_a_task_has_a_name_a_number_and_a_sentence():
     milk = "libero_object/pick_up_the_milk_and_place_it_in_the_basket"
     assert milk in libero.tasks("object")
-    assert libero.task_named(milk) == libero.task_named(f"object/{libero.tasks('object').index(milk)}") == milk
+    assert (
+        libero.task_named(milk)
+        == libero.task_named(f"object/{libero.tasks('object').index(milk)}")
+        == milk
+    )
     assert libero.instruction(milk) == "pick up the milk and place it in the basket"
-    assert libero.instruction(libero.task_named("long/0")) == ("put both the alphabet soup and the tomato sauce in the basket")
+    assert libero.instruction(libero.task_named("long/0")) == (
+        "put both the alphabet soup and the tomato sauce in the basket"
+    )
     with pytest.raises(InputError, match="the_milk_and"):
         libero.task_named("object/pick_up_the_silk")
     with pytest.raises(InputError, match="below 10"):
@@ -87,7 +98,10 @@ def test_evaluation_starts_at_the_first_initial_state_and_has_fifty():
 
 
 def test_which_tasks_have_an_expert():
-    counts = {suite: sum(map(libero.has_expert, libero.tasks(suite))) for suite in ("spatial", "object", "goal", "long")}
+    counts = {
+        suite: sum(map(libero.has_expert, libero.tasks(suite)))
+        for suite in ("spatial", "object", "goal", "long")
+    }
     assert counts == {"spatial": 9, "object": 10, "goal": 7, "long": 6}
     assert libero_files.goals(libero.task_named("goal/turn_on_the_stove")) == {"turnon"}
 
@@ -112,7 +126,11 @@ def test_a_file_of_arrays_can_hold_nothing_else(tmp_path):
 def test_nothing_is_asked_at_a_prompt(tmp_path):
     """A new machine: no configuration, nobody at the keyboard."""
     code = "from vla0.sim.libero_files import environment; environment(); print('ready')"
-    clean = {key: value for key, value in os.environ.items() if key not in ("LIBERO_CONFIG_PATH", "XDG_CACHE_HOME")}
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("LIBERO_CONFIG_PATH", "XDG_CACHE_HOME")
+    }
     done = subprocess.run(
         [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True,
         env={**clean, "HOME": str(tmp_path), libero.ASSETS: str(MESHES)},
@@ -130,7 +148,9 @@ def test_the_command_names_the_nearest_suite_and_task(monkeypatch, capsys):
         (["--suite", "objekt"], "'object'"),
         (["--task", "goal/turn_on_the_oven"], "'libero_goal/turn_on_the_stove'"),
     ):
-        monkeypatch.setattr(sys, "argv", ["vla0", "eval", "--checkpoint", "none", "--env", "libero", *words])
+        monkeypatch.setattr(
+            sys, "argv", ["vla0", "eval", "--checkpoint", "none", "--env", "libero", *words]
+        )
         with pytest.raises(SystemExit, match="2"):
             cli.main()
         assert f"did you mean {near}" in capsys.readouterr().err
@@ -150,7 +170,9 @@ def test_an_observation_is_what_the_public_datasets_hold(world):
     assert {camera: frame.shape for camera, frame in observation.images.items()} == {
         "agentview": (256, 256, 3), "wrist": (256, 256, 3),
     }  # fmt: skip
-    assert all(frame.dtype == np.uint8 and frame.std() > 10 for frame in observation.images.values())
+    assert all(
+        frame.dtype == np.uint8 and frame.std() > 10 for frame in observation.images.values()
+    )
     assert observation.state.shape == (8,)
     assert (world.fps, world.max_steps) == (20.0, 280)
 
@@ -174,7 +196,9 @@ def test_an_episode_is_the_official_one(world):
     rng = np.random.default_rng(1)
     for _ in range(4):
         np.testing.assert_array_equal(ours.images["agentview"], raw["agentview_image"][::-1, ::-1])
-        np.testing.assert_array_equal(ours.images["wrist"], raw["robot0_eye_in_hand_image"][::-1, ::-1])
+        np.testing.assert_array_equal(
+            ours.images["wrist"], raw["robot0_eye_in_hand_image"][::-1, ::-1]
+        )
         np.testing.assert_array_equal(ours.state[:3], raw["robot0_eef_pos"].astype(np.float32))
         action = rng.uniform(-1, 1, 7)
         raw, *_ = official.step([*action[:6], 1.0 if action[6] > 0 else -1.0])
@@ -233,7 +257,15 @@ def test_the_gripper_is_open_or_closed(small):
 def test_the_episode_of_a_killed_worker_is_run_again_and_counted_once(tmp_path, monkeypatch):
     """Killed while it acts, as the system does where memory runs out."""
     monkeypatch.setenv(libero.ASSETS, str(MESHES))
-    config = EvalConfig(tasks=(TASK,), env="libero", episodes=3, n_action_steps=8, ensemble="none", max_steps=24, image_size=64)
+    config = EvalConfig(
+        tasks=(TASK,),
+        env="libero",
+        episodes=3,
+        n_action_steps=8,
+        ensemble="none",
+        max_steps=24,
+        image_size=64,
+    )
     killed = []
 
     def still(observations):
@@ -244,19 +276,29 @@ def test_the_episode_of_a_killed_worker_is_run_again_and_counted_once(tmp_path, 
 
     lines = evaluate({"policy": still}, 8, config, tmp_path, 1)
     assert killed
-    assert [(line["seed"], line["error"] is None) for line in lines if line["error"]] == [(1, False)]
-    assert sorted((line["seed"], line["steps"]) for line in lines if line["error"] is None) == [(0, 24), (1, 24), (2, 24)]
+    assert [(line["seed"], line["error"] is None) for line in lines if line["error"]] == [
+        (1, False)
+    ]
+    assert sorted((line["seed"], line["steps"]) for line in lines if line["error"] is None) == [
+        (0, 24),
+        (1, 24),
+        (2, 24),
+    ]
 
 
 @pytest.mark.slow
 @needs_meshes
-def test_demonstrations_have_the_public_schema_and_an_interrupted_collection_goes_on(tmp_path, monkeypatch):
+def test_demonstrations_have_the_public_schema_and_an_interrupted_collection_goes_on(
+    tmp_path, monkeypatch
+):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     from vla0.sim import collect as module
 
     monkeypatch.setenv(libero.ASSETS, str(MESHES))
-    config = module.CollectConfig(tasks=(TASK,), env="libero", episodes=2, image_size=64, quick=True)
+    config = module.CollectConfig(
+        tasks=(TASK,), env="libero", episodes=2, image_size=64, quick=True
+    )
     stream = module._stream
 
     def interrupted(*arguments):
@@ -273,12 +315,20 @@ def test_demonstrations_have_the_public_schema_and_an_interrupted_collection_goe
     assert module.collect(config, tmp_path / "set", 1) == {libero.task_named(TASK): (2, 0)}
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     dataset = LeRobotDataset("local/set", root=tmp_path / "set", video_backend="pyav")
-    shapes = {key: tuple(feature["shape"]) for key, feature in dataset.meta.features.items() if "." in key or key == "action"}
+    shapes = {
+        key: tuple(feature["shape"])
+        for key, feature in dataset.meta.features.items()
+        if "." in key or key == "action"
+    }
     assert shapes == {
         "observation.images.image": (64, 64, 3), "observation.images.image2": (64, 64, 3),
         "observation.state": (8,), "action": (7,),
     }  # fmt: skip
-    assert (dataset.num_episodes, dataset.fps, dataset.meta.info.codebase_version) == (2, 20, "v3.0")
+    assert (dataset.num_episodes, dataset.fps, dataset.meta.info.codebase_version) == (
+        2,
+        20,
+        "v3.0",
+    )
     assert dataset[0]["task"] == libero.instruction(libero.task_named(TASK))
 
 

@@ -34,7 +34,12 @@ def world():
 def collected(tmp_path_factory):
     folder = tmp_path_factory.mktemp("collected")
     return [
-        (collect(CollectConfig(tasks=(TASK,), episodes=2, image_size=56), folder / name, workers=2), folder / name)[1]
+        (
+            collect(
+                CollectConfig(tasks=(TASK,), episodes=2, image_size=56), folder / name, workers=2
+            ),
+            folder / name,
+        )[1]
         for name in ("one", "same")
     ]
 
@@ -107,7 +112,11 @@ def test_lerobot_itself_opens_what_is_collected(collected):
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     dataset = LeRobotDataset("local/one", root=collected[0], video_backend="pyav")
-    assert (dataset.num_episodes, dataset.fps, dataset.meta.info.codebase_version) == (2, 80, "v3.0")
+    assert (dataset.num_episodes, dataset.fps, dataset.meta.info.codebase_version) == (
+        2,
+        80,
+        "v3.0",
+    )
     item = dataset[0]
     assert item["observation.images.front"].shape == (3, 56, 56)
     assert item["action"].shape == (4,)
@@ -117,7 +126,13 @@ def test_lerobot_itself_opens_what_is_collected(collected):
 
 def test_the_same_arguments_give_the_same_dataset(collected):
     one, same = (
-        Source(DataConfig(dataset=str(folder), cameras={"front": "observation.images.front"}, state="observation.state"))
+        Source(
+            DataConfig(
+                dataset=str(folder),
+                cameras={"front": "observation.images.front"},
+                state="observation.state",
+            )
+        )
         for folder in collected
     )
     np.testing.assert_array_equal(one.actions, same.actions)
@@ -129,8 +144,12 @@ def test_the_same_arguments_give_the_same_dataset(collected):
 
 def test_what_is_stored_is_what_the_expert_saw(collected, world):
     """The first frame of the first episode is the simulator's, pixel for pixel."""
-    source = Source(DataConfig(dataset=str(collected[0]), cameras={"front": "observation.images.front"}))
-    np.testing.assert_array_equal(source.sample(0, 1, 1).observation.images["front"], world.reset(0).images["front"])
+    source = Source(
+        DataConfig(dataset=str(collected[0]), cameras={"front": "observation.images.front"})
+    )
+    np.testing.assert_array_equal(
+        source.sample(0, 1, 1).observation.images["front"], world.reset(0).images["front"]
+    )
 
 
 def test_a_recipe_may_ask_for_the_simulator_at_each_save(collected, tmp_path):
@@ -140,7 +159,10 @@ def test_a_recipe_may_ask_for_the_simulator_at_each_save(collected, tmp_path):
         num_steps=2,
         simulator={"tasks": [TASK], "episodes": 1, "max_steps": 3, "image_size": 56},
     )
-    recipe["data"] = {"dataset": str(collected[0]), "cameras": {"front": "observation.images.front"}}
+    recipe["data"] = {
+        "dataset": str(collected[0]),
+        "cameras": {"front": "observation.images.front"},
+    }
     config = build(TrainConfig, recipe, "test")
     main(config, measured(config.simulator))
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
@@ -153,7 +175,9 @@ def test_an_episode_that_an_interrupted_run_left_is_not_played_again(tmp_path, m
 
     config = CollectConfig(tasks=(TASK,), episodes=1, image_size=56)
     played = module.demonstrate(config, TASK, 0, tmp_path)
-    failed = module.demonstrate(replace(config, noise_share=1.0, noise_scale=50.0), TASK, 1, tmp_path)
+    failed = module.demonstrate(
+        replace(config, noise_share=1.0, noise_scale=50.0), TASK, 1, tmp_path
+    )
     monkeypatch.setattr(module, "_world", None)
     again = module.demonstrate(config, TASK, 0, tmp_path)
     assert again.instruction == played.instruction

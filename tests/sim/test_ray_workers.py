@@ -21,7 +21,8 @@ ray = pytest.importorskip("ray", reason="Ray is an extra: make install")
 def address():
     from ray.cluster_utils import Cluster as Machines
 
-    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # for Ray's workers, which load `worlds`
+    # for Ray's workers, which load `worlds`
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
     machines = Machines(initialize_head=True, head_node_args={"num_cpus": 1})
     machines.add_node(num_cpus=1)
     machines.wait_for_nodes()
@@ -32,7 +33,9 @@ def address():
 
 def run(tmp_path, address, load=load_walk, tasks=("fine", "also", "third"), episodes=8):
     (tmp_path / "world").mkdir(exist_ok=True)
-    config = EvalConfig(tasks=tasks, env=str(tmp_path / "world"), episodes=episodes, first_seed=0, ensemble="mean")
+    config = EvalConfig(
+        tasks=tasks, env=str(tmp_path / "world"), episodes=episodes, first_seed=0, ensemble="mean"
+    )
     pool = partial(Cluster, address, load)
     return evaluate({"policy": load}, 4, config, tmp_path / "out", 2, make_line, pool=pool)
 
@@ -43,7 +46,9 @@ def key(line):
 
 def test_machines_share_the_episodes_and_their_lines_come_together(tmp_path, address):
     lines = run(tmp_path, address)
-    assert sorted(map(key, lines)) == sorted((task, seed) for task in ("fine", "also", "third") for seed in range(8))
+    assert sorted(map(key, lines)) == sorted(
+        (task, seed) for task in ("fine", "also", "third") for seed in range(8)
+    )
     assert all(line["success"] and line["steps"] == 7 for line in lines)
     assert read_episodes(tmp_path / "out" / "episodes.jsonl") == lines
     for line in lines:
@@ -59,7 +64,9 @@ def test_machines_share_the_episodes_and_their_lines_come_together(tmp_path, add
 def test_a_crash_of_a_simulator_is_an_error_line_and_a_new_attempt(tmp_path, address):
     lines = run(tmp_path, address, tasks=("dies",), episodes=3)
     assert sum(line["error"] is not None for line in lines) == 1
-    assert sorted(key(line) for line in lines if line["error"] is None) == [("dies", seed) for seed in range(3)]
+    assert sorted(key(line) for line in lines if line["error"] is None) == [
+        ("dies", seed) for seed in range(3)
+    ]
 
 
 @pytest.mark.slow
@@ -80,16 +87,24 @@ def test_what_a_killed_member_was_doing_is_done_by_others(tmp_path, address, mon
 
     def kill(line, record=Cluster._record):
         if not killed:
-            found = subprocess.run(["pgrep", "-f", "ray::RayWorker.run"], capture_output=True, text=True).stdout.split()
+            found = subprocess.run(
+                ["pgrep", "-f", "ray::RayWorker.run"], capture_output=True, text=True
+            ).stdout.split()
             killed.extend(found[:1])
             for process in killed:
                 os.kill(int(process), signal.SIGKILL)
         return record
 
-    monkeypatch.setattr(Cluster, "_record", lambda self, record, own=Cluster._record: (kill(record), own(self, record)))
+    monkeypatch.setattr(
+        Cluster,
+        "_record",
+        lambda self, record, own=Cluster._record: (kill(record), own(self, record)),
+    )
     lines = run(tmp_path, address)
     assert killed
-    assert sorted(map(key, lines)) == sorted((task, seed) for task in ("fine", "also", "third") for seed in range(8))
+    assert sorted(map(key, lines)) == sorted(
+        (task, seed) for task in ("fine", "also", "third") for seed in range(8)
+    )
 
 
 def test_a_cluster_that_is_not_there_is_one_clear_message(tmp_path):

@@ -22,7 +22,12 @@ def evaluated(tmp_path):
         frames = [{"front": np.full((32, 32, 3), 8 * step, np.uint8)} for step in range(20)]
         write_video(tmp_path / f"{stem}.mp4", frames, 20.0)
         chunks = rng.normal(size=(5, 4, 2))
-        np.savez(tmp_path / f"{stem}.npz", actions=chunks.reshape(20, 2), queries=np.arange(0, 20, 4), chunks=chunks)
+        np.savez(
+            tmp_path / f"{stem}.npz",
+            actions=chunks.reshape(20, 2),
+            queries=np.arange(0, 20, 4),
+            chunks=chunks,
+        )
         lines.append(
             {
                 "policy": "policy",
@@ -35,7 +40,15 @@ def evaluated(tmp_path):
                 "error": None,
             }
         )
-    lines.append({**lines[0], "success": None, "steps": None, "video": None, "error": "Boom: <script>alert(1)</script>"})
+    lines.append(
+        {
+            **lines[0],
+            "success": None,
+            "steps": None,
+            "video": None,
+            "error": "Boom: <script>alert(1)</script>",
+        }
+    )
     (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return tmp_path
 
@@ -44,7 +57,10 @@ def cells(page):
     """[[text of a cell, ...] of each row] of the page's first table."""
     table = re.search(r"<table>(.*?)</table>", page).group(1)
     rows = [re.split("<t[dh]>", row)[1:] for row in table.split("<tr>")[1:]]
-    return [[" ".join(re.sub("<[^>]*>", " ", cell.replace("<wbr>", "")).split()) for cell in row] for row in rows]
+    return [
+        [" ".join(re.sub("<[^>]*>", " ", cell.replace("<wbr>", "")).split()) for cell in row]
+        for row in rows
+    ]
 
 
 def copied(evaluated, **changes):
@@ -52,19 +68,29 @@ def copied(evaluated, **changes):
     log = evaluated / "episodes.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     with log.open("a") as file:
-        file.writelines(json.dumps({**line, **changes}) + "\n" for line in lines if line["error"] is None)
+        file.writelines(
+            json.dumps({**line, **changes}) + "\n" for line in lines if line["error"] is None
+        )
 
 
 def without_errors(evaluated):
     log = evaluated / "episodes.jsonl"
-    log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if json.loads(line)["error"] is None))
+    log.write_text(
+        "".join(
+            line + "\n"
+            for line in log.read_text().splitlines()
+            if json.loads(line)["error"] is None
+        )
+    )
 
 
 def test_the_report_begins_with_what_came_of_the_policy(evaluated):
     copied(evaluated, task="push")
     copied(evaluated, policy="blank", success=False)
     page = write_report(evaluated).read_text()
-    said = "The policy solved 4 of 6 episodes over 2 tasks: 66.7% success, 95 % interval 30% to 90%."
+    said = (
+        "The policy solved 4 of 6 episodes over 2 tasks: 66.7% success, 95 % interval 30% to 90%."
+    )
     assert page.index(said) < page.index("<table>")
 
 
@@ -85,13 +111,17 @@ def test_policies_stand_side_by_side_in_one_table(evaluated):
 def test_errors_are_named_where_there_are_some_and_nowhere_else(evaluated):
     assert "1 error" in cells(write_report(evaluated).read_text())[1][1]
     without_errors(evaluated)
-    assert all("error" not in cell for row in cells(write_report(evaluated).read_text()) for cell in row)
+    assert all(
+        "error" not in cell for row in cells(write_report(evaluated).read_text()) for cell in row
+    )
 
 
 def test_videos_play_by_themselves_without_a_sound(evaluated):
     videos = re.findall("<video([^>]*?) src=", write_report(evaluated).read_text())
     assert len(videos) == 3
-    assert all({"autoplay", "muted", "loop", "playsinline"} <= set(video.split()) for video in videos)
+    assert all(
+        {"autoplay", "muted", "loop", "playsinline"} <= set(video.split()) for video in videos
+    )
 
 
 def test_a_dimension_has_its_name_and_one_scale_on_the_whole_page(evaluated):
@@ -106,14 +136,23 @@ def test_a_dimension_has_its_name_and_one_scale_on_the_whole_page(evaluated):
     assert len(plots) == 3
     for plot in plots:
         texts = re.findall("<text[^>]*>([^<]*)</text>", plot)
-        assert texts == ["x", f"{low[0]:.3g}", f"{high[0]:.3g}", "&lt;y&gt;", f"{low[1]:.3g}", f"{high[1]:.3g}"]
-    executed = re.findall("points='([^']*)'", plots[0])[5]  # after its five chunks; the failure comes first
+        assert texts == [
+            "x",
+            f"{low[0]:.3g}",
+            f"{high[0]:.3g}",
+            "&lt;y&gt;",
+            f"{low[1]:.3g}",
+            f"{high[1]:.3g}",
+        ]
+    # after its five chunks; the failure comes first
+    executed = re.findall("points='([^']*)'", plots[0])[5]
     heights = np.array([float(point.split(",")[1]) for point in executed.split()])
     with np.load(evaluated / "videos" / "policy_reach_1.npz") as arrays:
         shares = (arrays["actions"][:, 0] - low[0]) / (high[0] - low[0])
     slope, offset = np.polyfit(shares, heights, 1)
     assert np.abs(offset + slope * shares - heights).max() < 0.1
-    assert (-slope, offset) == pytest.approx((22, 33), abs=0.2)  # of a row of 36, 3 below and 11 above
+    # of a row of 36, 3 below and 11 above
+    assert (-slope, offset) == pytest.approx((22, 33), abs=0.2)
     assert "dimension 1" in write_report(evaluated).read_text()
 
 
@@ -152,7 +191,10 @@ def test_the_report_says_that_a_failure_ended_stuck(evaluated, alike, said):
     actions = np.r_[np.arange(10.0), np.full(alike, 7.0)][:, None]
     for seed in range(3):  # the solved ones too
         np.savez(
-            evaluated / f"videos/policy_reach_{seed}.npz", actions=actions, queries=np.array([0]), chunks=actions[None, :4]
+            evaluated / f"videos/policy_reach_{seed}.npz",
+            actions=actions,
+            queries=np.array([0]),
+            chunks=actions[None, :4],
         )
     assert write_report(evaluated).read_text().count(f"the last {alike} actions alike") == said
 
@@ -178,7 +220,12 @@ def test_a_chunk_of_one_step_is_what_is_executed_and_not_drawn_again(evaluated):
     assert plot_actions(chunks[:, 0], np.arange(3), chunks).count("<polyline") == 2
     assert "chunks in orange" in write_report(evaluated).read_text()
     for seed in range(3):
-        np.savez(evaluated / f"videos/policy_reach_{seed}.npz", actions=chunks[:, 0], queries=np.arange(3), chunks=chunks)
+        np.savez(
+            evaluated / f"videos/policy_reach_{seed}.npz",
+            actions=chunks[:, 0],
+            queries=np.arange(3),
+            chunks=chunks,
+        )
     assert "chunks in orange" not in write_report(evaluated).read_text()
 
 
@@ -211,7 +258,10 @@ def test_a_real_browser_shows_the_report(evaluated, tmp_path):
     page = write_report(evaluated).read_text()
     probed = tmp_path / "probed.html"
     probed.write_text(page + PROBE)
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking --disable-component-update --disable-sync"
+    )
     command = [
         browser,
         *flags.split(),
@@ -225,11 +275,17 @@ def test_a_real_browser_shows_the_report(evaluated, tmp_path):
     found = re.search(r'<p id="probe">(.*?)</p>', result.stdout)
     assert found, result.stderr[-2000:]
     seen = json.loads(found.group(1))
-    assert seen == {"videos": [[32, 1, True]] * 3, "curves": 3 * 2 * (5 + 1), "rows": 3, "wide": True}
+    assert seen == {
+        "videos": [[32, 1, True]] * 3,
+        "curves": 3 * 2 * (5 + 1),
+        "rows": 3,
+        "wide": True,
+    }
 
 
 @pytest.mark.parametrize(
-    "video", ["../secret.mp4", "/etc/passwd", "videos/../../secret.mp4", "videos/secret.txt", "secret.mp4"]
+    "video",
+    ["../secret.mp4", "/etc/passwd", "videos/../../secret.mp4", "videos/secret.txt", "secret.mp4"],
 )
 def test_a_report_shows_no_file_from_elsewhere(evaluated, video):
     (evaluated.parent / "secret.mp4").write_bytes(b"secret")

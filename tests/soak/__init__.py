@@ -1,6 +1,8 @@
-"""Attacks that go on for as long as one likes: `make soak MINUTES=60`, and for seconds in tests/test_soak.py.
+"""Attacks that go on for as long as one likes: `make soak MINUTES=60`, and for seconds in
+tests/test_soak.py.
 
-Each part is a function of an Until, a seed and a folder of its own, and gives Bars: how much it tried, and what went wrong.
+Each part is a function of an Until, a seed and a folder of its own, and gives Bars: how much it
+tried, and what went wrong.
 """
 
 import time
@@ -9,7 +11,10 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Bar:
-    """One law under attack. wanted: tries after which it counts as shown; wrong: each violation, with how to find it again."""
+    """One law under attack.
+
+    wanted: tries after which it counts as shown; wrong: each violation, with how to find it again.
+    """
 
     name: str
     wanted: int
@@ -20,7 +25,9 @@ class Bar:
 
 @dataclass
 class Until:
-    """When a part has done enough: after so many seconds, or so many tries, whichever comes first; once at least."""
+    """When a part has done enough: after so many seconds, or so many tries, whichever comes first;
+    once at least.
+    """
 
     seconds: float = float("inf")
     tries: float = float("inf")

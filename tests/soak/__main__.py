@@ -19,17 +19,27 @@ from rich.table import Table
 from soak import Bar, Until
 
 PARTS = {  # name → share of the time, module, function
-    "arm": (0.1, "arm", "episodes"), "messages": (0.15, "messages", "mutated"), "network": (0.25, "network", "clients"),
-    "training": (0.35, "kills", "training"), "evaluation": (0.15, "kills", "evaluation"),
-}  # fmt: skip
+    "arm": (0.1, "arm", "episodes"),
+    "messages": (0.15, "messages", "mutated"),
+    "network": (0.25, "network", "clients"),
+    "training": (0.35, "kills", "training"),
+    "evaluation": (0.15, "kills", "evaluation"),
+}
 
 
 def main() -> int:
     """0 where nothing went wrong, else 1."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0, help="all together")
-    parser.add_argument("--part", choices=PARTS, action="append", help="these alone; all of the time is theirs")
-    parser.add_argument("--seed", type=int, default=None, help="of what is thrown; printed, so that it can be given again")
+    parser.add_argument(
+        "--part", choices=PARTS, action="append", help="these alone; all of the time is theirs"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=None,
+        help="of what is thrown; printed, so that it can be given again",
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/soak"))
     given = parser.parse_args()
     seed = time.time_ns() % 2**31 if given.seed is None else given.seed
@@ -44,16 +54,22 @@ def main() -> int:
         print(f"{name}: {seconds / 60:.1f} minutes; all ends in {left / 60:.0f}", flush=True)
         folder = given.out / f"{name}-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        part = getattr(importlib.import_module(f"soak.{module}"), function)  # here, for they need different things
+        # here, for they need different things
+        part = getattr(importlib.import_module(f"soak.{module}"), function)
         bars: list[Bar] = part(Until(seconds), seed, folder)
         table = Table("law", "tried", "for the bar", "wrong", "", box=SIMPLE_HEAD)
         for bar in bars:
-            table.add_row(bar.name, f"{bar.done:,}", f"{bar.wanted:,}", str(len(bar.wrong)), bar.remark)
+            table.add_row(
+                bar.name, f"{bar.done:,}", f"{bar.wanted:,}", str(len(bar.wrong)), bar.remark
+            )
             wrong += len(bar.wrong)
             for text in bar.wrong[:10]:
                 print(f"WRONG, {bar.name}: {text}", flush=True)
             with (given.out / "soak.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"part": name, "seed": seed, "minutes": given.minutes, **vars(bar)}) + "\n")
+                file.write(
+                    json.dumps({"part": name, "seed": seed, "minutes": given.minutes, **vars(bar)})
+                    + "\n"
+                )
         console.print(table)
     return 1 if wrong else 0
 

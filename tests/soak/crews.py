@@ -1,4 +1,6 @@
-"""Kills of an evaluation: of its processes while they play and film, and of the one that employs them."""
+"""Kills of an evaluation: of its processes while they play and film, and of the one that employs
+them.
+"""
 
 import itertools
 import json
@@ -23,7 +25,9 @@ KILLS = 6  # of a chain: then it runs to its end
 
 
 def evaluation(until: Until, seed: int, folder: Path) -> list[Bar]:
-    """Evaluations whose processes are killed, and that are killed, and gone on with, against one that was left alone."""
+    """Evaluations whose processes are killed, and that are killed, and gone on with, against one
+    that was left alone.
+    """
     folder = folder.absolute()
     rng, runs = random.Random(seed), Runs(folder)
     bar = Bar("kills of an evaluation, nothing lost or doubled", 20)
@@ -31,12 +35,20 @@ def evaluation(until: Until, seed: int, folder: Path) -> list[Bar]:
     for how in ("lines", "seconds"):  # each an evaluation that nobody kills
         whole = folder / f"whole-{how}"
         shutil.rmtree(whole, ignore_errors=True)
-        runs.ended(runs.start(moments.evaluates, whole, TASKS, EPISODES, runs.note, None, folder / how))
+        runs.ended(
+            runs.start(moments.evaluates, whole, TASKS, EPISODES, runs.note, None, folder / how)
+        )
         found = json.loads((folder / how).read_text())
-        counted |= found if how == "lines" else {how: found[how]}  # lines take time: seconds are counted apart
+        # lines take time: seconds are counted apart
+        counted |= found if how == "lines" else {how: found[how]}
     began, workers, parents = time.monotonic(), 0, 0
     for number in itertools.count():
-        output, story, where, hit = folder / f"chain-{number}", [], f"seed {seed}, chain {number}", 0
+        output, story, where, hit = (
+            folder / f"chain-{number}",
+            [],
+            f"seed {seed}, chain {number}",
+            0,
+        )
         try:
             for attempt in itertools.count():
                 plan, of_workers = None, 0
@@ -68,7 +80,10 @@ def evaluation(until: Until, seed: int, folder: Path) -> list[Bar]:
         if not until.goes_on(bar.done):
             break
     each = (time.monotonic() - began) / max(bar.done, 1)
-    bar.remark = f"{workers} of workers, {parents} of the parent; {number + 1} evaluations, {each:.1f} s a kill"
+    bar.remark = (
+        f"{workers} of workers, {parents} of the parent; {number + 1} evaluations, "
+        f"{each:.1f} s a kill"
+    )
     return [bar]
 
 
@@ -81,12 +96,16 @@ def plan_of(rng: random.Random, counted: dict[str, dict[str, float]]) -> dict[st
 
 
 def killed_worker(rng: random.Random, parent: int, output: Path) -> bool:
-    """Kills one of the processes that play, if no episode was killed so often that once more were the last time."""
+    """Kills one of the processes that play, if no episode was killed so often that once more were
+    the last time.
+    """
     lines = read_episodes(output / "episodes.jsonl")
     failed = [(e["policy"], e["task"], e["seed"]) for e in lines if e["error"] is not None]
     try:
         children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-        players = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        players = [
+            pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
         if not players or any(failed.count(job) >= ATTEMPTS - 1 for job in failed):
             return False
         os.kill(int(rng.choice(players)), signal.SIGKILL)
@@ -96,31 +115,49 @@ def killed_worker(rng: random.Random, parent: int, output: Path) -> bool:
 
 
 def differing(whole: Path, output: Path, hit: int) -> list[str]:
-    """What an evaluation left otherwise than the one that was left alone, in words. hit: how many workers were killed."""
-    wrong, expected, lines = [], read_episodes(whole / "episodes.jsonl"), read_episodes(output / "episodes.jsonl")
+    """What an evaluation left otherwise than the one that was left alone, in words.
+
+    hit: how many workers were killed.
+    """
+    wrong, expected, lines = (
+        [],
+        read_episodes(whole / "episodes.jsonl"),
+        read_episodes(output / "episodes.jsonl"),
+    )
     written = (output / "episodes.jsonl").read_text().splitlines()
     errors = [line["error"] for line in lines if line["error"] is not None]
     if len(written) != len(lines) or len(lines) - len(errors) != len(expected):
         wrong.append(
-            f"{len(written)} lines, {len(lines) - len(errors)} ended episodes and {len(errors)} errors of {len(expected)}"
+            f"{len(written)} lines, {len(lines) - len(errors)} ended episodes and {len(errors)} "
+            f"errors of {len(expected)}"
         )
     if len(errors) > hit or any("process" not in error for error in errors):
         wrong.append(f"errors where {hit} workers were killed: {errors}")
     if told(lines) != told(expected):
         wrong.append(
-            f"other results: {[pair for pair in zip(told(lines), told(expected), strict=False) if pair[0] != pair[1]][:3]}"
+            f"other results: "
+            f"{[pair for pair in zip(told(lines), told(expected), strict=False) if pair[0] != pair[1]][:3]}"
         )
     tables = [
-        [(t, row["episodes"], row["successes"]) for rows in summary(each).values() for t, row in rows.items()]
+        [
+            (t, row["episodes"], row["successes"])
+            for rows in summary(each).values()
+            for t, row in rows.items()
+        ]
         for each in (lines, expected)
     ]
     if tables[0] != tables[1]:
         wrong.append(f"another table: {tables[0]} instead of {tables[1]}")
     for line in (line for line in lines if line["error"] is None):
-        for seen, other in zip(shown(output / line["video"]), shown(whole / line["video"]), strict=True):
+        for seen, other in zip(
+            shown(output / line["video"]), shown(whole / line["video"]), strict=True
+        ):
             if not np.array_equal(seen, other):
                 wrong.append(f"another {line['video']}, or its actions")
-    files, others = (sorted(file.name for file in run.rglob("*") if file.name != ".owner") for run in (output, whole))
+    files, others = (
+        sorted(file.name for file in run.rglob("*") if file.name != ".owner")
+        for run in (output, whole)
+    )
     if files != others:
         wrong.append(f"other files: {set(files) ^ set(others)}")
     return wrong
@@ -128,7 +165,11 @@ def differing(whole: Path, output: Path, hit: int) -> list[str]:
 
 def told(lines: list[dict[str, Any]]) -> list[tuple]:
     """What came of each episode that ended, in order."""
-    return sorted((e["policy"], e["task"], e["seed"], e["success"], e["steps"]) for e in lines if e["error"] is None)
+    return sorted(
+        (e["policy"], e["task"], e["seed"], e["success"], e["steps"])
+        for e in lines
+        if e["error"] is None
+    )
 
 
 def shown(video: Path) -> tuple[np.ndarray, ...]:

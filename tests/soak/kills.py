@@ -1,4 +1,6 @@
-"""Kills of a training and of an evaluation, at random and where they hurt: what goes on must end as if never killed."""
+"""Kills of a training and of an evaluation, at random and where they hurt: what goes on must end as
+if never killed.
+"""
 
 import hashlib
 import itertools
@@ -23,20 +25,29 @@ MOMENTS = {
     "prune": "folders are removed",
     "card": "README.md and training.png",
 }
-# Seven steps of ten rows in twos: into a second epoch. The rate is so high that `best` is not `last`.
+# Seven steps of ten rows in twos: into a second epoch. The rate is so high that `best` is not
+# `last`.
 RECIPE = {"num_steps": 7, "save_every_n_steps": 1, "keep_last": 2, "learning_rate": 0.02}
 RECIPES: dict[str, dict[str, Any]] = {
     "plain": RECIPE,
     "LoRA": {**RECIPE, "lora": {"rank": 4}, "precision": "bf16"},
-    "in parts": {**RECIPE, "gradient_accumulation_steps": 2, "num_steps": 6, "save_every_n_steps": 2},
+    "in parts": {
+        **RECIPE,
+        "gradient_accumulation_steps": 2,
+        "num_steps": 6,
+        "save_every_n_steps": 2,
+    },
     "workers": {**RECIPE, "workers": 1},
 }
-OF_LOADING = ("dtype", "is_local", "model_specific_special_tokens")  # keys that transformers adds to what it loaded
+# keys that transformers adds to what it loaded
+OF_LOADING = ("dtype", "is_local", "model_specific_special_tokens")
 KILLS = 10  # of a chain: then it runs to its end
 
 
 def training(until: Until, seed: int, folder: Path) -> list[Bar]:
-    """Trainings killed about ten times each, and gone on with by the same command, against such as were never killed."""
+    """Trainings killed about ten times each, and gone on with by the same command, against such as
+    were never killed.
+    """
     folder = folder.absolute()
     rng, runs = random.Random(seed), Runs(folder)
     every = Bar("kills of a training, resumed bit-equal", 50)
@@ -56,7 +67,9 @@ def training(until: Until, seed: int, folder: Path) -> list[Bar]:
                 plan = None
                 if attempt < KILLS and until.goes_on(every.done):
                     plan = plan_of(rng, counted, bars)
-                run = runs.start(moments.trains, folder / "data", output, RECIPES[name], runs.note, plan, None)
+                run = runs.start(
+                    moments.trains, folder / "data", output, RECIPES[name], runs.note, plan, None
+                )
                 if plan and "outside" in plan:
                     run.join(plan["outside"])
                     run.kill()
@@ -82,8 +95,12 @@ def training(until: Until, seed: int, folder: Path) -> list[Bar]:
     return [every, *bars.values()]
 
 
-def plan_of(rng: random.Random, counted: dict[str, dict[str, float]], bars: dict[str, Bar]) -> dict[str, Any]:
-    """Where the next run is killed: within what it does for its first two saves, mostly where the fewest were."""
+def plan_of(
+    rng: random.Random, counted: dict[str, dict[str, float]], bars: dict[str, Bar]
+) -> dict[str, Any]:
+    """Where the next run is killed: within what it does for its first two saves, mostly where the
+    fewest were.
+    """
     if rng.random() < 0.15:
         return {"outside": rng.uniform(0, sum(counted["seconds"].values()))}
     few = min(bars, key=lambda kind: bars[kind].done)
@@ -92,12 +109,18 @@ def plan_of(rng: random.Random, counted: dict[str, dict[str, float]], bars: dict
 
 
 def reference(runs: Runs, folder: Path, name: str) -> tuple[dict, dict]:
-    """(what a training leaves that was never killed, what its moments hold): of two, which leave the same."""
+    """(what a training leaves that was never killed, what its moments hold): of two, which leave
+    the same.
+    """
     left, counted = [], {}
     for counts in ("lines", "seconds"):
         output, file = folder / f"{name}-{counts}", folder / counts
         shutil.rmtree(output, ignore_errors=True)
-        runs.ended(runs.start(moments.trains, folder / "data", output, RECIPES[name], runs.note, None, file))
+        runs.ended(
+            runs.start(
+                moments.trains, folder / "data", output, RECIPES[name], runs.note, None, file
+            )
+        )
         left.append(state_of(output))
         found = json.loads(file.read_text())
         counted |= found if counts == "lines" else {counts: found[counts]}
@@ -111,7 +134,9 @@ def state_of(output: Path) -> dict[str, str]:
     found = {}
     for file in sorted(output.rglob("*")):
         name = str(file.relative_to(output))
-        if name.split("/")[0] in (".owner", "tensorboard", "train_config.json") or name.endswith("training_args.bin"):
+        if name.split("/")[0] in (".owner", "tensorboard", "train_config.json") or name.endswith(
+            "training_args.bin"
+        ):
             continue  # of times, processes and paths
         if file.is_symlink():
             found[name] = f"to {file.readlink()}"
@@ -126,9 +151,13 @@ def state_of(output: Path) -> dict[str, str]:
 
 
 def _told(content: Any) -> Any:
-    """What a JSON file says, but whether a model was loaded or made, how long things took, and what was measured beside."""
+    """What a JSON file says, but whether a model was loaded or made, how long things took, and what
+    was measured beside.
+    """
     if isinstance(content, dict):
-        loss_lines = {"log_history": [line for line in content.get("log_history", ()) if "loss" in line]}
+        loss_lines = {
+            "log_history": [line for line in content.get("log_history", ()) if "loss" in line]
+        }
         content = content | loss_lines if "log_history" in content else content
         return {key: _told(value) for key, value in content.items() if key not in OF_LOADING}
     return [_told(value) for value in content] if isinstance(content, list) else content
@@ -137,4 +166,7 @@ def _told(content: Any) -> Any:
 def differing(expected: dict[str, str], got: dict[str, str]) -> list[str]:
     """What is not as it should be, in words; none where all is."""
     names = [name for name in {**expected, **got} if expected.get(name) != got.get(name)]
-    return [f"{name}: {got.get(name, 'none')[:100]} instead of {expected.get(name, 'none')[:100]}" for name in names[:6]]
+    return [
+        f"{name}: {got.get(name, 'none')[:100]} instead of {expected.get(name, 'none')[:100]}"
+        for name in names[:6]
+    ]

@@ -1,4 +1,6 @@
-"""Mutated messages over all three protocols, and an honest client beside who must get what he always got."""
+"""Mutated messages over all three protocols, and an honest client beside who must get what he
+always got.
+"""
 
 import pickle
 import threading
@@ -19,7 +21,8 @@ from vla0.serve.msgpack_numpy import pack
 ROUND = 25  # messages of each thrower between two looks at the honest client
 THROWERS = 32  # whoever is refused is not heard for a while
 GOOD = 6  # after so many a thrower says something right: who never does is shown out
-MORE_MIB = 96  # that a server may grow by after its first rounds, whose sizes of batches and pictures are new
+# that a server may grow by after its first rounds, whose sizes of batches and pictures are new
+MORE_MIB = 96
 ANSWER_S = 60.0
 
 
@@ -42,7 +45,12 @@ class OpenPi:
     def __init__(self, address: str, rng: np.random.Generator):
         self.url, self.rng, self.connection, self.count = f"ws://{address}", rng, None, 0
         seen = small(0)
-        whole = seen | {"vla0/number": 1, "vla0/reset": False, "vla0/stream": False, "vla0/action_prefix": np.zeros((1, 3))}
+        whole = seen | {
+            "vla0/number": 1,
+            "vla0/reset": False,
+            "vla0/stream": False,
+            "vla0/action_prefix": np.zeros((1, 3)),
+        }
         self.contents = [msgpack.unpackb(pack(own), strict_map_key=False) for own in (seen, whole)]
 
     def ask(self) -> Any:
@@ -65,7 +73,9 @@ class OpenPi:
         from websockets.sync.client import connect
 
         if self.connection is None:
-            self.connection = connect(self.url, compression=None, max_size=None, open_timeout=ANSWER_S, close_timeout=5)
+            self.connection = connect(
+                self.url, compression=None, max_size=None, open_timeout=ANSWER_S, close_timeout=5
+            )
             self.greeted()
         try:
             self.begin()
@@ -107,8 +117,16 @@ class VlaEval(OpenPi):
     def __init__(self, address: str, rng: np.random.Generator):
         super().__init__(address, rng)
         seen = small(0)
-        payload = {"images": seen["images"], "task_description": seen["prompt"], "states": seen["state"]}
-        said = [("hello", {"harness_version": "0"}), ("episode_start", {"task": {"name": "a"}}), ("episode_end", {})]
+        payload = {
+            "images": seen["images"],
+            "task_description": seen["prompt"],
+            "states": seen["state"],
+        }
+        said = [
+            ("hello", {"harness_version": "0"}),
+            ("episode_start", {"task": {"name": "a"}}),
+            ("episode_end", {}),
+        ]
         said += [("observation", payload)] * 5
         self.contents = [msgpack.unpackb(self.packed(kind, own)) for kind, own in said]
 
@@ -122,8 +140,14 @@ class VlaEval(OpenPi):
         from websockets.sync.client import connect
 
         seen = make_observation(1)
-        payload = {"images": dict(seen.images), "task_description": seen.instruction, "states": seen.state}
-        with connect(self.url, compression=None, max_size=None, open_timeout=ANSWER_S) as connection:
+        payload = {
+            "images": dict(seen.images),
+            "task_description": seen.instruction,
+            "states": seen.state,
+        }
+        with connect(
+            self.url, compression=None, max_size=None, open_timeout=ANSWER_S
+        ) as connection:
             for data in (self.packed("episode_start", {}), self.packed("observation", payload)):
                 connection.send(data)
             return unpack_message(connection.recv(timeout=ANSWER_S)).payload["actions"].tolist()
@@ -135,7 +159,9 @@ class VlaEval(OpenPi):
         self.connection.send(self.packed("episode_start", {}))
 
     def heard(self) -> bool:
-        """An answer to the last message, if one comes, and then that to a word that is always answered."""
+        """An answer to the last message, if one comes, and then that to a word that is always
+        answered.
+        """
         self.connection.send(self.packed("hello", {}, 987654))
         taken = False
         while True:
@@ -166,7 +192,9 @@ class LeRobot:
         def seen(observation) -> bytes:
             self.step += 1
             raw = {**observation["images"], "a": 0.5, "b": 0.25, "task": observation["prompt"]}
-            return pickle.dumps(TimedObservation(1.0, self.step, raw, True), protocol=int(rng.choice([2, 4, 5])))
+            return pickle.dumps(
+                TimedObservation(1.0, self.step, raw, True), protocol=int(rng.choice([2, 4, 5]))
+            )
 
         self.seen = seen
         self._sends(self.setup)
@@ -196,7 +224,10 @@ class LeRobot:
             data = pickled(self.seen(small(0)), self.rng)
             self._sees(data)
         except self.grpc.RpcError as error:
-            if error.code() in (self.grpc.StatusCode.INVALID_ARGUMENT, self.grpc.StatusCode.RESOURCE_EXHAUSTED):
+            if error.code() in (
+                self.grpc.StatusCode.INVALID_ARGUMENT,
+                self.grpc.StatusCode.RESOURCE_EXHAUSTED,
+            ):
                 if "SendPolicyInstructions first" in error.details():
                     self._sends(self.setup)
                 return False
@@ -216,7 +247,10 @@ PROTOCOLS: tuple[Callable[..., Any], ...] = (OpenPi, VlaEval, LeRobot)
 
 
 def mutated(until: Until, seed: int, folder: Path, serve: Callable[..., Any] = served) -> list[Bar]:
-    """Bars of messages: each is answered, nobody else notices, and memory stays flat. serve: as `served`."""
+    """Bars of messages: each is answered, nobody else notices, and memory stays flat.
+
+    serve: as `served`.
+    """
     bars = [Bar(f"messages: {kind.__name__}", 33_334) for kind in PROTOCOLS]
     for place, (kind, bar) in enumerate(zip(PROTOCOLS, bars, strict=True)):
         own = Until(until.seconds / len(PROTOCOLS), until.tries / len(PROTOCOLS))
@@ -225,8 +259,12 @@ def mutated(until: Until, seed: int, folder: Path, serve: Callable[..., Any] = s
     return bars
 
 
-def _mutated(kind: Callable[..., Any], until: Until, seed: list[int], server: Any, bar: Bar) -> None:
-    throwers = [kind(server.address, np.random.default_rng([*seed, own])) for own in range(THROWERS)]
+def _mutated(
+    kind: Callable[..., Any], until: Until, seed: list[int], server: Any, bar: Bar
+) -> None:
+    throwers = [
+        kind(server.address, np.random.default_rng([*seed, own])) for own in range(THROWERS)
+    ]
     honest = kind(server.address, np.random.default_rng(0))
     expected, taken, held, rounds = honest.ask(), [], [], 0
 
@@ -246,12 +284,18 @@ def _mutated(kind: Callable[..., Any], until: Until, seed: list[int], server: An
             thread.join()
         bar.done, rounds = bar.done + ROUND * THROWERS, rounds + 1
         if server.ended():
-            bar.wrong.append(f"round {rounds} of seed {seed}: the server has ended: {server.said()}")
+            bar.wrong.append(
+                f"round {rounds} of seed {seed}: the server has ended: {server.said()}"
+            )
             return
         if (found := honest.ask()) != expected:
-            bar.wrong.append(f"round {rounds} of seed {seed}: an honest client got {found}, before {expected}")
+            bar.wrong.append(
+                f"round {rounds} of seed {seed}: an honest client got {found}, before {expected}"
+            )
         held.append(server.megabytes())
         first = max(held[: max(1, len(held) // 5)])
         if len(held) > 4 and held[-1] > first + MORE_MIB:
-            bar.wrong.append(f"round {rounds} of seed {seed}: {held[-1]:.0f} MiB, {first:.0f} before")
+            bar.wrong.append(
+                f"round {rounds} of seed {seed}: {held[-1]:.0f} MiB, {first:.0f} before"
+            )
     bar.remark = f"{len(taken):,} taken; {held[0]:.0f} to {held[-1]:.0f} MiB" if held else ""

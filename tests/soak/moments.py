@@ -1,4 +1,5 @@
-"""One run in a forked process: it kills itself at a line, a file or an instant of a kind of moment that was chosen.
+"""One run in a forked process: it kills itself at a line, a file or an instant of a kind of moment
+that was chosen.
 
 Nothing here is known to the product: functions are wrapped in the process of the run alone.
 """
@@ -24,28 +25,62 @@ from vla0.quiet import hush
 hush()  # before what is imported next, also in the process that all runs are forked from
 
 TOOL = sys.monitoring.PROFILER_ID
-TOUCHING = ("/shutil.py", "/pathlib.py", "/safetensors/", "/transformers/trainer")  # files whose lines count, beside our own
-FILES = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}  # events of files
-HOW = ("lines", "events", "seconds")  # a run is killed before a line, before it touches a file, or at an instant
-# What a run imports on its way, for the process that all runs are forked from. None of it computes or starts a thread.
+# files whose lines count, beside our own
+TOUCHING = ("/shutil.py", "/pathlib.py", "/safetensors/", "/transformers/trainer")
+# events of files
+FILES = {
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+}
+# a run is killed before a line, before it touches a file, or at an instant
+HOW = ("lines", "events", "seconds")
+# What a run imports on its way, for the process that all runs are forked from. None of it computes
+# or starts a thread.
 NEEDED = [
-    "soak.moments", "vla0.train.run", "vla0.policy", "vla0.serve.server", "vla0.sim.evaluate", "vla0.sim.workers", "pytest", "peft", "av",
-    "matplotlib.figure", "matplotlib.backends.backend_agg", "lerobot.datasets.lerobot_dataset", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
-]  # fmt: skip
+    "soak.moments",
+    "vla0.train.run",
+    "vla0.policy",
+    "vla0.serve.server",
+    "vla0.sim.evaluate",
+    "vla0.sim.workers",
+    "pytest",
+    "peft",
+    "av",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "lerobot.datasets.lerobot_dataset",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+]
 
 
 class Moments:
-    """Which kind of moment a run is in. It counts lines, events of files and seconds of each kind, or kills where a plan says.
+    """Which kind of moment a run is in.
 
-    note: a file that says where the run is, and stays when it is killed. plan: {"kind": ..., and of HOW one: how much of it
-    the run may pass in moments of that kind}. counts: which of HOW is counted; lines take time, so seconds are counted apart.
+    It counts lines, events of files and seconds of each kind, or kills where a plan says.
+
+    note: a file that says where the run is, and stays when it is killed. plan: {"kind": ..., and of
+    HOW one: how much of it the run may pass in moments of that kind}. counts: which of HOW is
+    counted; lines take time, so seconds are counted apart.
     """
 
     def __init__(self, note: Path, plan: dict[str, Any] | None = None, counts: str | None = None):
-        self.note, self.plan, self.counts = os.open(note, os.O_RDWR | os.O_CREAT | os.O_TRUNC), plan or {}, counts
+        self.note, self.plan, self.counts = (
+            os.open(note, os.O_RDWR | os.O_CREAT | os.O_TRUNC),
+            plan or {},
+            counts,
+        )
         self.now, self.ticking = "", False
         self.found: dict[str, dict[str, float]] = {how: {} for how in HOW}
-        self.since, self.left = time.monotonic(), {how: self.plan[how] for how in HOW if how in self.plan}
+        self.since, self.left = (
+            time.monotonic(),
+            {how: self.plan[how] for how in HOW if how in self.plan},
+        )
         self.own, self.known = str(Path(vla0.__file__).parent), {}
         sys.monitoring.use_tool_id(TOOL, "soak")
         sys.monitoring.register_callback(TOOL, sys.monitoring.events.LINE, self._line)
@@ -62,7 +97,9 @@ class Moments:
             self._to(before)
 
     def wrap(self, owner: Any, name: str, kind: str | Callable[..., str | None]) -> None:
-        """Marks calls of a function; kind: its name, or what the arguments say (None: as around it)."""
+        """Marks calls of a function; kind: its name, or what the arguments say (None: as around
+        it).
+        """
         function = getattr(owner, name)
 
         @functools.wraps(function)
@@ -83,7 +120,8 @@ class Moments:
         chosen = kind == self.plan.get("kind")
         if self.counts == "lines" or (chosen and "lines" in self.left):
             sys.monitoring.set_events(TOOL, sys.monitoring.events.LINE)
-        if chosen and "seconds" in self.left:  # SIGALRM ends a process as SIGKILL does, also within a C function
+        # SIGALRM ends a process as SIGKILL does, also within a C function
+        if chosen and "seconds" in self.left:
             self.ticking = True
             signal.setitimer(signal.ITIMER_REAL, max(self.left["seconds"], 1e-6))
 
@@ -115,7 +153,9 @@ class Moments:
 
 
 def begins(log: Path) -> None:
-    """Makes a forked process like one that was started by hand, in a session of its own; what it says goes to a file."""
+    """Makes a forked process like one that was started by hand, in a session of its own; what it
+    says goes to a file.
+    """
     os.setsid()
     multiprocessing.set_start_method(None, force=True)  # not that of the process it was forked from
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -123,7 +163,15 @@ def begins(log: Path) -> None:
         os.dup2(file, stream)
 
 
-def trains(dataset: Path, output: Path, changes: dict, note: Path, plan: dict | None, counts: Path | None, log: Path) -> None:
+def trains(
+    dataset: Path,
+    output: Path,
+    changes: dict,
+    note: Path,
+    plan: dict | None,
+    counts: Path | None,
+    log: Path,
+) -> None:
     """Trains as `vla0 train` would, after a look whether `last` loads.
 
     counts: a file for what was counted, by the name of what is: one of HOW.
@@ -148,7 +196,9 @@ def trains(dataset: Path, output: Path, changes: dict, note: Path, plan: dict | 
     moments.wrap(keep.CheckpointCallback, "_rank", "best")
     moments.wrap(keep.CheckpointCallback, "_prune", "prune")
     moments.wrap(sys.modules["transformers.trainer"], "rotate_checkpoints", lambda **_: "prune")
-    moments.wrap(keep, "write_whole", lambda file, content: "card" if file.name == "README.md" else None)
+    moments.wrap(
+        keep, "write_whole", lambda file, content: "card" if file.name == "README.md" else None
+    )
     moments.wrap(keep, "chart", "card")
     recipe = make_recipe(dataset, output, **changes)
     recipe["data"] |= {"held_out": 1, "num_workers": recipe.pop("workers", 0)}
@@ -182,7 +232,10 @@ def makes_data(folder: Path, log: Path) -> None:
 
 
 class Walk:
-    """Done when the place, which the actions move, passes what task and seed say: some never are. Slow enough to be killed."""
+    """Done when the place, which the actions move, passes what task and seed say: some never are.
+
+    Slow enough to be killed.
+    """
 
     fps, max_steps = 20.0, 12
 
@@ -190,7 +243,10 @@ class Walk:
         self.task = task
 
     def reset(self, seed):
-        self.place, self.goal = 0.0, 1 + 8 * np.random.default_rng([seed, *self.task.encode()]).random()
+        self.place, self.goal = (
+            0.0,
+            1 + 8 * np.random.default_rng([seed, *self.task.encode()]).random(),
+        )
         return self._observe()
 
     def step(self, action):
@@ -217,7 +273,13 @@ def walk(observations, pace=0.5):
 
 
 def evaluates(
-    output: Path, tasks: tuple[str, ...], episodes: int, note: Path, plan: dict | None, counts: Path | None, log: Path
+    output: Path,
+    tasks: tuple[str, ...],
+    episodes: int,
+    note: Path,
+    plan: dict | None,
+    counts: Path | None,
+    log: Path,
 ):
     """Evaluates two policies in `tasks` x `episodes` of that world."""
     begins(log)
@@ -230,7 +292,9 @@ def evaluates(
         moments.wrap(evaluate, name, "begin")
     moments.wrap(WorkerPool, "_hear", "hear")
     moments.wrap(WorkerPool, "_lost", "lost")
-    config = evaluate.EvalConfig(tasks=tasks, env="walk", episodes=episodes, first_seed=0, ensemble="mean")
+    config = evaluate.EvalConfig(
+        tasks=tasks, env="walk", episodes=episodes, first_seed=0, ensemble="mean"
+    )
     policies = {"policy": walk, "slow": functools.partial(walk, pace=0.3)}
     evaluate.evaluate(policies, 4, config, output, workers=4, make_env=make_walk)
     if counts is not None:

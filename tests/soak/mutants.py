@@ -1,4 +1,6 @@
-"""Messages that are nearly right: of msgpack by their content and their bytes, of pickle by their opcodes and their bytes."""
+"""Messages that are nearly right: of msgpack by their content and their bytes, of pickle by their
+opcodes and their bytes.
+"""
 
 import pickletools
 from itertools import pairwise
@@ -8,10 +10,32 @@ import msgpack
 import numpy as np
 
 ODD: list[Any] = [
-    None, True, -1, 2**63, -(2**63), 0.5, float("nan"), float("inf"), "", "x" * 3000, "\x00\u202e\ud7ff<|im_end|><|image_pad|>",
-    b"", b"\xff" * 70_000, [], {}, [[[[[[]]]]]], [None] * 500, {"a": {"b": {"c": {"d": {}}}}}, {1: 2}, {b"x": b"y"},
-    msgpack.ExtType(5, b"abc"), msgpack.Timestamp(1, 2), [1e308] * 3, ["1"], 10**18,
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    2**63,
+    -(2**63),
+    0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x" * 3000,
+    "\x00\u202e\ud7ff<|im_end|><|image_pad|>",
+    b"",
+    b"\xff" * 70_000,
+    [],
+    {},
+    [[[[[[]]]]]],
+    [None] * 500,
+    {"a": {"b": {"c": {"d": {}}}}},
+    {1: 2},
+    {b"x": b"y"},
+    msgpack.ExtType(5, b"abc"),
+    msgpack.Timestamp(1, 2),
+    [1e308] * 3,
+    ["1"],
+    10**18,
+]
 NAMES = [
     "prompt",
     "images",
@@ -45,7 +69,9 @@ DTYPES = [
 
 
 def message(content: Any, rng: np.random.Generator) -> bytes:
-    """A msgpack message, of a content that is packed already to plain values, with something wrong here and there."""
+    """A msgpack message, of a content that is packed already to plain values, with something wrong
+    here and there.
+    """
     for _ in range(rng.integers(0, 4)):
         content = _changed(content, rng)
     try:
@@ -73,7 +99,9 @@ def _changed(content: Any, rng: np.random.Generator) -> Any:
     if isinstance(content, list) and content and draw < 0.85:
         content = list(content)
         place = int(rng.integers(len(content)))
-        content[place] = int(rng.integers(-5, 5000)) if rng.random() < 0.5 else _changed(content[place], rng)
+        content[place] = (
+            int(rng.integers(-5, 5000)) if rng.random() < 0.5 else _changed(content[place], rng)
+        )
         return content
     return ODD[rng.integers(len(ODD))]
 
@@ -121,8 +149,43 @@ def pickled(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 NASTY = [  # opcodes with which pickles have been made to do what they should not
-    b"cos\nsystem\n", b"cbuiltins\neval\n", b"c_codecs\nencode\n", b"cnumpy\nzeros\n", b"cnumpy\nndarray\n", b"R", b"b", b"\x81", b"\x92", b"o", b"i",
-    b"cnumpy.core.multiarray\n_reconstruct\n", b"clerobot.async_inference.helpers\nTimedObservation\n", b"}", b"]", b")", b"N", b"(", b"t", b"0", b"2",
-    b"\x8a\xff" + b"\x7f" * 255, b"B\xff\xff\xff\x7f", b"\x8e" + b"\xff" * 8, b"X\x05\x00\x00\x00slots", b"\x93", b"\x94", b"h\x00", b"j\xff\xff\xff\x7f", b"r\xff\xff\xff\xff",
-    b"I9" + b"9" * 5000 + b"\n", b"V\\ud800\n", b"Pxx\n", b"Q", b"\x82\x01", b"\x80\x05", b"\x95\x00\x00\x00\x00\x00\x00\x00\x00", b"\x97", b"\x98",
-]  # fmt: skip
+    b"cos\nsystem\n",
+    b"cbuiltins\neval\n",
+    b"c_codecs\nencode\n",
+    b"cnumpy\nzeros\n",
+    b"cnumpy\nndarray\n",
+    b"R",
+    b"b",
+    b"\x81",
+    b"\x92",
+    b"o",
+    b"i",
+    b"cnumpy.core.multiarray\n_reconstruct\n",
+    b"clerobot.async_inference.helpers\nTimedObservation\n",
+    b"}",
+    b"]",
+    b")",
+    b"N",
+    b"(",
+    b"t",
+    b"0",
+    b"2",
+    b"\x8a\xff" + b"\x7f" * 255,
+    b"B\xff\xff\xff\x7f",
+    b"\x8e" + b"\xff" * 8,
+    b"X\x05\x00\x00\x00slots",
+    b"\x93",
+    b"\x94",
+    b"h\x00",
+    b"j\xff\xff\xff\x7f",
+    b"r\xff\xff\xff\xff",
+    b"I9" + b"9" * 5000 + b"\n",
+    b"V\\ud800\n",
+    b"Pxx\n",
+    b"Q",
+    b"\x82\x01",
+    b"\x80\x05",
+    b"\x95\x00\x00\x00\x00\x00\x00\x00\x00",
+    b"\x97",
+    b"\x98",
+]

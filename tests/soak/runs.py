@@ -15,7 +15,9 @@ LONGEST_S = 120.0  # of one run; a second takes part of that
 
 
 class Runs:
-    """Processes forked from one that has imported what a run needs: a kill costs a second, not ten."""
+    """Processes forked from one that has imported what a run needs: a kill costs a second,
+    not ten.
+    """
 
     def __init__(self, folder: Path):
         self.context = multiprocessing.get_context("forkserver")
@@ -31,7 +33,10 @@ class Runs:
         return process
 
     def ended(self, process, seconds: float = LONGEST_S) -> int:
-        """How a process ended: 0, or minus the signal that killed it. Raises RuntimeError with what it said last otherwise."""
+        """How a process ended: 0, or minus the signal that killed it.
+
+        Raises RuntimeError with what it said last otherwise.
+        """
         process.join(seconds)
         if process.exitcode is None:
             process.kill()
@@ -52,13 +57,18 @@ class Runs:
         return self.log.read_text(errors="replace")[-1500:] if self.log.exists() else ""
 
     def left_alone(self, seconds: float = 15.0) -> None:
-        """Raises RuntimeError where processes that a killed run had started live on; each run has a session of its own."""
+        """Raises RuntimeError where processes that a killed run had started live on; each run has a
+        session of its own.
+        """
         until = time.monotonic() + seconds
         while alive := [pid for pid, session in sessions() if session in self.killed]:
             if time.monotonic() > until:
                 for pid in alive:
                     os.kill(pid, signal.SIGKILL)
-                raise RuntimeError(f"processes live on {seconds:.0f} s after the kill of what had started them: {alive}")
+                raise RuntimeError(
+                    f"processes live on {seconds:.0f} s after the kill of what had started them: "
+                    f"{alive}"
+                )
             time.sleep(0.1)
         self.killed.clear()
 

@@ -43,18 +43,38 @@ def checkpoint(folder: Path) -> Path:
     """A folder of a policy of two cameras, three dimensions and a state."""
     if not (folder / "vla0.json").exists():
         processor = tiny_processor(["State: ", "Write integers.", *TASKS])
-        small = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
-        VLA0(tiny_model(processor, **small), processor, make_spec(state_names=("a", "b"))).save_pretrained(folder)
+        small = {
+            "width": 48,
+            "layers": 2,
+            "heads": 3,
+            "vision_width": 32,
+            "vision_layers": 1,
+            "vision_heads": 2,
+        }
+        VLA0(
+            tiny_model(processor, **small), processor, make_spec(state_names=("a", "b"))
+        ).save_pretrained(folder)
     return folder
 
 
 @contextmanager
 def served(folder: Path, *words: str) -> Iterator[Served]:
-    """A server of `checkpoint(folder)`, until the end of the block; the words are those of `vla0 serve`."""
+    """A server of `checkpoint(folder)`, until the end of the block; the words are those of `vla0
+    serve`.
+    """
     log = folder / f"server-{os.getpid()}-{len(list(folder.glob('server-*')))}.log"
-    command = [sys.executable, "-m", "vla0", "serve", "--checkpoint", str(checkpoint(folder / "checkpoint"))]
+    command = [
+        sys.executable,
+        "-m",
+        "vla0",
+        "serve",
+        "--checkpoint",
+        str(checkpoint(folder / "checkpoint")),
+    ]
     with log.open("w") as file:
-        process = subprocess.Popen([*command, "--port", "0", *words], stdout=subprocess.PIPE, stderr=file, text=True)
+        process = subprocess.Popen(
+            [*command, "--port", "0", *words], stdout=subprocess.PIPE, stderr=file, text=True
+        )
         try:
             assert process.stdout is not None
             yield Served(_address(process.stdout, log), process, log)

@@ -1,4 +1,6 @@
-"""A robot's world in simulated time: its watchdog, signals, clocks that jump, a bus and cameras of their own will."""
+"""A robot's world in simulated time: its watchdog, signals, clocks that jump, a bus and cameras of
+their own will.
+"""
 
 import sys
 from collections.abc import Callable
@@ -23,7 +25,9 @@ class BusError(Exception):
 
 
 class World:
-    """Simulated time, in which the watchdog looks, signals come and clocks jump; and answers, asked for by RemotePolicy."""
+    """Simulated time, in which the watchdog looks, signals come and clocks jump; and answers, asked
+    for by RemotePolicy.
+    """
 
     def __init__(self, rng: np.random.Generator, jumps: float):
         self.rng, self.time, self.jumps, self.guard = rng, 0.0, jumps, None
@@ -31,7 +35,8 @@ class World:
         self.predict: Callable[[Observation], np.ndarray] | None = None
         self.due: list[tuple[float, Callable[[], None]]] = []  # what happens at a moment
         self.server: Any = None
-        self.used: dict[int, tuple[float, float]] = {}  # question → when it was asked, when its answer was put to use
+        # question → when it was asked, when its answer was put to use
+        self.used: dict[int, tuple[float, float]] = {}
         self.busy = False  # the watchdog is one thread: it does not look while it looks
         self.asked: list[tuple[float, float]] = []  # (when, captured when) of the questions
 
@@ -59,8 +64,11 @@ class World:
             self.sleep_until(min(until, self.time + GRAIN_S))
 
     def latest(self, action: np.ndarray, pace: Pacer, sends) -> float:
-        """The instant that an action is meant for, which its first number says, but where the robot waited for it."""
-        resampled = pace.fps != self.server.fps  # the last action lasts as long as it was meant to, others are mixed
+        """The instant that an action is meant for, which its first number says, but where the robot
+        waited for it.
+        """
+        # the last action lasts as long as it was meant to, others are mixed
+        resampled = pace.fps != self.server.fps
         meant, waited = float(action[0]) + (1 / self.server.fps if resampled else 0.0), 0.0
         if pace.mode == "ensemble":
             return meant
@@ -68,7 +76,8 @@ class World:
             asked, used = self.used.get(question, (0.0, 0.0))
             if pace.mode == "sync" or not any(asked < begun < used for begun, *_ in sends):
                 waited = max(waited, used - asked)
-        return meant + waited + (1 / pace.fps if pace.mode == "sync" else 0.0)  # which goes on at the next tick
+        # which goes on at the next tick
+        return meant + waited + (1 / pace.fps if pace.mode == "sync" else 0.0)
 
 
 class Answer:
@@ -95,7 +104,9 @@ class Answer:
 
 
 class RobotInterface:
-    """An arm with a bus and cameras of their own will, and a diary: (kind, begun, ended, action)."""
+    """An arm with a bus and cameras of their own will, and a diary: (kind, begun, ended,
+    action).
+    """
 
     def __init__(self, world: World, rng: np.random.Generator, start: np.ndarray, ill: float):
         self.world, self.rng, self.at, self.ill = world, rng, start, ill
@@ -111,7 +122,9 @@ class RobotInterface:
         if self.rng.random() < 0.1 * self.ill:  # a camera that counts in another clock
             at = self.rng.choice([self.world.time + 5.0, self.world.time - 1e6, np.nan, np.inf])
         frame = np.zeros((2, 2, 3), np.uint8)
-        return Observation({"front": frame}, "go", np.array([self.world.time]), captured_at=float(at))
+        return Observation(
+            {"front": frame}, "go", np.array([self.world.time]), captured_at=float(at)
+        )
 
     def send(self, action: np.ndarray) -> None:
         self._takes("send", action.copy())
@@ -137,7 +150,9 @@ class RobotInterface:
 
 
 def instructed(count: int, act: Callable[[], None]) -> None:
-    """Calls act after so many instructions of the robot's own code from now: where a signal's handler may come."""
+    """Calls act after so many instructions of the robot's own code from now: where a signal's
+    handler may come.
+    """
     monitoring, left = sys.monitoring, count
     events = monitoring.events
     if monitoring.get_tool(monitoring.DEBUGGER_ID) is None:

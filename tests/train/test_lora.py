@@ -28,7 +28,14 @@ def weights_of(folder):
 
 
 def fresh(processor):
-    small = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1, "vision_heads": 2}
+    small = {
+        "width": 48,
+        "layers": 2,
+        "heads": 3,
+        "vision_width": 32,
+        "vision_layers": 1,
+        "vision_heads": 2,
+    }
     return tiny_model(processor, **small)
 
 
@@ -51,18 +58,39 @@ def test_merged_weights_are_an_ordinary_model_that_does_the_same(processor, free
     other.load_state_dict(weights)
     touched = changed(fresh(processor).state_dict(), weights)
     assert any("visual" in name for name in touched) is not freeze_vision
-    assert all("embed" not in name and "norm" not in name and "bias" not in name for name in touched)
+    assert all(
+        "embed" not in name and "norm" not in name and "bias" not in name for name in touched
+    )
     ids = torch.arange(8)[None]
     with torch.inference_mode():
-        torch.testing.assert_close(plain(model)(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            plain(model)(ids).logits, other(ids).logits, rtol=1e-4, atol=1e-5
+        )
         assert not torch.allclose(fresh(processor)(ids).logits, other(ids).logits)
 
 
 def test_lora_leaves_an_ordinary_checkpoint_that_acts(dataset, tmp_path):
     last = main(config_of(dataset, tmp_path / "run", **LORA))
-    assert {file.suffix for file in last.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt", ".md", ".png"}
-    start = weights_of(main(config_of(dataset, tmp_path / "start", num_steps=1, save_every_n_steps=1, learning_rate=1e-12)))
-    moved = {name for name in changed(start, weights_of(last)) if (start[name] - weights_of(last)[name]).abs().max() > 1e-6}
+    assert {file.suffix for file in last.iterdir()} <= {
+        ".json",
+        ".safetensors",
+        ".jinja",
+        ".txt",
+        ".md",
+        ".png",
+    }
+    start = weights_of(
+        main(
+            config_of(
+                dataset, tmp_path / "start", num_steps=1, save_every_n_steps=1, learning_rate=1e-12
+            )
+        )
+    )
+    moved = {
+        name
+        for name in changed(start, weights_of(last))
+        if (start[name] - weights_of(last)[name]).abs().max() > 1e-6
+    }
     assert any("q_proj" in name for name in moved)
     assert not any("embed" in name or "norm" in name for name in moved)
     policy = VLA0.from_pretrained(last)
@@ -77,7 +105,8 @@ def test_a_resumed_lora_run_ends_in_the_weights_of_an_uninterrupted_one(dataset,
         pass
 
     def stop(policy, folder):
-        assert isinstance(policy.decoder, SpeculativeDecoder)  # what is tried during training is decoded fast too
+        # what is tried during training is decoded fast too
+        assert isinstance(policy.decoder, SpeculativeDecoder)
         raise KilledError
 
     whole = main(config_of(dataset, tmp_path / "whole", **LORA))
@@ -88,7 +117,9 @@ def test_a_resumed_lora_run_ends_in_the_weights_of_an_uninterrupted_one(dataset,
 
 
 def test_qlora_leaves_an_ordinary_checkpoint_that_acts_as_the_trained_model_did(dataset, tmp_path):
-    """4 bits are gone from what is saved; and a run that was stopped ends in the weights of one that was not."""
+    """4 bits are gone from what is saved; and a run that was stopped ends in the weights of one
+    that was not.
+    """
     from bitsandbytes.nn import Linear4bit
 
     class KilledError(Exception):
@@ -115,24 +146,39 @@ def test_qlora_leaves_an_ordinary_checkpoint_that_acts_as_the_trained_model_did(
     torch.testing.assert_close(logits, seen["step-000004"], rtol=1e-3, atol=1e-4)
     with pytest.raises(KilledError):
         main(config_of(dataset, tmp_path / "parts", **settings), stop)
-    assert not changed(weights_of(last), weights_of(main(config_of(dataset, tmp_path / "parts", **settings))))
+    assert not changed(
+        weights_of(last), weights_of(main(config_of(dataset, tmp_path / "parts", **settings)))
+    )
     with pytest.raises(InputError, match="cannot learn"):
         config_of(dataset, tmp_path, quantization="nf4")
 
 
 def test_a_frozen_vision_tower_stays_as_it_was(dataset, tmp_path):
-    start = weights_of(main(config_of(dataset, tmp_path / "start", num_steps=1, save_every_n_steps=1, learning_rate=1e-12)))
+    start = weights_of(
+        main(
+            config_of(
+                dataset, tmp_path / "start", num_steps=1, save_every_n_steps=1, learning_rate=1e-12
+            )
+        )
+    )
     frozen = weights_of(main(config_of(dataset, tmp_path / "frozen", freeze_vision_encoder=True)))
-    touched = {name for name in changed(start, frozen) if (start[name] - frozen[name]).abs().max() > 1e-6}
+    touched = {
+        name for name in changed(start, frozen) if (start[name] - frozen[name]).abs().max() > 1e-6
+    }
     assert touched
     assert not any("visual" in name for name in touched)
-    assert any("visual" in name for name in changed(start, weights_of(main(config_of(dataset, tmp_path / "all")))))
+    assert any(
+        "visual" in name
+        for name in changed(start, weights_of(main(config_of(dataset, tmp_path / "all"))))
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, LORA])
 def test_checkpointing_gradients_changes_no_weight(dataset, tmp_path, changes):
     one = weights_of(main(config_of(dataset, tmp_path / "one", **changes)))
-    other = weights_of(main(config_of(dataset, tmp_path / "other", gradient_checkpointing=True, **changes)))
+    other = weights_of(
+        main(config_of(dataset, tmp_path / "other", gradient_checkpointing=True, **changes))
+    )
     for name, weight in one.items():
         torch.testing.assert_close(weight, other[name], rtol=1e-4, atol=1e-6)
 
@@ -142,7 +188,9 @@ def test_an_optimiser_that_there_is_not_is_refused(dataset, tmp_path):
         main(config_of(dataset, tmp_path / "run", optimizer="sgdd"))
 
 
-@pytest.mark.parametrize("wrong", [{"rank": -1}, {"rank": 4, "alpha": 0}, {"rank": 4, "dropout": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"rank": -1}, {"rank": 4, "alpha": 0}, {"rank": 4, "dropout": 1.0}]
+)
 def test_adapters_that_mean_nothing_are_refused(wrong):
     with pytest.raises(InputError):
         Lora(**wrong)
@@ -158,4 +206,6 @@ def test_a_checkpoint_of_lora_predicts_what_the_trained_model_predicted(dataset,
 
     last = main(config_of(dataset, tmp_path / "run", **LORA), look)
     observation = Source(config_of(dataset, tmp_path / "run").data).sample(3, 2, 1).observation
-    np.testing.assert_allclose(VLA0.from_pretrained(last).predict_batch([observation]), seen["step-000004"], atol=0.3)
+    np.testing.assert_allclose(
+        VLA0.from_pretrained(last).predict_batch([observation]), seen["step-000004"], atol=0.3
+    )

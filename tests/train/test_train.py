@@ -50,14 +50,24 @@ def test_training_leaves_a_checkpoint_that_acts(dataset, tmp_path):
     sample = source.sample(0, 2, 1)
     assert policy.predict_batch([sample.observation]).shape == (1, 2, 3)
     assert policy.spec.high[0] == 24
-    assert {file.suffix for file in last.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt", ".md", ".png"}
+    assert {file.suffix for file in last.iterdir()} <= {
+        ".json",
+        ".safetensors",
+        ".jinja",
+        ".txt",
+        ".md",
+        ".png",
+    }
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
 def test_training_learns(tmp_path):
     """Four rows, learned by heart: what is read back through the grammar is what was recorded."""
     few = make_dataset(tmp_path / "few", lengths=(4,), dimensions=1)
-    spec, action = {"image_size": 56, "crop": 1.0, "system": "Write."}, {"chunk_size": 1, "action_bins": 10}
+    spec, action = (
+        {"image_size": 56, "crop": 1.0, "system": "Write."},
+        {"chunk_size": 1, "action_bins": 10},
+    )
     changes = {
         "num_steps": 120,
         "batch_size": 4,
@@ -89,7 +99,9 @@ def test_resuming_gives_what_an_uninterrupted_run_gives(dataset, tmp_path):
     assert (tmp_path / "parts" / "last").resolve().name == "step-000002"
     resumed = main(config_of(dataset, tmp_path / "parts"))
     assert resumed.resolve().name == "step-000004"
-    for (name, one), other in zip(trained_weights(whole).items(), trained_weights(resumed).values(), strict=True):
+    for (name, one), other in zip(
+        trained_weights(whole).items(), trained_weights(resumed).values(), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=0, atol=0, msg=name)
 
 
@@ -109,14 +121,21 @@ def test_another_recipe_in_the_same_folder_is_refused(dataset, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_run_never_leaves_half_a_checkpoint_as_last(dataset, tmp_path):
-    """SIGKILL at random moments of a run that saves at every step; `last` always loads, and the run ends."""
+    """SIGKILL at random moments of a run that saves at every step; `last` always loads, and the run
+    ends.
+    """
     recipe = tmp_path / "train_config.json"  # JSON is YAML
-    recipe.write_text(json.dumps(make_recipe(dataset, tmp_path / "run", num_steps=60, save_every_n_steps=1)))
+    recipe.write_text(
+        json.dumps(make_recipe(dataset, tmp_path / "run", num_steps=60, save_every_n_steps=1))
+    )
     command = [sys.executable, "-m", "vla0", "train", "--config", str(recipe)]
     rng, reached = np.random.default_rng(0), [0]
     for _ in range(12):
         process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "2"}
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "2"},
         )
         time.sleep(9 + rng.random() * 4)
         ended = process.poll() is not None
@@ -130,7 +149,9 @@ def test_a_killed_run_never_leaves_half_a_checkpoint_as_last(dataset, tmp_path):
     assert reached == sorted(reached)
     assert reached[-1] == 60 or len(set(reached)) > 3
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True)  # the rest of it
-    recipe.write_text(json.dumps(make_recipe(dataset, tmp_path / "whole", num_steps=60, save_every_n_steps=1)))
+    recipe.write_text(
+        json.dumps(make_recipe(dataset, tmp_path / "whole", num_steps=60, save_every_n_steps=1))
+    )
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True)
     assert losses(tmp_path / "run", 60) == losses(tmp_path / "whole", 60)  # bit for bit
     one, two = (trained_weights(tmp_path / name / "last") for name in ("run", "whole"))
@@ -139,9 +160,13 @@ def test_a_killed_run_never_leaves_half_a_checkpoint_as_last(dataset, tmp_path):
 
 def test_best_is_the_checkpoint_that_measured_best(dataset, tmp_path):
     scores = iter([0.9, 0.2])
-    config = config_of(dataset, tmp_path / "run", data={**make_recipe(dataset, tmp_path)["data"], "held_out": 1})
+    config = config_of(
+        dataset, tmp_path / "run", data={**make_recipe(dataset, tmp_path)["data"], "held_out": 1}
+    )
     main(config, lambda policy, folder: {"success": next(scores)})
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["success"] for line in lines] == [0.9, 0.2]
     assert all(math.isfinite(line["held_out_loss"]) for line in lines)
     assert all(0 <= line[f"error/{d}"] < 30 for line in lines for d in range(3))
@@ -164,14 +189,17 @@ def test_the_code_of_a_model_card_runs(dataset, tmp_path):
     assert names["actions"].shape == (2, 3)
 
 
-def test_a_disk_without_room_for_checkpoints_is_refused_before_training(dataset, tmp_path, monkeypatch):
+def test_a_disk_without_room_for_checkpoints_is_refused_before_training(
+    dataset, tmp_path, monkeypatch
+):
     monkeypatch.setattr(train.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match="GiB free for checkpoints"):
         main(config_of(dataset, tmp_path / "run"))
     assert not list((tmp_path / "run").glob("s*"))
 
 
-THREE = {"num_steps": 3, "save_every_n_steps": 3}  # of the fifteen rows no more than whole batches of four
+# of the fifteen rows no more than whole batches of four
+THREE = {"num_steps": 3, "save_every_n_steps": 3}
 
 
 def losses(run, steps=3):
@@ -182,7 +210,9 @@ def losses(run, steps=3):
 def test_a_batch_in_parts_gives_the_losses_of_the_whole(dataset, tmp_path):
     """Steps' losses count each token alike, however many of them a part has."""
     main(config_of(dataset, tmp_path / "whole", batch_size=4, **THREE))
-    main(config_of(dataset, tmp_path / "parts", batch_size=1, gradient_accumulation_steps=4, **THREE))
+    main(
+        config_of(dataset, tmp_path / "parts", batch_size=1, gradient_accumulation_steps=4, **THREE)
+    )
     np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "whole"), rtol=1e-4)
 
 
@@ -190,8 +220,19 @@ def launched(recipe, folder, *program):
     """Trains on two processes without a GPU."""
     (folder / "train_config.json").write_text(json.dumps(recipe))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*launch, *(program or ("-m", "vla0.train")), "--config", str(folder / "train_config.json")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    command = [
+        *launch,
+        *(program or ("-m", "vla0.train")),
+        "--config",
+        str(folder / "train_config.json"),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -202,7 +243,9 @@ def test_two_processes_give_the_losses_of_one_at_the_same_global_batch(dataset, 
 
 
 def test_at_an_epochs_end_processes_take_each_row_once(dataset, tmp_path):
-    """Of fifteen rows in batches of fourteen the last is one row, and one of the processes has none."""
+    """Of fifteen rows in batches of fourteen the last is one row, and one of the processes has
+    none.
+    """
     steps = {"num_steps": 3, "save_every_n_steps": 3}
     main(config_of(dataset, tmp_path / "one", batch_size=14, **steps))
     launched(make_recipe(dataset, tmp_path / "two", batch_size=7, **steps), tmp_path)
@@ -216,20 +259,36 @@ def test_what_lies_beside_old_checkpoints_is_left_alone(dataset, tmp_path):
 
     main(config_of(dataset, tmp_path / "run", num_steps=6), evaluated)
     names = {folder.name for folder in (tmp_path / "run").glob("step-*")}
-    assert names == {"step-000002", "step-000006", "step-000002-eval", "step-000004-eval", "step-000006-eval"}
+    assert names == {
+        "step-000002",
+        "step-000006",
+        "step-000002-eval",
+        "step-000004-eval",
+        "step-000006-eval",
+    }
 
 
 def test_the_log_tells_the_share_of_tokens_that_were_right(dataset, tmp_path):
-    main(config_of(dataset, tmp_path / "run", num_steps=30, save_every_n_steps=30, learning_rate=3e-3))
-    state = json.loads((tmp_path / "run" / "state" / "checkpoint-30" / "trainer_state.json").read_text())
+    main(
+        config_of(
+            dataset, tmp_path / "run", num_steps=30, save_every_n_steps=30, learning_rate=3e-3
+        )
+    )
+    state = json.loads(
+        (tmp_path / "run" / "state" / "checkpoint-30" / "trainer_state.json").read_text()
+    )
     shares = [line["token_accuracy"] for line in state["log_history"] if "loss" in line]
     assert len(shares) == 30
     assert all(0 <= share <= 1 for share in shares)
     assert sum(shares[-5:]) > sum(shares[:5])
 
 
-def test_the_error_of_actions_is_in_the_datasets_units_and_of_recorded_steps_only(dataset, tmp_path):
-    config = config_of(dataset, tmp_path / "run", data={**make_recipe(dataset, tmp_path)["data"], "held_out": 1})
+def test_the_error_of_actions_is_in_the_datasets_units_and_of_recorded_steps_only(
+    dataset, tmp_path
+):
+    config = config_of(
+        dataset, tmp_path / "run", data={**make_recipe(dataset, tmp_path)["data"], "held_out": 1}
+    )
     vlm, processor, specs = _start(config, {MAIN: (source := Source(config.data))}, None)
     spec = specs[MAIN]
 
@@ -237,10 +296,13 @@ def test_the_error_of_actions_is_in_the_datasets_units_and_of_recorded_steps_onl
         def predict_batch(self, observations, num_steps=None):
             return np.full((len(observations), 2, 3), 20.0, np.float32)
 
-    held_out = Samples(source, spec, held_out=True)  # the third episode: 20 to 24, in all dimensions and tenths of it more
+    # the third episode: 20 to 24, in all dimensions and tenths of it more
+    held_out = Samples(source, spec, held_out=True)
     error = action_error(Constant(vlm, processor, spec), held_out)
     steps = np.array([0, 1, 1, 2, 2, 3, 3, 4, 4])  # of two steps ahead the last row has one
-    np.testing.assert_allclose(error, [steps.mean(), (steps + 0.1).mean(), (steps + 0.2).mean()], rtol=1e-5)
+    np.testing.assert_allclose(
+        error, [steps.mean(), (steps + 0.1).mean(), (steps + 0.2).mean()], rtol=1e-5
+    )
 
 
 def batch_and_trainer(dataset, tmp_path, **changes):
@@ -262,7 +324,9 @@ def test_the_loss_is_the_models_own(dataset, tmp_path):
 
 
 def test_the_loss_of_held_out_rows_does_not_depend_on_how_they_are_batched(dataset, tmp_path):
-    batch, trainer = batch_and_trainer(dataset, tmp_path, augmentation={"mask": "number", "mask_most": 0.9, "mask_none": 0.0})
+    batch, trainer = batch_and_trainer(
+        dataset, tmp_path, augmentation={"mask": "number", "mask_most": 0.9, "mask_none": 0.0}
+    )
     counts = (batch["labels"] != IGNORE).sum(1)
     assert len(set(counts.tolist())) > 1  # else any mean would do
     patches = batch["image_grid_thw"].prod(1).cumsum(0).tolist()
@@ -271,7 +335,11 @@ def test_the_loss_of_held_out_rows_does_not_depend_on_how_they_are_batched(datas
     with torch.no_grad():
         trainer.model.get_input_embeddings().weight.mul_(30)  # tokens of very different losses
         for row in range(len(counts)):
-            own = {key: value[row : row + 1] for key, value in batch.items() if len(value) == len(counts)}
+            own = {
+                key: value[row : row + 1]
+                for key, value in batch.items()
+                if len(value) == len(counts)
+            }
             grids = batch["image_grid_thw"][row * images : (row + 1) * images]
             first, last = ([0, *patches][row * images], [0, *patches][(row + 1) * images])
             own |= {"image_grid_thw": grids, "pixel_values": batch["pixel_values"][first:last]}
@@ -291,7 +359,10 @@ def test_logits_are_computed_only_where_there_are_labels(dataset, tmp_path):
 def test_accumulated_batches_give_the_gradient_of_the_whole(dataset, tmp_path):
     """Of batches with unequal numbers of labels, too: each token counts the same."""
     weights = []
-    for name, changes in {"whole": {"batch_size": 4}, "parts": {"batch_size": 2, "gradient_accumulation_steps": 2}}.items():
+    for name, changes in {
+        "whole": {"batch_size": 4},
+        "parts": {"batch_size": 2, "gradient_accumulation_steps": 2},
+    }.items():
         config = config_of(
             dataset,
             tmp_path / name,
@@ -352,10 +423,16 @@ def test_a_recipe_without_a_needed_key_is_refused(dataset, tmp_path):
 def test_overrides_go_over_the_file_and_deeper(tmp_path):
     file = tmp_path / "recipe.yaml"
     content = (
-        "logging: {output_dir: a}\ntraining: {num_steps: 5}\ndata: {dataset: d, cameras: {front: key}}\nspec: {crop: 0.5}\n"
+        "logging: {output_dir: a}\ntraining: {num_steps: 5}\ndata: {dataset: d, cameras: "
+        "{front: key}}\nspec: {crop: 0.5}\n"
     )
     file.write_text(content)
-    overrides = ["training.num_steps=7", "spec.crop=0.7", "data.dataset=e", "training.learning_rate=1e-4"]
+    overrides = [
+        "training.num_steps=7",
+        "spec.crop=0.7",
+        "data.dataset=e",
+        "training.learning_rate=1e-4",
+    ]
     config = read_config(TrainConfig, file, overrides)
     assert (config.training.num_steps, config.spec["crop"], config.data.dataset) == (7, 0.7, "e")
     assert config.training.learning_rate == 1e-4
@@ -373,7 +450,9 @@ def test_overrides_go_over_the_file_and_deeper(tmp_path):
 
 def test_a_constant_rate_warms_up_where_it_is_asked_to(dataset, tmp_path):
     main(config_of(dataset, tmp_path / "run", num_steps=4, warmup_ratio=0.5, learning_rate=1e-3))
-    state = json.loads((tmp_path / "run" / "state" / "checkpoint-4" / "trainer_state.json").read_text())
+    state = json.loads(
+        (tmp_path / "run" / "state" / "checkpoint-4" / "trainer_state.json").read_text()
+    )
     rates = [line["learning_rate"] for line in state["log_history"] if "learning_rate" in line]
     np.testing.assert_allclose(rates, [0.0, 5e-4, 1e-3, 1e-3])
 
@@ -385,16 +464,31 @@ def test_an_evaluation_of_nothing_is_said(dataset, tmp_path, caplog):
 
 def test_a_mapping_that_is_given_whole_replaces_the_files(tmp_path):
     file = tmp_path / "recipe.yaml"
-    file.write_text("logging: {output_dir: a}\ntraining: {num_steps: 5}\ndata: {dataset: d, cameras: {front: x, wrist: y}}\n")
-    config = read_config(TrainConfig, file, ["data.cameras={high: z, left: observation.images.left}"])
+    file.write_text(
+        "logging: {output_dir: a}\ntraining: {num_steps: 5}\ndata: {dataset: d, cameras: {front: "
+        "x, wrist: y}}\n"
+    )
+    config = read_config(
+        TrainConfig, file, ["data.cameras={high: z, left: observation.images.left}"]
+    )
     assert config.data.cameras == {"high": "z", "left": "observation.images.left"}
-    assert read_config(TrainConfig, file, ["data.cameras.front=z"]).data.cameras == {"front": "z", "wrist": "y"}
+    assert read_config(TrainConfig, file, ["data.cameras.front=z"]).data.cameras == {
+        "front": "z",
+        "wrist": "y",
+    }
     assert read_config(TrainConfig, file, ["data.cameras=null"]).data.cameras is None
 
 
 def test_epochs_are_steps_over_the_rows(dataset, tmp_path):
-    """Fifteen rows by four: four steps an epoch; what is measured is saved too, and the last two stay."""
-    timing = {"save_every_n_steps": None, "save_every_n_epochs": 1, "eval_every_n_steps": 3, "keep_last": 2}
+    """Fifteen rows by four: four steps an epoch; what is measured is saved too, and the last two
+    stay.
+    """
+    timing = {
+        "save_every_n_steps": None,
+        "save_every_n_epochs": 1,
+        "eval_every_n_steps": 3,
+        "keep_last": 2,
+    }
     scores = {"step-000003": 0.5, "step-000006": 1.0, "step-000009": 0.0, "step-000010": 0.0}
     tried = []
 
@@ -402,13 +496,21 @@ def test_epochs_are_steps_over_the_rows(dataset, tmp_path):
         tried.append(folder.name)
         return {"success": scores[folder.name]}
 
-    config = config_of(dataset, tmp_path / "run", num_steps=None, num_epochs=2.5, batch_size=4, **timing)
+    config = config_of(
+        dataset, tmp_path / "run", num_steps=None, num_epochs=2.5, batch_size=4, **timing
+    )
     assert main(config, measure).resolve().name == "step-000010"
     assert tried == list(scores)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [f"step-{step:06d}" for step in (3, 4, 6, 8, 9, 10)]
     assert (tmp_path / "run" / "best").resolve().name == "step-000006"
-    assert sorted(f.name for f in (tmp_path / "run").glob("step-*")) == ["step-000006", "step-000009", "step-000010"]
+    assert sorted(f.name for f in (tmp_path / "run").glob("step-*")) == [
+        "step-000006",
+        "step-000009",
+        "step-000010",
+    ]
 
 
 def test_a_measurement_does_not_change_what_is_learned(dataset, tmp_path):
@@ -416,12 +518,18 @@ def test_a_measurement_does_not_change_what_is_learned(dataset, tmp_path):
         torch.rand(7)
         return {"success": 0.0}
 
-    lora = {"lora": {"rank": 2, "dropout": 0.5}, "learning_rate": 1e-2}  # dropout draws from torch's generator
-    weights = [trained_weights(main(config_of(dataset, tmp_path / str(measure), **lora), measure)) for measure in (None, noisy)]
+    # dropout draws from torch's generator
+    lora = {"lora": {"rank": 2, "dropout": 0.5}, "learning_rate": 1e-2}
+    weights = [
+        trained_weights(main(config_of(dataset, tmp_path / str(measure), **lora), measure))
+        for measure in (None, noisy)
+    ]
     assert all(torch.equal(one, weights[1][name]) for name, one in weights[0].items())
 
 
-def test_a_run_goes_on_with_another_log_and_refuses_another_global_batch(dataset, tmp_path, monkeypatch):
+def test_a_run_goes_on_with_another_log_and_refuses_another_global_batch(
+    dataset, tmp_path, monkeypatch
+):
     main(config_of(dataset, tmp_path / "run", num_steps=2))
     main(config_of(dataset, tmp_path / "run", num_steps=2, log_every_n_steps=7))
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -445,21 +553,31 @@ def test_an_unreadable_picture_is_named(tmp_path, workers):
     recipe["data"]["num_workers"] = workers
     with pytest.raises(InputError) as refusal:
         main(build(TrainConfig, recipe, "test"))
-    assert str(refusal.value).startswith("expected readable pictures; got episode 1, frame 1 of 'observation.images.top'")
+    assert str(refusal.value).startswith(
+        "expected readable pictures; got episode 1, frame 1 of 'observation.images.top'"
+    )
 
 
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "halve training.batch_size"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "halve training.batch_size",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), "room on the disk"),
         (
-            RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/1"),
+            RuntimeError(
+                "[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file "
+                "data/1"
+            ),
             "room on the disk",
         ),
     ],
 )
-def test_what_the_machine_lacks_is_said_and_the_checkpoint_before_is_whole(dataset, tmp_path, monkeypatch, error, expected):
+def test_what_the_machine_lacks_is_said_and_the_checkpoint_before_is_whole(
+    dataset, tmp_path, monkeypatch, error, expected
+):
     save = VLA0Trainer._save_checkpoint
 
     def fails(trainer, *args, **kwargs):
@@ -543,12 +661,17 @@ def test_shards_give_the_losses_of_one_process_and_an_ordinary_checkpoint(datase
     (tmp_path / "sharded.py").write_text(SHARDED)
     recipe = make_recipe(dataset, tmp_path / "two", batch_size=2, shard=True, **settings)
     launched(recipe, tmp_path, str(tmp_path / "sharded.py"))
-    assert list((tmp_path / "two" / "state" / "checkpoint-2" / "pytorch_model_fsdp_0").glob("__1_*"))  # a part of each
+    # a part of each
+    assert list(
+        (tmp_path / "two" / "state" / "checkpoint-2" / "pytorch_model_fsdp_0").glob("__1_*")
+    )
     shutil.rmtree(tmp_path / "two" / "step-000002")
     point(tmp_path / "two" / "last", "step-000001")  # as if it had been stopped there
     launched(recipe, tmp_path, str(tmp_path / "sharded.py"))
     np.testing.assert_allclose(losses(tmp_path / "two", 2), losses(tmp_path / "one", 2), rtol=1e-4)
-    assert all("error/2" in line for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines())
+    assert all(
+        "error/2" in line for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    )
     one, two = (trained_weights(tmp_path / name / "last") for name in ("one", "two"))
     for name, weight in one.items():
         torch.testing.assert_close(weight, two[name], rtol=1e-3, atol=2e-4, msg=name)
@@ -565,17 +688,29 @@ def test_sharding_that_would_not_happen_is_refused(dataset, tmp_path):
 def whole(output: Path) -> dict[str, bytes]:
     """What of a run lies in its checkpoint, and how it was ranked."""
     files = {name: (output / "last" / name).read_bytes() for name in ("README.md", "vla0.json")}
-    return {**files, "metrics": (output / "metrics.jsonl").read_bytes(), "best": (output / "best").resolve().name.encode()}
+    return {
+        **files,
+        "metrics": (output / "metrics.jsonl").read_bytes(),
+        "best": (output / "best").resolve().name.encode(),
+    }
 
 
 @pytest.mark.parametrize(
-    "lora", [{}, {"lora": {"rank": 4}, "precision": "bf16", "learning_rate": 0.02}], ids=["all weights", "LoRA"]
+    "lora",
+    [{}, {"lora": {"rank": 4}, "precision": "bf16", "learning_rate": 0.02}],
+    ids=["all weights", "LoRA"],
 )  # in bf16 a merged model measures otherwise than its adapters beside it
 @pytest.mark.parametrize("at", ["the end", "the middle"])
 def test_what_a_kill_left_unfinished_of_a_save_is_made_good(dataset, tmp_path, at, lora):
     """`last` has moved, and then the power went: no card, no rank, no chart."""
     data = {**make_recipe(dataset, tmp_path)["data"], "held_out": 1}
-    settings = {"num_steps": 4 if at == "the end" else 6, "save_every_n_steps": 2, "keep_last": 3, "data": data, **lora}
+    settings = {
+        "num_steps": 4 if at == "the end" else 6,
+        "save_every_n_steps": 2,
+        "keep_last": 3,
+        "data": data,
+        **lora,
+    }
     plain, cut = tmp_path / "plain", tmp_path / "cut"
     main(config_of(dataset, plain, **settings))
     shutil.copytree(plain, cut, symlinks=True)
@@ -602,17 +737,26 @@ def test_what_a_kill_left_unfinished_of_a_save_is_made_good(dataset, tmp_path, a
         (lambda run: (run / "train_config.json").write_text(""), "JSON in"),
         (lambda run: (run / "train_config.json").write_text('{"model"'), "JSON in"),
         (lambda run: (state_of(run) / "trainer_state.json").write_text("[]"), "a JSON object"),
-        (lambda run: (state_of(run) / "trainer_state.json").write_text("{}"), "global_step and max_steps"),
+        (
+            lambda run: (state_of(run) / "trainer_state.json").write_text("{}"),
+            "global_step and max_steps",
+        ),
         (lambda run: cut(state_of(run) / "trainer_state.json"), "JSON in"),
         (lambda run: cut(state_of(run) / "optimizer.pt"), "a training state that is whole"),
-        (lambda run: (state_of(run) / "optimizer.pt").write_bytes(b""), "a training state that is whole"),
+        (
+            lambda run: (state_of(run) / "optimizer.pt").write_bytes(b""),
+            "a training state that is whole",
+        ),
         (lambda run: shutil.rmtree((run / "last").resolve()), "the checkpoint that"),
     ],
 )
-def test_a_run_whose_files_are_damaged_says_so_and_never_begins_anew(dataset, tmp_path, damage, named):
+def test_a_run_whose_files_are_damaged_says_so_and_never_begins_anew(
+    dataset, tmp_path, damage, named
+):
     main(config_of(dataset, tmp_path / "run", num_steps=4, save_every_n_steps=2))
     state = state_of(tmp_path / "run") / "trainer_state.json"
-    state.write_text(json.dumps({**json.loads(state.read_text()), "global_step": 3}))  # as if it had more to do
+    # as if it had more to do
+    state.write_text(json.dumps({**json.loads(state.read_text()), "global_step": 3}))
     before = sorted(file.name for file in (tmp_path / "run").iterdir())
     damage(tmp_path / "run")
     with pytest.raises(InputError, match=named):
@@ -620,8 +764,12 @@ def test_a_run_whose_files_are_damaged_says_so_and_never_begins_anew(dataset, tm
     assert {*before, ".lock", ".owner"} >= {file.name for file in (tmp_path / "run").iterdir()}
 
 
-def test_the_state_that_last_stands_on_stays_whatever_was_touched_latest(dataset, tmp_path, monkeypatch):
-    """A kill as an old state was removed, the next before a new `last`: the latest that was touched is then the oldest."""
+def test_the_state_that_last_stands_on_stays_whatever_was_touched_latest(
+    dataset, tmp_path, monkeypatch
+):
+    """A kill as an old state was removed, the next before a new `last`: the latest that was touched
+    is then the oldest.
+    """
     publish, run = keep.models.publish, tmp_path / "run"
 
     class KilledError(Exception):
@@ -641,11 +789,20 @@ def test_the_state_that_last_stands_on_stays_whatever_was_touched_latest(dataset
             os.utime(run / "state" / f"checkpoint-{step}", (time.time() - 100 * age,) * 2)
     monkeypatch.undo()
     assert main(config_of(dataset, run, save_every_n_steps=1)).resolve().name == "step-000004"
-    assert sorted(file.name for file in (run / "state").iterdir()) == ["checkpoint-3", "checkpoint-4"]
+    assert sorted(file.name for file in (run / "state").iterdir()) == [
+        "checkpoint-3",
+        "checkpoint-4",
+    ]
 
 
 def test_what_kills_left_half_written_of_checkpoints_goes_with_the_next(dataset, tmp_path):
-    for name in (".step-000002.partial-17", ".step-000002.old-17", ".step-000001.partial", ".step-000002.mine", "step-2-eval"):
+    for name in (
+        ".step-000002.partial-17",
+        ".step-000002.old-17",
+        ".step-000001.partial",
+        ".step-000002.mine",
+        "step-2-eval",
+    ):
         (tmp_path / "run" / name).mkdir(parents=True)
     main(config_of(dataset, tmp_path / "run"))
     left = {file.name for file in (tmp_path / "run").iterdir() if "step" in file.name}
@@ -661,7 +818,10 @@ def cut(file: Path) -> None:
 
 
 def test_two_trainings_do_not_share_a_folder(dataset, tmp_path):
-    with held(tmp_path / "run", "training"), pytest.raises(InputError, match=rf"alone; got process {os.getpid()} on"):
+    with (
+        held(tmp_path / "run", "training"),
+        pytest.raises(InputError, match=rf"alone; got process {os.getpid()} on"),
+    ):
         main(config_of(dataset, tmp_path / "run"))
     main(config_of(dataset, tmp_path / "run"))
 

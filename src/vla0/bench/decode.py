@@ -1,4 +1,6 @@
-"""How fast chunks are decoded here, each way, on the same weights and inputs, and whether the tokens are the same."""
+"""How fast chunks are decoded here, each way, on the same weights and inputs, and whether the
+tokens are the same.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +29,12 @@ WAYS: dict[
 ] = {  # arguments of SpeculativeDecoder; None: transformers' generate with a logits processor
     BASELINE: None,
     "one token a pass": {"plain": True},
-    "forced symbols ride along": {"tree_size": 4, "chain_fraction": 0.0, "min_probability": 0.999, "learning": False},
+    "forced symbols ride along": {
+        "tree_size": 4,
+        "chain_fraction": 0.0,
+        "min_probability": 0.999,
+        "learning": False,
+    },
     "all digits, one level": {"tree_size": 21, "chain_fraction": 0.0, "learning": False},
     "all digits, two levels": {"tree_size": 232, "chain_fraction": 0.0, "learning": False},
     "tree of the last chunk": {"chain_fraction": 0.0, "learning": False},
@@ -38,8 +45,10 @@ OTHERS: dict[str, dict[str, Any]] = {  # by name only: what they are for, a mach
     "compiled": {"compiled": True},
     "not invariant": {"invariant": False},
 }
-MOST = 1024  # nodes of a pass: of many rows each has fewer, or the exhaustive ways would take minutes
-BLIND = ("forced symbols ride along", "all digits, one level", "all digits, two levels")  # they guess without a last chunk
+# nodes of a pass: of many rows each has fewer, or the exhaustive ways would take minutes
+MOST = 1024
+# they guess without a last chunk
+BLIND = ("forced symbols ride along", "all digits, one level", "all digits, two levels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +62,11 @@ class Timing:
     passes: float  # mean of a decode
     ms_median: float  # of a decode
     ms_p95: float
-    identical: float  # share of the compared chunks with the expected tokens: those of `generate`, or the plainest way's
-    margin: float | None = None  # where the first other one parts: how far the two likeliest tokens' logits are apart
+    # share of the compared chunks with the expected tokens: those of `generate`, or the plainest
+    # way's
+    identical: float
+    # where the first other one parts: how far the two likeliest tokens' logits are apart
+    margin: float | None = None
     compared: int = 0  # chunks
 
 
@@ -66,23 +78,32 @@ def bench(
     ways: Sequence[str] = tuple(WAYS),
     episodes: Episodes | None = None,
 ) -> list[Timing]:
-    """Timings of each way, batch size and n_action_steps. chunks: decodes of each. episodes: of a number its observations."""
+    """Timings of each way, batch size and n_action_steps. chunks: decodes of each.
+
+    episodes: of a number its observations.
+    """
     episodes = episodes or moving_pictures(policy.spec)
     rows = []
     with Progress(transient=True) as progress:
-        bar = progress.add_task("decoding", total=len(ways) * len(batches) * len(steps_per_query) * chunks)
+        bar = progress.add_task(
+            "decoding", total=len(ways) * len(batches) * len(steps_per_query) * chunks
+        )
         for batch in batches:
             for n_action_steps in steps_per_query:
                 inputs = inputs_of(policy.prompt, episodes, batch, n_action_steps, chunks)
                 expected: list[np.ndarray] = []
                 for way in ways if ways[0] == BASELINE else (BASELINE, *ways):
-                    row, levels = measure(policy, way, inputs, n_action_steps, expected, lambda: progress.advance(bar))
+                    row, levels = measure(
+                        policy, way, inputs, n_action_steps, expected, lambda: progress.advance(bar)
+                    )
                     expected = expected or levels
                     rows.append(row)
     return rows
 
 
-def queries(prompt: Prompt, episodes: Episodes, batch: int, n_action_steps: int) -> Iterator[dict[str, torch.Tensor]]:
+def queries(
+    prompt: Prompt, episodes: Episodes, batch: int, n_action_steps: int
+) -> Iterator[dict[str, torch.Tensor]]:
     """The model's inputs of successive queries in `batch` episodes at once, without an end."""
     streams = [episodes(number) for number in range(batch)]
     while True:
@@ -107,13 +128,16 @@ def measure(
     passes, calls = [], []
     seconds, found, last = [], [], None
     for own in {own["input_ids"].shape: own for own in inputs}.values():
-        # What happens once, and once for each size of the inputs, happens here; `generate` has nothing to prepare.
+        # What happens once, and once for each size of the inputs, happens here; `generate` has
+        # nothing to prepare.
         decoder.decode(own, 1 if way == BASELINE else None)
     hook = policy.model.model.language_model.register_forward_pre_hook(lambda *_: calls.append(1))
     for own in inputs:
         guesses = None
         if last is not None and way not in BLIND:
-            guesses = [filled(rest(chunk, n_action_steps), policy.spec.chunk_size) for chunk in last]
+            guesses = [
+                filled(rest(chunk, n_action_steps), policy.spec.chunk_size) for chunk in last
+            ]
         started = time.perf_counter()
         last = decoder.decode(own, guesses=guesses)
         seconds.append(time.perf_counter() - started)
@@ -126,7 +150,8 @@ def measure(
     hook.remove()
     same = [
         np.array_equal(a, b)
-        for one, other in zip(found, expected or found, strict=False)  # of a slow way there may be fewer
+        # of a slow way there may be fewer
+        for one, other in zip(found, expected or found, strict=False)
         for a, b in zip(one, other, strict=True)
     ]
     margin = None
@@ -135,9 +160,17 @@ def measure(
         margin = parting(policy, inputs[at], row, expected[at][row], found[at][row])
     ms = np.array(seconds) * 1e3
     timing = Timing(
-        way=way, batch=batch, n_action_steps=n_action_steps, chunks=len(found) * batch, passes=float(np.mean(passes)), ms_median=float(np.median(ms)), ms_p95=float(np.percentile(ms, 95)),
-        identical=float(np.mean(same)), margin=margin, compared=len(same),
-    )  # fmt: skip
+        way=way,
+        batch=batch,
+        n_action_steps=n_action_steps,
+        chunks=len(found) * batch,
+        passes=float(np.mean(passes)),
+        ms_median=float(np.median(ms)),
+        ms_p95=float(np.percentile(ms, 95)),
+        identical=float(np.mean(same)),
+        margin=margin,
+        compared=len(same),
+    )
     return timing, found
 
 
@@ -146,13 +179,21 @@ def _decoder(policy: VLA0, way: str, batch: int) -> SpeculativeDecoder | GreedyD
         return approximate(policy.model, policy.prompt, way)[1]
     if (settings := (WAYS | OTHERS)[way]) is None:
         return GreedyDecoder(policy.model, policy.prompt)
-    fewer = {"tree_size": min(settings["tree_size"], max(1, MOST // batch))} if "tree_size" in settings else {}
+    fewer = (
+        {"tree_size": min(settings["tree_size"], max(1, MOST // batch))}
+        if "tree_size" in settings
+        else {}
+    )
     return SpeculativeDecoder(policy.model, policy.prompt, **settings | fewer)
 
 
 @torch.inference_mode()
-def parting(policy: VLA0, batch: dict[str, torch.Tensor], row: int, one: np.ndarray, other: np.ndarray) -> float:
-    """Where two chunks of levels part: the difference of the two largest logits that the grammar allows."""
+def parting(
+    policy: VLA0, batch: dict[str, torch.Tensor], row: int, one: np.ndarray, other: np.ndarray
+) -> float:
+    """Where two chunks of levels part: the difference of the two largest logits that the grammar
+    allows.
+    """
     prompt, codec = policy.prompt, ActionCodec(policy.spec)
     texts = [prompt.answer_ids(codec.write(levels)) for levels in (one, other)]
     agreed = next(place for place, (a, b) in enumerate(zip(*texts, strict=False)) if a != b)
@@ -160,7 +201,9 @@ def parting(policy: VLA0, batch: dict[str, torch.Tensor], row: int, one: np.ndar
     state = grammar.start
     for token in texts[0][:agreed]:
         state = grammar.advance(state, prompt.symbol_ids.index(token))
-    more = torch.tensor([texts[0][:agreed]] * len(batch["input_ids"]), dtype=torch.long).reshape(len(batch["input_ids"]), -1)
+    more = torch.tensor([texts[0][:agreed]] * len(batch["input_ids"]), dtype=torch.long).reshape(
+        len(batch["input_ids"]), -1
+    )
     inputs = dict(batch)
     inputs["input_ids"] = torch.cat([batch["input_ids"], more], 1)
     inputs["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(more)], 1)
@@ -168,37 +211,64 @@ def parting(policy: VLA0, batch: dict[str, torch.Tensor], row: int, one: np.ndar
     inputs = {name: tensor.to(policy.model.device) for name, tensor in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].to(policy.model.dtype)
     logits = policy.model(**inputs, logits_to_keep=1).logits[row, -1].float()
-    first, second = torch.topk(logits[[prompt.symbol_ids[s] for s in grammar.allowed(state)]], 2).values.tolist()
+    first, second = torch.topk(
+        logits[[prompt.symbol_ids[s] for s in grammar.allowed(state)]], 2
+    ).values.tolist()
     return first - second
 
 
 def tables(rows: Sequence[Timing]) -> list[Table]:
-    """A table for each batch size and n_action_steps: the ways, and how many times faster than `generate`."""
+    """A table for each batch size and n_action_steps: the ways, and how many times faster than
+    `generate`.
+    """
     result = []
-    for (batch, n_action_steps), group in groupby(rows, key=lambda row: (row.batch, row.n_action_steps)):
+    for (batch, n_action_steps), group in groupby(
+        rows, key=lambda row: (row.batch, row.n_action_steps)
+    ):
         own, columns = list(group), ("passes", "ms", "95 %", "faster", "identical")
-        found = Table(Column("way", no_wrap=True), *(Column(name, no_wrap=True, justify="right") for name in columns))
+        found = Table(
+            Column("way", no_wrap=True),
+            *(Column(name, no_wrap=True, justify="right") for name in columns),
+        )
         found.title = f"{batch} at once, {n_action_steps} steps a query, {own[0].chunks} chunks"
         base = next(row.ms_median for row in own if row.way == BASELINE)
         for row in own:
-            cells = (f"{row.passes:.1f}", f"{row.ms_median:.1f}", f"{row.ms_p95:.1f}", f"{base / row.ms_median:.1f}")
+            cells = (
+                f"{row.passes:.1f}",
+                f"{row.ms_median:.1f}",
+                f"{row.ms_p95:.1f}",
+                f"{base / row.ms_median:.1f}",
+            )
             same = f"{row.identical:.1%}" + ("" if row.margin is None else f", {row.margin:.2g}")
             found.add_row(row.way, *cells, same)
         if any(row.margin is not None for row in own):
-            found.caption = "after the share: the margin of the model's choice where the first other chunk parts"
+            found.caption = (
+                "after the share: the margin of the model's choice where the first "
+                "other chunk parts"
+            )
         result.append(found)
     return result
 
 
 def refuse(
-    batches: Sequence[int], steps_per_query: Sequence[int], chunks: int, chunk_size: int, ways: Sequence[str] = ()
+    batches: Sequence[int],
+    steps_per_query: Sequence[int],
+    chunks: int,
+    chunk_size: int,
+    ways: Sequence[str] = (),
 ) -> None:
     """Raises InputError for numbers that mean nothing, and ways that there are not."""
     if min(batches) < 1 or chunks < 1:
-        raise InputError("batch and chunks >= 1", f"{min(batches)} and {chunks}", "give whole numbers from 1")
+        raise InputError(
+            "batch and chunks >= 1", f"{min(batches)} and {chunks}", "give whole numbers from 1"
+        )
     if not 1 <= min(steps_per_query) <= max(steps_per_query) <= chunk_size:
         raise InputError(
-            f"n_action_steps in 1..{chunk_size}, the chunk's size", f"{sorted(steps_per_query)}", "give fewer steps a query"
+            f"n_action_steps in 1..{chunk_size}, the chunk's size",
+            f"{sorted(steps_per_query)}",
+            "give fewer steps a query",
         )
     if unknown := [way for way in ways if way not in (*WAYS, *OTHERS, *MODES)]:
-        raise InputError(f"a way of {(*WAYS, *OTHERS, *MODES)}", f"'{unknown[0]}'", "choose one of those")
+        raise InputError(
+            f"a way of {(*WAYS, *OTHERS, *MODES)}", f"'{unknown[0]}'", "choose one of those"
+        )

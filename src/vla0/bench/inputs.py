@@ -16,24 +16,43 @@ from vla0.data.lerobot import DataConfig, Source
 from vla0.decode.window_attention import in_windows
 from vla0.policy import VLA0
 
-Episodes = Callable[[int], Iterator[Observation]]  # an episode's number → its observations, step by step, without an end
+# an episode's number → its observations, step by step, without an end
+Episodes = Callable[[int], Iterator[Observation]]
 
 SHAPE_3B: dict[str, Any] = {  # of Qwen2.5-VL-3B
     "text_config": {
-        "vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36,
-        "num_attention_heads": 16, "num_key_value_heads": 2, "max_position_embeddings": 128_000, "tie_word_embeddings": True,
-        "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        "vocab_size": 151_936,
+        "hidden_size": 2048,
+        "intermediate_size": 11_008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128_000,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [16, 24, 24],
+        },
     },
     "vision_config": {
-        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048,
-        "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112,
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 2048,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "window_size": 112,
     },
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 
 
 def moving_pictures(spec: Spec) -> Callable[[int], Iterator[Observation]]:
-    """Episodes without a dataset: in each a soft picture drifts before the cameras, and the state with it."""
+    """Episodes without a dataset: in each a soft picture drifts before the cameras, and the state
+    with it.
+    """
 
     def episode(number: int) -> Iterator[Observation]:
         rng = np.random.default_rng(number)
@@ -45,13 +64,19 @@ def moving_pictures(spec: Spec) -> Callable[[int], Iterator[Observation]]:
             images = {}
             for camera, parts in zip(spec.cameras, waves, strict=True):
                 phases = [a * 9 * across + b * 9 * down + c + d * step / 40 for a, b, c, d in parts]
-                frame = np.stack([127 + 120 * np.sin(phase) for phase in phases], -1).astype(np.uint8)
+                frame = np.stack([127 + 120 * np.sin(phase) for phase in phases], -1).astype(
+                    np.uint8
+                )
                 images[camera] = frame if spec.history == 1 else np.stack([frame] * spec.history)
             state = None
             if spec.state is not None:
                 low, high = map(np.array, spec.state)
-                state = low + (high - low) * (0.5 + 0.4 * np.sin(step / 40 + np.arange(len(low)) + number))
-            yield Observation(images, f"move the {('red', 'blue', 'green')[number % 3]} block", state)
+                state = low + (high - low) * (
+                    0.5 + 0.4 * np.sin(step / 40 + np.arange(len(low)) + number)
+                )
+            yield Observation(
+                images, f"move the {('red', 'blue', 'green')[number % 3]} block", state
+            )
             step += 1
 
     return episode
@@ -71,10 +96,14 @@ def recorded(config: DataConfig, spec: Spec) -> Episodes:
 
 
 def chosen(name: str, device: str | None = None) -> VLA0:
-    """The policy that is measured: "tiny" and "3b" have random weights, the latter the shape of Qwen2.5-VL-3B in bf16."""
+    """The policy that is measured: "tiny" and "3b" have random weights, the latter the shape of
+    Qwen2.5-VL-3B in bf16.
+    """
     if name not in ("tiny", "3b"):
         return VLA0.from_pretrained(name, device)
-    spec = Spec(low=(-1.0,) * 7, high=(1.0,) * 7, fps=20.0, cameras=("agentview", "wrist"), base_model=name)
+    spec = Spec(
+        low=(-1.0,) * 7, high=(1.0,) * 7, fps=20.0, cameras=("agentview", "wrist"), base_model=name
+    )
     processor: Any = tiny_processor([spec.system_text(), "move the red blue green block"])
     where = models.device_of(device)
     if name == "tiny":
@@ -107,7 +136,9 @@ def product_rate(bf16: bool) -> float:
     """FLOP a second of large products of matrices on this machine, measured now."""
     device = models.default_device()
     size = 8192 if device.type == "cuda" else 1024
-    left = torch.randn(size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" and bf16 else None)
+    left = torch.randn(
+        size, size, device=device, dtype=torch.bfloat16 if device.type == "cuda" and bf16 else None
+    )
     best = np.inf
     for _ in range(4):
         started = time.perf_counter()

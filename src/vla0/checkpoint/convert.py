@@ -23,17 +23,24 @@ REMEDY = "give the folder of an official run: config.yaml, dataset_stats.pkl and
 KEPT = (".safetensors", ".json", ".txt", ".jinja", ".model")
 
 
-def convert(run: str | Path, out: str | Path, vision_id: bool = False, crop: float | None = None) -> Spec:
+def convert(
+    run: str | Path, out: str | Path, vision_id: bool = False, crop: float | None = None
+) -> Spec:
     """Writes the checkpoint `out` of an official run folder, and gives its Spec.
 
-    vision_id: "Picture 1: " before an image; the released weights were trained without it, whatever their config.yaml says,
-    because transformers then ignored it. crop: where config.yaml does not name it. Raises InputError for another folder.
+    vision_id: "Picture 1: " before an image; the released weights were trained without it, whatever
+    their config.yaml says, because transformers then ignored it. crop: where config.yaml does not
+    name it. Raises InputError for another folder.
     """
     run, out = Path(run), Path(out)
     spec = read_spec(run, vision_id, crop)
     weights = run / "model_last"
     if not (weights / "config.json").is_file() or not list(weights.glob("*.safetensors")):
-        raise InputError(f"config.json and safetensors in '{weights}'", "none", "merge adapters and save as safetensors first")
+        raise InputError(
+            f"config.json and safetensors in '{weights}'",
+            "none",
+            "merge adapters and save as safetensors first",
+        )
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -41,7 +48,8 @@ def convert(run: str | Path, out: str | Path, vision_id: bool = False, crop: flo
         link_files(weights, partial, lambda file: file.suffix in KEPT)
         spec.save(partial)
         describe(partial, spec)
-        Prompt(spec, AutoProcessor.from_pretrained(partial))  # refuses a tokenizer that does not fit
+        # refuses a tokenizer that does not fit
+        Prompt(spec, AutoProcessor.from_pretrained(partial))
         put_in_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -56,8 +64,14 @@ def read_spec(run: Path, vision_id: bool = False, crop: float | None = None) -> 
     try:
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         qwen = config["MODEL"]["QWEN"]
-        chunk_size, dimensions, bins = (int(qwen[key]) for key in ("horizon", "original_action_dim", "num_bins_actions"))
-        count, tile, sides = int(qwen["num_cam"]), bool(qwen["tiled_rgb_imgs"]), [int(side) for side in qwen["rgb_img_size"]]
+        chunk_size, dimensions, bins = (
+            int(qwen[key]) for key in ("horizon", "original_action_dim", "num_bins_actions")
+        )
+        count, tile, sides = (
+            int(qwen["num_cam"]),
+            bool(qwen["tiled_rgb_imgs"]),
+            [int(side) for side in qwen["rgb_img_size"]],
+        )
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"an official config.yaml in '{run}'", reason, REMEDY) from None
@@ -68,9 +82,19 @@ def read_spec(run: Path, vision_id: bool = False, crop: float | None = None) -> 
         statistics = load_arrays(file, f"{run}/dataset_stats.pkl")
     low, high = _bounds(statistics, dimensions)
     return Spec(
-        low=low, high=high, fps=20.0, cameras=CAMERAS[:count], base_model=str(qwen.get("qwen_model_id", "Qwen/Qwen2.5-VL-3B-Instruct")), chunk_size=chunk_size, bins=bins,
-        image_size=sides[0], crop=_crop(config, crop), tile=tile, history=int(qwen.get("history", 1)), vision_id=vision_id,
-    )  # fmt: skip
+        low=low,
+        high=high,
+        fps=20.0,
+        cameras=CAMERAS[:count],
+        base_model=str(qwen.get("qwen_model_id", "Qwen/Qwen2.5-VL-3B-Instruct")),
+        chunk_size=chunk_size,
+        bins=bins,
+        image_size=sides[0],
+        crop=_crop(config, crop),
+        tile=tile,
+        history=int(qwen.get("history", 1)),
+        vision_id=vision_id,
+    )
 
 
 def _crop(config: Mapping[str, Any], given: float | None) -> float:
@@ -90,7 +114,11 @@ def _bounds(statistics: Any, dimensions: int) -> tuple[tuple[float, ...], tuple[
         low, high = (np.asarray(own[key], np.float64).reshape(-1) for key in ("min", "max"))
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise InputError("out_ori_act with min and max in dataset_stats.pkl", reason, REMEDY) from None
+        raise InputError(
+            "out_ori_act with min and max in dataset_stats.pkl", reason, REMEDY
+        ) from None
     if len(low) != dimensions or len(high) != dimensions:
-        raise InputError(f"{dimensions} bounds in dataset_stats.pkl", f"{len(low)} and {len(high)}", REMEDY)
+        raise InputError(
+            f"{dimensions} bounds in dataset_stats.pkl", f"{len(low)} and {len(high)}", REMEDY
+        )
     return tuple(map(float, low)), tuple(map(float, high))

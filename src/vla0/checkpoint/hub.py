@@ -1,4 +1,7 @@
-"""From the Hub: public datasets and LIBERO's meshes by name. To it: checkpoints. Its own client resumes and checks both."""
+"""From the Hub: public datasets and LIBERO's meshes by name. To it: checkpoints.
+
+Its own client resumes and checks both.
+"""
 
 import json
 import logging
@@ -26,22 +29,40 @@ KNOWN = {  # name → dataset on the Hub
 def download(name: str, out: str | Path | None = None) -> Path:
     """The folder of what `name` names: one of KNOWN, or a LeRobot dataset on the Hub, "owner/name".
 
-    out: by default data/<name>; LIBERO's meshes go where hf-libero looks for them. What is there already is not fetched again.
-    A dataset of format v2.0 or v2.1 is converted to v3.0 in its place. Raises InputError offline, or for an unknown name.
+    out: by default data/<name>; LIBERO's meshes go where hf-libero looks for them. What is there
+    already is not fetched again. A dataset of format v2.0 or v2.1 is converted to v3.0 in its
+    place. Raises InputError offline, or for an unknown name.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     if name not in KNOWN and name.count("/") != 1:
-        raise InputError(f"one of {', '.join(KNOWN)}, or owner/name on the Hub", f"'{name}'", nearest(name, KNOWN))
+        raise InputError(
+            f"one of {', '.join(KNOWN)}, or owner/name on the Hub",
+            f"'{name}'",
+            nearest(name, KNOWN),
+        )
     place = ASSETS_FOLDER if name == ASSETS else Path("data") / name.rpartition("/")[2]
     folder, repo = Path(out or place).expanduser(), KNOWN.get(name, name)
     try:
         snapshot_download(repo, repo_type="dataset", local_dir=folder)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        OSError,
+    ) as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
         raise InputError(
-            f"'{repo}' on the Hub", reason, "check the name and the connection; the same command goes on where it stopped"
+            f"'{repo}' on the Hub",
+            reason,
+            "check the name and the connection; the same command goes on where it stopped",
         ) from None
     if name != ASSETS:
         upgrade(folder, repo)
@@ -49,12 +70,19 @@ def download(name: str, out: str | Path | None = None) -> Path:
 
 
 def push(checkpoint: str | Path, repo: str, private: bool = False) -> str:
-    """Uploads a checkpoint folder to the Hub, its model card too; the address. Made where there is no such model yet.
+    """Uploads a checkpoint folder to the Hub, its model card too; the address.
+
+    Made where there is no such model yet.
 
     Raises InputError for what is no checkpoint, offline, and without the right to write there.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     folder = Path(checkpoint).resolve()  # `last` is a link
     Spec.load(folder)
@@ -63,15 +91,34 @@ def push(checkpoint: str | Path, repo: str, private: bool = False) -> str:
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=UNWANTED, commit_message="vla0 push"))
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        return str(
+            api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                ignore_patterns=UNWANTED,
+                commit_message="vla0 push",
+            )
+        )
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        OSError,
+    ) as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
-        remedy = "check the name (owner/name) and the connection, and `hf auth login`; what is there already is not sent again"
+        remedy = (
+            "check the name (owner/name) and the connection, and `hf auth login`; what is "
+            "there already is not sent again"
+        )
         raise InputError(f"leave to write '{repo}' on the Hub", reason, remedy) from None
 
 
 def upgrade(folder: Path, repo: str) -> None:
-    """Brings a LeRobot dataset of v2.0 or v2.1 to v3.0, in its place. Raises InputError for what is no dataset, or is older."""
+    """Brings a LeRobot dataset of v2.0 or v2.1 to v3.0, in its place.
+
+    Raises InputError for what is no dataset, or is older.
+    """
     file = folder / "meta" / "info.json"
     if not file.is_file():
         raise InputError(f"a LeRobot dataset in '{repo}'", "no meta/info.json", "name another")
@@ -88,27 +135,49 @@ def upgrade(folder: Path, repo: str) -> None:
         logger.info("converting '%s' from v2.1 to v3.0", folder)
         convert_dataset(repo, root=folder, push_to_hub=False)
     elif version != "v3.0":
-        raise InputError("a LeRobot dataset v2.0, v2.1 or v3.0", f"{version}", f"take another, e.g. {KNOWN['libero']}")
+        raise InputError(
+            "a LeRobot dataset v2.0, v2.1 or v3.0",
+            f"{version}",
+            f"take another, e.g. {KNOWN['libero']}",
+        )
 
 
 def _episode_statistics(folder: Path, info: dict[str, Any]) -> str:
-    """What v2.1 has beyond v2.0: a line of statistics for each episode. Those of pictures are the whole dataset's."""
+    """What v2.1 has beyond v2.0: a line of statistics for each episode.
+
+    Those of pictures are the whole dataset's.
+    """
     import pyarrow.parquet as parquet
 
     meta = folder / "meta"
     whole = json.loads((meta / "stats.json").read_text(encoding="utf-8"))
-    kinds = {key: feature["dtype"] for key, feature in info["features"].items() if feature["dtype"] != "string"}
+    kinds = {
+        key: feature["dtype"]
+        for key, feature in info["features"].items()
+        if feature["dtype"] != "string"
+    }
     narrow = [key for key, kind in kinds.items() if kind not in ("image", "video")]
     lines = []
     for line in (meta / "episodes.jsonl").read_text(encoding="utf-8").splitlines():
         number = json.loads(line)["episode_index"]
-        data = info["data_path"].format(episode_chunk=number // info["chunks_size"], episode_index=number)
+        data = info["data_path"].format(
+            episode_chunk=number // info["chunks_size"], episode_index=number
+        )
         table = parquet.read_table(folder / data, columns=narrow)
         count = [table.num_rows]
         stats = {key: {**whole[key], "count": count} for key in kinds if key not in narrow}
         for key in narrow:
-            values = np.stack([np.atleast_1d(value) for value in table[key].to_pylist()]).astype(np.float64)
-            measured = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0), "std": values.std(0)}
-            stats[key] = {name: value.tolist() for name, value in measured.items()} | {"count": count}
+            values = np.stack([np.atleast_1d(value) for value in table[key].to_pylist()]).astype(
+                np.float64
+            )
+            measured = {
+                "min": values.min(0),
+                "max": values.max(0),
+                "mean": values.mean(0),
+                "std": values.std(0),
+            }
+            stats[key] = {name: value.tolist() for name, value in measured.items()} | {
+                "count": count
+            }
         lines.append(json.dumps({"episode_index": number, "stats": stats}))
     return "\n".join(lines) + "\n"

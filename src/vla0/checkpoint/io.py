@@ -29,10 +29,12 @@ def load(
     dtype: str | torch.dtype = "auto",
     quantization: str | None = None,
 ) -> tuple[Any, Any]:
-    """(model, processor) of an ordinary transformers folder, any image-text-to-text model of the Qwen2.5-VL family.
+    """(model, processor) of an ordinary transformers folder, any image-text-to-text model of the
+    Qwen2.5-VL family.
 
-    device None: the GPU where there is one. quantization: "nf4" for the language model's weights in 4 bits, on that
-    device from the start. Raises InputError where files are missing, truncated or do not fit.
+    device None: the GPU where there is one. quantization: "nf4" for the language model's weights in
+    4 bits, on that device from the start. Raises InputError where files are missing, truncated or
+    do not fit.
     """
     remedy, device = "fetch or train the checkpoint again", device_of(device)
     settings: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
@@ -44,25 +46,36 @@ def load(
         processor = AutoProcessor.from_pretrained(folder)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-        raise InputError(f"a complete transformers checkpoint in '{folder}'", reason, remedy) from error
+        raise InputError(
+            f"a complete transformers checkpoint in '{folder}'", reason, remedy
+        ) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         # transformers would go on with random numbers there.
         lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise InputError(f"all weights in '{folder}'", f"{len(lost)} missing, first {lost[0]}", remedy)
+        raise InputError(
+            f"all weights in '{folder}'", f"{len(lost)} missing, first {lost[0]}", remedy
+        )
     return in_windows(model if quantization else model.to(device)), processor
 
 
 def four_bits(dtype: str | torch.dtype) -> BitsAndBytesConfig:
-    """How weights become 4 bits: as QLoRA does it, all but the vision tower and the output layer."""
+    """How weights become 4 bits: as QLoRA does it, all but the vision tower and the output
+    layer.
+    """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
-            "bitsandbytes, for model.quantization", "no such package", "pip install 'vla0[qlora]', or leave that out"
+            "bitsandbytes, for model.quantization",
+            "no such package",
+            "pip install 'vla0[qlora]', or leave that out",
         )
     computed = torch.float32 if dtype == "auto" else dtype
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=computed,
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=computed,
         llm_int8_skip_modules=["model.visual", "lm_head"],
-    )  # fmt: skip
+    )
 
 
 def default_device() -> torch.device:
@@ -71,14 +84,19 @@ def default_device() -> torch.device:
 
 
 def device_of(name: str | torch.device | None) -> torch.device:
-    """The device of a name; None: the default. Raises InputError where this machine has none such."""
+    """The device of a name; None: the default.
+
+    Raises InputError where this machine has none such.
+    """
     if name is None:
         return default_device()
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:160]
-        raise InputError("a torch device of this machine", f"'{name}' ({reason})", "leave it out for the default") from None
+        raise InputError(
+            "a torch device of this machine", f"'{name}' ({reason})", "leave it out for the default"
+        ) from None
 
 
 def save(
@@ -116,11 +134,17 @@ def shell(model: Any) -> Any:
 
 
 def publish(state: Path, folder: Path, processor: Any, specs: Mapping[str, Spec]) -> None:
-    """A clean checkpoint folder out of a Trainer's: no pickle, weights as hard links where the disk has them."""
+    """A clean checkpoint folder out of a Trainer's: no pickle, weights as hard links where the disk
+    has them.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    link_files(state, partial, lambda file: file.name != "trainer_state.json" and file.suffix in (".safetensors", ".json"))
+    link_files(
+        state,
+        partial,
+        lambda file: file.name != "trainer_state.json" and file.suffix in (".safetensors", ".json"),
+    )
     _complete(partial, processor, specs)
     put_in_place(partial, folder)
 
@@ -134,7 +158,9 @@ def _complete(folder: Path, processor: Any, specs: Mapping[str, Spec]) -> None:
 
 
 def link_files(source: Path, folder: Path, kept: Callable[[Path], bool]) -> None:
-    """The files of `source` that are kept, in `folder`: hard links, or copies where that is another disk."""
+    """The files of `source` that are kept, in `folder`: hard links, or copies where that is another
+    disk.
+    """
     for file in source.iterdir():
         if file.is_file() and kept(file):
             try:
@@ -144,11 +170,18 @@ def link_files(source: Path, folder: Path, kept: Callable[[Path], bool]) -> None
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Renames a finished folder to its place. What stood there is replaced if it was a checkpoint, else refused."""
+    """Renames a finished folder to its place.
+
+    What stood there is replaced if it was a checkpoint, else refused.
+    """
     if folder.exists():
         if any(folder.iterdir()) and not (folder / SPEC_FILE).is_file():
             shutil.rmtree(partial)
-            raise InputError("a new folder or an old checkpoint", f"'{folder}' with other files", "name another folder")
+            raise InputError(
+                "a new folder or an old checkpoint",
+                f"'{folder}' with other files",
+                "name another folder",
+            )
         old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
         folder.rename(old)
         partial.rename(folder)
@@ -165,7 +198,9 @@ def untrained(model: Any) -> Any:
 
 
 def fingerprint(model: Any, spec: Spec) -> str:
-    """Hexadecimal digits that differ between checkpoints: of the Spec and of a sample of every weight."""
+    """Hexadecimal digits that differ between checkpoints: of the Spec and of a sample of every
+    weight.
+    """
     found = hashlib.sha256(repr(spec).encode())
     for name, weight in model.state_dict().items():
         flat = weight.flatten()

@@ -1,4 +1,6 @@
-"""What LeRobot reads in a checkpoint folder, so that `--policy.path=FOLDER` opens it (packages/lerobot_policy_vla0)."""
+"""What LeRobot reads in a checkpoint folder, so that `--policy.path=FOLDER` opens it
+(packages/lerobot_policy_vla0).
+"""
 
 import json
 from pathlib import Path
@@ -8,16 +10,25 @@ from vla0.core.spec import Spec
 
 
 def describe(folder: Path, spec: Spec) -> None:
-    """Adds LeRobot's keys to transformers' config.json, and LeRobot's steps around a policy: none changes a number.
+    """Adds LeRobot's keys to transformers' config.json, and LeRobot's steps around a policy: none
+    changes a number.
 
-    Pictures are expected as `observation.images.CAMERA`, LeRobot's own names; --rename_map gives others.
+    Pictures are expected as `observation.images.CAMERA`, LeRobot's own names; --rename_map gives
+    others.
     """
     side = [3, spec.image_size, spec.image_size]
-    inputs: dict[str, Any] = {f"observation.images.{camera}": {"type": "VISUAL", "shape": side} for camera in spec.cameras}
+    inputs: dict[str, Any] = {
+        f"observation.images.{camera}": {"type": "VISUAL", "shape": side} for camera in spec.cameras
+    }
     if spec.state is not None:
         inputs["observation.state"] = {"type": "STATE", "shape": [len(spec.state[0])]}
     outputs = {"action": {"type": "ACTION", "shape": [spec.dimensions]}}
-    own = {"type": "vla0", "chunk_size": spec.chunk_size, "input_features": inputs, "output_features": outputs}
+    own = {
+        "type": "vla0",
+        "chunk_size": spec.chunk_size,
+        "input_features": inputs,
+        "output_features": outputs,
+    }
     file = folder / "config.json"
     _write(file, json.loads(file.read_text(encoding="utf-8")) | own)
     unchanged = dict.fromkeys(("VISUAL", "STATE", "ACTION"), "IDENTITY")
@@ -26,9 +37,15 @@ def describe(folder: Path, spec: Spec) -> None:
         ("rename_observations_processor", {"rename_map": {}}),
         ("to_batch_processor", {}),
         device,
-        ("normalizer_processor", {"eps": 1e-8, "features": inputs | outputs, "norm_map": unchanged}),
+        (
+            "normalizer_processor",
+            {"eps": 1e-8, "features": inputs | outputs, "norm_map": unchanged},
+        ),
     ]
-    after = [("unnormalizer_processor", {"eps": 1e-8, "features": outputs, "norm_map": unchanged}), device]
+    after = [
+        ("unnormalizer_processor", {"eps": 1e-8, "features": outputs, "norm_map": unchanged}),
+        device,
+    ]
     for name, steps in {"policy_preprocessor": before, "policy_postprocessor": after}.items():
         content = [{"registry_name": step, "config": config} for step, config in steps]
         _write(folder / f"{name}.json", {"name": name, "steps": content})

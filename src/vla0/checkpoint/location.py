@@ -13,14 +13,24 @@ def of_the_hub(name: str | Path) -> bool:
 
 
 def locate(path: str | Path, weights: bool = True) -> Path:
-    """The local folder of a checkpoint: the path itself where it is one, else that of a Hub id, with or without weights."""
+    """The local folder of a checkpoint: the path itself where it is one, else that of a Hub id,
+    with or without weights.
+    """
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), ignore_patterns=UNWANTED if weights else [*UNWANTED, "*.safetensors"]))
+        return Path(
+            snapshot_download(
+                str(path), ignore_patterns=UNWANTED if weights else [*UNWANTED, "*.safetensors"]
+            )
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if of_the_hub(path) else "no such folder"
-        raise InputError("a checkpoint folder or Hub id", f"'{path}' ({reason})", "check the path or the connection") from None
+        raise InputError(
+            "a checkpoint folder or Hub id",
+            f"'{path}' ({reason})",
+            "check the path or the connection",
+        ) from None

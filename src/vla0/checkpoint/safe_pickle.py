@@ -1,8 +1,9 @@
-"""numpy arrays out of a pickle: the few opcodes that are needed, by a reader that builds nothing else.
+"""numpy arrays out of a pickle: the few opcodes that are needed, by a reader that builds nothing
+else.
 
-pickle's own reader, told which classes it may find, still lets a stranger change those classes, allocates what five bytes ask
-for, and expands what it decodes (CVE-2026-25874 and its kin). Here no class is looked up, nothing is called, and what is
-built is bounded by the bytes that came.
+pickle's own reader, told which classes it may find, still lets a stranger change those classes,
+allocates what five bytes ask for, and expands what it decodes (CVE-2026-25874 and its kin). Here no
+class is looked up, nothing is called, and what is built is bounded by the bytes that came.
 """
 
 import math
@@ -15,16 +16,27 @@ import numpy as np
 
 from vla0.errors import InputError
 
-MOST = 200_000  # opcodes: an array is a dozen, whatever its size; and things that one meets who walks through what was read
+# opcodes: an array is a dozen, whatever its size; and things that one meets who walks through what
+# was read
+MOST = 200_000
 KINDS = "biuf"  # of numbers: booleans, integers, floats
-NUMPY = ("numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric")
-PLAIN = ("builtins", "__builtin__")  # of which protocol 2 writes bytes that are empty, and bytearrays
+NUMPY = (
+    "numpy",
+    "numpy.core.multiarray",
+    "numpy._core.multiarray",
+    "numpy.core.numeric",
+    "numpy._core.numeric",
+)
+# of which protocol 2 writes bytes that are empty, and bytearrays
+PLAIN = ("builtins", "__builtin__")
 BUILDERS = ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer")  # of numpy's modules
 
 
 @dataclass
 class Record:
-    """What was said of an object of a class that is known by name: its arguments and its fields, none of which was run."""
+    """What was said of an object of a class that is known by name: its arguments and its fields,
+    none of which was run.
+    """
 
     name: str
     arguments: tuple[Any, ...] = ()
@@ -59,7 +71,9 @@ class _Array:
 
 
 def load_arrays(file: IO[bytes], where: str, also: Collection[tuple[str, str]] = ()) -> Any:
-    """What a pickle of arrays, numbers, strings, lists and dicts holds. Raises InputError for any other, having run nothing.
+    """What a pickle of arrays, numbers, strings, lists and dicts holds.
+
+    Raises InputError for any other, having run nothing.
 
     also: (module, name) of classes of data that are known too: of their objects a Record comes.
     """
@@ -101,13 +115,18 @@ class _Reader:
     def taken(self, count: int) -> tuple[Any, ...]:
         if len(self.stack) < count + (self.marks[-1] if self.marks else 0):
             raise ValueError("too little on the stack")
-        found, self.stack[len(self.stack) - count :] = tuple(self.stack[len(self.stack) - count :]), []
+        found, self.stack[len(self.stack) - count :] = (
+            tuple(self.stack[len(self.stack) - count :]),
+            [],
+        )
         return found
 
     def named(self, module: Any, name: Any) -> None:
         if type(module) is not str or type(name) is not str:
             raise ValueError("a name that is no text")
-        known = (module in NUMPY and name in BUILDERS) or (module in PLAIN and name in ("bytes", "bytearray"))
+        known = (module in NUMPY and name in BUILDERS) or (
+            module in PLAIN and name in ("bytes", "bytearray")
+        )
         if not known and (module, name) not in (("_codecs", "encode"), *self.also):
             raise ValueError(f"{module}.{name}")
         self.stack.append(_Name(name))
@@ -117,11 +136,21 @@ class _Reader:
             raise ValueError("a call of what is no name")
         if name == "encode":
             text, coding = arguments
-            if type(text) is not str or type(coding) is not str or coding not in ("latin1", "latin-1"):
+            if (
+                type(text) is not str
+                or type(coding) is not str
+                or coding not in ("latin1", "latin-1")
+            ):
                 raise ValueError("text that is not in latin1")
             return self.paid(text.encode("latin1"))
         if name in ("bytes", "bytearray"):
-            raw = b"" if not arguments else arguments[0] if len(arguments) == 1 else self.called(_Name("encode"), arguments)
+            raw = (
+                b""
+                if not arguments
+                else arguments[0]
+                if len(arguments) == 1
+                else self.called(_Name("encode"), arguments)
+            )
             if not isinstance(raw, bytes):
                 raise ValueError(f"bytes of {type(raw).__name__}")
             return raw if name == "bytes" else bytearray(self.paid(raw))
@@ -129,7 +158,13 @@ class _Reader:
             return _Dtype(arguments[0])
         if name == "_reconstruct":
             kind, shape, _ = arguments
-            if isinstance(kind, _Name) and kind == "ndarray" and type(shape) is tuple and len(shape) == 1 and shape[0] == 0:
+            if (
+                isinstance(kind, _Name)
+                and kind == "ndarray"
+                and type(shape) is tuple
+                and len(shape) == 1
+                and shape[0] == 0
+            ):
                 return _Array()
         if name == "scalar":
             dtype, raw = arguments
@@ -144,9 +179,14 @@ class _Reader:
 
     def array(self, shape: tuple[int, ...], dtype: _Dtype, fortran: bool, raw: Any) -> np.ndarray:
         own = dtype.made()
-        if type(shape) is not tuple or not all(type(side) is int and 0 <= side < 1 << 32 for side in shape[:32]):
-            raise ValueError("an array of no shape")  # a product of anything else may be anything, and of any size
-        if not isinstance(raw, bytes | bytearray) or math.prod(shape[:32]) * own.itemsize != len(raw):
+        if type(shape) is not tuple or not all(
+            type(side) is int and 0 <= side < 1 << 32 for side in shape[:32]
+        ):
+            # a product of anything else may be anything, and of any size
+            raise ValueError("an array of no shape")
+        if not isinstance(raw, bytes | bytearray) or math.prod(shape[:32]) * own.itemsize != len(
+            raw
+        ):
             raise ValueError(f"an array of shape {shape} out of other bytes")
         return np.frombuffer(raw, own).reshape(shape, order="F" if fortran else "C")
 
@@ -190,9 +230,14 @@ class _Reader:
 
     def put_in(self, pairs: list[Any]) -> None:
         target = self.stack[-1]
-        # Tuples in tuples are hashed for ever, and numbers of one hash are compared each with all others.
-        if type(target) is not dict or not all(type(k) is str or (type(k) is int and abs(k) < 1 << 31) for k in pairs[::2]):
-            raise ValueError("entries of what is no mapping, or by what is neither text nor a small number")
+        # Tuples in tuples are hashed for ever, and numbers of one hash are compared each with all
+        # others.
+        if type(target) is not dict or not all(
+            type(k) is str or (type(k) is int and abs(k) < 1 << 31) for k in pairs[::2]
+        ):
+            raise ValueError(
+                "entries of what is no mapping, or by what is neither text nor a small number"
+            )
         target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     def put_on(self, entries: list[Any]) -> None:
@@ -203,8 +248,12 @@ class _Reader:
 
 
 def _size(found: Any, known: dict[int, int], levels: int = 50) -> int:
-    """How many things one meets who walks through it: thirty lists, each the one before twice, are a thousand million."""
-    inside = found.values() if type(found) is dict else found if type(found) in (list, tuple) else ()
+    """How many things one meets who walks through it: thirty lists, each the one before twice, are
+    a thousand million.
+    """
+    inside = (
+        found.values() if type(found) is dict else found if type(found) in (list, tuple) else ()
+    )
     inside = (*found.arguments, found.fields) if isinstance(found, Record) else inside
     if inside and id(found) not in known:
         if not levels:
@@ -221,28 +270,51 @@ def _push(make: Callable[[_Reader, Any], Any]) -> Callable[[_Reader, Any], None]
 
 
 _VALUES = {  # opcodes whose argument is the value
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT", "BINFLOAT", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
-    "BYTEARRAY8", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-}  # fmt: skip
+    "INT",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG",
+    "LONG1",
+    "FLOAT",
+    "BINFLOAT",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+    "BYTEARRAY8",
+    "UNICODE",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+}
 _ACTIONS: dict[str, Callable[[_Reader, Any], Any]] = {
-    "NONE": _push(lambda reader, _: None), "NEWTRUE": _push(lambda reader, _: True), "NEWFALSE": _push(lambda reader, _: False),
+    "NONE": _push(lambda reader, _: None),
+    "NEWTRUE": _push(lambda reader, _: True),
+    "NEWFALSE": _push(lambda reader, _: False),
     "MARK": lambda reader, _: reader.marks.append(len(reader.stack)),
     "POP": lambda reader, _: reader.taken(1),
-    "EMPTY_TUPLE": _push(lambda reader, _: ()), "TUPLE": _push(lambda reader, _: tuple(reader.since_mark())),
-    "TUPLE1": _push(lambda reader, _: reader.taken(1)), "TUPLE2": _push(lambda reader, _: reader.taken(2)),
+    "EMPTY_TUPLE": _push(lambda reader, _: ()),
+    "TUPLE": _push(lambda reader, _: tuple(reader.since_mark())),
+    "TUPLE1": _push(lambda reader, _: reader.taken(1)),
+    "TUPLE2": _push(lambda reader, _: reader.taken(2)),
     "TUPLE3": _push(lambda reader, _: reader.taken(3)),
-    "EMPTY_LIST": _push(lambda reader, _: []), "LIST": _push(lambda reader, _: reader.since_mark()),
+    "EMPTY_LIST": _push(lambda reader, _: []),
+    "LIST": _push(lambda reader, _: reader.since_mark()),
     "APPEND": lambda reader, _: reader.put_on(list(reader.taken(1))),
     "APPENDS": lambda reader, _: reader.put_on(reader.since_mark()),
-    "EMPTY_DICT": _push(lambda reader, _: {}), "SETITEM": lambda reader, _: reader.put_in(list(reader.taken(2))),
+    "EMPTY_DICT": _push(lambda reader, _: {}),
+    "SETITEM": lambda reader, _: reader.put_in(list(reader.taken(2))),
     "SETITEMS": lambda reader, _: reader.put_in(reader.since_mark()),
     "GLOBAL": lambda reader, argument: reader.named(*argument.split(" ", 1)),
     "STACK_GLOBAL": lambda reader, _: reader.named(*reader.taken(2)),
     "REDUCE": _push(lambda reader, _: reader.called(*reader.taken(2))),
     "NEWOBJ": _push(lambda reader, _: reader.called(*reader.taken(2))),
     "BUILD": lambda reader, _: reader.built(*reader.taken(1)),
-    "PUT": lambda reader, place: reader.remembered(int(place)), "BINPUT": lambda reader, place: reader.remembered(place),
-    "LONG_BINPUT": lambda reader, place: reader.remembered(place), "MEMOIZE": lambda reader, _: reader.remembered(None),
-    "GET": _push(lambda reader, place: reader.memo[int(place)]), "BINGET": _push(lambda reader, place: reader.memo[place]),
+    "PUT": lambda reader, place: reader.remembered(int(place)),
+    "BINPUT": lambda reader, place: reader.remembered(place),
+    "LONG_BINPUT": lambda reader, place: reader.remembered(place),
+    "MEMOIZE": lambda reader, _: reader.remembered(None),
+    "GET": _push(lambda reader, place: reader.memo[int(place)]),
+    "BINGET": _push(lambda reader, place: reader.memo[place]),
     "LONG_BINGET": _push(lambda reader, place: reader.memo[place]),
-}  # fmt: skip
+}

@@ -1,4 +1,7 @@
-"""One command, `vla0`, and its subcommands. What they need is imported when they run, so that `--help` is quick."""
+"""One command, `vla0`, and its subcommands.
+
+What they need is imported when they run, so that `--help` is quick.
+"""
 
 import logging
 import os
@@ -38,14 +41,23 @@ def refuse_old_names(words: list[str]) -> None:
         name = flag.removeprefix("--").replace("-", "_")
         way = name == "way" and words[:1] == ["bench"]  # of decoding, which has kept its name
         if flag.startswith("--") and name in RENAMED and not way:
-            raise InputError("a flag of today", f"'{flag}'", f"it is called '--{RENAMED[name].replace('_', '-')}' now")
+            raise InputError(
+                "a flag of today",
+                f"'{flag}'",
+                f"it is called '--{RENAMED[name].replace('_', '-')}' now",
+            )
 
 
 def main() -> None:
-    """The entry point: bad input is one line and exit code 2. VLA0_DEBUG=1 shows where it came from."""
+    """The entry point: bad input is one line and exit code 2.
+
+    VLA0_DEBUG=1 shows where it came from.
+    """
     debug = bool(os.environ.get("VLA0_DEBUG"))
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
-    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING, format="%(message)s", handlers=[handler]
+    )
     hush()
     logging.getLogger("vla0").setLevel(logging.DEBUG if debug else logging.INFO)
     try:

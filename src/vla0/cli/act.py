@@ -19,30 +19,63 @@ PROTOCOLS = ("openpi", "lerobot", "vla-eval")
 @app.command()
 def serve(
     checkpoint: Annotated[str, typer.Option(help="checkpoint folder or Hub id")],
-    host: Annotated[str, typer.Option(help="address to listen on; any but this machine's own needs a key")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="address to listen on; any but this machine's own needs a key")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
-    api_key_file: Annotated[Path | None, typer.Option(help="file of the key that clients have to know")] = None,
-    tls_cert: Annotated[Path | None, typer.Option(help="certificate (PEM), with its key unless --tls-key is given")] = None,
-    tls_key: Annotated[Path | None, typer.Option(help="the certificate's private key (PEM)")] = None,
-    key: Annotated[list[str] | None, typer.Option(help="CAMERA=NAME of its picture in messages; several times")] = None,
-    ensemble: Annotated[str, typer.Option(help="none: whole chunks; mean, v1 or v2:w: ensembled steps")] = "none",
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="file of the key that clients have to know")
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(help="certificate (PEM), with its key unless --tls-key is given")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(help="the certificate's private key (PEM)")
+    ] = None,
+    key: Annotated[
+        list[str] | None, typer.Option(help="CAMERA=NAME of its picture in messages; several times")
+    ] = None,
+    ensemble: Annotated[
+        str, typer.Option(help="none: whole chunks; mean, v1 or v2:w: ensembled steps")
+    ] = "none",
     n_action_steps: Annotated[
-        int | None, typer.Option(help="steps a client executes per query, where they are ensembled; default 1")
+        int | None,
+        typer.Option(help="steps a client executes per query, where they are ensembled; default 1"),
     ] = None,
-    origin: Annotated[list[str] | None, typer.Option(help="a web page that may ask, https://...; default none")] = None,
-    embodiment: Annotated[str, typer.Option(help="of a checkpoint trained on a mixture: whose robot acts")] = MAIN,
-    device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="a web page that may ask, https://...; default none")
+    ] = None,
+    embodiment: Annotated[
+        str, typer.Option(help="of a checkpoint trained on a mixture: whose robot acts")
+    ] = MAIN,
+    device: Annotated[
+        str | None, typer.Option(help="torch device; default the GPU where there is one")
+    ] = None,
     clients: Annotated[int | None, typer.Option(help="at most, at once; default 128")] = None,
-    rate: Annotated[float | None, typer.Option(help="messages a second of one client, at most; default 200")] = None,
-    message_mib: Annotated[
-        float | None, typer.Option(help="size of a message, at most; default full HD of each camera")
+    rate: Annotated[
+        float | None, typer.Option(help="messages a second of one client, at most; default 200")
     ] = None,
-    side: Annotated[int | None, typer.Option(help="pixels of a picture's side, at most; default 4096")] = None,
-    protocol: Annotated[str, typer.Option(help="openpi; lerobot, its robot_client's gRPC; or vla-eval, a harness")] = "openpi",
-    base_url: Annotated[str | None, typer.Option(help="of another engine that serves the checkpoint: OpenAI's API")] = None,
-    engine: Annotated[str | None, typer.Option(help="of --base-url: vllm (default), sglang or llama.cpp")] = None,
+    message_mib: Annotated[
+        float | None,
+        typer.Option(help="size of a message, at most; default full HD of each camera"),
+    ] = None,
+    side: Annotated[
+        int | None, typer.Option(help="pixels of a picture's side, at most; default 4096")
+    ] = None,
+    protocol: Annotated[
+        str, typer.Option(help="openpi; lerobot, its robot_client's gRPC; or vla-eval, a harness")
+    ] = "openpi",
+    base_url: Annotated[
+        str | None, typer.Option(help="of another engine that serves the checkpoint: OpenAI's API")
+    ] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="of --base-url: vllm (default), sglang or llama.cpp")
+    ] = None,
 ) -> None:
-    """Act for robots elsewhere, over openpi's websocket protocol or another. Ctrl-C finishes what was begun."""
+    """Act for robots elsewhere, over openpi's websocket protocol or another.
+
+    Ctrl-C finishes what was begun.
+    """
     from vla0.checkpoint.location import locate
     from vla0.serve.listen import ServerLimits, refuse_open, refuse_taken, secret_of, served, shown
     from vla0.serve.messages import refuse_other_cameras
@@ -50,13 +83,17 @@ def serve(
     secret = secret_of(api_key_file)
     pairs = pairs_of("--key", key or [])
     message_bytes = None if message_mib is None else int(message_mib * 2**20)
-    limits = ServerLimits(**given(side=side, clients=clients, rate=rate, message_bytes=message_bytes))
+    limits = ServerLimits(
+        **given(side=side, clients=clients, rate=rate, message_bytes=message_bytes)
+    )
     if protocol not in PROTOCOLS:
         raise InputError(f"--protocol of {PROTOCOLS}", f"'{protocol}'", "choose one of those")
     refuse_open(host, secret, protocol)
     refuse_taken(host, port)
     if protocol != "openpi" and (secret or tls_cert):
-        raise InputError(f"--protocol {protocol} without a key or TLS", "one of them", "its clients know none")
+        raise InputError(
+            f"--protocol {protocol} without a key or TLS", "one of them", "its clients know none"
+        )
     if protocol != "vla-eval" and ensemble == "none":
         refuse_idle({"--n-action-steps": n_action_steps}, "--ensemble")
     if protocol != "openpi":
@@ -68,7 +105,11 @@ def serve(
     else:
         refuse_idle({"--device": device}, "no --base-url, whose engine has its own,")
     if protocol == "lerobot" and ensemble != "none":
-        raise InputError("--protocol lerobot without --ensemble", ensemble, "its client averages by itself (aggregate_fn_name)")
+        raise InputError(
+            "--protocol lerobot without --ensemble",
+            ensemble,
+            "its client averages by itself (aggregate_fn_name)",
+        )
     spec = Spec.load(locate(checkpoint, weights=False), embodiment)
     refuse_other_cameras(pairs, spec)  # before a large model is loaded
     from vla0.policy import VLA0
@@ -81,7 +122,13 @@ def serve(
         policy = VLA0.from_pretrained(checkpoint, device, embodiment=embodiment)
     if protocol == "openpi":
         server = Server(
-            policy, limits, pairs, secret, ensemble=ensemble, origins=origin or (), **given(n_action_steps=n_action_steps)
+            policy,
+            limits,
+            pairs,
+            secret,
+            ensemble=ensemble,
+            origins=origin or (),
+            **given(n_action_steps=n_action_steps),
         )
         scheme = "wss" if tls_cert else "ws"
         ready = lambda bound: console.print(f"{shown(policy.spec)}\n{scheme}://{host}:{bound}")  # noqa: E731
@@ -92,14 +139,22 @@ def serve(
         own = importlib.import_module(f"vla0.serve.{kind}")
     except ImportError as error:
         extra = "robot" if protocol == "lerobot" else "vla-eval"
-        raise InputError(f"what --protocol {protocol} needs", str(error), f"pip install 'vla0[{extra}]'") from None
+        raise InputError(
+            f"what --protocol {protocol} needs", str(error), f"pip install 'vla0[{extra}]'"
+        ) from None
     address = "--server_address=" if protocol == "lerobot" else "ws://"
     say = lambda bound: console.print(f"{shown(policy.spec)}\n{address}{host}:{bound}")  # noqa: E731
     if protocol == "lerobot":
         own.serve_lerobot(own.LeRobotServer(policy, limits, pairs), host, port, say)
     else:
         served(
-            own.VlaEvalServer(policy, pairs, ensemble=ensemble, limits=limits, **given(n_action_steps=n_action_steps)),
+            own.VlaEvalServer(
+                policy,
+                pairs,
+                ensemble=ensemble,
+                limits=limits,
+                **given(n_action_steps=n_action_steps),
+            ),
             host,
             port,
             ready=say,
@@ -115,54 +170,93 @@ def robot(
         str | None,
         typer.Option("--robot", help="LeRobot's type of it, e.g. so101; sim is a simulated arm"),
     ] = None,
-    live: Annotated[bool, typer.Option("--live", help="really move; without it nothing is sent")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="really move; without it nothing is sent")
+    ] = False,
     mode: Annotated[str, typer.Option(help="sync, async or ensemble")] = "async",
-    n_action_steps: Annotated[int | None, typer.Option(help="steps executed of a chunk; default half of it")] = None,
-    weights: Annotated[str | None, typer.Option(help="of --mode ensemble, by age: mean, v1 (default) or v2:w")] = None,
-    limits: Annotated[Path | None, typer.Option(help="YAML: low, high, step, velocity; default the data's")] = None,
-    camera: Annotated[list[str] | None, typer.Option(help="CAMERA=NAME, the robot's name of it")] = None,
+    n_action_steps: Annotated[
+        int | None, typer.Option(help="steps executed of a chunk; default half of it")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="of --mode ensemble, by age: mean, v1 (default) or v2:w")
+    ] = None,
+    limits: Annotated[
+        Path | None, typer.Option(help="YAML: low, high, step, velocity; default the data's")
+    ] = None,
+    camera: Annotated[
+        list[str] | None, typer.Option(help="CAMERA=NAME, the robot's name of it")
+    ] = None,
     episodes: Annotated[int, typer.Option()] = 1,
     seconds: Annotated[float, typer.Option(help="an episode at most")] = 30.0,
-    reset_s: Annotated[float, typer.Option(help="between episodes, or until the right arrow")] = 10.0,
+    reset_s: Annotated[
+        float, typer.Option(help="between episodes, or until the right arrow")
+    ] = 10.0,
     fps: Annotated[float | None, typer.Option(help="of the loop; default the checkpoint's")] = None,
-    resample: Annotated[bool, typer.Option("--resample", help="admit another --fps: linear between positions")] = False,
+    resample: Annotated[
+        bool, typer.Option("--resample", help="admit another --fps: linear between positions")
+    ] = False,
     hold_s: Annotated[float, typer.Option(help="without a command for so long: hold")] = 0.2,
     stop_s: Annotated[float, typer.Option(help="without a command for so long: stop")] = 2.0,
     timeout_s: Annotated[float, typer.Option(help="for an answer of the policy")] = 2.0,
-    out: Annotated[Path | None, typer.Option(help="new folder of the recording; default runs/robot/TIME")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="new folder of the recording; default runs/robot/TIME")
+    ] = None,
     record: Annotated[bool, typer.Option(help="record what was done live")] = True,
-    view: Annotated[str | None, typer.Option(help="rerun: window, FILE.rrd or a viewer's URL")] = None,
+    view: Annotated[
+        str | None, typer.Option(help="rerun: window, FILE.rrd or a viewer's URL")
+    ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="file of the server's key")] = None,
-    tls_ca: Annotated[Path | None, typer.Option(help="certificate (PEM) that a wss:// server was signed with")] = None,
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="certificate (PEM) that a wss:// server was signed with")
+    ] = None,
 ) -> None:
     """Run a policy on a robot of LeRobot's, or on a simulated arm. A dry run until --live.
 
-    The robot is described as for lerobot-record: --robot.type=so101_follower --robot.port=/dev/ttyACM0
-    --robot.cameras="{front: {type: opencv, index_or_path: 0, width: 640, height: 480, fps: 30}}".
-    Space, esc, q or Ctrl-C stops it; the right arrow ends an episode, the left one forgets it too.
-    A limits file says for example `step: 3` for all actions, `velocity: [30, 30, 30, 30, 30, 90]`, or `low: {gripper.pos: 10}`.
+    The robot is described as for lerobot-record: --robot.type=so101_follower
+    --robot.port=/dev/ttyACM0 --robot.cameras="{front: {type: opencv, index_or_path: 0, width: 640,
+    height: 480, fps: 30}}". Space, esc, q or Ctrl-C stops it; the right arrow ends an episode, the
+    left one forgets it too. A limits file says for example `step: 3` for all actions, `velocity:
+    [30, 30, 30, 30, 30, 90]`, or `low: {gripper.pos: 10}`.
     """
     from vla0.serve.listen import secret_of
 
     if mode == "ensemble":
-        refuse_idle({"--n-action-steps": n_action_steps}, "--mode sync or async: an ensemble asks as often as answers come,")
+        refuse_idle(
+            {"--n-action-steps": n_action_steps},
+            "--mode sync or async: an ensemble asks as often as answers come,",
+        )
     else:
         refuse_idle({"--weights": weights}, "--mode ensemble")
     if fps is None:
         refuse_idle({"--resample": resample}, "--fps")
     if not (live and record):
         refuse_idle({"--out": out}, "--live and --record")
-    words = robot_words(context.args, [parameter.opts[0] for parameter in context.command.params], kind)
+    words = robot_words(
+        context.args, [parameter.opts[0] for parameter in context.command.params], kind
+    )
     secret = secret_of(api_key_file)
-    from vla0.robot.lerobot_robot import make_robot  # heavy: after what may be wrong has been looked at
+    # heavy: after what may be wrong has been looked at
+    from vla0.robot.lerobot_robot import make_robot
     from vla0.robot.session import RobotSession, SessionConfig
     from vla0.serve.client import NoAnswerError, RemotePolicy
 
     folder = (out or Path(f"runs/robot/{datetime.now():%Y-%m-%d_%H-%M-%S}")) if record else None
     config = SessionConfig(
-        instruction=instruction, live=live, mode=mode, n_action_steps=n_action_steps, fps=fps, resample=resample, episodes=episodes, seconds=seconds, reset_s=reset_s,
-        hold_s=hold_s, stop_s=stop_s, out=folder, view=view, **given(weights=weights),
-    )  # fmt: skip
+        instruction=instruction,
+        live=live,
+        mode=mode,
+        n_action_steps=n_action_steps,
+        fps=fps,
+        resample=resample,
+        episodes=episodes,
+        seconds=seconds,
+        reset_s=reset_s,
+        hold_s=hold_s,
+        stop_s=stop_s,
+        out=folder,
+        view=view,
+        **given(weights=weights),
+    )
     pairs, narrowed = pairs_of("--camera", camera or []), _limits(limits)
     arm = make_robot(words)
     console.print(f"asking {policy_url}")
@@ -174,13 +268,17 @@ def robot(
         session = RobotSession(config, arm, policy, pairs, narrowed, console.print)
         console.print(_table(session.body.actions, session.limits))
         if not live:
-            console.print("dry run: nothing is sent to the robot; give --live once what you see is right")
+            console.print(
+                "dry run: nothing is sent to the robot; give --live once what you see is right"
+            )
         reports = session.run()
     finally:
         policy.close()
     latencies = sorted(latency for report in reports for latency in report.latency_s)
     if latencies:
-        console.print(f"{len(latencies)} chunks, {latencies[len(latencies) // 2] * 1e3:.0f} ms in the median")
+        console.print(
+            f"{len(latencies)} chunks, {latencies[len(latencies) // 2] * 1e3:.0f} ms in the median"
+        )
     if reports and reports[-1].stopped is not None:
         raise typer.Exit(130 if reports[-1].stopped.startswith("SIG") else 1)
 
@@ -195,7 +293,9 @@ def pairs_of(option: str, given: list[str]) -> dict[str, str]:
 
 
 def robot_words(given: list[str], options: list[str], kind: str | None) -> list[str]:
-    """`--robot.*` words, joined by =; whatever else is not an option is refused with the nearest."""
+    """`--robot.*` words, joined by =; whatever else is not an option is refused with the
+    nearest.
+    """
     words: list[str] = [f"--robot.type={kind}"] if kind else []
     open_word = False
     for word in given:
@@ -204,7 +304,9 @@ def robot_words(given: list[str], options: list[str], kind: str | None) -> list[
         elif open_word and not word.startswith("--"):
             words[-1] += f"={word}"
         else:
-            raise InputError("an option of `vla0 robot`, or --robot.*", f"'{word}'", nearest(word, options))
+            raise InputError(
+                "an option of `vla0 robot`, or --robot.*", f"'{word}'", nearest(word, options)
+            )
         open_word = "=" not in words[-1]
     return words
 
@@ -215,7 +317,9 @@ def _limits(file: Path | None) -> Any:
     from vla0.train.config import read_yaml
 
     if not file.is_file():
-        raise InputError("a file of limits", f"'{file}', which is not there", "write one: `vla0 robot --help`")
+        raise InputError(
+            "a file of limits", f"'{file}', which is not there", "write one: `vla0 robot --help`"
+        )
     return read_yaml(file)
 
 
@@ -224,6 +328,11 @@ def _table(actions: list[str], limits: Any) -> Table:
 
     table = Table("action", "low", "high", "most a step", "most a second")
     for d, name in enumerate(actions):
-        each = [None if value is None else value[d] for value in (limits.low, limits.high, limits.step, limits.velocity)]
-        table.add_row(name, *("" if value is None or value >= NEVER else f"{value:.4g}" for value in each))
+        each = [
+            None if value is None else value[d]
+            for value in (limits.low, limits.high, limits.step, limits.velocity)
+        ]
+        table.add_row(
+            name, *("" if value is None or value >= NEVER else f"{value:.4g}" for value in each)
+        )
     return table

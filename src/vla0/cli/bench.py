@@ -16,19 +16,39 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.command()
 def decode(
-    model: Annotated[str, typer.Option(help="tiny or 3b (random weights), or a checkpoint folder or Hub id")] = "tiny",
-    batch: Annotated[list[int] | None, typer.Option(help="observations decoded together; several times for several")] = None,
+    model: Annotated[
+        str, typer.Option(help="tiny or 3b (random weights), or a checkpoint folder or Hub id")
+    ] = "tiny",
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(help="observations decoded together; several times for several"),
+    ] = None,
     n_action_steps: Annotated[
-        list[int] | None, typer.Option(help="steps executed between queries; several times for several")
+        list[int] | None,
+        typer.Option(help="steps executed between queries; several times for several"),
     ] = None,
     chunks: Annotated[int | None, typer.Option(help="decodes of each kind; default 20")] = None,
-    way: Annotated[list[str] | None, typer.Option(help="of the ways, those only; several times for several")] = None,
-    approximate: Annotated[list[str] | None, typer.Option(help="also: relaxed, fp8, int8 or nf4")] = None,
-    device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
-    config: Annotated[Path | None, typer.Option(help="see its dataset's pictures, not made-up ones")] = None,
-    calibrate: Annotated[bool, typer.Option(help="measure anew how many guesses a pass should check, and no more")] = False,
-    certify: Annotated[int | None, typer.Option(help="compare so many chunks with one token a pass, and no more")] = None,
-    out: Annotated[Path | None, typer.Option(help="with --certify: file for the certificate")] = None,
+    way: Annotated[
+        list[str] | None, typer.Option(help="of the ways, those only; several times for several")
+    ] = None,
+    approximate: Annotated[
+        list[str] | None, typer.Option(help="also: relaxed, int8 or nf4")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="torch device; default the GPU where there is one")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="see its dataset's pictures, not made-up ones")
+    ] = None,
+    calibrate: Annotated[
+        bool, typer.Option(help="measure anew how many guesses a pass should check, and no more")
+    ] = False,
+    certify: Annotated[
+        int | None, typer.Option(help="compare so many chunks with one token a pass, and no more")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="with --certify: file for the certificate")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="file for the rows")] = None,
 ) -> None:
     """Time the ways of decoding on the same inputs, and compare their tokens."""
@@ -38,7 +58,10 @@ def decode(
     else:
         refuse_idle({**timed, "--calibrate": calibrate}, "no --certify")
     if calibrate:
-        refuse_idle({**timed, "--batch": batch, "--n-action-steps": n_action_steps, "--config": config}, "no --calibrate")
+        refuse_idle(
+            {**timed, "--batch": batch, "--n-action-steps": n_action_steps, "--config": config},
+            "no --calibrate",
+        )
     chunks, read = 20 if chunks is None else chunks, None
     if config is not None:
         from vla0.train.config import TrainConfig, read_config
@@ -53,7 +76,11 @@ def decode(
     console = Console()
     policy = chosen(model, device)
     if not isinstance(policy.decoder, SpeculativeDecoder):
-        raise InputError("a model that the fast decoder drives", f"'{model}', decoded plainly", "nothing to compare here")
+        raise InputError(
+            "a model that the fast decoder drives",
+            f"'{model}', decoded plainly",
+            "nothing to compare here",
+        )
     if calibrate:
         console.print(f"{measured_tree_size(policy.decoder.engine, fresh=True)} nodes a pass")
         return
@@ -63,7 +90,10 @@ def decode(
     if certify is not None:
         _certify(policy, certify, batch or [1], n_action_steps or [1], episodes, out)
         return
-    batches, steps_per_query = batch or [1, 8, 32], n_action_steps or sorted({1, policy.spec.chunk_size})
+    batches, steps_per_query = (
+        batch or [1, 8, 32],
+        n_action_steps or sorted({1, policy.spec.chunk_size}),
+    )
     ways = (*(way or benchmark.WAYS), *(approximate or ()))
     benchmark.refuse(batches, steps_per_query, chunks, policy.spec.chunk_size, ways)
     rows = benchmark.bench(policy, batches, steps_per_query, chunks, ways, episodes)
@@ -73,21 +103,36 @@ def decode(
         write(json, [asdict(row) for row in rows])
 
 
-def _certify(policy: Any, chunks: int, batches: list[int], steps_per_query: list[int], episodes: Any, out: Path | None) -> None:
+def _certify(
+    policy: Any,
+    chunks: int,
+    batches: list[int],
+    steps_per_query: list[int],
+    episodes: Any,
+    out: Path | None,
+) -> None:
     from vla0.bench.certificate import certificate
 
     if len(batches) > 1 or len(steps_per_query) > 1:
         raise InputError(
-            "one --batch and one --n-action-steps with --certify", f"{batches}, {steps_per_query}", "certify each on its own"
+            "one --batch and one --n-action-steps with --certify",
+            f"{batches}, {steps_per_query}",
+            "certify each on its own",
         )
     found = certificate(policy, chunks, batches[0], steps_per_query[0], episodes)
     if out is not None:
         write(out, found)
     console = Console()
     console.print(f"{found['identical']} of {found['chunks']} chunks identical to one token a pass")
-    console.print(f"{found['passes']:.1f} passes a chunk; {found['dtype']}, {found['device']}, {found['versions']}")
+    console.print(
+        f"{found['passes']:.1f} passes a chunk; {found['dtype']}, {found['device']}, "
+        f"{found['versions']}"
+    )
     for own in found["differing"]:
-        console.print(f"chunk {own['chunk']}: {own['numbers']} numbers differ; margin where it parts {own['margin']:.3g}")
+        console.print(
+            f"chunk {own['chunk']}: {own['numbers']} numbers differ; margin where it parts "
+            f"{own['margin']:.3g}"
+        )
 
 
 def write(file: Path, rows: Any) -> None:

@@ -15,19 +15,42 @@ from vla0.quiet import quiet
 def collect(
     env: Annotated[str, typer.Argument(help="metaworld, libero or arm")],
     out: Annotated[Path, typer.Option(help="new folder for the LeRobot dataset")],
-    task: Annotated[list[str] | None, typer.Option(help="task to demonstrate; give it several times for several tasks")] = None,
-    suite: Annotated[str | None, typer.Option(help="LIBERO: all tasks of spatial, object, goal, long or all four")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="task to demonstrate; give it several times for several tasks"),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="LIBERO: all tasks of spatial, object, goal, long or all four"),
+    ] = None,
     episodes: Annotated[int, typer.Option(help="solved episodes for each task")] = 40,
     seed: Annotated[int | None, typer.Option(help="first seed of each task")] = None,
-    image_size: Annotated[int | None, typer.Option(help="side of a picture, pixels; default 112, LIBERO 256")] = None,
-    start: Annotated[str | None, typer.Option(help="Meta-World: where the hand starts: stock, its one place, or above")] = None,
-    fps: Annotated[
-        int | None, typer.Option(help="Meta-World: decisions a second, default 80; an action is repeated in between")
+    image_size: Annotated[
+        int | None, typer.Option(help="side of a picture, pixels; default 112, LIBERO 256")
     ] = None,
-    noise_share: Annotated[float | None, typer.Option(help="share of the steps whose action is disturbed")] = None,
-    noise_scale: Annotated[float | None, typer.Option(help="standard deviation of the disturbance")] = None,
-    quick: Annotated[bool, typer.Option(help="LIBERO: no shadows and reflections; faster on a CPU, other pictures")] = False,
-    videos: Annotated[bool, typer.Option(help="store pictures as videos: smaller, slower to write")] = False,
+    start: Annotated[
+        str | None,
+        typer.Option(help="Meta-World: where the hand starts: stock, its one place, or above"),
+    ] = None,
+    fps: Annotated[
+        int | None,
+        typer.Option(
+            help="Meta-World: decisions a second, default 80; an action is repeated in between"
+        ),
+    ] = None,
+    noise_share: Annotated[
+        float | None, typer.Option(help="share of the steps whose action is disturbed")
+    ] = None,
+    noise_scale: Annotated[
+        float | None, typer.Option(help="standard deviation of the disturbance")
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(help="LIBERO: no shadows and reflections; faster on a CPU, other pictures"),
+    ] = False,
+    videos: Annotated[
+        bool, typer.Option(help="store pictures as videos: smaller, slower to write")
+    ] = False,
     assets: Annotated[Path | None, typer.Option(help="LIBERO: folder of its meshes")] = None,
     workers: Annotated[int | None, typer.Option(help="processes; default one a core")] = None,
 ) -> None:
@@ -45,10 +68,20 @@ def collect(
     quiet()
     found = run(
         CollectConfig(
-            tasks=tasks, env=env, episodes=episodes, seed=seed, image_size=image_size, quick=quick, noise_share=noise_share, noise_scale=noise_scale,
-            videos=videos, **given(start=start, fps=fps),
-        ), out, workers
-    )  # fmt: skip
+            tasks=tasks,
+            env=env,
+            episodes=episodes,
+            seed=seed,
+            image_size=image_size,
+            quick=quick,
+            noise_share=noise_share,
+            noise_scale=noise_scale,
+            videos=videos,
+            **given(start=start, fps=fps),
+        ),
+        out,
+        workers,
+    )
     for name, (solved, failed) in found.items():
         console.print(f"{name}: {solved} episodes, {failed} failures of the expert left out")
     console.print(f"dataset: {out}")
@@ -56,19 +89,32 @@ def collect(
 
 @app.command()
 def inspect(
-    words: Annotated[list[str] | None, typer.Argument(help="LeRobot dataset, default the config's; and key=value")] = None,
-    config: Annotated[Path | None, typer.Option(help="config; default the published settings, all cameras, no state")] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="LeRobot dataset, default the config's; and key=value"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="config; default the published settings, all cameras, no state"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="page to write")] = Path("inspect.html"),
-    write_config: Annotated[Path | None, typer.Option(help="new config of this dataset to write, as configs/own.yaml")] = None,
+    write_config: Annotated[
+        Path | None, typer.Option(help="new config of this dataset to write, as configs/own.yaml")
+    ] = None,
 ) -> None:
-    """Look at a dataset before training on it: what is in it, what is lost in writing, what the model will see."""
+    """Look at a dataset before training on it: what is in it, what is lost in writing, what the
+    model will see.
+    """
     from vla0.inspect.own import config_to_inspect, write_own_config
 
     if write_config is not None:
         if config is not None:
             raise InputError("--config or --write-config", "both", "leave one out")
         write_own_config(words or [], write_config)
-        console.print(f"config: {write_config}, for vla0 train --config {write_config} logging.output_dir=runs/mine")
+        console.print(
+            f"config: {write_config}, for vla0 train --config {write_config} "
+            f"logging.output_dir=runs/mine"
+        )
         config = write_config
     settings = config_to_inspect(words or [], config)
     from vla0.inspect.examine import examine  # heavy: after the config has been read
@@ -87,8 +133,16 @@ def inspect(
 
 @app.command()
 def download(
-    name: Annotated[str, typer.Argument(help="libero-assets, libero, libero-images, or a LeRobot dataset owner/name")],
-    out: Annotated[Path | None, typer.Option(help="folder; default data/NAME, for the meshes where LIBERO looks")] = None,
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="libero-assets, libero, libero-images, or a LeRobot dataset owner/name"
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder; default data/NAME, for the meshes where LIBERO looks"),
+    ] = None,
 ) -> None:
     """Fetch LIBERO's meshes or a public LeRobot dataset from the Hub."""
     from vla0.checkpoint.hub import download as run
@@ -102,7 +156,9 @@ def push(
     repo: Annotated[str, typer.Argument(help="owner/name on the Hub")],
     private: Annotated[bool, typer.Option(help="a new model is seen by its owner alone")] = False,
 ) -> None:
-    """Upload a checkpoint to the Hub, model card and all: VLA0.from_pretrained("owner/name") then loads it."""
+    """Upload a checkpoint to the Hub, model card and all: VLA0.from_pretrained("owner/name") then
+    loads it.
+    """
     from vla0.checkpoint.hub import push as run
 
     quiet()
@@ -111,32 +167,52 @@ def push(
 
 @app.command()
 def convert(
-    run: Annotated[Path, typer.Argument(help="run folder of the official VLA-0 code, or adapters of lerobot-train --peft")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            help="run folder of the official VLA-0 code, or adapters of lerobot-train --peft"
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="new checkpoint folder")],
-    vision_id: Annotated[bool, typer.Option(help='"Picture 1: " before an image; the released weights know none')] = False,
-    crop: Annotated[float | None, typer.Option(help="where the run's config.yaml does not say, e.g. 0.875")] = None,
+    vision_id: Annotated[
+        bool, typer.Option(help='"Picture 1: " before an image; the released weights know none')
+    ] = False,
+    crop: Annotated[
+        float | None, typer.Option(help="where the run's config.yaml does not say, e.g. 0.875")
+    ] = None,
 ) -> None:
-    """Turn a run folder of the official VLA-0 code into a checkpoint, its weights untouched; or merge LeRobot's adapters."""
+    """Turn a run folder of the official VLA-0 code into a checkpoint, its weights untouched; or
+    merge LeRobot's adapters.
+    """
     quiet()
     if (run / "adapter_config.json").is_file():
         try:
             from lerobot_policy_vla0.merging import merge
         except ImportError as error:
-            raise InputError("the LeRobot plugin", str(error), "install packages/lerobot_policy_vla0") from None
+            raise InputError(
+                "the LeRobot plugin", str(error), "install packages/lerobot_policy_vla0"
+            ) from None
         refuse_idle({"--vision-id": vision_id, "--crop": crop}, "a run of the official code")
         spec = merge(run, out)
     else:
         from vla0.checkpoint.convert import convert as run_convert
 
         spec = run_convert(run, out, vision_id, crop)
-    console.print(f"checkpoint: {out}, {spec.chunk_size} steps of {spec.dimensions} numbers in 0..{spec.bins}")
+    console.print(
+        f"checkpoint: {out}, {spec.chunk_size} steps of {spec.dimensions} numbers in 0..{spec.bins}"
+    )
 
 
 @app.command()
 def doctor(
-    job: Annotated[str | None, typer.Option("--for", help="what is to run here: train, eval or serve")] = None,
+    job: Annotated[
+        str | None, typer.Option("--for", help="what is to run here: train, eval or serve")
+    ] = None,
 ) -> None:
-    """Say what works on this machine, and the remedy for what does not. Exit code 1 where the job cannot run."""
+    """Say what works on this machine, and the remedy for what does not.
+
+    Exit code 1 where the job cannot run.
+    """
     from vla0.doctor import JOBS, diagnose, findings_table
 
     if job is not None and job not in JOBS:

@@ -15,7 +15,8 @@ from vla0.quiet import quiet
 def train(
     config: Annotated[Path, typer.Option(help="config, e.g. configs/demo.yaml")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="fields of the train_config, dots go deeper")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="fields of the train_config, dots go deeper"),
     ] = None,
 ) -> None:
     """Fine-tune a VLM on a LeRobot dataset. The same command again goes on where it stopped."""
@@ -39,35 +40,78 @@ def train(
 @app.command("eval")
 def evaluate(
     checkpoint: Annotated[str, typer.Option(help="checkpoint folder or Hub id")],
-    embodiment: Annotated[str, typer.Option(help="of a checkpoint trained on a mixture: whose robot acts")] = MAIN,
-    task: Annotated[list[str] | None, typer.Option(help="task to try; give it several times for several tasks")] = None,
-    suite: Annotated[str | None, typer.Option(help="LIBERO: all tasks of spatial, object, goal, long or all four")] = None,
+    embodiment: Annotated[
+        str, typer.Option(help="of a checkpoint trained on a mixture: whose robot acts")
+    ] = MAIN,
+    task: Annotated[
+        list[str] | None, typer.Option(help="task to try; give it several times for several tasks")
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="LIBERO: all tasks of spatial, object, goal, long or all four"),
+    ] = None,
     env: Annotated[str, typer.Option(help="metaworld, libero or arm")] = "metaworld",
     episodes: Annotated[int, typer.Option(help="episodes for each task, on unseen seeds")] = 20,
-    out: Annotated[Path | None, typer.Option(help="folder of the results; default beside the checkpoint")] = None,
-    n_action_steps: Annotated[int | None, typer.Option(help="steps executed per query; default 1")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the results; default beside the checkpoint")
+    ] = None,
+    n_action_steps: Annotated[
+        int | None, typer.Option(help="steps executed per query; default 1")
+    ] = None,
     ensemble: Annotated[
-        str | None, typer.Option(help="none, mean, v1 or v2:w: weights of overlapping chunks by age; default v1")
+        str | None,
+        typer.Option(
+            help="none, mean, v1 or v2:w: weights of overlapping chunks by age; default v1"
+        ),
     ] = None,
-    baseline: Annotated[list[str] | None, typer.Option(help="also: blank, swapped, random or untrained")] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="also: blank, swapped, random or untrained")
+    ] = None,
     approximate: Annotated[
-        list[str] | None, typer.Option(help="beside it: relaxed, fp8, int8 or nf4, faster or smaller")
+        list[str] | None,
+        typer.Option(help="beside it: relaxed, int8 or nf4, faster or smaller"),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="environments at once; default 8 a core")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="environments at once; default 8 a core")
+    ] = None,
     max_steps: Annotated[
-        int | None, typer.Option(help="steps after which an episode has failed; default 150, LIBERO's caps")
+        int | None,
+        typer.Option(help="steps after which an episode has failed; default 150, LIBERO's caps"),
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="side of a picture, pixels; default 112, LIBERO 256")] = None,
-    start: Annotated[str | None, typer.Option(help="Meta-World: where the hand starts: stock, its one place, or above")] = None,
-    quick: Annotated[bool, typer.Option(help="LIBERO: no shadows and reflections; faster on a CPU, other pictures")] = False,
+    image_size: Annotated[
+        int | None, typer.Option(help="side of a picture, pixels; default 112, LIBERO 256")
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(help="Meta-World: where the hand starts: stock, its one place, or above"),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(help="LIBERO: no shadows and reflections; faster on a CPU, other pictures"),
+    ] = False,
     assets: Annotated[Path | None, typer.Option(help="LIBERO: folder of its meshes")] = None,
-    device: Annotated[str | None, typer.Option(help="torch device; default the GPU where there is one")] = None,
-    render: Annotated[bool, typer.Option(help="film every step, not only those that the policy looks at")] = False,
-    ray: Annotated[str | None, typer.Option(help="spread over a Ray cluster: its address, or local to start one here")] = None,
-    ablation: Annotated[bool, typer.Option(help="the published rows: ensembling on and off, steps executed per query")] = False,
-    separate: Annotated[str | None, typer.Option(help="a checkpoint trained with tile: false, for the ablation")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="torch device; default the GPU where there is one")
+    ] = None,
+    render: Annotated[
+        bool, typer.Option(help="film every step, not only those that the policy looks at")
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="spread over a Ray cluster: its address, or local to start one here"),
+    ] = None,
+    ablation: Annotated[
+        bool,
+        typer.Option(help="the published rows: ensembling on and off, steps executed per query"),
+    ] = False,
+    separate: Annotated[
+        str | None, typer.Option(help="a checkpoint trained with tile: false, for the ablation")
+    ] = None,
 ) -> None:
-    """Try a checkpoint in a simulator: a table, videos and a report. The same command again goes on where it stopped."""
+    """Try a checkpoint in a simulator: a table, videos and a report.
+
+    The same command again goes on where it stopped.
+    """
     from vla0.checkpoint.location import locate
     from vla0.sim.evaluate import EvalConfig
     from vla0.sim.report import refuse_unknown_baselines
@@ -75,7 +119,10 @@ def evaluate(
     from vla0.sim.simulator import named
 
     if ablation:
-        refuse_idle({"--n-action-steps": n_action_steps, "--ensemble": ensemble}, "no --ablation, whose rows have their own,")
+        refuse_idle(
+            {"--n-action-steps": n_action_steps, "--ensemble": ensemble},
+            "no --ablation, whose rows have their own,",
+        )
     else:
         refuse_idle({"--separate": separate}, "--ablation")
     if env != "metaworld":
@@ -83,17 +130,27 @@ def evaluate(
     if env != "libero":
         refuse_idle({"--quick": quick}, "--env libero")
     settings = EvalConfig(
-        tasks=named(env, task, suite, assets), env=env, episodes=episodes, max_steps=max_steps, image_size=image_size, quick=quick,
+        tasks=named(env, task, suite, assets),
+        env=env,
+        episodes=episodes,
+        max_steps=max_steps,
+        image_size=image_size,
+        quick=quick,
         **given(n_action_steps=n_action_steps, ensemble=ensemble, start=start),
-    )  # fmt: skip
+    )
     refuse_unknown_baselines(baseline or [])
     Spec.load(locate(checkpoint, weights=False), embodiment)
-    from vla0.sim.experiment import ablation as run_ablation  # heavy: after what may be wrong has been looked at
+    # heavy: after what may be wrong has been looked at
+    from vla0.sim.experiment import ablation as run_ablation
     from vla0.sim.experiment import trial
 
     quiet()
     if out is None:
-        beside = Path(checkpoint).resolve() if Path(checkpoint).is_dir() else Path("runs") / checkpoint.replace("/", "_")
+        beside = (
+            Path(checkpoint).resolve()
+            if Path(checkpoint).is_dir()
+            else Path("runs") / checkpoint.replace("/", "_")
+        )
         out = beside.with_name(f"{beside.name}-{'ablation' if ablation else 'eval'}")
     others = {
         "embodiment": embodiment,

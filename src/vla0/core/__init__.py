@@ -1,1 +1,3 @@
-"""The method: what an observation and an action are, how actions become text and text becomes actions."""
+"""The method: what an observation and an action are, how actions become text and text becomes
+actions.
+"""

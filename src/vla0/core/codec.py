@@ -18,14 +18,18 @@ class ChunkError(InputError):
 
 
 class ActionCodec:
-    """The three forms of a chunk: actions (float, the dataset's units), levels (int, 0..bins) and text."""
+    """The three forms of a chunk: actions (float, the dataset's units), levels (int, 0..bins) and
+    text.
+    """
 
     def __init__(self, spec: Spec):
         self.chunk_size, self.dimensions, self.bins = spec.chunk_size, spec.dimensions, spec.bins
         self.low, self.high = np.array(spec.low, np.float64), np.array(spec.high, np.float64)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
-        """Levels (*B, D) int64 of actions (*B, D). Outside the bounds they clip (count them with `outside`).
+        """Levels (..., D) int64 of actions (..., D).
+
+        Outside the bounds they clip (count them with `outside`).
 
         Rounds half to even, as the published code does. A dimension with low == high is level 0.
         Raises InputError for a wrong D or a value that is not finite.
@@ -38,7 +42,9 @@ class ActionCodec:
         return ((actions < self.low) | (actions > self.high)).sum(axis=0)
 
     def decode(self, levels: np.ndarray) -> np.ndarray:
-        """Actions (*B, D) float32 of levels (*B, D); at most half a level from what was encoded inside the bounds."""
+        """Actions (..., D) float32 of levels (..., D); at most half a level from what was encoded
+        inside the bounds.
+        """
         levels = self._in_range(levels)
         return (self.low + levels / self.bins * (self.high - self.low)).astype(np.float32)
 
@@ -46,7 +52,11 @@ class ActionCodec:
         """The text of levels (H, D): time-major, single spaces."""
         levels = self._in_range(levels)
         if levels.shape != (self.chunk_size, self.dimensions):
-            raise InputError(f"levels of shape {(self.chunk_size, self.dimensions)}", f"{levels.shape}", "write one chunk")
+            raise InputError(
+                f"levels of shape {(self.chunk_size, self.dimensions)}",
+                f"{levels.shape}",
+                "write one chunk",
+            )
         return " ".join(str(level) for level in levels.ravel().tolist())
 
     def read(self, text: str) -> np.ndarray:
@@ -55,19 +65,37 @@ class ActionCodec:
         remedy = "decode with the grammar (vla0.decode), which cannot write anything else"
         words = text.split(" ")
         for word in words:
-            if not _NUMBER.fullmatch(word) or len(word) > len(str(self.bins)) or int(word) > self.bins:
-                raise ChunkError(f"whole numbers in 0..{self.bins}, single spaces", f"{word[:20]!r} in {text[:60]!r}", remedy)
+            if (
+                not _NUMBER.fullmatch(word)
+                or len(word) > len(str(self.bins))
+                or int(word) > self.bins
+            ):
+                raise ChunkError(
+                    f"whole numbers in 0..{self.bins}, single spaces",
+                    f"{word[:20]!r} in {text[:60]!r}",
+                    remedy,
+                )
         if len(words) != shape[0] * shape[1]:
-            raise ChunkError(f"{shape[0]} x {shape[1]} = {shape[0] * shape[1]} numbers", f"{len(words)}", remedy)
+            raise ChunkError(
+                f"{shape[0]} x {shape[1]} = {shape[0] * shape[1]} numbers", f"{len(words)}", remedy
+            )
         return np.array([int(word) for word in words], np.int64).reshape(shape)
 
     def _checked(self, actions: np.ndarray) -> np.ndarray:
         actions = np.asarray(actions, dtype=np.float64)
         if actions.ndim < 1 or actions.shape[-1] != self.dimensions:
-            raise InputError(f"actions of {self.dimensions} dimensions", f"shape {actions.shape}", "check the action key")
+            raise InputError(
+                f"actions of {self.dimensions} dimensions",
+                f"shape {actions.shape}",
+                "check the action key",
+            )
         if not np.isfinite(actions).all():
             where = np.argwhere(~np.isfinite(actions))[0].tolist()
-            raise InputError("finite actions", f"{actions[tuple(where)]} at {where}", "mend or drop those rows of the dataset")
+            raise InputError(
+                "finite actions",
+                f"{actions[tuple(where)]} at {where}",
+                "mend or drop those rows of the dataset",
+            )
         return actions
 
     def _in_range(self, levels: np.ndarray) -> np.ndarray:
@@ -75,21 +103,33 @@ class ActionCodec:
         if not np.issubdtype(levels.dtype, np.integer):
             raise InputError("integer levels", f"dtype {levels.dtype}", "encode actions first")
         if levels.ndim < 1 or levels.shape[-1] != self.dimensions:
-            raise InputError(f"levels of {self.dimensions} dimensions", f"shape {levels.shape}", "check the shape")
+            raise InputError(
+                f"levels of {self.dimensions} dimensions",
+                f"shape {levels.shape}",
+                "check the shape",
+            )
         if levels.size and (levels.min() < 0 or levels.max() > self.bins):
-            raise InputError(f"levels in 0..{self.bins}", f"{levels.min()}..{levels.max()}", "check the checkpoint's bins")
+            raise InputError(
+                f"levels in 0..{self.bins}",
+                f"{levels.min()}..{levels.max()}",
+                "check the checkpoint's bins",
+            )
         return levels
 
 
 def to_levels(values: np.ndarray, low: np.ndarray, high: np.ndarray, bins: int) -> np.ndarray:
-    """Min-max levels (*B, N) int64 of finite values (*B, N), clipped to 0..bins; 0 where low == high."""
+    """Min-max levels (..., N) int64 of finite values (..., N), clipped to 0..bins; 0 where low ==
+    high.
+    """
     span = np.where(high > low, high - low, 1.0)
     scaled = (np.clip(values, low, high) - low) / span * bins
     return np.rint(scaled).astype(np.int64)
 
 
 def written(levels: np.ndarray) -> str:
-    """The text of the first levels (n, D) of a chunk that goes on: a space ends it; nothing of none."""
+    """The text of the first levels (n, D) of a chunk that goes on: a space ends it; nothing of
+    none.
+    """
     return "".join(f"{level} " for level in levels.ravel().tolist())
 
 
@@ -97,16 +137,22 @@ def numerals(bins: int) -> list[list[tuple[int, int]]]:
     """The decimal numerals of 0..bins: alternatives of digits, each digit from one to another."""
     digits = [int(digit) for digit in str(bins)]
     found = [[(0, 0)]] + [[(1, 9)] + [(0, 9)] * more for more in range(len(digits) - 1)]
-    for place, digit in enumerate(digits):  # those as long as `bins`: alike so far, less here, anything after
+    # those as long as `bins`: alike so far, less here, anything after
+    for place, digit in enumerate(digits):
         last = place == len(digits) - 1
         low, high = int(place == 0), digit if last else digit - 1
         if low <= high:
-            found.append([(d, d) for d in digits[:place]] + [(low, high)] + [(0, 9)] * (len(digits) - place - 1))
+            found.append(
+                [(d, d) for d in digits[:place]]
+                + [(low, high)]
+                + [(0, 9)] * (len(digits) - place - 1)
+            )
     return found
 
 
 class Grammar:
-    """The language of answers: `count` numbers in 0..bins without leading zeros, single spaces, then the end.
+    """The language of answers: `count` numbers in 0..bins without leading zeros, single spaces,
+    then the end.
 
     A state is (numbers finished, digits of the current one); symbols are 0..9, SPACE and END.
     """
@@ -128,9 +174,15 @@ class Grammar:
         """The state after an allowed symbol. Raises ChunkError for another."""
         if symbol not in self.allowed(state):
             name = "the end" if symbol == END else repr(SYMBOLS[symbol])
-            raise ChunkError(f"one of symbols {self.allowed(state)} after {state}", name, "follow Grammar.allowed")
+            raise ChunkError(
+                f"one of symbols {self.allowed(state)} after {state}",
+                name,
+                "follow Grammar.allowed",
+            )
         finished, digits = state
-        return (finished + 1, "") if symbol in (SPACE, END) else (finished, digits + SYMBOLS[symbol])
+        return (
+            (finished + 1, "") if symbol in (SPACE, END) else (finished, digits + SYMBOLS[symbol])
+        )
 
 
 @lru_cache(maxsize=200_000)

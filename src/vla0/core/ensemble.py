@@ -1,4 +1,6 @@
-"""Temporal ensembling: the action of now, averaged over all chunks that predicted it (as in ACT)."""
+"""Temporal ensembling: the action of now, averaged over all chunks that predicted it (as in
+ACT).
+"""
 
 from collections import deque
 from collections.abc import Sequence
@@ -14,13 +16,22 @@ NONE = "none"  # execute the newest chunk, average nothing
 def weights_by_age(name: str | Sequence[float], count: int) -> tuple[float, ...]:
     """`count` weights by age in queries, the newest first, not normalised.
 
-    name: "mean" (the paper), "v1" (newest 1, each older one 0.5), "v2:w" (w^age), "none", or the weights themselves.
+    name: "mean" (the paper), "v1" (newest 1, each older one 0.5), "v2:w" (w^age), "none", or the
+    weights themselves.
     """
     if not isinstance(name, str):
         weights = tuple(float(weight) for weight in name)
-        fine = 0 < len(weights) <= count and all(np.isfinite(w) and w >= 0 for w in weights) and weights[0] > 0
+        fine = (
+            0 < len(weights) <= count
+            and all(np.isfinite(w) and w >= 0 for w in weights)
+            and weights[0] > 0
+        )
         if not fine:
-            raise InputError(f"1 to {count} finite weights >= 0, the newest > 0", f"{weights}", "give one weight per age")
+            raise InputError(
+                f"1 to {count} finite weights >= 0, the newest > 0",
+                f"{weights}",
+                "give one weight per age",
+            )
         return weights
     if name == NONE:
         return (1.0,)
@@ -35,40 +46,58 @@ def weights_by_age(name: str | Sequence[float], count: int) -> tuple[float, ...]
             base = float("nan")
         if 0 < base <= 1:
             return tuple(base**age for age in range(count))
-    raise InputError("an ensemble: none, mean, v1 or v2:w with 0 < w <= 1", f"'{name}'", "choose one of those")
+    raise InputError(
+        "an ensemble: none, mean, v1 or v2:w with 0 < w <= 1", f"'{name}'", "choose one of those"
+    )
 
 
 def steps_used(chunk_size: int, n_action_steps: int, name: str | Sequence[float]) -> int:
-    """How many steps of a chunk are ever executed or averaged: those up to the next query where nothing is averaged."""
+    """How many steps of a chunk are ever executed or averaged: those up to the next query where
+    nothing is averaged.
+    """
     return n_action_steps if name == NONE else chunk_size
 
 
 def ensemble_actions(
-    chunks: Sequence[np.ndarray], k: int | None = None, weights: str | Sequence[float] = "v1", periodic: Turns = ()
+    chunks: Sequence[np.ndarray],
+    k: int | None = None,
+    weights: str | Sequence[float] = "v1",
+    periodic: Turns = (),
 ) -> np.ndarray:
     """(D,): the action of now, from chunks (H, D) queried at successive steps, newest last.
 
-    The chunk of age a predicts now in its row a; the last `k` chunks are averaged (default: all that reach now).
-    periodic: of the Spec.
+    The chunk of age a predicts now in its row a; the last `k` chunks are averaged (default: all
+    that reach now). periodic: of the Spec.
     """
     if len(chunks) == 0:
         raise InputError("one chunk at least", "none", "predict before ensembling")
     if k is not None and k < 1:
         raise InputError("k >= 1", f"{k}", "k is how many of the newest chunks to average")
     rows = [chunk[age] for age, chunk in enumerate(list(chunks)[::-1][:k]) if age < len(chunk)]
-    by_age = weights_by_age(weights, max(len(rows), 1 if isinstance(weights, str) else len(weights)))
+    by_age = weights_by_age(
+        weights, max(len(rows), 1 if isinstance(weights, str) else len(weights))
+    )
     return weighted_mean(rows, by_age, periodic)
 
 
-def weighted_mean(rows: Sequence[np.ndarray], weights: Sequence[float], periodic: Turns = ()) -> np.ndarray:
-    """(D,) float32: mean of rows (D,), each with the weight of its place; places without a weight do not count.
+def weighted_mean(
+    rows: Sequence[np.ndarray], weights: Sequence[float], periodic: Turns = ()
+) -> np.ndarray:
+    """(D,) float32: mean of rows (D,), each with the weight of its place; places without a weight
+    do not count.
 
-    periodic: dimensions of which 179 and -179 degrees have the mean 180, and not 0: all are turned to beside the first row.
+    periodic: dimensions of which 179 and -179 degrees have the mean 180, and not 0: all are turned
+    to beside the first row.
     """
     pairs = list(zip(rows, weights, strict=False))
     total = sum(weight for _, weight in pairs)
-    near = [beside(np.asarray(row, np.float64), np.asarray(rows[0], np.float64), periodic) for row, _ in pairs]
-    mean = np.sum([row * weight for row, (_, weight) in zip(near, pairs, strict=True)], axis=0) / total
+    near = [
+        beside(np.asarray(row, np.float64), np.asarray(rows[0], np.float64), periodic)
+        for row, _ in pairs
+    ]
+    mean = (
+        np.sum([row * weight for row, (_, weight) in zip(near, pairs, strict=True)], axis=0) / total
+    )
     return wrapped(mean, periodic).astype(np.float32)
 
 
@@ -83,7 +112,10 @@ class TemporalEnsemble:
         k: int | None = None,
         periodic: Turns | None = None,
     ):
-        """k: the newest chunks that are averaged; None: all that can predict one instant. periodic: of the Spec."""
+        """k: the newest chunks that are averaged; None: all that can predict one instant.
+
+        periodic: of the Spec.
+        """
         if not 1 <= n_action_steps <= chunk_size:
             raise InputError(
                 f"n_action_steps in 1..{chunk_size} (the chunk's size)",
@@ -97,16 +129,20 @@ class TemporalEnsemble:
             # The silent case behind the public reproductions' missing points (docs/differences.md).
             newest = f", k {k}," if k else ","
             raise InputError(
-                "chunks that overlap", f"n_action_steps {n_action_steps} of chunk_size {chunk_size}{newest} where ensembling would do nothing",
+                "chunks that overlap",
+                f"n_action_steps {n_action_steps} of chunk_size {chunk_size}{newest} where "
+                f"ensembling would do nothing",
                 f"execute fewer steps per query, or say ensemble={NONE}",
-            )  # fmt: skip
+            )
         self.chunk_size, self.periodic = chunk_size, periodic or ()
         self.chunks: deque[tuple[int, np.ndarray]] = deque(maxlen=len(self.weights))
 
     def add(self, chunk: np.ndarray, step: int) -> None:
         """Adds a chunk (H, D) whose first row is for `step`. Steps must rise."""
         if self.chunks and step <= self.chunks[0][0]:
-            raise InputError(f"a step after {self.chunks[0][0]}", f"{step}", "reset() between episodes")
+            raise InputError(
+                f"a step after {self.chunks[0][0]}", f"{step}", "reset() between episodes"
+            )
         self.chunks.appendleft((step, chunk))
 
     def reaches(self, step: int) -> bool:
@@ -117,7 +153,9 @@ class TemporalEnsemble:
         )
 
     def action(self, step: int) -> np.ndarray:
-        """(D,) float32: the weighted mean of all predictions for `step`, weights by age in queries."""
+        """(D,) float32: the weighted mean of all predictions for `step`, weights by age in
+        queries.
+        """
         reach = [
             (chunk[step - first], weight)
             for (first, chunk), weight in zip(self.chunks, self.weights, strict=False)
@@ -125,7 +163,9 @@ class TemporalEnsemble:
         ]
         if not reach:
             raise InputError(f"a chunk that reaches step {step}", "none", "query the policy first")
-        return weighted_mean([row for row, _ in reach], [weight for _, weight in reach], self.periodic)
+        return weighted_mean(
+            [row for row, _ in reach], [weight for _, weight in reach], self.periodic
+        )
 
     def reset(self) -> None:
         """Forgets all chunks."""

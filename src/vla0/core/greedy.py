@@ -13,11 +13,24 @@ from vla0.core.prompt import Prompt
 
 
 class GrammarLogits(LogitsProcessor):
-    """Leaves of each row's logits only the symbols that the grammar allows next; the end alone after `numbers` of them."""
+    """Leaves of each row's logits only the symbols that the grammar allows next; the end alone
+    after `numbers` of them.
+    """
 
-    def __init__(self, grammar: Grammar, symbol_ids: list[int], numbers: int, starts: Sequence[tuple[int, str]] = ()):
+    def __init__(
+        self,
+        grammar: Grammar,
+        symbol_ids: list[int],
+        numbers: int,
+        starts: Sequence[tuple[int, str]] = (),
+    ):
         """starts: of rows whose answers have begun, the state that they go on from."""
-        self.grammar, self.symbol_ids, self.numbers, self.starts = grammar, symbol_ids, numbers, starts
+        self.grammar, self.symbol_ids, self.numbers, self.starts = (
+            grammar,
+            symbol_ids,
+            numbers,
+            starts,
+        )
         self.symbol_of = {token: symbol for symbol, token in enumerate(symbol_ids)}
         self.states: list[tuple[int, str]] = []
 
@@ -73,27 +86,42 @@ def decode(
     num_steps: int | None = None,
     prefixes: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Levels (B, H, D) int64 of a batch without labels; the first `num_steps` steps of them, and no more work than that.
+    """Levels (B, H, D) int64 of a batch without labels; the first `num_steps` steps of them, and no
+    more work than that.
 
-    begun: of each row the levels (n, D) that its text in the batch ends with; they come back as the first.
+    begun: of each row the levels (n, D) that its text in the batch ends with; they come back as the
+    first.
     """
     steps = prompt.spec.chunk_size if num_steps is None else num_steps
     codec = ActionCodec(replace(prompt.spec, chunk_size=steps))
-    grammar = Grammar(codec.bins, prompt.spec.numbers)  # of the whole chunk: where to stop changes no token before it
+    # of the whole chunk: where to stop changes no token before it
+    grammar = Grammar(codec.bins, prompt.spec.numbers)
     numbers = steps * prompt.spec.dimensions
     starts = [(levels.size, "") for levels in prefixes or ()]
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     output = model.generate(
         **batch,
-        logits_processor=LogitsProcessorList([GrammarLogits(grammar, prompt.symbol_ids, numbers, starts)]),
-        max_new_tokens=grammar.longest, do_sample=False, num_beams=1, use_cache=True,
-        temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,  # whatever the base model's own file says
-        eos_token_id=prompt.end_id, pad_token_id=prompt.pad_id,
-    )  # fmt: skip
+        logits_processor=LogitsProcessorList(
+            [GrammarLogits(grammar, prompt.symbol_ids, numbers, starts)]
+        ),
+        max_new_tokens=grammar.longest,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        # whatever the base model's own file says
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,
+        eos_token_id=prompt.end_id,
+        pad_token_id=prompt.pad_id,
+    )
     answers = output[:, batch["input_ids"].shape[1] :].tolist()
     characters = {token: character for character, token in prompt.ids.items()}
-    text = ["".join(characters[t] for t in answer[: answer.index(prompt.end_id)]) for answer in answers]
+    text = [
+        "".join(characters[t] for t in answer[: answer.index(prompt.end_id)]) for answer in answers
+    ]
     if prefixes is not None:
         text = [written(levels) + line for levels, line in zip(prefixes, text, strict=True)]
     return np.stack([codec.read(line.removesuffix(" ")) for line in text])

@@ -1,15 +1,26 @@
-"""Frames → the image(s) the model sees: crop, resize, jitter, tile. One function for training and acting."""
+"""Frames → the image(s) the model sees: crop, resize, jitter, tile.
+
+One function for training and acting.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
-from torchvision.transforms.functional import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation
+from torchvision.transforms.functional import (
+    adjust_brightness,
+    adjust_contrast,
+    adjust_hue,
+    adjust_saturation,
+)
 
 from vla0.core.spec import JITTER, Observation, Spec
 from vla0.errors import InputError
 
-DEPTH_REMEDY = "depth maps need a checkpoint trained with data.depth, pictures of 16 bits 8 of them: look which it is"
+DEPTH_REMEDY = (
+    "depth maps need a checkpoint trained with data.depth, pictures of 16 bits 8 of "
+    "them: look which it is"
+)
 _ADJUST = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
@@ -19,11 +30,13 @@ def compose(
     rng: np.random.Generator | None = None,
     jitter: tuple[float, float, float, float] = JITTER,
 ) -> list[np.ndarray]:
-    """The images (h, w, 3) uint8 the model sees: one of (image_size, image_size * cameras * history, 3), or one each.
+    """The images (h, w, 3) uint8 the model sees: one of (image_size, image_size * cameras *
+    history, 3), or one each.
 
-    rng None: centre crop, no jitter (acting). Else a random crop and jitter for each camera, the same for all its
-    frames (training). Depth maps become grey pictures, near black and far white, and are not jittered: their greys are
-    distances. Raises InputError for a missing camera, or frames that are not uint8 RGB of one size.
+    rng None: centre crop, no jitter (acting). Else a random crop and jitter for each camera, the
+    same for all its frames (training). Depth maps become grey pictures, near black and far white,
+    and are not jittered: their greys are distances. Raises InputError for a missing camera, or
+    frames that are not uint8 RGB of one size.
     """
     frames, spans = [], {camera: span for camera, *span in spec.depth}
     for camera in spec.cameras:
@@ -34,10 +47,11 @@ def compose(
 
 
 def grey(depth: np.ndarray, near: float, far: float) -> np.ndarray:
-    """(*, h, w, 3) uint8 of depth maps (*, h, w): near and nearer 0, far and farther 255; what is not measured is 255.
+    """(..., h, w, 3) uint8 of depth maps (..., h, w): near and nearer 0, far and farther 255; what
+    is not measured is 255.
 
-    depth: metres where they are floats, millimetres where they are integers, as cameras give them (and LeRobot reads
-    them). Sensors write 0, infinity or nothing where they measured nothing.
+    depth: metres where they are floats, millimetres where they are integers, as cameras give them
+    (and LeRobot reads them). Sensors write 0, infinity or nothing where they measured nothing.
     """
     metres = depth.astype(np.float64) / (1.0 if np.issubdtype(depth.dtype, np.floating) else 1000.0)
     metres = np.where(np.isfinite(metres) & (metres > 0), metres, far)
@@ -45,11 +59,18 @@ def grey(depth: np.ndarray, near: float, far: float) -> np.ndarray:
     return np.repeat(levels[..., None], 3, axis=-1)
 
 
-def _frames(observation: Observation, camera: str, history: int, span: Sequence[float] | None = None) -> np.ndarray:
-    """(history, h, w, 3) uint8: a camera's frames, checked. span: near and far of depth maps, in metres."""
+def _frames(
+    observation: Observation, camera: str, history: int, span: Sequence[float] | None = None
+) -> np.ndarray:
+    """(history, h, w, 3) uint8: a camera's frames, checked.
+
+    span: near and far of depth maps, in metres.
+    """
     if camera not in observation.images:
         got = f"cameras {sorted(observation.images)}"
-        raise InputError(f"camera '{camera}'", got, "give {camera: array} with each of the checkpoint's cameras")
+        raise InputError(
+            f"camera '{camera}'", got, "give {camera: array} with each of the checkpoint's cameras"
+        )
     frames = np.asarray(observation.images[camera])
     if span is not None:
         frames = _depths(frames, camera, history)
@@ -57,9 +78,16 @@ def _frames(observation: Observation, camera: str, history: int, span: Sequence[
     shape = "(h, w, 3)" if history == 1 else f"({history}, h, w, 3)"
     if history == 1 and frames.ndim == 3:
         frames = frames[None]
-    if frames.ndim != 4 or frames.shape[0] != history or frames.shape[3] != 3 or min(frames.shape) == 0:
+    if (
+        frames.ndim != 4
+        or frames.shape[0] != history
+        or frames.shape[3] != 3
+        or min(frames.shape) == 0
+    ):
         raise InputError(
-            f"'{camera}' of shape {shape}", f"shape {np.shape(observation.images[camera])}", "pass RGB frames, channels last"
+            f"'{camera}' of shape {shape}",
+            f"shape {np.shape(observation.images[camera])}",
+            "pass RGB frames, channels last",
         )
     if frames.dtype != np.uint8:
         shares = frames.dtype.kind == "f" and bool(np.all((frames >= 0) & (frames <= 1)))
@@ -77,8 +105,9 @@ def _depths(frames: np.ndarray, camera: str, history: int) -> np.ndarray:
     if frames.ndim != (2 if history == 1 else 3) or not wide:
         raise InputError(
             f"'{camera}', depth maps (h, w) of metres as floats or millimetres as uint16",
-            f"shape {frames.shape} of {frames.dtype}", "pass the sensor's depths, not a picture of them",
-        )  # fmt: skip
+            f"shape {frames.shape} of {frames.dtype}",
+            "pass the sensor's depths, not a picture of them",
+        )
     return frames
 
 
@@ -97,7 +126,8 @@ def _square(frame: np.ndarray, spec: Spec, place, adjust) -> np.ndarray:
     height, width = frame.shape[:2]
     crop_h, crop_w = max(1, round(height * spec.crop)), max(1, round(width * spec.crop))
     top, left = round((height - crop_h) * place[0]), round((width - crop_w) * place[1])
-    # In one piece first: Pillow would copy it byte by byte, ten times as slowly, and hold up every other thread meanwhile.
+    # In one piece first: Pillow would copy it byte by byte, ten times as slowly, and hold up every
+    # other thread meanwhile.
     image = Image.fromarray(np.ascontiguousarray(frame[top : top + crop_h, left : left + crop_w]))
     image = image.resize((spec.image_size, spec.image_size), Image.Resampling.BILINEAR)
     for function, strength in adjust:

@@ -44,7 +44,9 @@ class Policy(Protocol):
 
 
 class ChunkPolicy:
-    """A Policy out of `predict`: asks for a chunk every `n_action_steps` steps and executes the ensemble of all it has."""
+    """A Policy out of `predict`: asks for a chunk every `n_action_steps` steps and executes the
+    ensemble of all it has.
+    """
 
     def __init__(
         self,
@@ -67,14 +69,18 @@ class ChunkPolicy:
 
     @property
     def looked(self) -> bool:
-        """Whether the last action came with a query: whether its observation's pictures were looked at."""
+        """Whether the last action came with a query: whether its observation's pictures were looked
+        at.
+        """
         return self.step % self.n_action_steps == 1 % self.n_action_steps
 
     def act(self, observation: Observation) -> np.ndarray:
         """The action (D,) for this instant."""
         if self.step % self.n_action_steps == 0:
             if self.chunks:
-                observation = replace(observation, draft_actions=rest(self.chunks[-1][1], self.n_action_steps))
+                observation = replace(
+                    observation, draft_actions=rest(self.chunks[-1][1], self.n_action_steps)
+                )
             chunk = self.predict(observation)
             self.ensemble.add(chunk, self.step)
             self.chunks.append((self.step, chunk))
@@ -84,7 +90,9 @@ class ChunkPolicy:
 
 
 def rest(chunk: np.ndarray, n_action_steps: int) -> np.ndarray:
-    """(n, D): what a chunk says of the steps after the `n_action_steps` that were executed; its end where it says nothing."""
+    """(n, D): what a chunk says of the steps after the `n_action_steps` that were executed; its end
+    where it says nothing.
+    """
     return chunk[min(n_action_steps, len(chunk) - 1) :]
 
 
@@ -96,15 +104,18 @@ def rollout(
 ) -> Episode:
     """One episode: until the task is done or `env.max_steps` have passed.
 
-    on_step sees each observation with the action (D,) that answered it. An action that is not finite is an error, and
-    so is any exception of the world or the policy: they rise to the caller and never count as a failed episode.
+    on_step sees each observation with the action (D,) that answered it. An action that is not
+    finite is an error, and so is any exception of the world or the policy: they rise to the caller
+    and never count as a failed episode.
     """
     policy.reset()
     observation, actions, success = env.reset(seed), [], False
     while not success and len(actions) < env.max_steps:
         action = np.asarray(policy.act(observation), np.float32)
         if action.ndim != 1 or not np.isfinite(action).all():
-            raise InputError("a finite action (D,)", f"{action}", "the policy is broken: nothing was executed")
+            raise InputError(
+                "a finite action (D,)", f"{action}", "the policy is broken: nothing was executed"
+            )
         on_step(observation, action)
         actions.append(action)
         observation, success = env.step(action)

@@ -1,4 +1,6 @@
-"""The nouns of vla0: what training and acting must agree on (`Spec`), and what flows through the rooms."""
+"""The nouns of vla0: what training and acting must agree on (`Spec`), and what flows through the
+rooms.
+"""
 
 import dataclasses
 import json
@@ -15,13 +17,17 @@ from vla0.errors import InputError, refuse_unknown
 SPEC_FILE = "vla0.json"
 MAIN = ""  # the embodiment whose Spec is `vla0.json`; that of another one is `vla0.NAME.json`
 SPEC_VERSION = 2
-VERSION_1 = {"horizon": "chunk_size", "relative": "relative_dims", "most_change": "max_step_change"}  # names of then → now
-JITTER = (0.2, 0.2, 0.2, 0.05)  # of training's pictures: brightness, contrast, saturation, hue; the published strengths
+# names of then → now
+VERSION_1 = {"horizon": "chunk_size", "relative": "relative_dims", "most_change": "max_step_change"}
+# of training's pictures: brightness, contrast, saturation, hue; the published strengths
+JITTER = (0.2, 0.2, 0.2, 0.05)
 
 SYSTEM = (  # VLA-0, arXiv 2510.13054, section 3; the four names are filled in from the Spec
     "Analyze the input image and predict robot actions for the next {chunk_size} timesteps. "
-    "Each action has {dimensions} dimensions. Output a single sequence of {numbers} integers (0-{bins} each), "
-    "representing the {chunk_size} timesteps sequentially. Provide only space separated numbers. Nothing else."
+    "Each action has {dimensions} dimensions. Output a single sequence of {numbers} integers "
+    "(0-{bins} each), "
+    "representing the {chunk_size} timesteps sequentially. Provide only space separated numbers. "
+    "Nothing else."
 )
 
 
@@ -32,7 +38,9 @@ def tupled(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """Everything that a checkpoint's training and its acting must agree on; saved beside the weights as `vla0.json`."""
+    """Everything that a checkpoint's training and its acting must agree on; saved beside the
+    weights as `vla0.json`.
+    """
 
     low: tuple[float, ...]  # (D,) action units of the dataset; written as level 0
     high: tuple[float, ...]  # (D,) written as level `bins`
@@ -46,15 +54,22 @@ class Spec:
     tile: bool = True  # all cameras side by side in one image, or one image each
     history: int = 1  # frames per camera, oldest first
     vision_id: bool = False  # "Picture 1: " before an image
-    state: tuple[tuple[float, ...], tuple[float, ...]] | None = None  # (low, high) of a state written into the prompt
-    relative_dims: tuple[int, ...] = ()  # action dimensions given as differences from the same dimension of the state
-    periodic: tuple[tuple[int, float, float], ...] = ()  # (dimension, low, high): an angle that is at `low` again at `high`
-    depth: tuple[tuple[str, float, float], ...] = ()  # (camera, near, far): a camera of depth maps, black to white, metres
-    system: str = SYSTEM
-    ensemble_k: int | None = None  # the newest chunks that acting averages; None: all that reach the instant
-    action_names: tuple[str, ...] | None = None  # (D,) as the dataset calls them, e.g. shoulder_pan.pos; None: not known
+    # (low, high) of a state written into the prompt
+    state: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    # action dimensions given as differences from the same dimension of the state
+    relative_dims: tuple[int, ...] = ()
+    # (dimension, low, high): an angle that is at `low` again at `high`
+    periodic: tuple[tuple[int, float, float], ...] = ()
+    # (camera, near, far): a camera of depth maps, black to white, metres
+    depth: tuple[tuple[str, float, float], ...] = ()
+    system: str = SYSTEM  # the system turn; names in braces are filled in
+    # the newest chunks that acting averages; None: all that reach the instant
+    ensemble_k: int | None = None
+    # (D,) as the dataset calls them, e.g. shoulder_pan.pos; None: not known
+    action_names: tuple[str, ...] | None = None
     state_names: tuple[str, ...] | None = None  # (S,)
-    max_step_change: tuple[float, ...] | None = None  # (D,) from one action of the data to the next; None: not known
+    # (D,) from one action of the data to the next; None: not known
+    max_step_change: tuple[float, ...] | None = None
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -62,52 +77,124 @@ class Spec:
         _check_bounds("low and high", self.low, self.high)
         if self.state is not None:
             if len(self.state) != 2:
-                raise InputError("state as [low, high]", f"{len(self.state)} lists", "give two lists or null")
+                raise InputError(
+                    "state as [low, high]", f"{len(self.state)} lists", "give two lists or null"
+                )
             _check_bounds("state", *self.state)
-        _check(math.isfinite(self.fps) and self.fps > 0, "fps > 0", self.fps, "give the dataset's control rate in Hz")
+        _check(
+            math.isfinite(self.fps) and self.fps > 0,
+            "fps > 0",
+            self.fps,
+            "give the dataset's control rate in Hz",
+        )
         _check(
             len(self.cameras) > 0 and len(set(self.cameras)) == len(self.cameras),
-            "one camera or more, each named once", self.cameras, "name the cameras in the order the model sees them",
-        )  # fmt: skip
-        _check(_whole(self.chunk_size, 1), "chunk_size, a whole number >= 1", self.chunk_size, "8 is the published one")
-        _check(_whole(self.bins, 2), "bins, a whole number >= 2", self.bins, "1000 is the published one")
-        _check(_whole(self.history, 1), "history, a whole number >= 1", self.history, "1 is the published one")
-        _check(_whole(self.image_size, 28), "image_size, pixels >= 28", self.image_size, "224 is the published one")
-        _check(0 < self.crop <= 1, "crop in (0, 1]", self.crop, "0.875 is the published one, 1 keeps the whole frame")
+            "one camera or more, each named once",
+            self.cameras,
+            "name the cameras in the order the model sees them",
+        )
         _check(
-            all(_whole(d, 0) and d < len(self.low) for d in self.relative_dims) and len(set(self.relative_dims)) == len(self.relative_dims),
-            f"relative_dims, dimensions in 0..{len(self.low) - 1}, each once", self.relative_dims, "name action dimensions from 0",
-        )  # fmt: skip
-        turns = {turn[0]: turn[1:] for turn in self.periodic if isinstance(turn, tuple) and len(turn) == 3}
+            _whole(self.chunk_size, 1),
+            "chunk_size, a whole number >= 1",
+            self.chunk_size,
+            "8 is the published one",
+        )
+        _check(
+            _whole(self.bins, 2),
+            "bins, a whole number >= 2",
+            self.bins,
+            "1000 is the published one",
+        )
+        _check(
+            _whole(self.history, 1),
+            "history, a whole number >= 1",
+            self.history,
+            "1 is the published one",
+        )
+        _check(
+            _whole(self.image_size, 28),
+            "image_size, pixels >= 28",
+            self.image_size,
+            "224 is the published one",
+        )
+        _check(
+            0 < self.crop <= 1,
+            "crop in (0, 1]",
+            self.crop,
+            "0.875 is the published one, 1 keeps the whole frame",
+        )
+        _check(
+            all(_whole(d, 0) and d < len(self.low) for d in self.relative_dims)
+            and len(set(self.relative_dims)) == len(self.relative_dims),
+            f"relative_dims, dimensions in 0..{len(self.low) - 1}, each once",
+            self.relative_dims,
+            "name action dimensions from 0",
+        )
+        turns = {
+            turn[0]: turn[1:]
+            for turn in self.periodic
+            if isinstance(turn, tuple) and len(turn) == 3
+        }
         whole = [d for d in turns if _whole(d, 0) and d < len(self.low)]
         _check(
             len(turns) == len(self.periodic) == len(whole)
-            and all(math.isfinite(low) and math.isfinite(high) and low < high for low, high in turns.values()),
+            and all(
+                math.isfinite(low) and math.isfinite(high) and low < high
+                for low, high in turns.values()
+            ),
             f"periodic, (dimension in 0..{len(self.low) - 1}, low, high), each dimension once",
-            self.periodic, "e.g. periodic: {5: [-180, 180]}",
-        )  # fmt: skip
-        spans = {span[0]: span[1:] for span in self.depth if isinstance(span, tuple) and len(span) == 3}
+            self.periodic,
+            "e.g. periodic: {5: [-180, 180]}",
+        )
+        spans = {
+            span[0]: span[1:] for span in self.depth if isinstance(span, tuple) and len(span) == 3
+        }
         _check(
-            len(spans) == len(self.depth) and all(c in self.cameras and 0 <= near < far for c, (near, far) in spans.items()),
-            "depth, (camera, near, far) in metres, each camera once", self.depth, "e.g. depth: {top: [0.2, 1.5]}",
-        )  # fmt: skip
+            len(spans) == len(self.depth)
+            and all(c in self.cameras and 0 <= near < far for c, (near, far) in spans.items()),
+            "depth, (camera, near, far) in metres, each camera once",
+            self.depth,
+            "e.g. depth: {top: [0.2, 1.5]}",
+        )
         _check(
-            self.ensemble_k is None or (_whole(self.ensemble_k, 1) and self.ensemble_k <= self.chunk_size),
-            f"ensemble_k in 1..{self.chunk_size} (the chunk's size)", self.ensemble_k, "no more chunks reach an instant",
-        )  # fmt: skip
-        for name, count in ("action_names", self.dimensions), ("state_names", self.state and len(self.state[0])):
+            self.ensemble_k is None
+            or (_whole(self.ensemble_k, 1) and self.ensemble_k <= self.chunk_size),
+            f"ensemble_k in 1..{self.chunk_size} (the chunk's size)",
+            self.ensemble_k,
+            "no more chunks reach an instant",
+        )
+        for name, count in (
+            ("action_names", self.dimensions),
+            ("state_names", self.state and len(self.state[0])),
+        ):
             given = getattr(self, name)
-            fine = given is None or (len(given) == len(set(given)) and len(given) == (count or len(given)))
+            fine = given is None or (
+                len(given) == len(set(given)) and len(given) == (count or len(given))
+            )
             _check(fine, f"{name}: {count} names, each once", given, "take the dataset's, or null")
         change = self.max_step_change
-        fine = change is None or (len(change) == self.dimensions and all(math.isfinite(c) and c >= 0 for c in change))
-        _check(fine, f"max_step_change: {self.dimensions} numbers >= 0", change, "take the dataset's, or null")
-        _check(isinstance(self.system, str), "system, a text", self.system, "leave it out for the published one")
+        fine = change is None or (
+            len(change) == self.dimensions and all(math.isfinite(c) and c >= 0 for c in change)
+        )
+        _check(
+            fine,
+            f"max_step_change: {self.dimensions} numbers >= 0",
+            change,
+            "take the dataset's, or null",
+        )
+        _check(
+            isinstance(self.system, str),
+            "system, a text",
+            self.system,
+            "leave it out for the published one",
+        )
         try:
             self.system_text()
         except (KeyError, IndexError, ValueError) as error:
             known = "{chunk_size}, {dimensions}, {numbers} and {bins}"
-            raise InputError(f"a system text with no names but {known}", repr(error), "double any other brace") from None
+            raise InputError(
+                f"a system text with no names but {known}", repr(error), "double any other brace"
+            ) from None
 
     @property
     def dimensions(self) -> int:
@@ -121,7 +208,12 @@ class Spec:
 
     def system_text(self) -> str:
         """The system turn, with this Spec's numbers filled in."""
-        return self.system.format(chunk_size=self.chunk_size, dimensions=self.dimensions, numbers=self.numbers, bins=self.bins)
+        return self.system.format(
+            chunk_size=self.chunk_size,
+            dimensions=self.dimensions,
+            numbers=self.numbers,
+            bins=self.bins,
+        )
 
     def text(self) -> str:
         """JSON of it, which `parse` reads."""
@@ -129,7 +221,10 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str, source: str = SPEC_FILE) -> Self:
-        """The Spec of a JSON text. Raises InputError, naming the source, where it is not understood."""
+        """The Spec of a JSON text.
+
+        Raises InputError, naming the source, where it is not understood.
+        """
         again = "fetch the checkpoint again"
         try:
             content = json.loads(text)
@@ -144,7 +239,9 @@ class Spec:
                 content["system"] = content["system"].replace("{horizon}", "{chunk_size}")
         elif version != SPEC_VERSION:
             raise InputError(
-                f"{SPEC_FILE} of version 1 to {SPEC_VERSION}", f"version {version}", "install the vla0 that wrote it"
+                f"{SPEC_FILE} of version 1 to {SPEC_VERSION}",
+                f"version {version}",
+                "install the vla0 that wrote it",
             )
         refuse_unknown(content, (field.name for field in dataclasses.fields(cls)), source)
         try:
@@ -158,17 +255,30 @@ class Spec:
 
     @classmethod
     def load(cls, folder: str | Path, embodiment: str = MAIN) -> Self:
-        """The Spec of a checkpoint folder. Raises InputError where there is none, or one that is not understood."""
+        """The Spec of a checkpoint folder.
+
+        Raises InputError where there is none, or one that is not understood.
+        """
         file = Path(folder) / spec_file(embodiment)
         if not file.is_file() and embodiment != MAIN:
             known = [name for name in embodiments(folder) if name != MAIN]
-            raise InputError(f"an embodiment of '{folder}': {known}", f"'{embodiment}'", "choose one of those, or none")
+            raise InputError(
+                f"an embodiment of '{folder}': {known}",
+                f"'{embodiment}'",
+                "choose one of those, or none",
+            )
         if not file.is_file():
             adapters = (Path(folder) / "adapter_config.json").is_file()
-            remedy = "merge these adapters: `vla0 convert`" if adapters else "train one with `vla0 train`"
+            remedy = (
+                "merge these adapters: `vla0 convert`"
+                if adapters
+                else "train one with `vla0 train`"
+            )
             if (Path(folder) / "best" / SPEC_FILE).is_file():
                 remedy = f"it is a run: name '{Path(folder) / 'best'}'"
-            raise InputError(f"a checkpoint folder with {SPEC_FILE}", f"'{folder}' without it", remedy)
+            raise InputError(
+                f"a checkpoint folder with {SPEC_FILE}", f"'{folder}' without it", remedy
+            )
         return cls.parse(file.read_text(encoding="utf-8"), str(file))
 
 
@@ -179,15 +289,19 @@ def spec_file(embodiment: str = MAIN) -> str:
 
 def embodiments(folder: str | Path) -> list[str]:
     """The embodiments of a checkpoint folder, MAIN first."""
-    return [MAIN, *(found.name.split(".")[1] for found in sorted(Path(folder).glob(spec_file("*"))))]
+    return [
+        MAIN,
+        *(found.name.split(".")[1] for found in sorted(Path(folder).glob(spec_file("*")))),
+    ]
 
 
 @dataclass(frozen=True)
 class Observation:
     """What the policy is given at one instant."""
 
-    images: Mapping[str, np.ndarray]  # camera → (h, w, 3) uint8 RGB, upright; (history, h, w, 3) where Spec.history > 1;
-    #                                   of a camera in Spec.depth (h, w) or (h, w, 1): metres as floats, millimetres as integers
+    # camera → (h, w, 3) uint8 RGB, upright; (history, h, w, 3) where Spec.history > 1;
+    images: Mapping[str, np.ndarray]
+    # of a camera in Spec.depth (h, w) or (h, w, 1): metres as floats, millimetres as integers
     instruction: str
     state: np.ndarray | None = None  # (S,) in the dataset's units
     captured_at: float | None = None  # monotonic seconds of the oldest frame
@@ -239,4 +353,9 @@ def _check_bounds(name: str, low: Any, high: Any) -> None:
         and all(isinstance(v, int | float) and math.isfinite(v) for v in low + high)
         and all(a <= b for a, b in zip(low, high, strict=True))
     )  # fmt: skip
-    _check(fine, f"{name}: two equally long lists of finite numbers, low <= high", (low, high), "take the dataset's statistics")
+    _check(
+        fine,
+        f"{name}: two equally long lists of finite numbers, low <= high",
+        (low, high),
+        "take the dataset's statistics",
+    )

@@ -9,16 +9,18 @@ from vla0.core.codec import to_levels
 FEW = 10  # levels below which most of a dimension's rows should not share
 WIDE = 20.0  # times the usual step above which the bounds of a relative dimension are far too wide
 BEYOND = 10.0  # times its bounds' width that a dimension has to reach to be told of
-TURNS = ((360.0, "-180, 180"), (2 * np.pi, "-3.14159265, 3.14159265"))  # what a full turn is, and how it is given
+# what a full turn is, and how it is given
+TURNS = ((360.0, "-180, 180"), (2 * np.pi, "-3.14159265, 3.14159265"))
 
 Bounds = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 def bounds(values: np.ndarray, statistics: str) -> Bounds:
-    """(low, high) of values (N, D): their least and greatest by "minmax", their 1 % and 99 % by "quantiles".
+    """(low, high) of values (N, D): their least and greatest by "minmax", their 1 % and 99 % by
+    "quantiles".
 
-    A dimension of which both quantiles are one number although it varies, as of a trigger that is seldom pulled, would be
-    that number for ever: its bounds are its least and greatest.
+    A dimension of which both quantiles are one number although it varies, as of a trigger that is
+    seldom pulled, would be that number for ever: its bounds are its least and greatest.
     """
     low, high = values.min(axis=0), values.max(axis=0)
     if statistics == "quantiles":
@@ -29,9 +31,16 @@ def bounds(values: np.ndarray, statistics: str) -> Bounds:
 
 
 def remarks(
-    values: np.ndarray, found: Bounds, statistics: str, bins: int, names: Sequence[str], relative_dims: Sequence[int] = ()
+    values: np.ndarray,
+    found: Bounds,
+    statistics: str,
+    bins: int,
+    names: Sequence[str],
+    relative_dims: Sequence[int] = (),
 ) -> list[str]:
-    """What a user should know of bounds: where they are not the quantiles, and what they lose of values (N, D)."""
+    """What a user should know of bounds: where they are not the quantiles, and what they lose of
+    values (N, D).
+    """
     low, high = (np.array(end) for end in found)
     levels = to_levels(values, low, high, bins)
     least, most = values.min(axis=0), values.max(axis=0)
@@ -40,20 +49,24 @@ def remarks(
         own, name, width = values[:, d], names[d], float(high[d] - low[d])
         if statistics == "quantiles" and len(set(np.quantile(own, [0.01, 0.99]).tolist())) == 1:
             told.append(
-                f"{name} is {np.median(own):g} in more than 98 % of the rows: its bounds are its least and greatest, "
+                f"{name} is {np.median(own):g} in more than 98 % of the rows: its bounds are its "
+                f"least and greatest, "
                 f"{low[d]:g} and {high[d]:g}, since its quantiles would have made it constant"
             )
         if d in relative_dims and (text := _too_wide(own, width)):
             told.append(f"{name}, relative, has bounds of {low[d]:g} to {high[d]:g} {text}")
         if max(low[d] - least[d], most[d] - high[d]) > BEYOND * max(width, 1e-12):
             told.append(
-                f"{name} reaches {least[d]:g} to {most[d]:g}, far outside of its bounds, {low[d]:g} to {high[d]:g}: what lies "
+                f"{name} reaches {least[d]:g} to {most[d]:g}, far outside of its bounds, "
+                f"{low[d]:g} to {high[d]:g}: what lies "
                 "there is cut off; mend those rows, or data.statistics=minmax"
             )
         if (few := _levels_of_most(own, levels[:, d])) is not None:
             told.append(
-                f"{name} varies, and most of its rows are written with {few} of {bins + 1} levels: its bounds, {low[d]:g} to "
-                f"{high[d]:g}, are wide for it; mend its outliers, or data.statistics=quantiles, or more action.action_bins"
+                f"{name} varies, and most of its rows are written with {few} of {bins + 1} "
+                f"levels: its bounds, {low[d]:g} to "
+                f"{high[d]:g}, are wide for it; mend its outliers, or data.statistics=quantiles, "
+                f"or more action.action_bins"
             )
     return told
 
@@ -72,7 +85,9 @@ def _too_wide(own: np.ndarray, width: float) -> str | None:
 
 
 def _levels_of_most(own: np.ndarray, levels: np.ndarray) -> int | None:
-    """How many levels more than half of the rows share, where those are few and the rows' numbers are not."""
+    """How many levels more than half of the rows share, where those are few and the rows' numbers
+    are not.
+    """
     kinds, counts = np.unique(levels, return_counts=True)
     order = np.argsort(-counts)
     needed = int(np.searchsorted(np.cumsum(counts[order]), len(levels) / 2, side="right")) + 1

@@ -1,4 +1,6 @@
-"""What a config may say of data and augmentation, apart from what does it: read before anything heavy."""
+"""What a config may say of data and augmentation, apart from what does it: read before anything
+heavy.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -13,84 +15,137 @@ class DataConfig:
     """Which dataset, and what its columns are called; others to learn from beside it."""
 
     dataset: str  # folder of a LeRobot dataset v3.0, or Hub id
-    cameras: Mapping[str, str] | None = None  # camera of the Spec → key of the dataset; None: all that have colours
-    action: str = "action"
+    # camera of the Spec → key of the dataset; None: all that have colours
+    cameras: Mapping[str, str] | None = None
+    action: str = "action"  # key of the actions
     state: str | None = None  # key of a state, which is written into the prompt
-    relative_dims: tuple[int, ...] = ()  # action dimensions written as differences from the same dimension of the state
-    periodic: Mapping[int, tuple[float, float]] = field(default_factory=dict)  # action dimensions that wrap → low and high
-    depth: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # camera of depth maps → near and far, metres
-    statistics: str = "minmax"  # bounds of actions and state: "minmax", or "quantiles" for 1 % and 99 %
+    # action dimensions written as differences from the same dimension of the state
+    relative_dims: tuple[int, ...] = ()
+    # action dimensions that wrap → low and high
+    periodic: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    # camera of depth maps → near and far, metres
+    depth: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    # bounds of actions and state: "minmax", or "quantiles" for 1 % and 99 %
+    statistics: str = "minmax"
     held_out: int = 0  # episodes kept from training, the last ones, for the loss on unseen data
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit on the Hub
     weight: float = 1.0  # how often a row comes in an epoch of a mixture
-    mixture: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name → fields that differ for another dataset
+    # name → fields that differ for another dataset
+    mixture: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     num_workers: int = 0  # processes that prepare batches
 
     def __post_init__(self):
         object.__setattr__(self, "relative_dims", tupled(self.relative_dims))
         if not isinstance(self.relative_dims, tuple):
             raise InputError(
-                "relative_dims, a list of action dimensions", f"{self.relative_dims}", "e.g. data.relative_dims=[0, 1, 2]"
+                "relative_dims, a list of action dimensions",
+                f"{self.relative_dims}",
+                "e.g. data.relative_dims=[0, 1, 2]",
             )
         _check_mapping("mixture", self.mixture, "{other: {dataset: DIR}}")
         _check_mapping("depth", self.depth, "{top: [0.2, 1.5]}", pairs=True)
         _check_mapping("periodic", self.periodic, "{5: [-180, 180]}", pairs=True)
-        object.__setattr__(self, "depth", {camera: tupled(span) for camera, span in self.depth.items()})
-        turns = {int(d) if str(d).isdecimal() else d: tupled(turn) for d, turn in self.periodic.items()}
-        object.__setattr__(self, "periodic", turns)  # a number that is a key of the command line comes as a word
+        object.__setattr__(
+            self, "depth", {camera: tupled(span) for camera, span in self.depth.items()}
+        )
+        turns = {
+            int(d) if str(d).isdecimal() else d: tupled(turn) for d, turn in self.periodic.items()
+        }
+        # a number that is a key of the command line comes as a word
+        object.__setattr__(self, "periodic", turns)
         if self.statistics not in ("minmax", "quantiles"):
-            raise InputError("statistics: minmax or quantiles", f"'{self.statistics}'", "choose one of those")
+            raise InputError(
+                "statistics: minmax or quantiles", f"'{self.statistics}'", "choose one of those"
+            )
         if self.cameras is not None and (not isinstance(self.cameras, Mapping) or not self.cameras):
-            raise InputError("cameras, {name: key of the dataset}", f"{self.cameras}", "name one camera at least")
+            raise InputError(
+                "cameras, {name: key of the dataset}", f"{self.cameras}", "name one camera at least"
+            )
         keys = [key for key in (self.cameras or {}).values() if isinstance(key, str)]
         if twice := [key for key in keys if keys.count(key) > 1]:
-            raise InputError("cameras, each of a key of its own", f"'{twice[0]}' twice", "leave one of them out")
+            raise InputError(
+                "cameras, each of a key of its own", f"'{twice[0]}' twice", "leave one of them out"
+            )
         if self.held_out < 0:
             raise InputError("held_out >= 0", f"{self.held_out}", "it counts episodes")
         if self.num_workers < 0:
-            raise InputError("num_workers >= 0", f"{self.num_workers}", "0 prepares batches in the process that trains")
+            raise InputError(
+                "num_workers >= 0",
+                f"{self.num_workers}",
+                "0 prepares batches in the process that trains",
+            )
         if not self.weight > 0:
             raise InputError("weight > 0", f"{self.weight}", "1 shows each row once in an epoch")
         if unknown := [camera for camera in self.depth if camera not in (self.cameras or {})]:
-            raise InputError(f"depth of cameras {list(self.cameras or {})}", f"'{unknown[0]}'", "name it under cameras too")
+            raise InputError(
+                f"depth of cameras {list(self.cameras or {})}",
+                f"'{unknown[0]}'",
+                "name it under cameras too",
+            )
         for name, other in self.mixture.items():
             self._other(name, other)
 
     def all(self) -> dict[str, "DataConfig"]:
-        """{name: the dataset's own}, the first of them MAIN; what an entry of the mixture leaves out is as here."""
-        return {MAIN: self, **{name: self._other(name, other) for name, other in self.mixture.items()}}
+        """{name: the dataset's own}, the first of them MAIN; what an entry of the mixture leaves
+        out is as here.
+        """
+        return {
+            MAIN: self,
+            **{name: self._other(name, other) for name, other in self.mixture.items()},
+        }
 
     def _other(self, name: str, changes: Mapping[str, Any]) -> "DataConfig":
         common = ("mixture", "num_workers")
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in common}
         if not isinstance(changes, Mapping) or "dataset" not in changes:
-            raise InputError(f"a dataset in mixture.{name}", f"{changes!r}", "give dataset, and what differs from data")
+            raise InputError(
+                f"a dataset in mixture.{name}",
+                f"{changes!r}",
+                "give dataset, and what differs from data",
+            )
         if not name.isidentifier():
-            raise InputError("names of letters, digits and _ in a mixture", f"'{name}'", "it becomes part of a file's name")
+            raise InputError(
+                "names of letters, digits and _ in a mixture",
+                f"'{name}'",
+                "it becomes part of a file's name",
+            )
         refuse_unknown(changes, own, f"mixture.{name}")
-        other = DataConfig(**{**own, "weight": 1.0, "revision": None, **changes})  # a revision is of one dataset
+        # a revision is of one dataset
+        other = DataConfig(**{**own, "weight": 1.0, "revision": None, **changes})
         if self.cameras is None or other.cameras is None:
             return other
         if set(other.cameras) != set(self.cameras):
             refuse_other_views(name, other.cameras, self.cameras)
-        return replace(other, cameras={camera: other.cameras[camera] for camera in self.cameras})  # one order for all
+        # one order for all
+        return replace(other, cameras={camera: other.cameras[camera] for camera in self.cameras})
 
 
 def _check_mapping(name: str, given: Any, example: str, pairs: bool = False) -> None:
     """Raises InputError for what is no mapping, or of pairs one to something else."""
     if not (isinstance(given, Mapping) and (not pairs or all(map(_pair, given.values())))):
-        raise InputError(f"{name}, a mapping{' to two numbers each' * pairs}", f"{given}", f"e.g. data.{name}={example}")
+        raise InputError(
+            f"{name}, a mapping{' to two numbers each' * pairs}",
+            f"{given}",
+            f"e.g. data.{name}={example}",
+        )
 
 
 def _pair(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value)
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(isinstance(v, int | float) for v in value)
+    )
 
 
 def refuse_other_views(
     name: str, found: Sequence[str] | Mapping[str, str], expected: Sequence[str] | Mapping[str, str]
 ) -> None:
     """Raises InputError: datasets of a mixture have other cameras."""
-    remedy = "give each dataset the same views under the same names: data.cameras and data.mixture.NAME.cameras"
+    remedy = (
+        "give each dataset the same views under the same names: data.cameras and "
+        "data.mixture.NAME.cameras"
+    )
     raise InputError(f"the cameras {list(expected)} in mixture.{name}", f"{list(found)}", remedy)
 
 
@@ -98,16 +153,32 @@ def refuse_other_views(
 class Augmentation:
     """What training adds at random; acting has none of it."""
 
-    mask: str = "character"  # masked action augmentation by "character" (published), "number", or "none"
+    # masked action augmentation by "character" (published), "number", or "none"
+    mask: str = "character"
     mask_most: float = 0.4  # the share hidden is uniform in 0..mask_most
     mask_none: float = 0.1  # probability that nothing is hidden
+    # strengths of brightness, contrast, saturation and hue
     jitter: tuple[float, float, float, float] = JITTER
 
     def __post_init__(self):
         object.__setattr__(self, "jitter", tupled(self.jitter))
         if self.mask not in ("character", "number", "none"):
-            raise InputError("mask: character, number or none", f"'{self.mask}'", "choose one of those")
+            raise InputError(
+                "mask: character, number or none", f"'{self.mask}'", "choose one of those"
+            )
         if not (0 <= self.mask_most <= 1 and 0 <= self.mask_none <= 1):
-            raise InputError("mask_most and mask_none in 0..1", f"{self.mask_most}, {self.mask_none}", "they are shares")
-        if len(self.jitter) != 4 or not all(0 <= j <= 1 for j in self.jitter) or self.jitter[3] > 0.5:
-            raise InputError("jitter: four strengths in 0..1, hue at most 0.5", f"{self.jitter}", "zeros turn it off")
+            raise InputError(
+                "mask_most and mask_none in 0..1",
+                f"{self.mask_most}, {self.mask_none}",
+                "they are shares",
+            )
+        if (
+            len(self.jitter) != 4
+            or not all(0 <= j <= 1 for j in self.jitter)
+            or self.jitter[3] > 0.5
+        ):
+            raise InputError(
+                "jitter: four strengths in 0..1, hue at most 0.5",
+                f"{self.jitter}",
+                "zeros turn it off",
+            )

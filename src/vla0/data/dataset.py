@@ -16,15 +16,17 @@ from vla0.core.spec import Sample, Spec
 from vla0.data.config import Augmentation
 from vla0.data.lerobot import Source
 
-# A Sample, the seed of its augmentation (None: it only fills a batch), and its dataset's place in a mixture.
+# A Sample, the seed of its augmentation (None: it only fills a batch), and its dataset's place in a
+# mixture.
 Drawn = tuple[Sample, Sequence[int] | None, int]
 
 
 class Samples(torch.utils.data.Dataset):
-    """The rows of a Source, those to train on or those held out, each with the seed of its augmentation.
+    """The rows of a Source, those to train on or those held out, each with the seed of its
+    augmentation.
 
-    The seed is made of the run's, the epoch's and the row's number, so that a batch is the same whichever process makes
-    it, and a resumed run sees what an uninterrupted one sees.
+    The seed is made of the run's, the epoch's and the row's number, so that a batch is the same
+    whichever process makes it, and a resumed run sees what an uninterrupted one sees.
     """
 
     epoch = 0
@@ -51,7 +53,10 @@ class Samples(torch.utils.data.Dataset):
         return self.source.remarks(self.spec)
 
     def outside(self) -> np.ndarray:
-        """(D,): how many of the actions clip. Relative ones are not counted: their bounds are over chunks."""
+        """(D,): how many of the actions clip.
+
+        Relative ones are not counted: their bounds are over chunks.
+        """
         absolute = [d for d in range(self.spec.dimensions) if d not in self.spec.relative_dims]
         counts = np.zeros(self.spec.dimensions, np.int64)
         actions = self.source.actions[self.rows.start : self.rows.stop]
@@ -60,17 +65,29 @@ class Samples(torch.utils.data.Dataset):
 
 
 class Mixture(torch.utils.data.Dataset):
-    """Several Samples as one: each row of a part comes `weight` times in an epoch, whatever the sizes of the others.
+    """Several Samples as one: each row of a part comes `weight` times in an epoch, whatever the
+    sizes of the others.
 
-    Of a weight that is not whole, the rows that come once more are drawn anew each epoch, from the run's seed.
+    Of a weight that is not whole, the rows that come once more are drawn anew each epoch, from the
+    run's seed.
     """
 
     epoch = 0
 
-    def __init__(self, parts: Sequence[Samples], weights: Sequence[float], seed: int = 0, places: Sequence[int] | None = None):
-        """places: of the parts among the prompts of the collator, where not all of those have a part here."""
+    def __init__(
+        self,
+        parts: Sequence[Samples],
+        weights: Sequence[float],
+        seed: int = 0,
+        places: Sequence[int] | None = None,
+    ):
+        """places: of the parts among the prompts of the collator, where not all of those have a
+        part here.
+        """
         self.parts, self.seed, self.places = parts, seed, places or range(len(parts))
-        self.counts = [max(1, round(weight * len(part))) for part, weight in zip(parts, weights, strict=True)]
+        self.counts = [
+            max(1, round(weight * len(part))) for part, weight in zip(parts, weights, strict=True)
+        ]
         self.ends = np.cumsum(self.counts).tolist()
 
     def __len__(self) -> int:
@@ -87,13 +104,18 @@ class Mixture(torch.utils.data.Dataset):
 
 
 class Order(torch.utils.data.Sampler[int]):
-    """An epoch's rows, each once and in an order of its own, filled up to whole batches of all processes.
+    """An epoch's rows, each once and in an order of its own, filled up to whole batches of all
+    processes.
 
-    What fills is numbered -1: a row whose answer counts nothing. accelerate would repeat rows instead, and count them.
+    What fills is numbered -1: a row whose answer counts nothing. accelerate would repeat rows
+    instead, and count them.
     """
 
     def __init__(self, rows: Any, batch: int, seed: int = 0):
-        """rows: of a length. batch: what all processes together take in one pass; 1 where there is one process."""
+        """rows: of a length.
+
+        batch: what all processes together take in one pass; 1 where there is one process.
+        """
         self.rows = SeedableRandomSampler(rows, generator=torch.Generator(), data_seed=seed)
         self.fill = -len(rows) % batch
 
@@ -116,22 +138,29 @@ def _order(count: int, *seed: int) -> np.ndarray:
 def collator(
     prompts: Sequence[Prompt], augmentation: Augmentation | None
 ) -> Callable[[Sequence[Drawn]], dict[str, torch.Tensor]]:
-    """Drawn Samples → Batch with labels. augmentation None: as when acting, for the loss on held-out episodes.
+    """Drawn Samples → Batch with labels.
+
+    augmentation None: as when acting, for the loss on held-out episodes.
 
     prompts: one for each dataset of a mixture.
     """
     return partial(_collate, prompts=prompts, augmentation=augmentation)
 
 
-def _collate(drawn: Sequence[Drawn], prompts: Sequence[Prompt], augmentation: Augmentation | None) -> dict[str, torch.Tensor]:
+def _collate(
+    drawn: Sequence[Drawn], prompts: Sequence[Prompt], augmentation: Augmentation | None
+) -> dict[str, torch.Tensor]:
     settings = augmentation or Augmentation()
     seen, answers = [], []
     for sample, seed, which in drawn:
         prompt = prompts[which]
         codec = ActionCodec(prompt.spec)
         rng = None if augmentation is None or seed is None else np.random.default_rng(seed)
-        text = codec.write(codec.encode(to_written(sample.actions, sample.observation, prompt.spec)))
-        text = hide_numbers(text, np.repeat(~sample.valid, prompt.spec.dimensions))  # nothing to learn after the end
+        text = codec.write(
+            codec.encode(to_written(sample.actions, sample.observation, prompt.spec))
+        )
+        # nothing to learn after the end
+        text = hide_numbers(text, np.repeat(~sample.valid, prompt.spec.dimensions))
         answers.append(hide(text, rng, settings.mask, settings.mask_most, settings.mask_none))
         seen.append(prompt.see(sample.observation, rng, settings.jitter))
     batch = prompts[0].gather(seen, answers)

@@ -14,8 +14,10 @@ from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-COLOURS = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")  # modes of Pillow with 8 bits a channel or fewer
-WIDE = re.compile(r"(gray|ya)(f|9|10|12|14|16|32)")  # formats of FFmpeg that colours of 8 bits would cut off
+# modes of Pillow with 8 bits a channel or fewer
+COLOURS = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+# formats of FFmpeg that colours of 8 bits would cut off
+WIDE = re.compile(r"(gray|ya)(f|9|10|12|14|16|32)")
 TOLERANCE_S = 1e-4  # between a row's time and its video frame's, as LeRobot's
 
 
@@ -28,9 +30,11 @@ class Pictures:
         self.column = table.with_format(None).select_columns([key])
 
     def read(self, rows: np.ndarray, depth: bool = False) -> np.ndarray:
-        """(n, h, w, 3) uint8 at some rows of one episode; depth maps (n, h, w), metres as floats or millimetres as integers.
+        """(n, h, w, 3) uint8 at some rows of one episode; depth maps (n, h, w), metres as floats or
+        millimetres as integers.
 
-        Raises InputError for pictures of more than 8 bits that are not said to be depth maps: as colours they saturate.
+        Raises InputError for pictures of more than 8 bits that are not said to be depth maps: as
+        colours they saturate.
         """
         found = []
         for row in rows:
@@ -40,7 +44,9 @@ class Pictures:
             elif picture.mode in COLOURS:
                 found.append(np.asarray(picture.convert("RGB")))
             else:
-                refuse_depth(self.key, f"pictures of more than 8 bits, Pillow's mode {picture.mode}")
+                refuse_depth(
+                    self.key, f"pictures of more than 8 bits, Pillow's mode {picture.mode}"
+                )
         return np.stack(found)
 
 
@@ -51,7 +57,10 @@ class Videos:
         self, key: str, feature: Mapping[str, Any], places: Mapping[int, tuple[Path, float]],
         episode_of: np.ndarray, times: np.ndarray,
     ):  # fmt: skip
-        """places: episode → its file and where in it the episode begins, seconds. episode_of, times: (N,) of the rows."""
+        """places: episode → its file and where in it the episode begins, seconds.
+
+        episode_of, times: (N,) of the rows.
+        """
         self.key, self.places, self.episode_of, self.times = key, places, episode_of, times
         self.info = feature.get("info") or feature.get("video_info") or {}
         for file in dict.fromkeys(places[int(number)][0] for number in np.unique(episode_of)):
@@ -68,7 +77,8 @@ class Videos:
             refuse_depth(self.key, f"a video of more than 8 bits, FFmpeg's format {kind}")
         file, first = self.places[int(self.episode_of[rows[-1]])]
         times = [first + float(self.times[row]) for row in rows]
-        # Rows' times are float32, and LeRobot compares them so: beyond 17 minutes of a file its steps are wider than 1e-4 s.
+        # Rows' times are float32, and LeRobot compares them so: beyond 17 minutes of a file its
+        # steps are wider than 1e-4 s.
         tolerance = TOLERANCE_S + 2 * float(np.spacing(np.float32(max(times))))
         frames = decode_video_frames(
             file, times, tolerance, video_backend(),
@@ -80,13 +90,20 @@ class Videos:
         from lerobot.datasets.depth_utils import dequantize_depth
 
         own = DepthEncoderConfig.from_video_info(self.info)
-        spread = {"depth_min": own.depth_min, "depth_max": own.depth_max, "shift": own.shift, "use_log": own.use_log}
+        spread = {
+            "depth_min": own.depth_min,
+            "depth_max": own.depth_max,
+            "shift": own.shift,
+            "use_log": own.use_log,
+        }
         metres = np.asarray(dequantize_depth(frames, **spread, output_unit="m"))
         return metres.reshape(len(rows), *metres.shape[-2:])
 
 
 def in_metres(depths: np.ndarray, unit: str | None) -> np.ndarray:
-    """Depths as vla0.core.images takes them, whatever unit a dataset declares: metres are floats, millimetres integers."""
+    """Depths as vla0.core.images takes them, whatever unit a dataset declares: metres are floats,
+    millimetres integers.
+    """
     floating = np.issubdtype(depths.dtype, np.floating)
     if unit == "mm" and floating:
         return depths / 1000
@@ -95,18 +112,25 @@ def in_metres(depths: np.ndarray, unit: str | None) -> np.ndarray:
 
 def refuse_depth(key: str, got: str) -> None:
     """Raises InputError: a camera that is used as one of colours gives something else."""
-    remedy = "name near and far in metres under data.depth, e.g. data.depth={top: [0.2, 1.5]}, or leave that camera out"
+    remedy = (
+        "name near and far in metres under data.depth, e.g. data.depth={top: [0.2, 1.5]}, "
+        "or leave that camera out"
+    )
     raise InputError(f"'{key}' to be colours, or a camera of data.depth", got, remedy)
 
 
 def some(numbers: Sequence[int]) -> str:
     """The first of many numbers, in words."""
-    return ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+    return ", ".join(map(str, numbers[:8])) + (
+        f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    )
 
 
 @cache
 def video_backend() -> str:
-    """torchcodec where it loads (it needs FFmpeg's shared libraries), else PyAV, which brings its own."""
+    """torchcodec where it loads (it needs FFmpeg's shared libraries), else PyAV, which brings its
+    own.
+    """
     try:
         importlib.import_module("torchcodec")
     except (ImportError, OSError, RuntimeError):

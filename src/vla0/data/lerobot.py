@@ -18,7 +18,8 @@ from vla0.errors import InputError
 class Source:
     """A LeRobot dataset as arrays: the narrow columns in memory, pictures one row at a time.
 
-    A chunk query of LeRobot's own reader decodes the pictures of all its rows; slicing the columns here does not.
+    A chunk query of LeRobot's own reader decodes the pictures of all its rows; slicing the columns
+    here does not.
     """
 
     def __init__(self, config: DataConfig):
@@ -27,11 +28,17 @@ class Source:
         self.cameras = dict(config.cameras or named(self.dataset.colour_keys(), config.dataset))
         for name, key in {"action": config.action, "state": config.state, **self.cameras}.items():
             if key is not None and key not in features:
-                raise InputError(f"key '{key}' for {name}", f"keys {sorted(features)}", "correct the config's mapping")
+                raise InputError(
+                    f"key '{key}' for {name}",
+                    f"keys {sorted(features)}",
+                    "correct the config's mapping",
+                )
         for camera, key in self.cameras.items():
             if key not in meta.camera_keys:
                 raise InputError(
-                    f"pictures in '{key}' for camera '{camera}'", features[key]["dtype"], f"choose of {meta.camera_keys}"
+                    f"pictures in '{key}' for camera '{camera}'",
+                    features[key]["dtype"],
+                    f"choose of {meta.camera_keys}",
                 )
             if key in meta.depth_keys and camera not in config.depth:
                 refuse_depth(key, "a camera that the dataset flags as depth maps")
@@ -41,32 +48,55 @@ class Source:
         starts = self.dataset.starts
         ends = np.r_[starts[1:], len(self.episode_of)]
         lengths = ends - starts
-        self.start, self.end = np.repeat(starts, lengths), np.repeat(ends, lengths)  # (N,) of each row's episode
+        # (N,) of each row's episode
+        self.start, self.end = np.repeat(starts, lengths), np.repeat(ends, lengths)
         if config.held_out >= len(starts):
-            raise InputError(f"held_out below the {len(starts)} episodes", f"{config.held_out}", "hold out fewer")
-        self.first_held_out = int(starts[-config.held_out]) if config.held_out else len(self.actions)
+            raise InputError(
+                f"held_out below the {len(starts)} episodes", f"{config.held_out}", "hold out fewer"
+            )
+        self.first_held_out = (
+            int(starts[-config.held_out]) if config.held_out else len(self.actions)
+        )
         numbers = sorted(self.dataset.instructions)
         self.tasks = [self.dataset.instructions[number] for number in numbers]
-        self.task_of = np.searchsorted(numbers, self.dataset.sentence_numbers())  # (N,) places in `tasks`
-        if blank := [task for task in np.unique(self.task_of).tolist() if not self.tasks[task].strip()]:
-            got = f"an empty one for episodes {some(np.unique(self.episode_of[np.isin(self.task_of, blank)]).tolist())}"
-            raise InputError(f"an instruction for each episode of '{config.dataset}'", got, "write it into meta/tasks.parquet")
+        # (N,) places in `tasks`
+        self.task_of = np.searchsorted(numbers, self.dataset.sentence_numbers())
+        if blank := [
+            task for task in np.unique(self.task_of).tolist() if not self.tasks[task].strip()
+        ]:
+            got = (
+                f"an empty one for episodes "
+                f"{some(np.unique(self.episode_of[np.isin(self.task_of, blank)]).tolist())}"
+            )
+            raise InputError(
+                f"an instruction for each episode of '{config.dataset}'",
+                got,
+                "write it into meta/tasks.parquet",
+            )
         self.pictures = {camera: self.dataset.pictures(key) for camera, key in self.cameras.items()}
 
     def __len__(self) -> int:
         return len(self.actions)
 
     def problems(self, spec: Spec | None = None) -> list[str]:
-        """What training can live with, and a user should know; with the Spec, what its bounds lose too."""
+        """What training can live with, and a user should know; with the Spec, what its bounds lose
+        too.
+        """
         found = []
         still = np.flatnonzero(self.actions.min(axis=0) == self.actions.max(axis=0)).tolist()
         if still:
             found.append(f"actions {still} never change: they cost their tokens and say nothing")
         gaps = np.diff(self.dataset.times)[self.start[1:] == self.start[:-1]]
         if len(gaps) and abs(np.median(gaps) * self.fps - 1) > 0.02:
-            found.append(f"frames are {np.median(gaps):.4g} s apart, which is not the {self.fps:g} frames a second it declares")
+            found.append(
+                f"frames are {np.median(gaps):.4g} s apart, which is not the {self.fps:g} frames "
+                f"a second it declares"
+            )
         elif jumps := int((gaps * self.fps > 1.5).sum()):
-            found.append(f"frames are missing at {jumps} places inside of episodes: a chunk goes on there as if they were not")
+            found.append(
+                f"frames are missing at {jumps} places inside of episodes: a chunk goes on there "
+                f"as if they were not"
+            )
         listed, held = len(self.dataset.places), len(np.unique(self.episode_of))
         if listed != held:
             found.append(f"{listed - held} of {listed} episodes are empty")
@@ -74,32 +104,58 @@ class Source:
             least, most = (float(end(self.actions[:, dimension])) for end in (np.min, np.max))
             if min(least - low, high - most) < -1e-3 * (high - low):
                 found.append(
-                    f"action {dimension} goes from {least:g} to {most:g}, outside of its data.periodic, {low:g} to {high:g}, "
-                    "between which a policy gives it back: give the low and high that the dataset has"
+                    f"action {dimension} goes from {least:g} to {most:g}, outside of its "
+                    f"data.periodic, {low:g} to {high:g}, "
+                    "between which a policy gives it back: give the low and high that the dataset "
+                    "has"
                 )
         return found if spec is None else found + self.remarks(spec)
 
     def remarks(self, spec: Spec) -> list[str]:
         """What a Spec's bounds lose of the rows that are trained on."""
-        actions, states = self._written(spec.chunk_size, spec.relative_dims, spec.periodic), self.states
+        actions, states = (
+            self._written(spec.chunk_size, spec.relative_dims, spec.periodic),
+            self.states,
+        )
         names = [f"action {name}" for name in spec.action_names or range(spec.dimensions)]
-        found = remarks(actions, (spec.low, spec.high), self.config.statistics, spec.bins, names, spec.relative_dims)
+        found = remarks(
+            actions,
+            (spec.low, spec.high),
+            self.config.statistics,
+            spec.bins,
+            names,
+            spec.relative_dims,
+        )
         if spec.state is not None and states is not None:
             names = [f"state {name}" for name in spec.state_names or range(states.shape[1])]
-            found += remarks(states[: self.first_held_out], spec.state, self.config.statistics, spec.bins, names)
+            found += remarks(
+                states[: self.first_held_out], spec.state, self.config.statistics, spec.bins, names
+            )
         return found
 
     def spec_fields(self, chunk_size: int) -> dict[str, Any]:
-        """What a Spec takes from data: bounds of actions over all chunks and of the state, names, fps, cameras, depth."""
+        """What a Spec takes from data: bounds of actions over all chunks and of the state, names,
+        fps, cameras, depth.
+        """
         dims = list(self.config.relative_dims)
         if dims:
             most = min(len(self.actions[0]), 0 if self.states is None else len(self.states[0]))
             if not all(isinstance(d, int) and 0 <= d < most for d in dims):
-                got = "no state" if self.states is None else f"{dims} of {len(self.actions[0])} and {len(self.states[0])}"
-                raise InputError(
-                    "relative_dims: dimensions that action and state both have", got, "set data.state, count from 0"
+                got = (
+                    "no state"
+                    if self.states is None
+                    else f"{dims} of {len(self.actions[0])} and {len(self.states[0])}"
                 )
-        if unknown := [d for d in self.config.periodic if not (isinstance(d, int) and 0 <= d < self.actions.shape[1])]:
+                raise InputError(
+                    "relative_dims: dimensions that action and state both have",
+                    got,
+                    "set data.state, count from 0",
+                )
+        if unknown := [
+            d
+            for d in self.config.periodic
+            if not (isinstance(d, int) and 0 <= d < self.actions.shape[1])
+        ]:
             expected = f"periodic: dimensions of actions, 0..{self.actions.shape[1] - 1}"
             raise InputError(expected, f"{unknown[0]}", "e.g. data.periodic={5: [-180, 180]}")
         periodic = tuple((dimension, *turn) for dimension, turn in self.config.periodic.items())
@@ -110,42 +166,70 @@ class Source:
             "periodic": periodic,
         }
         fields["depth"] = tuple((camera, *span) for camera, span in self.config.depth.items())
-        fields["low"], fields["high"] = bounds(self._written(chunk_size, dims, periodic), self.config.statistics)
-        fields["state"] = None if self.states is None else bounds(self.states[: self.first_held_out], self.config.statistics)
+        fields["low"], fields["high"] = bounds(
+            self._written(chunk_size, dims, periodic), self.config.statistics
+        )
+        fields["state"] = (
+            None
+            if self.states is None
+            else bounds(self.states[: self.first_held_out], self.config.statistics)
+        )
         changes = np.diff(self.actions, axis=0)[self.start[1:] == self.start[:-1]]
         steps = np.abs(shortest(changes, periodic))
-        fields["max_step_change"] = tuple(float(c) for c in steps.max(axis=0)) if len(steps) else None
-        for name, key in {"action_names": self.config.action, "state_names": self.config.state}.items():
+        fields["max_step_change"] = (
+            tuple(float(c) for c in steps.max(axis=0)) if len(steps) else None
+        )
+        for name, key in {
+            "action_names": self.config.action,
+            "state_names": self.config.state,
+        }.items():
             fields[name] = None if key is None else names_of(self.dataset.features[key])
         return fields
 
     def _written(
-        self, chunk_size: int, relative_dims: Sequence[int], periodic: Sequence[tuple[int, float, float]]
+        self,
+        chunk_size: int,
+        relative_dims: Sequence[int],
+        periodic: Sequence[tuple[int, float, float]],
     ) -> np.ndarray:
-        """(M, D): the values that chunks of the rows to train on hold; of no relative dimension each action once."""
+        """(M, D): the values that chunks of the rows to train on hold; of no relative dimension
+        each action once.
+        """
         trained, dims = self.actions[: self.first_held_out], list(relative_dims)
         if not dims:
             return trained
         base, rows = np.zeros_like(trained), np.arange(self.first_held_out)
         assert self.states is not None
         base[:, dims] = self.states[: self.first_held_out][:, dims]
-        chunks = [trained[np.minimum(rows + step, self.end[rows] - 1)] - base for step in range(chunk_size)]
+        chunks = [
+            trained[np.minimum(rows + step, self.end[rows] - 1)] - base
+            for step in range(chunk_size)
+        ]
         return shortest(np.concatenate(chunks), [turn for turn in periodic if turn[0] in dims])
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a run has to go on with: rows, episodes, instructions, and the actions, states and cameras themselves."""
+        """What a run has to go on with: rows, episodes, instructions, and the actions, states and
+        cameras themselves.
+        """
         digest = hashlib.sha256()
         for column in (self.actions, self.states, self.episode_of, self.task_of):
             digest.update(b"" if column is None else np.ascontiguousarray(column).tobytes())
         low, high = bounds(self.actions, "minmax")
         return {
-            "rows": len(self), "episodes": len(np.unique(self.episode_of)), "cameras": dict(self.cameras),
-            "instructions": f"{len(self.tasks)}, {hashlib.sha256(repr(self.tasks).encode()).hexdigest()[:16]}",
-            "lowest actions": list(low), "highest actions": list(high), "numbers": digest.hexdigest()[:16],
-        }  # fmt: skip
+            "rows": len(self),
+            "episodes": len(np.unique(self.episode_of)),
+            "cameras": dict(self.cameras),
+            "instructions": f"{len(self.tasks)}, "
+            f"{hashlib.sha256(repr(self.tasks).encode()).hexdigest()[:16]}",
+            "lowest actions": list(low),
+            "highest actions": list(high),
+            "numbers": digest.hexdigest()[:16],
+        }
 
     def sample(self, row: int, chunk_size: int, history: int) -> Sample:
-        """The Sample of a row: pictures (and their history), state, task, and the chunk that follows."""
+        """The Sample of a row: pictures (and their history), state, task, and the chunk that
+        follows.
+        """
         ahead = np.arange(row, row + chunk_size)
         actions = self.actions[np.minimum(ahead, self.end[row] - 1)].astype(np.float32)
         back = np.maximum(np.arange(row - history + 1, row + 1), self.start[row])
@@ -155,28 +239,46 @@ class Source:
                 frames = pictures.read(back, camera in self.config.depth)
             except InputError:
                 raise
-            except Exception as error:  # decoders raise dozens of kinds; each means that this episode cannot be used
+            except Exception as error:
+                # decoders raise dozens of kinds; each means that this episode cannot be used
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
-                where = f"episode {int(self.episode_of[row])}, frame {row - int(self.start[row])} of '{pictures.key}'"
-                raise InputError("readable pictures", f"{where}: {reason}", "mend or drop that episode") from error
+                where = (
+                    f"episode {int(self.episode_of[row])}, frame "
+                    f"{row - int(self.start[row])} of '{pictures.key}'"
+                )
+                raise InputError(
+                    "readable pictures", f"{where}: {reason}", "mend or drop that episode"
+                ) from error
             images[camera] = frames[0] if history == 1 else frames
         state = None if self.states is None else self.states[row]
-        return Sample(Observation(images, self.tasks[self.task_of[row]], state), actions, ahead < self.end[row])
+        return Sample(
+            Observation(images, self.tasks[self.task_of[row]], state),
+            actions,
+            ahead < self.end[row],
+        )
 
 
 def sources_of(config: DataConfig) -> dict[str, Source]:
-    """{name: Source} of a config's datasets, MAIN first. Raises InputError where they have other cameras."""
+    """{name: Source} of a config's datasets, MAIN first.
+
+    Raises InputError where they have other cameras.
+    """
     found = {name: Source(own) for name, own in config.all().items()}
     for name, source in found.items():
         if set(source.cameras) != set(found[MAIN].cameras):
             refuse_other_views(name, source.cameras, found[MAIN].cameras)
-        source.cameras = {camera: source.cameras[camera] for camera in found[MAIN].cameras}  # one order for all
+        # one order for all
+        source.cameras = {camera: source.cameras[camera] for camera in found[MAIN].cameras}
     return found
 
 
 def named(keys: Sequence[str], dataset: str) -> dict[str, str]:
     """{camera: key} of keys of pictures: each by its last word, where those are all different."""
     if not keys:
-        raise InputError("a dataset with pictures of colours", f"'{dataset}', which has none", "record with a camera")
+        raise InputError(
+            "a dataset with pictures of colours",
+            f"'{dataset}', which has none",
+            "record with a camera",
+        )
     names = [key.rsplit(".", 1)[-1] for key in keys]
     return dict(zip(names if len(set(names)) == len(names) else keys, keys, strict=True))

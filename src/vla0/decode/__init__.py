@@ -1,4 +1,7 @@
-"""Batch → levels. Every decoder returns exactly (H, D) levels, the ones that `core.greedy.decode` returns."""
+"""Batch → levels.
+
+Every decoder returns exactly (H, D) levels, the ones that `core.greedy.decode` returns.
+"""
 
 import logging
 from typing import Any
@@ -14,7 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 def decoder(model: Any, prompt: Prompt) -> SpeculativeDecoder | GreedyDecoder:
-    """The fastest decoder for a model; the plain one, and a line in the log, where the engine cannot drive it."""
+    """The fastest decoder for a model; the plain one, and a line in the log, where the engine
+    cannot drive it.
+    """
     reason = supported(model)
     if reason is None:
         return SpeculativeDecoder(model, prompt)

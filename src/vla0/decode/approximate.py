@@ -1,4 +1,6 @@
-"""Decoding that may write other tokens than the plain one: faster or smaller, never used unless asked for by name."""
+"""Decoding that may write other tokens than the plain one: faster or smaller, never used unless
+asked for by name.
+"""
 
 from copy import deepcopy
 from typing import Any
@@ -12,28 +14,34 @@ from vla0.errors import InputError
 
 ENOUGH = 0.5
 MODES = {
-    "relaxed": f"a guess passes that the model finds {ENOUGH} times as likely as its own choice: reacts later",
-    "fp8": "weights and activations of the language model in 8 bits, by torchao",
-    "int8": "weights of the language model in 8 bits, a scale a row, by torchao: half the memory of bf16",
-    "nf4": "weights of the language model in 4 bits, by bitsandbytes: a quarter of the memory of bf16",
+    "relaxed": f"a guess passes that the model finds {ENOUGH} times as likely as its own choice: "
+    f"reacts later",
+    "int8": "weights of the language model in 8 bits, a scale a row, by torchao: half the memory "
+    "of bf16",
+    "nf4": "weights of the language model in 4 bits, by bitsandbytes: a quarter of the memory of "
+    "bf16",
 }
-FIRST = (8, 9)  # compute capability that multiplies in fp8
 
 
 def approximate(model: Any, prompt: Prompt, mode: str) -> tuple[Any, SpeculativeDecoder]:
-    """(model, decoder) of a mode of MODES; the given model is not changed. Raises InputError where it cannot run here."""
+    """(model, decoder) of a mode of MODES; the given model is not changed.
+
+    Raises InputError where it cannot run here.
+    """
     if mode not in MODES:
         raise InputError(f"a mode of {tuple(MODES)}", f"'{mode}'", "choose one of those")
     if reason := supported(model):
         raise InputError("a model that the fast decoder drives", reason, "decode exactly")
     if mode == "relaxed":
         return model, SpeculativeDecoder(model, prompt, acceptance_ratio=ENOUGH)
-    model = in_4_bits(model) if mode == "nf4" else in_8_bits(model, mode)
+    model = in_4_bits(model) if mode == "nf4" else in_8_bits(model)
     return model, SpeculativeDecoder(model, prompt)
 
 
 def in_4_bits(model: Any) -> Any:
-    """A copy of a model whose language model's weights are of 4 bits (NF4); its embedding and output layer stay as they are."""
+    """A copy of a model whose language model's weights are of 4 bits (NF4); its embedding and
+    output layer stay as they are.
+    """
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
     except ImportError:
@@ -45,24 +53,22 @@ def in_4_bits(model: Any) -> Any:
                 sizes = layer.in_features, layer.out_features, layer.bias is not None
                 fewer: Any = Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4")
                 settings: Any = {"requires_grad": False, "quant_type": "nf4"}
-                fewer.weight, fewer.bias = Params4bit(layer.weight.data.cpu(), **settings), layer.bias
+                fewer.weight, fewer.bias = (
+                    Params4bit(layer.weight.data.cpu(), **settings),
+                    layer.bias,
+                )
                 setattr(part, name, fewer.to(device))  # where it is quantised
     return model
 
 
-def in_8_bits(model: Any, mode: str) -> Any:
-    """A copy of a model whose language model is of 8 bits; its embedding and output layer stay as they are."""
-    if mode == "fp8" and (model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < FIRST):
-        raise InputError(f"a GPU of compute capability {FIRST} or later", f"{model.device}", "use int8, or decode exactly")
+def in_8_bits(model: Any) -> Any:
+    """A copy of a model whose language model's weights are of 8 bits; its embedding and output
+    layer stay as they are.
+    """
     try:
         from torchao import quantization
     except ImportError:
-        raise InputError(f"torchao, for {mode}", "none installed", "install vla0[fp8]") from None
-    how: Any = quantization.Int8WeightOnlyConfig()
-    if mode == "fp8":
-        how = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
+        raise InputError("torchao, for int8", "none installed", "install vla0[int8]") from None
     model = deepcopy(model)
-    # fp8 products take sizes that are multiples of 16.
-    fits = lambda part, _: isinstance(part, torch.nn.Linear) and not any(size % 16 for size in part.weight.shape)  # noqa: E731
-    quantization.quantize_(model.model.language_model, how, fits)
+    quantization.quantize_(model.model.language_model, quantization.Int8WeightOnlyConfig())
     return model

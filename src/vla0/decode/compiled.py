@@ -1,4 +1,7 @@
-"""A language model whose layers are compiled: few kernels where there were many. One compilation serves all layers."""
+"""A language model whose layers are compiled: few kernels where there were many.
+
+One compilation serves all layers.
+"""
 
 import copy
 from typing import Any
@@ -7,7 +10,9 @@ import torch
 
 
 class Own:
-    """What a layer needs of a cache: its own keys and values, so that no layer's number is compiled into it."""
+    """What a layer needs of a cache: its own keys and values, so that no layer's number is compiled
+    into it.
+    """
 
     is_compileable = False
 
@@ -19,7 +24,15 @@ class Own:
         return self.keys.index_copy_(2, self.at, keys), self.values.index_copy_(2, self.at, values)
 
 
-def _layer(layer: Any, hidden: torch.Tensor, cache: str, keys: torch.Tensor, values: torch.Tensor, at: torch.Tensor, told: Any):
+def _layer(
+    layer: Any,
+    hidden: torch.Tensor,
+    cache: str,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    at: torch.Tensor,
+    told: Any,
+):
     return layer(hidden, **told, **{cache: Own(keys, values, at)})
 
 
@@ -39,9 +52,14 @@ class Layer(torch.nn.Module):
 
 
 def layered(model: Any) -> Any:
-    """A language model that does the same by compiled layers. It shares the weights; the model itself is not touched."""
+    """A language model that does the same by compiled layers.
+
+    It shares the weights; the model itself is not touched.
+    """
     run = torch.compile(_layer, fullgraph=True, dynamic=False)
     other = copy.copy(model)
     other._modules = dict(model._modules)
-    other.layers = torch.nn.ModuleList(Layer(layer, number, run) for number, layer in enumerate(model.layers))
+    other.layers = torch.nn.ModuleList(
+        Layer(layer, number, run) for number, layer in enumerate(model.layers)
+    )
     return other

@@ -1,4 +1,7 @@
-"""What an answer will probably say: a tree of guesses that the model checks in one pass. No guess changes a token."""
+"""What an answer will probably say: a tree of guesses that the model checks in one pass.
+
+No guess changes a token.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +13,17 @@ import numpy as np
 from vla0.core.codec import END, SPACE, SYMBOLS, Grammar
 
 State = tuple[int, str]  # of the Grammar: numbers finished, digits of the current one
-Ranked = tuple[list[int], list[float]]  # symbols that may follow and their probabilities, likeliest first
+# symbols that may follow and their probabilities, likeliest first
+Ranked = tuple[list[int], list[float]]
 FLOOR = 0.02  # of a prior: mass spread over all levels, so that nothing is impossible
 
 
 @dataclass
 class Tree:
-    """Guessed symbols; node 0 is the last symbol that is certain. A parent comes before its children."""
+    """Guessed symbols; node 0 is the last symbol that is certain.
+
+    A parent comes before its children.
+    """
 
     symbols: list[int]
     parents: list[int]  # of node 0: -1
@@ -46,10 +53,13 @@ class Tree:
     def walk(
         self, picks: Sequence[int], shares: np.ndarray | None = None, acceptance_ratio: float = 1.0
     ) -> tuple[list[int], int]:
-        """(nodes from 0 on that the model's picks confirm, the pick after the last of them). picks: of each node.
+        """(nodes from 0 on that the model's picks confirm, the pick after the last of them).
 
-        Where the pick was not guessed, a guess passes for it that the model finds `acceptance_ratio` times as likely. shares: (N, 12)
-        how likely the model finds the symbols after each node; without them no other guess passes.
+        picks: of each node.
+
+        Where the pick was not guessed, a guess passes for it that the model finds
+        `acceptance_ratio` times as likely. shares: (N, 12) how likely the model finds the symbols
+        after each node; without them no other guess passes.
         """
         path = [0]
         while True:
@@ -57,7 +67,9 @@ class Tree:
             children = self.children[node]
             if pick not in children and shares is not None and children:
                 other = max(children, key=lambda symbol: shares[node, symbol])
-                pick = other if shares[node, other] >= acceptance_ratio * shares[node, pick] else pick
+                pick = (
+                    other if shares[node, other] >= acceptance_ratio * shares[node, pick] else pick
+                )
             if pick not in children:
                 return path, pick
             path.append(children[pick])
@@ -66,8 +78,8 @@ class Tree:
 def drawn(trees: Sequence[Tree], grammar: Grammar, rows: int, most: int) -> tuple[np.ndarray, ...]:
     """Trees as arrays, filled up to so many rows and nodes.
 
-    Symbols (B, N), depths (B, N), paths (B, N, N): the nodes from node 0 to a node, by depth, then that node again and again;
-    and allowed (B, N, 12): what may follow it.
+    Symbols (B, N), depths (B, N), paths (B, N, N): the nodes from node 0 to a node, by depth, then
+    that node again and again; and allowed (B, N, 12): what may follow it.
     """
     symbols, depths = np.zeros((2, rows, most), np.int64)
     paths = np.tile(np.arange(most)[:, None], (rows, 1, most))
@@ -102,7 +114,8 @@ def _row(bins: int, last: bool, digits: str) -> np.ndarray:
 class Draft:
     """What is guessed of one answer, and learned from what the model says at each guess.
 
-    prior: (numbers, bins + 1), how likely each level is at first. numbers: how many of the grammar's are wanted.
+    prior: (numbers, bins + 1), how likely each level is at first. numbers: how many of the
+    grammar's are wanted.
     """
 
     def __init__(self, grammar: Grammar, prior: np.ndarray, numbers: int):
@@ -110,13 +123,22 @@ class Draft:
         self.whole, self.mass = prior, _below(prior)
         self.known: dict[State, Ranked] = {}
 
-    def grow(self, symbol: int, state: State, tree_size: int, chain_fraction: int, min_probability: float = 0.0) -> Tree:
-        """A tree of at most `tree_size` nodes, on a symbol and the state after it: the likeliest, if at least so likely.
+    def grow(
+        self,
+        symbol: int,
+        state: State,
+        tree_size: int,
+        chain_fraction: int,
+        min_probability: float = 0.0,
+    ) -> Tree:
+        """A tree of at most `tree_size` nodes, on a symbol and the state after it: the likeliest,
+        if at least so likely.
 
         The last `chain_fraction` of them prolong its one likeliest path, however unlikely that is.
         """
         tree, count = Tree.of(symbol, state), 0
-        heap: list[tuple[float, int, int, int, float]] = []  # -probability, order, parent, rank, the parent's probability
+        # -probability, order, parent, rank, the parent's probability
+        heap: list[tuple[float, int, int, int, float]] = []
 
         def offer(parent: int, rank: int, probability: float) -> None:
             nonlocal count
@@ -146,7 +168,9 @@ class Draft:
         return symbol >= SPACE and state[0] == self.numbers - 1
 
     def next(self, state: State) -> Ranked:
-        """The symbols that may follow a state, likeliest first: by what the model said there last, else by the prior."""
+        """The symbols that may follow a state, likeliest first: by what the model said there last,
+        else by the prior.
+        """
         if state not in self.known:
             self.known[state] = self._prior(state)
         return self.known[state]
@@ -167,7 +191,10 @@ class Draft:
         value = int(digits) if digits else 0
         first = value * 10
         shares = [
-            float(self.whole[number, value] if symbol >= SPACE else self.mass[number, first + symbol]) for symbol in allowed
+            float(
+                self.whole[number, value] if symbol >= SPACE else self.mass[number, first + symbol]
+            )
+            for symbol in allowed
         ]
         total = sum(shares)
         ranked = sorted(zip(shares, allowed, strict=True), reverse=True)
@@ -181,7 +208,9 @@ def after(state: State, symbol: int) -> State:
 
 
 def filled(levels: np.ndarray, chunk_size: int) -> np.ndarray:
-    """(chunk_size, D): levels (n, D), n from 1 to chunk_size, and then their last again and again."""
+    """(chunk_size, D): levels (n, D), n from 1 to chunk_size, and then their last again and
+    again.
+    """
     return np.concatenate([levels, np.repeat(levels[-1:], chunk_size - len(levels), axis=0)])
 
 
@@ -191,14 +220,17 @@ def _below(prior: np.ndarray) -> np.ndarray:
     low = 10 ** (len(str(prior.shape[1] - 1)) - 1)  # from the longest levels to the shortest
     while low > 1:
         own = mass[:, low : 10 * low]
-        longer = np.pad(own, [(0, 0), (0, -own.shape[1] % 10)]).reshape(len(mass), -1, 10).sum(axis=2)
+        longer = (
+            np.pad(own, [(0, 0), (0, -own.shape[1] % 10)]).reshape(len(mass), -1, 10).sum(axis=2)
+        )
         mass[:, low // 10 : low // 10 + longer.shape[1]] += longer
         low //= 10
     return mass
 
 
 class Expectation:
-    """How levels change from one chunk to the next, learned while chunks are decoded: the prior of each answer.
+    """How levels change from one chunk to the next, learned while chunks are decoded: the prior of
+    each answer.
 
     It makes decoding faster, and changes no token.
     """
@@ -206,12 +238,19 @@ class Expectation:
     KEEP = 0.98  # of what was learned, at each chunk
 
     def __init__(self, chunk_size: int, dimensions: int, bins: int):
-        self.shape, self.levels = (chunk_size, dimensions, bins + 1), np.arange(bins + 1, dtype=np.float32)
-        self.spread = np.full(dimensions, bins / 20.0, np.float32)  # levels: mean distance from the guess
-        self.seen = np.full((dimensions, bins + 1), 1 / (bins + 1), np.float32)  # share of each level
+        self.shape, self.levels = (
+            (chunk_size, dimensions, bins + 1),
+            np.arange(bins + 1, dtype=np.float32),
+        )
+        # levels: mean distance from the guess
+        self.spread = np.full(dimensions, bins / 20.0, np.float32)
+        # share of each level
+        self.seen = np.full((dimensions, bins + 1), 1 / (bins + 1), np.float32)
 
     def prior(self, guess: np.ndarray | None) -> np.ndarray:
-        """(H * D, bins + 1), each row's sum 1, for a guess (H, D) of levels; None: as levels were so far."""
+        """(H * D, bins + 1), each row's sum 1, for a guess (H, D) of levels; None: as levels were
+        so far.
+        """
         if guess is None:
             prior = np.broadcast_to(self.seen, self.shape) * np.float32(1 - FLOOR)
         else:

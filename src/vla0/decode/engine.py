@@ -1,4 +1,6 @@
-"""The passes of the unmodified model: prefill, then trees of guesses over a cache of its keys and values."""
+"""The passes of the unmodified model: prefill, then trees of guesses over a cache of its keys and
+values.
+"""
 
 import logging
 import math
@@ -21,30 +23,42 @@ from vla0.errors import InputError
 logger = logging.getLogger(__name__)
 
 BUCKET = 64  # slots
-Verdict = tuple[list[list[int]], np.ndarray]  # picks (B, N), and (B, N, 12) their and the others' probabilities
+# picks (B, N), and (B, N, 12) their and the others' probabilities
+Verdict = tuple[list[list[int]], np.ndarray]
 Grid = tuple[int, ...]  # 1, rows and columns of an image's patches
 
 
 class Engine:
-    """The passes of a model over trees of guesses: `prefill`, then many times `step`, `accept` after each.
+    """The passes of a model over trees of guesses: `prefill`, then many times `step`, `accept`
+    after each.
 
-    fixed: rows, prompts and trees are filled up to a few sizes and each pass looks at all slots, so that it can be captured as
-    a CUDA graph. Otherwise a pass is as small as it can be, which is faster where nothing is captured. A pass is a function of
-    one tensor of whole numbers (and the pixels, in the first): all that the host says goes over in one copy. compiled: layers
-    by torch.compile, once for each size of a pass. invariant: what is said at a node does not depend on which other guesses a
-    tree has, bit for bit (vla0.decode.invariant); passes are of fixed size then, and in the first one nothing is guessed.
+    fixed: rows, prompts and trees are filled up to a few sizes and each pass looks at all slots, so
+    that it can be captured as a CUDA graph. Otherwise a pass is as small as it can be, which is
+    faster where nothing is captured. A pass is a function of one tensor of whole numbers (and the
+    pixels, in the first): all that the host says goes over in one copy. compiled: layers by
+    torch.compile, once for each size of a pass. invariant: what is said at a node does not depend
+    on which other guesses a tree has, bit for bit (vla0.decode.invariant); passes are of fixed size
+    then, and in the first one nothing is guessed.
     """
 
     def __init__(
         self, model: Any, symbol_ids: Sequence[int], grammar: Grammar, fixed: bool,
         compiled: bool = False, invariant: bool = False,
     ):  # fmt: skip
-        self.model, self.grammar, self.fixed, self.compiled, self.invariant = model, grammar, fixed, compiled, invariant
+        self.model, self.grammar, self.fixed, self.compiled, self.invariant = (
+            model,
+            grammar,
+            fixed,
+            compiled,
+            invariant,
+        )
         if invariant:
             from vla0.decode import invariant as attention  # needs Triton
 
             self.attention: Any = attention
-        self.language = layered(model.model.language_model) if compiled else model.model.language_model
+        self.language = (
+            layered(model.model.language_model) if compiled else model.model.language_model
+        )
         self.embed = model.model.get_input_embeddings()
         self.cache_name = cache_argument(model.model.language_model)
         # Ties go to the lower token, as argmax over the whole vocabulary has it.
@@ -61,32 +75,45 @@ class Engine:
 
     def fresh(self) -> "Engine":
         """Another for the same model."""
-        return Engine(self.model, list(self.ids), self.grammar, self.fixed, self.compiled, self.invariant)
+        return Engine(
+            self.model, list(self.ids), self.grammar, self.fixed, self.compiled, self.invariant
+        )
 
     def prefill(self, batch: dict[str, torch.Tensor], trees: Sequence[Tree], most: int) -> Verdict:
-        """Reads the prompts (B, L), padded on the left, and first trees whose node 0 is the prompt's last token.
+        """Reads the prompts (B, L), padded on the left, and first trees whose node 0 is the
+        prompt's last token.
 
-        batch: of `Prompt.observe`, on the host. most: nodes of a tree, now and later. Gives what `step` gives.
+        batch: of `Prompt.observe`, on the host. most: nodes of a tree, now and later. Gives what
+        `step` gives.
         """
         ids, seen = batch["input_ids"].numpy(), batch["attention_mask"].numpy().astype(np.bool_)
-        grids, pixels = [tuple(grid) for grid in batch["image_grid_thw"].tolist()], batch["pixel_values"]
+        grids, pixels = (
+            [tuple(grid) for grid in batch["image_grid_thw"].tolist()],
+            batch["pixel_values"],
+        )
         rows, length = ids.shape
         limit = self.model.config.text_config.max_position_embeddings
         if length + self.grammar.longest > limit:
             remedy = "fewer or smaller images, or a shorter instruction"
             raise InputError(
-                f"a prompt and an answer of {limit} tokens at most", f"{length} and {self.grammar.longest}", remedy
+                f"a prompt and an answer of {limit} tokens at most",
+                f"{length} and {self.grammar.longest}",
+                remedy,
             )
         places = self._positions(batch, grids)
         if self.fixed:  # rows and tokens that nobody reads
             more, before = self.held(rows) - rows, -(length + self._spare(most)) % BUCKET
             fill = lambda array: np.pad(array, [(0, more), (before, 0)])  # noqa: E731
             ids, seen, places = fill(ids), fill(seen), np.stack([fill(axis) for axis in places])
-            pixels = torch.cat([pixels, pixels.new_zeros(more * len(pixels) // rows, pixels.shape[1])])
+            pixels = torch.cat(
+                [pixels, pixels.new_zeros(more * len(pixels) // rows, pixels.shape[1])]
+            )
             grids, length = grids + more * grids[: len(grids) // rows], length + before
             ids[rows:], seen[rows:], places[:, rows:] = ids[0], seen[0], places[:, :1]
         if (key := tuple(grids)) not in self.vision_towers:
-            self.vision_towers[key] = VisionTower(self.model.model.visual, key, self.model.device, self.compiled)
+            self.vision_towers[key] = VisionTower(
+                self.model.model.visual, key, self.model.device, self.compiled
+            )
         self.vision_tower = self.vision_towers[key]
         self._open(seen[:, :-1], places[0, :, -1], most)
         tree = self._numbers(trees, 1 if self.invariant else most)
@@ -94,21 +121,34 @@ class Engine:
         wide = length - 1 + tree[0].shape[1]
         row, column = np.nonzero((ids == self.model.config.image_token_id) & seen)
         self.cache.span, self.passes = slice(0, wide), 1
-        told = self._run(self._first, [ids[:, :-1], places[:, :, :-1], seen[:, :-1], row * wide + column, *tree], pixels)
+        told = self._run(
+            self._first,
+            [ids[:, :-1], places[:, :, :-1], seen[:, :-1], row * wide + column, *tree],
+            pixels,
+        )
         return self._verdict(told, rows)
 
     def step(self, trees: Sequence[Tree]) -> Verdict:
         """What the model says at the nodes of each row's tree."""
         tree = self._numbers(trees, self.most)
-        self.cache.span, self.passes = slice(self.base, self.base + tree[0].shape[1]), self.passes + 1
+        self.cache.span, self.passes = (
+            slice(self.base, self.base + tree[0].shape[1]),
+            self.passes + 1,
+        )
         before = [self.seen if self.fixed else self.seen[:, : self.base]]
         if self.invariant:
             before = [self.padding, self.accepted]
-        return self._verdict(self._run(self._next, [np.array([self.base]), *before, *tree]), len(trees))
+        return self._verdict(
+            self._run(self._next, [np.array([self.base]), *before, *tree]), len(trees)
+        )
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
-        """Keeps of the last trees the nodes of each row's path, from node 0 on; none of a row that has ended."""
-        target = self.accepted[:, None] + np.arange(self.most if self.fixed else max(map(len, paths)))
+        """Keeps of the last trees the nodes of each row's path, from node 0 on; none of a row that
+        has ended.
+        """
+        target = self.accepted[:, None] + np.arange(
+            self.most if self.fixed else max(map(len, paths))
+        )
         source = target.copy()
         for row, path in enumerate(paths):
             source[row, : len(path)] = self.base + np.array(path, np.int64)
@@ -132,7 +172,10 @@ class Engine:
         return self.grammar.longest + most
 
     def _open(self, seen: np.ndarray, place: np.ndarray, most: int) -> None:
-        """Before node 0 of the first tree. seen: (B, n), which slots of the prompt count. place: (B,) of node 0."""
+        """Before node 0 of the first tree. seen: (B, n), which slots of the prompt count.
+
+        place: (B,) of node 0.
+        """
         rows, length = seen.shape
         slots = length + 1 + self._spare(most)
         key, config, like = (rows, slots), self.model.config.text_config, self.embed.weight
@@ -140,40 +183,63 @@ class Engine:
         if self.fixed:
             self.caches[key] = self.cache
         self.most, self.base, self.place = most, length, place.copy()
-        self.seen = np.pad(seen, [(0, 0), (0, slots - length)])  # slots that count, but for the tree's own
+        # slots that count, but for the tree's own
+        self.seen = np.pad(seen, [(0, 0), (0, slots - length)])
         self.padding = seen.argmax(1)  # slots that nobody reads
         self.accepted = np.full(rows, length)  # slots before node 0
 
     def _positions(self, batch: dict[str, torch.Tensor], grids: list[Grid]) -> np.ndarray:
-        """(3, B, L) of the prompts' tokens: of prompts alike in length and images they are the same."""
-        key = batch["mm_token_type_ids"].numpy().tobytes(), batch["attention_mask"].numpy().tobytes(), tuple(grids)
+        """(3, B, L) of the prompts' tokens: of prompts alike in length and images they are the
+        same.
+        """
+        key = (
+            batch["mm_token_type_ids"].numpy().tobytes(),
+            batch["attention_mask"].numpy().tobytes(),
+            tuple(grids),
+        )
         if key not in self.places:
             if len(self.places) > 1000:
                 self.places.clear()
             names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-            self.places[key] = self.model.model.get_rope_index(**{name: batch[name] for name in names})[0].numpy()
+            self.places[key] = self.model.model.get_rope_index(
+                **{name: batch[name] for name in names}
+            )[0].numpy()
         return self.places[key]
 
-    def _run(self, way: Callable[..., torch.Tensor], numbers: Sequence[np.ndarray], *more: torch.Tensor) -> np.ndarray:
+    def _run(
+        self, way: Callable[..., torch.Tensor], numbers: Sequence[np.ndarray], *more: torch.Tensor
+    ) -> np.ndarray:
         """A pass: (B, N, 1 + 12) on the host."""
         shapes = tuple(array.shape for array in numbers)
         function = partial(way, shapes)
-        inputs = [torch.from_numpy(np.concatenate([array.reshape(-1) for array in numbers], dtype=np.int64)), *more]
+        inputs = [
+            torch.from_numpy(
+                np.concatenate([array.reshape(-1) for array in numbers], dtype=np.int64)
+            ),
+            *more,
+        ]
         if self.capturing:
             key = (way.__name__, shapes, len(self.cache), self.vision_tower if more else None)
             try:
                 if key not in self.graphs:
                     self.pool = self.pool or torch.cuda.graph_pool_handle()
-                    self.graphs[key] = CudaGraph(function, self.pool, *(tensor.to(self.model.device) for tensor in inputs))
+                    self.graphs[key] = CudaGraph(
+                        function, self.pool, *(tensor.to(self.model.device) for tensor in inputs)
+                    )
                 return self.graphs[key](*inputs).cpu().numpy()
             except torch.OutOfMemoryError:
-                logger.warning("no memory to capture a CUDA graph of %s: decoding goes on without, and slower", way.__name__)
+                logger.warning(
+                    "no memory to capture a CUDA graph of %s: decoding goes on without, and slower",
+                    way.__name__,
+                )
                 self.capturing = False
                 self.graphs.clear()
                 torch.cuda.empty_cache()
         return function(*(tensor.to(self.model.device) for tensor in inputs)).cpu().numpy()
 
-    def _first(self, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    def _first(
+        self, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor, pixels: torch.Tensor
+    ) -> torch.Tensor:
         ids, before, seen, pictures, tokens, places, paths, allowed = _apart(numbers, shapes)
         length, nodes = ids.shape[1], tokens.shape[1]
         embedded = self.embed(torch.cat([ids, tokens], 1))
@@ -181,7 +247,9 @@ class Engine:
         embedded.flatten(0, 1).index_copy_(0, pictures, images)
         causal = torch.ones((length, length), dtype=torch.bool, device=ids.device).tril()
         # A padding sees itself: a row of a softmax over nothing is not a number, and would spread.
-        prompt = causal & seen.bool()[:, None] | torch.eye(length, dtype=torch.bool, device=ids.device)
+        prompt = causal & seen.bool()[:, None] | torch.eye(
+            length, dtype=torch.bool, device=ids.device
+        )
         tree = torch.cat([seen.bool()[:, None].expand(-1, nodes, -1), below(paths)], 2)
         mask = torch.cat([pad(prompt, (0, nodes)), tree], 1)
         at = torch.arange(length + nodes, device=ids.device)
@@ -201,29 +269,49 @@ class Engine:
                 hidden = self._pass(embedded, places, trees, at)
         else:
             seen = before[0].bool()[:, None].expand(-1, tokens.shape[1], -1)
-            mask = seen.index_copy(2, at, below(paths)) if self.fixed else torch.cat([seen, below(paths)], 2)
+            mask = (
+                seen.index_copy(2, at, below(paths))
+                if self.fixed
+                else torch.cat([seen, below(paths)], 2)
+            )
             hidden = self._pass(embedded, places, mask, at)
         return self._judge(hidden, allowed.bool())
 
-    def _pass(self, embedded: torch.Tensor, places: torch.Tensor, mask: Any, at: torch.Tensor) -> torch.Tensor:
+    def _pass(
+        self, embedded: torch.Tensor, places: torch.Tensor, mask: Any, at: torch.Tensor
+    ) -> torch.Tensor:
         """mask: (B, N, slots), or Trees."""
         self.cache.at = at if self.fixed else None
         if isinstance(mask, torch.Tensor):
             mask = mask[:, None]
             if self.model.config.text_config._attn_implementation == "eager":  # it adds
-                mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(~mask, torch.finfo(embedded.dtype).min)
+                mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(
+                    ~mask, torch.finfo(embedded.dtype).min
+                )
         return self.language(
-            inputs_embeds=embedded, position_ids=places, attention_mask={"full_attention": mask}, use_cache=True,
+            inputs_embeds=embedded,
+            position_ids=places,
+            attention_mask={"full_attention": mask},
+            use_cache=True,
             **{self.cache_name: self.cache},
-        ).last_hidden_state  # fmt: skip
+        ).last_hidden_state
 
     def _judge(self, hidden: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """(B, N, 1 + 12): the pick after each node, and the symbols' probabilities."""
-        logits = linear(hidden, self.model.lm_head.weight[self.head]).float().masked_fill(~allowed, float("-inf"))
-        return torch.cat([logits.argmax(2, keepdim=True).to(logits.dtype), torch.softmax(logits, 2)], 2)
+        logits = (
+            linear(hidden, self.model.lm_head.weight[self.head])
+            .float()
+            .masked_fill(~allowed, float("-inf"))
+        )
+        return torch.cat(
+            [logits.argmax(2, keepdim=True).to(logits.dtype), torch.softmax(logits, 2)], 2
+        )
 
     def _numbers(self, trees: Sequence[Tree], most: int) -> list[np.ndarray]:
-        """Of trees: tokens (B, N), positions (B, N), paths (B, N, N), what may follow (B, N, 12). most: N where it is fixed."""
+        """Of trees: tokens (B, N), positions (B, N), paths (B, N, N), what may follow (B, N, 12).
+
+        most: N where it is fixed.
+        """
         most = most if self.fixed else max(map(len, trees))
         symbols, depths, paths, allowed = drawn(trees, self.grammar, len(self.seen), most)
         return [self.ids[symbols], self.place[:, None] + depths, paths, allowed[..., self.order]]
@@ -235,4 +323,7 @@ class Engine:
 
 
 def _apart(numbers: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-    return [part.view(shape) for part, shape in zip(numbers.split([math.prod(s) for s in shapes]), shapes, strict=True)]
+    return [
+        part.view(shape)
+        for part, shape in zip(numbers.split([math.prod(s) for s in shapes]), shapes, strict=True)
+    ]

@@ -7,10 +7,11 @@ import torch
 
 
 class KVCache:
-    """Keys and values of all layers in one tensor (layers, 2, B, heads, slots, width), written where it is told.
+    """Keys and values of all layers in one tensor (layers, 2, B, heads, slots, width), written
+    where it is told.
 
-    What the language model needs of a transformers Cache. A tree's nodes lie side by side; the path that turns out true is
-    moved together, all layers at once.
+    What the language model needs of a transformers Cache. A tree's nodes lie side by side; the path
+    that turns out true is moved together, all layers at once.
     """
 
     is_compileable = False
@@ -18,8 +19,10 @@ class KVCache:
     def __init__(self, config: Any, rows: int, slots: int, like: torch.Tensor):
         heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
         self.content = like.new_zeros((config.num_hidden_layers, 2, rows, heads, slots, width))
-        self.span = slice(0, 0)  # the slots that the next pass writes; it sees all up to the last of them
-        self.at: torch.Tensor | None = None  # or (N,) their numbers; then it sees all slots there are
+        # the slots that the next pass writes; it sees all up to the last of them
+        self.span = slice(0, 0)
+        # or (N,) their numbers; then it sees all slots there are
+        self.at: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.content.shape[4]
@@ -40,20 +43,25 @@ class KVCache:
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Copies slots source (B, n) to target (B, n) of the same row."""
         rows = torch.arange(len(source), device=source.device)[:, None]
-        # Indices apart by slices: the result has them in front, (B, n, layers, 2, heads, width), and so has what is assigned.
+        # Indices apart by slices: the result has them in front, (B, n, layers, 2, heads, width),
+        # and so has what is assigned.
         self.content[:, :, rows, :, target] = self.content[:, :, rows, :, source]
 
 
 def below(paths: torch.Tensor) -> torch.Tensor:
-    """(B, N, N): which nodes a node sees, of the paths to them that vla0.decode.draft.drawn gives."""
+    """(B, N, N): which nodes a node sees, of the paths to them that vla0.decode.draft.drawn
+    gives.
+    """
     return torch.zeros_like(paths, dtype=torch.bool).scatter(2, paths, True)
 
 
 class CudaGraph:
-    """A function of tensors, captured as a CUDA graph: the same kernels, launched at once. Its result is overwritten.
+    """A function of tensors, captured as a CUDA graph: the same kernels, launched at once.
 
-    The function is called before: what kernels do at their first call cannot be captured. pool: memory that graphs share, of
-    which one runs at a time.
+    Its result is overwritten.
+
+    The function is called before: what kernels do at their first call cannot be captured. pool:
+    memory that graphs share, of which one runs at a time.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor], pool: Any, *inputs: torch.Tensor):

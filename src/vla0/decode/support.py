@@ -1,4 +1,6 @@
-"""Which models the fast decoder drives, and what one version of transformers names otherwise than another."""
+"""Which models the fast decoder drives, and what one version of transformers names otherwise than
+another.
+"""
 
 import inspect
 from typing import Any
@@ -19,5 +21,7 @@ def supported(model: Any) -> str | None:
 
 
 def cache_argument(model: Any) -> str:
-    """The name under which a language model takes its cache: `past_key_values`, in later transformers `cache`."""
+    """The name under which a language model takes its cache: `past_key_values`, in later
+    transformers `cache`.
+    """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

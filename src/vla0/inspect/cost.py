@@ -21,7 +21,8 @@ from vla0.train.run import tiny_of
 
 NF4 = 0.52  # bytes of a weight in 4 bits, scales included
 ALL = "full fine-tuning"
-SHARE = {"cpu": 0.6, "cuda": 0.2}  # of the rate of large products of matrices that training reaches, about (docs/results.md)
+# of the rate of large products of matrices that training reaches, about (docs/results.md)
+SHARE = {"cpu": 0.6, "cuda": 0.2}
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,15 @@ def size_of(config: TrainConfig, spec: Spec, source: Source) -> tuple[Size | Non
         return _counted(config, model), AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, InputError):
         count = next((count for name, count in MODELS.items() if name in config.model.name), None)
-        return None if count is None or trained_of(config) != ALL else Size(count, count, TRAINING * count), None
+        return None if count is None or trained_of(config) != ALL else Size(
+            count, count, TRAINING * count
+        ), None
 
 
 def _counted(config: TrainConfig, model: Any) -> Size:
     model = adapted(model, config.model.lora, config.model.freeze_vision_encoder)
-    whole = 2.0 if config.model.lora.rank and config.training.precision == "bf16" else 4.0  # bytes of a weight that stays
+    # bytes of a weight that stays
+    whole = 2.0 if config.model.lora.rank and config.training.precision == "bf16" else 4.0
     weights = trained = memory = 0.0
     for name, weight in model.named_parameters():
         weights += weight.numel()
@@ -62,7 +66,10 @@ def _counted(config: TrainConfig, model: Any) -> Size:
 
 def trained_of(config: TrainConfig) -> str:
     """What of the model a config trains, in words."""
-    lora, tower = config.model.lora.rank, "" if not config.model.freeze_vision_encoder else ", the vision tower frozen"
+    lora, tower = (
+        config.model.lora.rank,
+        "" if not config.model.freeze_vision_encoder else ", the vision tower frozen",
+    )
     kind = f"{'Q' if config.model.quantization else ''}LoRA of rank {lora}" if lora else ALL
     return kind + tower
 

@@ -40,34 +40,59 @@ training:
 logging:
   output_dir: runs/own
   save_every_n_steps: 1000
-"""
+"""  # noqa: E501
 
 
 def write_own_config(words: Sequence[str], file: Path) -> None:
-    """Writes a YAML config with which a dataset, the one word, trains as it is: its cameras, its action, its state.
+    """Writes a YAML config with which a dataset, the one word, trains as it is: its cameras, its
+    action, its state.
 
     Raises InputError where the file is there already.
     """
     if len(words) != 1 or "=" in words[0]:
-        raise InputError("a dataset and nothing else with --write-config", f"{list(words)}", "change the file that is written")
+        raise InputError(
+            "a dataset and nothing else with --write-config",
+            f"{list(words)}",
+            "change the file that is written",
+        )
     if file.exists():
-        raise InputError("a new file for --write-config", f"'{file}', which is there", "name another: none is written over")
+        raise InputError(
+            "a new file for --write-config",
+            f"'{file}', which is there",
+            "name another: none is written over",
+        )
     stored = Stored(words[0])
-    deep = [key for key in stored.meta.camera_keys if key in stored.meta.depth_keys or _single(stored.features[key])]
+    deep = [
+        key
+        for key in stored.meta.camera_keys
+        if key in stored.meta.depth_keys or _single(stored.features[key])
+    ]
     cameras = named([key for key in stored.meta.camera_keys if key not in deep], words[0])
     lines = [f"    {_text(camera)}: {_text(key)}" for camera, key in cameras.items()]
     if deep:
         left = named(deep, words[0])
-        lines += [f"    # {_text(camera)}: {_text(key)} # one number a pixel: left out" for camera, key in left.items()]
+        lines += [
+            f"    # {_text(camera)}: {_text(key)} # one number a pixel: left out"
+            for camera, key in left.items()
+        ]
         spans = ", ".join(f"{_text(camera)}: [0.2, 1.5]" for camera in left)
-        lines.append(f"  # depth: {{{spans}}} # depth maps become grey pictures, these are near and far in metres")
+        lines.append(
+            f"  # depth: {{{spans}}} # depth maps become grey pictures, these are near and far "
+            f"in metres"
+        )
     filled = {
-        "dataset": _text(words[0]), "file": file, "cameras": "\n".join(lines), "action": _text(_action(stored)),
-        "state": "null # no column of the dataset is named observation.state; relative actions need one",
+        "dataset": _text(words[0]),
+        "file": file,
+        "cameras": "\n".join(lines),
+        "action": _text(_action(stored)),
+        "state": "null # no column of the dataset is named observation.state; relative actions "
+        "need one",
         "held_out": min(MOST_HELD_OUT, len(stored.places) // OF),
-    }  # fmt: skip
+    }
     if STATE in stored.features:
-        filled["state"] = f"{STATE} # is written into the prompt; null leaves it out; relative actions need it"
+        filled["state"] = (
+            f"{STATE} # is written into the prompt; null leaves it out; relative actions need it"
+        )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(RECIPE.format(**filled), encoding="utf-8")
 
@@ -77,17 +102,30 @@ def config_to_inspect(given: Sequence[str], file: Path | None = None) -> TrainCo
 
     given: a dataset, which a config may name itself, and for a config key=value.
     """
-    overrides, datasets = [word for word in given if "=" in word], [word for word in given if "=" not in word]
+    overrides, datasets = (
+        [word for word in given if "=" in word],
+        [word for word in given if "=" not in word],
+    )
     if len(datasets) > 1:
         raise InputError("one dataset", f"{datasets}", "look at one after another")
     if file is not None:
-        return read_config(TrainConfig, file, [*(f"data.dataset={dataset}" for dataset in datasets), *overrides])
+        return read_config(
+            TrainConfig, file, [*(f"data.dataset={dataset}" for dataset in datasets), *overrides]
+        )
     if overrides:
-        raise InputError(f"--config, a config for {overrides[0]} to change", "none", "name one, or leave that out")
+        raise InputError(
+            f"--config, a config for {overrides[0]} to change",
+            "none",
+            "name one, or leave that out",
+        )
     if not datasets:
         raise InputError("a dataset or --config", "neither", "name a folder, a Hub id or a config")
     refuse_missing(datasets[0])
-    return TrainConfig(data=DataConfig(dataset=datasets[0]), training=TrainingConfig(num_epochs=1.0), logging=LoggingConfig(output_dir=""))
+    return TrainConfig(
+        data=DataConfig(dataset=datasets[0]),
+        training=TrainingConfig(num_epochs=1.0),
+        logging=LoggingConfig(output_dir=""),
+    )
 
 
 def _single(feature: dict[str, Any]) -> bool:
@@ -100,7 +138,11 @@ def _action(stored: Stored) -> str:
     found = [key for key in stored.features if "action" in key]
     if "action" in found or len(found) == 1:
         return "action" if "action" in found else found[0]
-    raise InputError("a column 'action', or one named like it", f"{sorted(stored.features)}", "write the config by hand")
+    raise InputError(
+        "a column 'action', or one named like it",
+        f"{sorted(stored.features)}",
+        "write the config by hand",
+    )
 
 
 def _text(value: str) -> str:

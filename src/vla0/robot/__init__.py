@@ -1,1 +1,4 @@
-"""Acting in real time, safely: pacing, limits, watchdog, stop. Imports no torch: the model may be elsewhere."""
+"""Acting in real time, safely: pacing, limits, watchdog, stop.
+
+Imports no torch: the model may be elsewhere.
+"""

@@ -45,7 +45,10 @@ class LoopWorld(Protocol):
 
 
 class RealWorld:
-    """Monotonic seconds, and a policy asked from a thread of its own. predict: (observation) → chunk (H, D)."""
+    """Monotonic seconds, and a policy asked from a thread of its own.
+
+    predict: (observation) → chunk (H, D).
+    """
 
     def __init__(self, predict: Callable[[Observation], np.ndarray]):
         self.predict = predict
@@ -71,7 +74,10 @@ class RealWorld:
 
 
 class SimulatedWorld:
-    """Time that passes only here, and a policy that takes `latency_s(query)` of it. check: called as time passes."""
+    """Time that passes only here, and a policy that takes `latency_s(query)` of it.
+
+    check: called as time passes.
+    """
 
     def __init__(
         self,

@@ -12,7 +12,9 @@ KEYS = "space, esc or q stops the robot; right ends the episode; left ends it an
 
 
 class Flag:
-    """What a signal's handler may set: threading.Event waits there for a lock that it may itself have interrupted."""
+    """What a signal's handler may set: threading.Event waits there for a lock that it may itself
+    have interrupted.
+    """
 
     def __init__(self):
         self.up = False
@@ -48,13 +50,19 @@ def listening(session: Any) -> Iterator[None]:
         pressed.append(time.monotonic())
         session.stop(signal.Signals(number).name)
         if session.saving and len(pressed) < 4:
-            with contextlib.suppress(RuntimeError):  # it may have interrupted who was writing to the same stream
-                session.told(f"the robot has stopped, and the episode is being saved; {4 - len(pressed)} times more give it up")
+            # it may have interrupted who was writing to the same stream
+            with contextlib.suppress(RuntimeError):
+                session.told(
+                    f"the robot has stopped, and the episode is being saved; {4 - len(pressed)} "
+                    f"times more give it up"
+                )
         elif pressed[-1] - pressed[0] > 1.0:  # the loop has not ended by itself
             raise KeyboardInterrupt
 
     main = threading.current_thread() is threading.main_thread()
-    kinds = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)) if main else ()
+    kinds = (
+        (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)) if main else ()
+    )
     before = {kind: signal.signal(kind, interrupt) for kind in kinds}
     listener = create_key_listener(session.key, controls_help=KEYS)
     try:

@@ -17,8 +17,9 @@ from vla0.robot.safety import SafetyGuard
 logger = logging.getLogger(__name__)
 
 MODES = ("sync", "async", "ensemble")
-# Of a chunk of H steps whose answer takes d, asked for while another is executed, H - d are left, in d ticks; asked for
-# when nothing is left, all H, in H + d. From this d / H on the robot moves more of the time if it waits.
+# Of a chunk of H steps whose answer takes d, asked for while another is executed, H - d are left,
+# in d ticks; asked for when nothing is left, all H, in H + d. From this d / H on the robot moves
+# more of the time if it waits.
 SLOW = (5**0.5 - 1) / 2
 
 
@@ -26,27 +27,38 @@ SLOW = (5**0.5 - 1) / 2
 class Pacer:
     """How a policy is executed.
 
-    mode: "sync" observes, waits, executes `n_action_steps` steps of the chunk, again. "async" asks for the next chunk while it
-    executes, committed to the steps that will have passed when it comes: the model goes on from them; what comes when
-    the robot had to wait begins when it comes, and an answer that takes most of a chunk is waited for. "ensemble" asks
-    as often as answers come and averages all chunks that reach an instant.
+    mode: "sync" observes, waits, executes `n_action_steps` steps of the chunk, again. "async" asks
+    for the next chunk while it executes, committed to the steps that will have passed when it
+    comes: the model goes on from them; what comes when the robot had to wait begins when it comes,
+    and an answer that takes most of a chunk is waited for. "ensemble" asks as often as answers come
+    and averages all chunks that reach an instant.
     """
 
     fps: float  # of the checkpoint
     chunk_size: int
     mode: str = "async"
-    n_action_steps: int | None = None  # steps executed of a chunk before the next is asked for; None: half of them
+    # steps executed of a chunk before the next is asked for; None: half of them
+    n_action_steps: int | None = None
     weights: str = "v1"  # of the ensemble, by age
     periodic: tuple[tuple[int, float, float], ...] = ()  # of the checkpoint
-    oldest_s: float = 0.5  # age of an observation above which it is not asked about: a camera that froze
+    # age of an observation above which it is not asked about: a camera that froze
+    oldest_s: float = 0.5
 
     def __post_init__(self):
         if self.mode not in MODES:
             raise InputError(f"a mode of {MODES}", f"'{self.mode}'", "choose one of those")
-        if not (math.isfinite(self.fps) and self.fps > 0 and self.chunk_size >= 1 and self.oldest_s > 0):
-            raise InputError("fps, chunk_size and oldest_s above 0", f"{self}", "take those of the checkpoint")
+        if not (
+            math.isfinite(self.fps) and self.fps > 0 and self.chunk_size >= 1 and self.oldest_s > 0
+        ):
+            raise InputError(
+                "fps, chunk_size and oldest_s above 0", f"{self}", "take those of the checkpoint"
+            )
         if self.n_action_steps is not None and not 1 <= self.n_action_steps <= self.chunk_size:
-            raise InputError(f"n_action_steps in 1..{self.chunk_size}", f"{self.n_action_steps}", "a chunk holds no more steps")
+            raise InputError(
+                f"n_action_steps in 1..{self.chunk_size}",
+                f"{self.n_action_steps}",
+                "a chunk holds no more steps",
+            )
 
     @property
     def executed(self) -> int:
@@ -100,7 +112,9 @@ def drive(
         raise
     loop.report.stopped = guard.stopped
     if guard.stopped is not None and loop.asked is not None:
-        logger.warning("the policy was asked %.1f s ago and has not answered", world.now() - loop.asked[2])
+        logger.warning(
+            "the policy was asked %.1f s ago and has not answered", world.now() - loop.asked[2]
+        )
     return loop.report
 
 
@@ -137,10 +151,21 @@ class _Loop:
         else:
             self.report.idle += 1
         self.guard.check()
-        on_step(Tick(step=self.step, observation=observation, action=action, command=command, chunk=self.chunk, age=self.step - self.latest))
+        on_step(
+            Tick(
+                step=self.step,
+                observation=observation,
+                action=action,
+                command=command,
+                chunk=self.chunk,
+                age=self.step - self.latest,
+            )
+        )
         self.report.steps += 1
         # A tick that has passed by now is not made up for: what was meant for it would come late.
-        self.step = max(self.step + 1, math.ceil((self.world.now() - self.began) / self.period - 1e-6))
+        self.step = max(
+            self.step + 1, math.ceil((self.world.now() - self.began) / self.period - 1e-6)
+        )
 
     def _due(self) -> bool:
         if self.pace.mode == "ensemble":
@@ -151,8 +176,12 @@ class _Loop:
 
     def _ask(self, observation: Observation) -> None:
         now = self.world.now()
-        # One from the future tells that its camera counts in another clock: how old it is, nobody knows.
-        if observation.captured_at is not None and not -self.period <= now - observation.captured_at <= self.pace.oldest_s:
+        # One from the future tells that its camera counts in another clock: how old it is, nobody
+        # knows.
+        if (
+            observation.captured_at is not None
+            and not -self.period <= now - observation.captured_at <= self.pace.oldest_s
+        ):
             self.report.stale += 1
             return
         if self.pace.mode == "async" and (action_prefix := self._action_prefix()):
@@ -172,11 +201,16 @@ class _Loop:
         while self.asked is not None and self.guard.stopped is None:
             self.world.wait(self.asked[0], self.world.now() + self.period)
             self.guard.check()
-            self.step = max(self.step, math.ceil((self.world.now() - self.began) / self.period - 1e-6))
+            self.step = max(
+                self.step, math.ceil((self.world.now() - self.began) / self.period - 1e-6)
+            )
             self._take()
 
     def _checked(self, chunk: np.ndarray) -> np.ndarray:
-        """The chunk. Raises InputError for one that could not be executed: it came from elsewhere."""
+        """The chunk.
+
+        Raises InputError for one that could not be executed: it came from elsewhere.
+        """
         chunk, dimensions = np.asarray(chunk), len(self.guard.limits.low)
         shape = chunk.shape
         if (
@@ -185,8 +219,12 @@ class _Loop:
             or shape[1] != dimensions
             or not np.isfinite(chunk).all()
         ):
-            expected = f"a chunk of 1 to {self.pace.chunk_size} actions of {dimensions} finite numbers"
-            raise InputError(expected, f"shape {shape}", "look at the policy: nothing of it is executed")
+            expected = (
+                f"a chunk of 1 to {self.pace.chunk_size} actions of {dimensions} finite numbers"
+            )
+            raise InputError(
+                expected, f"shape {shape}", "look at the policy: nothing of it is executed"
+            )
         return chunk
 
     def _take(self) -> None:
@@ -197,18 +235,28 @@ class _Loop:
         self.asked = None
         try:
             chunk = self._checked(answer.result())
-        except (InputError, OSError) as error:  # refused, or lost on the way: the next may come through
+        except (InputError, OSError) as error:
+            # refused, or lost on the way: the next may come through
             self.report.failures += 1
             logger.warning("no chunk: %s", error)
             return
         self.report.latency_s.append(getattr(answer, "done_at", self.world.now()) - at)
-        # The most of the last few, so that what is committed reaches as far as the answer will need.
+        # The most of the last few, so that what is committed reaches as far as the answer will
+        # need.
         self.delays.append(self.step - step)
         self.delay = max(1, *self.delays)
-        if self.pace.mode == "ensemble" and self.delay >= self.pace.chunk_size and self.report.idle % 20 == 1:
-            text = "an answer takes %d steps and a chunk has %d: all of it is past when it comes; use another way"
+        if (
+            self.pace.mode == "ensemble"
+            and self.delay >= self.pace.chunk_size
+            and self.report.idle % 20 == 1
+        ):
+            text = (
+                "an answer takes %d steps and a chunk has %d: all of it is past when it "
+                "comes; use another way"
+            )
             logger.warning(text, self.delay, self.pace.chunk_size)
-        # Where nothing was executed since the observation, the robot has waited: the chunk begins now, and is not late.
+        # Where nothing was executed since the observation, the robot has waited: the chunk begins
+        # now, and is not late.
         waited = self.pace.mode == "sync" or (self.pace.mode == "async" and self.acted < step)
         self.latest = self.step if waited else step
         self.chunk = chunk

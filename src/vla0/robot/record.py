@@ -12,11 +12,13 @@ from vla0.robot.loop import Tick
 
 
 class Recorder:
-    """A LeRobotDataset v3.0 at `folder`, which must be new: the robot's own features, and of each step
+    """A LeRobotDataset v3.0 at `folder`, which must be new: the robot's own features, and of each
+    step
 
-    prediction (D,): what the policy wanted before the limits. chunk (H * D,): its newest chunk. chunk_age (1,): steps since
-    that chunk's first. `action` is the command that was passed on, or, where none was, the one that the robot keeps.
-    An episode begins with its first command; steps that the loop slept through are filled with the one before.
+    prediction (D,): what the policy wanted before the limits. chunk (H * D,): its newest chunk.
+    chunk_age (1,): steps since that chunk's first. `action` is the command that was passed on, or,
+    where none was, the one that the robot keeps. An episode begins with its first command; steps
+    that the loop slept through are filled with the one before.
     """
 
     def __init__(self, folder: Path, body: LeRobotBody, fps: float, chunk_size: int):
@@ -29,9 +31,17 @@ class Recorder:
         os.environ.setdefault("SVT_LOG", "1")  # the video encoder's greetings
         disable_progress_bar()
         if folder.exists():
-            raise InputError("a new folder for the recording", f"'{folder}', which exists", "name another with --out")
+            raise InputError(
+                "a new folder for the recording",
+                f"'{folder}', which exists",
+                "name another with --out",
+            )
         if fps != round(fps):
-            raise InputError("a whole number of steps a second, as LeRobot's datasets have", f"{fps}", "--no-record")
+            raise InputError(
+                "a whole number of steps a second, as LeRobot's datasets have",
+                f"{fps}",
+                "--no-record",
+            )
         self.body, self.chunk_size = body, chunk_size
         dimensions = len(body.actions)
         features = hw_to_dataset_features(body.robot.observation_features, "observation")
@@ -45,11 +55,18 @@ class Recorder:
         }
         try:
             self.dataset: Any = LeRobotDataset.create(
-                f"local/{folder.name}", round(fps), features, root=folder, robot_type=body.robot.name,
-                image_writer_threads=4 * max(1, len(body.cameras)), video_backend=video_backend(),
-            )  # fmt: skip
+                f"local/{folder.name}",
+                round(fps),
+                features,
+                root=folder,
+                robot_type=body.robot.name,
+                image_writer_threads=4 * max(1, len(body.cameras)),
+                video_backend=video_backend(),
+            )
         except OSError as error:
-            raise InputError("a folder that can be made for the recording", f"{error}", "name another with --out") from None
+            raise InputError(
+                "a folder that can be made for the recording", f"{error}", "name another with --out"
+            ) from None
         self.features = features
         self.frame: dict[str, Any] | None = None
         self.step = self.frames = self.episodes = 0
@@ -68,11 +85,19 @@ class Recorder:
 
         frame: dict[str, Any] = build_dataset_frame(self.features, self.body.seen, "observation")
         last = self.frame or {}
-        action = last.get("action") if tick.command is None else np.asarray(tick.command, np.float32)
-        chunk = np.zeros((self.chunk_size, len(self.body.actions))) if tick.chunk is None else tick.chunk
+        action = (
+            last.get("action") if tick.command is None else np.asarray(tick.command, np.float32)
+        )
+        chunk = (
+            np.zeros((self.chunk_size, len(self.body.actions)))
+            if tick.chunk is None
+            else tick.chunk
+        )
         frame |= {
             "action": action,
-            "prediction": last.get("prediction", action) if tick.action is None else np.asarray(tick.action, np.float32),
+            "prediction": last.get("prediction", action)
+            if tick.action is None
+            else np.asarray(tick.action, np.float32),
             "chunk": np.asarray(chunk, np.float32).reshape(-1),
             "chunk_age": np.array([tick.age], np.float32),
             "task": tick.observation.instruction,

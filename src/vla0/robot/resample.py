@@ -11,10 +11,12 @@ from vla0.core.spec import Observation
 
 
 class Resampled:
-    """predict: (observation) → chunk (H, D) at `fps`; called, it gives the chunk at `loop_fps`, between the actions linear.
+    """predict: (observation) → chunk (H, D) at `fps`; called, it gives the chunk at `loop_fps`,
+    between the actions linear.
 
-    For actions that are positions: those that are changes would be executed more often, or less. The last one is kept for
-    as long as it was meant to last. What is committed is asked about at the policy's own instants.
+    For actions that are positions: those that are changes would be executed more often, or less.
+    The last one is kept for as long as it was meant to last. What is committed is asked about at
+    the policy's own instants.
     """
 
     def __init__(
@@ -28,19 +30,31 @@ class Resampled:
         """periodic: of the Spec."""
         self.periodic = periodic
         self.predict, self.fps, self.loop_fps = predict, fps, loop_fps
-        self.chunk_size = max(1, math.ceil(chunk_size * loop_fps / fps - 1e-6))  # steps of the loop that a chunk lasts
+        # steps of the loop that a chunk lasts
+        self.chunk_size = max(1, math.ceil(chunk_size * loop_fps / fps - 1e-6))
 
     def __call__(self, observation: Observation) -> np.ndarray:
         """(chunk_size, D) at the loop's rate."""
         if observation.action_prefix is not None and len(observation.action_prefix):
-            held = math.floor((len(observation.action_prefix) - 1) * self.fps / self.loop_fps + 1e-6) + 1
-            action_prefix = sampled(observation.action_prefix, self.loop_fps, self.fps, held, self.periodic)
+            held = (
+                math.floor((len(observation.action_prefix) - 1) * self.fps / self.loop_fps + 1e-6)
+                + 1
+            )
+            action_prefix = sampled(
+                observation.action_prefix, self.loop_fps, self.fps, held, self.periodic
+            )
             observation = replace(observation, action_prefix=action_prefix)
-        return sampled(self.predict(observation), self.fps, self.loop_fps, self.chunk_size, self.periodic)
+        return sampled(
+            self.predict(observation), self.fps, self.loop_fps, self.chunk_size, self.periodic
+        )
 
 
-def sampled(actions: np.ndarray, fps: float, other_fps: float, count: int, periodic: Turns = ()) -> np.ndarray:
-    """(count, D): actions (T, D) of one rate as they are at the instants of another; after the last, the last."""
+def sampled(
+    actions: np.ndarray, fps: float, other_fps: float, count: int, periodic: Turns = ()
+) -> np.ndarray:
+    """(count, D): actions (T, D) of one rate as they are at the instants of another; after the
+    last, the last.
+    """
     place = np.minimum(np.arange(count) * fps / other_fps, len(actions) - 1)
     before = np.minimum(np.floor(place + 1e-6).astype(int), len(actions) - 1)
     after = np.minimum(before + 1, len(actions) - 1)

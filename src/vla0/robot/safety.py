@@ -1,4 +1,6 @@
-"""The only way to a robot: what passes here is finite, within limits, on time, and never after the stop."""
+"""The only way to a robot: what passes here is finite, within limits, on time, and never after the
+stop.
+"""
 
 import contextlib
 import logging
@@ -38,16 +40,18 @@ class RobotInterface(Protocol):
 
 
 class SafetyGuard:
-    """Passes commands on to a body, or does not; the body is touched through it alone, by one thread at a time.
+    """Passes commands on to a body, or does not; the body is touched through it alone, by one
+    thread at a time.
 
-    start: (D,) where the body is, for limits of change to begin from. live: without it nothing reaches the body, not even
-    a stop: a dry run. hold_s: without a fresh command for so long the body holds; after stop_s it is stopped. Both are
-    looked after by `watch`, whatever else hangs.
+    start: (D,) where the body is, for limits of change to begin from. live: without it nothing
+    reaches the body, not even a stop: a dry run. hold_s: without a fresh command for so long the
+    body holds; after stop_s it is stopped. Both are looked after by `watch`, whatever else hangs.
 
-    Who stops it (a signal's handler, a key, the watchdog) sets a flag, and stops the body if nobody is in the middle of
-    something with it; else who is does so on his way out, so that nothing comes after the stop. A look that takes longer
-    than grace_s is not waited for; a command is, up to slow_s, since its wire may still come: after that the body is stopped
-    over its head, and once more when the command is through.
+    Who stops it (a signal's handler, a key, the watchdog) sets a flag, and stops the body if nobody
+    is in the middle of something with it; else who is does so on his way out, so that nothing comes
+    after the stop. A look that takes longer than grace_s is not waited for; a command is, up to
+    slow_s, since its wire may still come: after that the body is stopped over its head, and once
+    more when the command is through.
     """
 
     def __init__(
@@ -64,17 +68,31 @@ class SafetyGuard:
         now: Callable[[], float] = time.monotonic,
     ):
         if not 0 < hold_s < stop_s:
-            raise InputError("0 < hold_s < stop_s", f"{hold_s} and {stop_s}", "hold first, then stop")
+            raise InputError(
+                "0 < hold_s < stop_s", f"{hold_s} and {stop_s}", "hold first, then stop"
+            )
         if start is None and (limits.step or limits.velocity):
-            raise InputError("start, for limits of change", "none", "give where the robot is: its first command may be far off")
+            raise InputError(
+                "start, for limits of change",
+                "none",
+                "give where the robot is: its first command may be far off",
+            )
         if start is not None and not np.isfinite(start).all():
             raise InputError("a finite start", f"{start}", "look at the robot's sensors")
-        self.body, self.limits, self.period_s, self.live, self.now = body, limits, period_s, live, now
+        self.body, self.limits, self.period_s, self.live, self.now = (
+            body,
+            limits,
+            period_s,
+            live,
+            now,
+        )
         self.hold_s, self.stop_s, self.grace_s, self.slow_s = hold_s, stop_s, grace_s, slow_s
-        self.touching = threading.Lock()  # one at a time talks to the body; a signal's handler never waits for it
+        # one at a time talks to the body; a signal's handler never waits for it
+        self.touching = threading.Lock()
         self.doing: tuple[str, float] | None = None  # what, since when
         self.apart = threading.Lock()  # a hold over the head of a look that hangs, and the stop
-        self.once, self.ended = threading.Lock(), threading.Lock()  # taken for good: by who asks for the stop, by who does it
+        # taken for good: by who asks for the stop, by who does it
+        self.once, self.ended = threading.Lock(), threading.Lock()
         self.stopped: str | None = None  # why
         self.stopped_at = 0.0
         self.over = False  # whether it was stopped over the head of a command
@@ -89,7 +107,10 @@ class SafetyGuard:
             return self.body.observe()
 
     def send(self, action: np.ndarray, deadline: float) -> np.ndarray | None:
-        """The command that was passed on; None where it came too late, or after the stop. A broken one stops the body."""
+        """The command that was passed on; None where it came too late, or after the stop.
+
+        A broken one stops the body.
+        """
         self.fresh_at = self.now() if self.fresh_at is None else self.fresh_at
         try:
             with self._body("command"):
@@ -101,7 +122,11 @@ class SafetyGuard:
     def _send(self, action: np.ndarray, deadline: float) -> np.ndarray | None:
         action = np.asarray(action, np.float64)
         if action.shape != (len(self.limits.low),) or not np.isfinite(action).all():
-            raise InputError(f"a command of {len(self.limits.low)} finite numbers", f"{action}", "look at the policy")
+            raise InputError(
+                f"a command of {len(self.limits.low)} finite numbers",
+                f"{action}",
+                "look at the policy",
+            )
         command = self.limits.safe(action, self.last, self.period_s)
         if command.shape != action.shape or not np.isfinite(command).all():
             raise InputError("a finite action of the workspace's limits", f"{command}", "mend it")
@@ -113,17 +138,26 @@ class SafetyGuard:
         if self.live:
             self.body.send(command)
         self.clipped += bool(np.any(np.abs(command - action) > 1e-9))
-        self.sent, self.last, self.fresh_at, self.holding = self.sent + 1, command, self.now(), False
+        self.sent, self.last, self.fresh_at, self.holding = (
+            self.sent + 1,
+            command,
+            self.now(),
+            False,
+        )
         return command
 
     def stop(self, reason: str) -> None:
-        """Ends it, once and for all. Never waits: it may be called where a signal has interrupted anything."""
+        """Ends it, once and for all.
+
+        Never waits: it may be called where a signal has interrupted anything.
+        """
         if not self.once.acquire(blocking=False):
             return
         self.stopped_at = self.now()
         self.stopped = reason
         self._finish()
-        with contextlib.suppress(RuntimeError):  # a signal may have interrupted who was writing to the same stream
+        # a signal may have interrupted who was writing to the same stream
+        with contextlib.suppress(RuntimeError):
             logger.warning("stopped: %s", reason)
 
     def check(self) -> None:
@@ -152,7 +186,9 @@ class SafetyGuard:
 
     @contextmanager
     def _body(self, what: str) -> Iterator[None]:
-        """The body for oneself; stopped on the way out, where somebody has asked for it meanwhile."""
+        """The body for oneself; stopped on the way out, where somebody has asked for it
+        meanwhile.
+        """
         with self.touching:
             self.doing = (what, self.now())
             try:
@@ -161,7 +197,8 @@ class SafetyGuard:
                 self.doing = None
                 if self.stopped is not None:
                     self._end(again=self.over and what == "command")
-        if self.stopped is not None:  # asked for after the look above: nobody had the body to himself then
+        # asked for after the look above: nobody had the body to himself then
+        if self.stopped is not None:
             self._finish()
 
     def _hold(self) -> None:
@@ -183,7 +220,9 @@ class SafetyGuard:
             self._finish()
 
     def _finish(self) -> None:
-        """Stops the body, if nobody is in the middle of something with it: he does so himself then."""
+        """Stops the body, if nobody is in the middle of something with it: he does so
+        himself then.
+        """
         if self.touching.acquire(blocking=False):
             try:
                 self._end()
@@ -197,8 +236,14 @@ class SafetyGuard:
             self._finish()
         elif not self.ended.locked():
             what, since = doing
-            if self.now() - max(since, self.stopped_at) > (self.grace_s if what == "look" else self.slow_s):
-                logger.warning("the robot hangs in a %s: it is stopped all the same; be ready to switch its power off", what)
+            if self.now() - max(since, self.stopped_at) > (
+                self.grace_s if what == "look" else self.slow_s
+            ):
+                logger.warning(
+                    "the robot hangs in a %s: it is stopped all the same; be ready to switch its "
+                    "power off",
+                    what,
+                )
                 self.over = True
                 self._end()
 

@@ -48,7 +48,9 @@ class SessionConfig:
 
     def __post_init__(self):
         if not self.instruction.strip():
-            raise InputError("an instruction that says what the robot shall do", "none", "give --instruction")
+            raise InputError(
+                "an instruction that says what the robot shall do", "none", "give --instruction"
+            )
         for name, least in {"episodes": 1, "seconds": 0.1, "reset_s": 0, "fps": 0.1}.items():
             value = getattr(self, name)
             if value is not None and not least <= value < math.inf:
@@ -56,14 +58,28 @@ class SessionConfig:
 
 
 class RobotSession:
-    """One robot and one policy; `run` does the episodes. told: called with lines for whoever watches."""
+    """One robot and one policy; `run` does the episodes.
 
-    def __init__(self, config: SessionConfig, robot: Any, policy: RemotePolicy, cameras: Mapping[str, str] | None = None,
-                 limits: Mapping[str, Any] | None = None, told: Callable[[str], None] = logger.info):  # fmt: skip
+    told: called with lines for whoever watches.
+    """
+
+    def __init__(
+        self,
+        config: SessionConfig,
+        robot: Any,
+        policy: RemotePolicy,
+        cameras: Mapping[str, str] | None = None,
+        limits: Mapping[str, Any] | None = None,
+        told: Callable[[str], None] = logger.info,
+    ):
         spec = policy.spec
         if (averaged := policy.metadata.get("ensemble", "none")) != "none":
             got = f"ensembled steps ({averaged})"
-            raise InputError("a server of whole chunks", got, "serve without --ensemble; `vla0 robot --mode ensemble` averages")
+            raise InputError(
+                "a server of whole chunks",
+                got,
+                "serve without --ensemble; `vla0 robot --mode ensemble` averages",
+            )
         self.config, self.robot, self.policy, self.told = config, robot, policy, told
         self.body = LeRobotBody(robot, spec, config.instruction, cameras)
         self.limits = limits_of(spec, self.body, limits)
@@ -75,16 +91,36 @@ class RobotSession:
         if self.fps != spec.fps:
             if not config.resample:
                 got = f"a loop of {self.fps:g}"
-                raise InputError(f"{spec.fps:g} steps a second, as the checkpoint", got, "leave --fps out, or give --resample")
+                raise InputError(
+                    f"{spec.fps:g} steps a second, as the checkpoint",
+                    got,
+                    "leave --fps out, or give --resample",
+                )
             if not self.body.absolute:
-                raise InputError("actions that are positions, to resample", f"{self.body.actions}", "leave --fps out")
+                raise InputError(
+                    "actions that are positions, to resample",
+                    f"{self.body.actions}",
+                    "leave --fps out",
+                )
             predict = Resampled(policy.predict, spec.fps, self.fps, spec.chunk_size, spec.periodic)
             chunk_size = predict.chunk_size
         for name, camera in (getattr(robot, "cameras", None) or {}).items():
             rate = getattr(camera, "fps", None)
             if rate and rate < self.fps:
-                logger.warning("camera '%s' gives %g pictures a second, the loop looks %g times", name, rate, self.fps)
-        self.pace = Pacer(fps=self.fps, chunk_size=chunk_size, mode=config.mode, n_action_steps=config.n_action_steps, weights=config.weights, periodic=spec.periodic)
+                logger.warning(
+                    "camera '%s' gives %g pictures a second, the loop looks %g times",
+                    name,
+                    rate,
+                    self.fps,
+                )
+        self.pace = Pacer(
+            fps=self.fps,
+            chunk_size=chunk_size,
+            mode=config.mode,
+            n_action_steps=config.n_action_steps,
+            weights=config.weights,
+            periodic=spec.periodic,
+        )
         self.world = RealWorld(predict)
         self.chunk_size = chunk_size
         self.guard: SafetyGuard | None = None
@@ -117,7 +153,8 @@ class RobotSession:
             recorder = view = None
             if config.view is not None:
                 view = View(config.view, self.body, self.fps)
-                stack.callback(view.close)  # after the robot is released, whatever a viewer takes its time for
+                # after the robot is released, whatever a viewer takes its time for
+                stack.callback(view.close)
             stack.enter_context(self._connected())
             if config.out is not None and config.live:
                 recorder = Recorder(config.out, self.body, self.fps, self.chunk_size)
@@ -150,31 +187,51 @@ class RobotSession:
         self.ends.clear()
         self.forgets.clear()
         self.policy.reset()
-        self.body.frames = {camera: frames.__class__(maxlen=spec.history) for camera, frames in self.body.frames.items()}
+        self.body.frames = {
+            camera: frames.__class__(maxlen=spec.history)
+            for camera, frames in self.body.frames.items()
+        }
         self._look()
         start = start_of(self.body, self.limits, self.told)
-        guard = SafetyGuard(self.body, self.limits, 1 / self.fps, start, config.live, config.hold_s, config.stop_s)
+        guard = SafetyGuard(
+            self.body, self.limits, 1 / self.fps, start, config.live, config.hold_s, config.stop_s
+        )
         self.guard = guard
-        if self.why is not None:  # looked at once the guard can be found: what came before has found none
+        # looked at once the guard can be found: what came before has found none
+        if self.why is not None:
             guard.stop(self.why)
         watchdog = guard.watch()
         try:
-            report = drive(self.world, guard, self.pace, round(config.seconds * self.fps), on_step, self.ends.is_set)
+            report = drive(
+                self.world,
+                guard,
+                self.pace,
+                round(config.seconds * self.fps),
+                on_step,
+                self.ends.is_set,
+            )
             if guard.sent == 0 and report.stopped is None and not self.ends.is_set():
                 report.stopped = "no command ever came"
                 logger.warning(
-                    "no command ever came of %d queries, %d of them refused or lost", report.queries, report.failures
+                    "no command ever came of %d queries, %d of them refused or lost",
+                    report.queries,
+                    report.failures,
                 )
             return report
         except InputError:
             raise
         except Exception as error:  # of a bus, a camera, a full disk: the body is stopped by now
             text = f"{type(error).__name__}: {str(error).strip()[:300]}"
-            raise InputError("a robot, cameras and a disk that go on", text, "see to it; the robot was stopped") from error
+            raise InputError(
+                "a robot, cameras and a disk that go on", text, "see to it; the robot was stopped"
+            ) from error
         finally:
             watchdog.set()
-            self.told(f"{guard.sent} commands{'' if config.live else ' (dry run: none was sent)'}, {guard.clipped} clipped, "
-                      f"{guard.late} late, {guard.holds} holds")  # fmt: skip
+            self.told(
+                f"{guard.sent} commands{'' if config.live else ' (dry run: none was sent)'}, "
+                f"{guard.clipped} clipped, "
+                f"{guard.late} late, {guard.holds} holds"
+            )
 
     def _tell(self, commands: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """What a dry run would have sent."""
@@ -183,7 +240,10 @@ class RobotSession:
             clipped = (np.abs(wanted - sent) > 1e-9).sum(axis=0)
             for d, name in enumerate(self.body.actions):
                 least, most = sent[:, d].min(), sent[:, d].max()
-                self.told(f"  {name} would have gone {least:.4g}..{most:.4g}, {clipped[d]} of {len(sent)} clipped")
+                self.told(
+                    f"  {name} would have gone {least:.4g}..{most:.4g}, {clipped[d]} of "
+                    f"{len(sent)} clipped"
+                )
 
     def _look(self, patience_s: float = 5.0) -> None:
         """The first look; cameras take a while to wake up."""
@@ -194,7 +254,9 @@ class RobotSession:
                 return
             if time.monotonic() > until:
                 names = list(self.body.cameras.values())
-                raise InputError(f"pictures of {names}", f"none in {patience_s:g} s", "look after the cameras")
+                raise InputError(
+                    f"pictures of {names}", f"none in {patience_s:g} s", "look after the cameras"
+                )
             time.sleep(0.05)
 
     def _keep(self, recorder: Recorder | None) -> None:
@@ -206,15 +268,22 @@ class RobotSession:
                 recorder.discard()
                 self.told("forgotten")
             elif frames := recorder.save():
-                self.told(f"recorded {frames} frames as episode {recorder.episodes - 1} of {self.config.out}")
-        except Exception as error:  # the robot comes first: it is released whatever becomes of the recording
+                self.told(
+                    f"recorded {frames} frames as episode {recorder.episodes - 1} of "
+                    f"{self.config.out}"
+                )
+        except Exception as error:
+            # the robot comes first: it is released whatever becomes of the recording
             self.told(f"the episode could not be recorded: {type(error).__name__}: {error}")
         self.saving = False
 
     def _between(self, episode: int) -> bool:
         """Time to put things back; whether to go on."""
         self.ends.clear()
-        self.told(f"episode {episode + 1} of {self.config.episodes} begins in {self.config.reset_s:g} s, or at the right arrow")
+        self.told(
+            f"episode {episode + 1} of {self.config.episodes} begins in {self.config.reset_s:g} "
+            f"s, or at the right arrow"
+        )
         self.ends.wait(self.config.reset_s)
         return self.why is None
 
@@ -224,7 +293,11 @@ class RobotSession:
             self.robot.connect()
         except (ConnectionError, ImportError, TimeoutError, OSError) as error:
             text = str(error).strip().replace("\n", " ")
-            raise InputError("a robot that answers", f"{type(error).__name__}: {text}", "check port, power, cameras") from None
+            raise InputError(
+                "a robot that answers",
+                f"{type(error).__name__}: {text}",
+                "check port, power, cameras",
+            ) from None
         try:
             yield
         finally:
@@ -234,5 +307,8 @@ class RobotSession:
         """Ends the power, when somebody is there to catch what falls."""
         with contextlib.suppress(KeyboardInterrupt, EOFError, OSError):
             if self.config.live and sys.stdin is not None and sys.stdin.isatty():
-                input("the robot keeps its place under power: support it, then press Enter to disconnect it ")
+                input(
+                    "the robot keeps its place under power: support it, then press Enter to "
+                    "disconnect it "
+                )
         self.body.release()

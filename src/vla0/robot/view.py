@@ -1,4 +1,6 @@
-"""The robot as rerun shows it: what the cameras see, where the joints are, what was predicted and what was sent."""
+"""The robot as rerun shows it: what the cameras see, where the joints are, what was predicted and
+what was sent.
+"""
 
 import atexit
 import logging
@@ -24,10 +26,13 @@ PORT = 9876  # of rerun's viewer
 
 
 class View:
-    """to: "window" opens rerun's viewer, FILE.rrd is written, rerun+http://... is a viewer elsewhere.
+    """to: "window" opens rerun's viewer, FILE.rrd is written, rerun+http://...
 
-    rerun waits for a viewer that is slow, gone or closed, without end. So it is talked to from a thread of its own: the loop
-    and the end of a session wait for it no longer than it takes to say so.
+    is a viewer elsewhere.
+
+    rerun waits for a viewer that is slow, gone or closed, without end. So it is talked to from a
+    thread of its own: the loop and the end of a session wait for it no longer than it takes to say
+    so.
     """
 
     def __init__(self, to: str, body: LeRobotBody, fps: float):
@@ -51,12 +56,17 @@ class View:
             _refuse_absent(address, 10.0 if to == "window" else 2.0)
             self.stream.connect_grpc(address, default_blueprint=layout)
         else:
-            raise InputError("window, FILE.rrd or the URL of a viewer", f"'{to}'", "choose one of those")
+            raise InputError(
+                "window, FILE.rrd or the URL of a viewer", f"'{to}'", "choose one of those"
+            )
         self.thread = Thread(target=self._work, daemon=True, name="view")
         self.thread.start()
 
     def tick(self, tick: Tick, began: float = 0.0) -> None:
-        """Shows a step, or passes over it where the viewer is behind. began: seconds at which its episode started."""
+        """Shows a step, or passes over it where the viewer is behind.
+
+        began: seconds at which its episode started.
+        """
         try:
             self.waiting.put_nowait((tick, began + tick.step / self.fps, self.body.position()))
         except Full:
@@ -73,12 +83,18 @@ class View:
                 continue
         self.thread.join(max(0.0, until - time.monotonic()))
         if left := self.missed + self.waiting.qsize() + self.thread.is_alive():
-            logger.warning("rerun's viewer has not taken everything: %d steps or more were left out", left)
+            logger.warning(
+                "rerun's viewer has not taken everything: %d steps or more were left out", left
+            )
 
     def _work(self) -> None:
         for name in self.body.actions:
             for line, colour in LINES.items():
-                self.stream.log(f"joint/{name}/{line}", self.rerun.SeriesLines(colors=colour, widths=2), static=True)
+                self.stream.log(
+                    f"joint/{name}/{line}",
+                    self.rerun.SeriesLines(colors=colour, widths=2),
+                    static=True,
+                )
         while (shown := self.waiting.get()) is not None:
             self._show(*shown)
         try:
@@ -93,27 +109,49 @@ class View:
         stream.set_time("time", duration=at)
         for camera, frame in tick.observation.images.items():
             newest = np.asarray(frame if frame.ndim == 3 else frame[-1])
-            kind = rerun.DepthImage(newest.squeeze()) if newest.shape[-1] == 1 else rerun.Image(newest).compress()
+            kind = (
+                rerun.DepthImage(newest.squeeze())
+                if newest.shape[-1] == 1
+                else rerun.Image(newest).compress()
+            )
             stream.log(f"camera/{camera}", kind)
         for line, values in zip(LINES, (position, tick.action, tick.command), strict=True):
-            for name, value in zip(self.body.actions, [] if values is None else values, strict=False):
+            for name, value in zip(
+                self.body.actions, [] if values is None else values, strict=False
+            ):
                 stream.log(f"joint/{name}/{line}", rerun.Scalars(float(value)))
 
     def _layout(self) -> Any:
         from rerun import blueprint
 
-        cameras = [blueprint.Spatial2DView(origin=f"camera/{camera}", name=camera) for camera in self.body.cameras]
-        joints = [blueprint.TimeSeriesView(origin=f"joint/{name}", name=name) for name in self.body.actions]
-        parts = blueprint.Horizontal(blueprint.Vertical(*cameras), blueprint.Grid(*joints), column_shares=[1, 2])
+        cameras = [
+            blueprint.Spatial2DView(origin=f"camera/{camera}", name=camera)
+            for camera in self.body.cameras
+        ]
+        joints = [
+            blueprint.TimeSeriesView(origin=f"joint/{name}", name=name)
+            for name in self.body.actions
+        ]
+        parts = blueprint.Horizontal(
+            blueprint.Vertical(*cameras), blueprint.Grid(*joints), column_shares=[1, 2]
+        )
         return blueprint.Blueprint(parts, collapse_panels=True)
 
     def _open(self) -> None:
         beside = Path(sys.executable).with_name("rerun")
         path = str(beside) if beside.exists() else None
         try:
-            self.rerun.spawn(port=PORT, connect=False, memory_limit="1GB", executable_path=path, recording=self.stream)
+            self.rerun.spawn(
+                port=PORT,
+                connect=False,
+                memory_limit="1GB",
+                executable_path=path,
+                recording=self.stream,
+            )
         except RuntimeError as error:
-            raise InputError("rerun's viewer", str(error).splitlines()[0], "give --view FILE.rrd") from None
+            raise InputError(
+                "rerun's viewer", str(error).splitlines()[0], "give --view FILE.rrd"
+            ) from None
 
 
 def _refuse_absent(address: str, patience_s: float) -> None:
@@ -126,5 +164,7 @@ def _refuse_absent(address: str, patience_s: float) -> None:
         except (OSError, ValueError) as error:
             if time.monotonic() > until:
                 remedy = "open one there (`rerun`); where there is no screen give --view FILE.rrd"
-                raise InputError(f"a viewer of rerun's at '{address}'", str(error), remedy) from None
+                raise InputError(
+                    f"a viewer of rerun's at '{address}'", str(error), remedy
+                ) from None
         time.sleep(0.1)

@@ -1,1 +1,4 @@
-"""The policy over the network, in openpi's websocket protocol. The client's side imports no torch."""
+"""The policy over the network, in openpi's websocket protocol.
+
+The client's side imports no torch.
+"""

@@ -30,11 +30,13 @@ class NoAnswerError(TimeoutError):
 
 
 class RemotePolicy:
-    """A policy on another machine: Observation in, chunk out. Late answers are dropped, lost connections made again.
+    """A policy on another machine: Observation in, chunk out.
 
-    url: ws://host:port or wss://. certificate: to trust where nobody known has signed it. timeout_s: from an observation
-    to its chunk. patience_s: for the first connection.
-    Works with openpi's servers too, but for streaming. Raises InputError where the server refuses.
+    Late answers are dropped, lost connections made again.
+
+    url: ws://host:port or wss://. certificate: to trust where nobody known has signed it.
+    timeout_s: from an observation to its chunk. patience_s: for the first connection. Works with
+    openpi's servers too, but for streaming. Raises InputError where the server refuses.
     """
 
     def __init__(
@@ -47,22 +49,38 @@ class RemotePolicy:
     ):
         self.url, self.timeout_s = url, timeout_s
         if not 0 < timeout_s < float("inf"):
-            raise InputError("timeout_s > 0", f"{timeout_s}", "it is how long an answer may take, seconds")
+            raise InputError(
+                "timeout_s > 0", f"{timeout_s}", "it is how long an answer may take, seconds"
+            )
         if not url.startswith(("ws://", "wss://")):
-            raise InputError("ws://host:port or wss://host:port", f"'{url}'", "give the address that `vla0 serve` shows")
+            raise InputError(
+                "ws://host:port or wss://host:port",
+                f"'{url}'",
+                "give the address that `vla0 serve` shows",
+            )
         if key is not None and (not key.isascii() or not key.isprintable()):
-            raise InputError("a key of one line of ASCII", "another", "strip what the file holds beside it")
+            raise InputError(
+                "a key of one line of ASCII", "another", "strip what the file holds beside it"
+            )
         if certificate is not None and not Path(certificate).is_file():
-            raise InputError("the server's certificate (PEM)", f"no file '{certificate}'", "name another")
+            raise InputError(
+                "the server's certificate (PEM)", f"no file '{certificate}'", "name another"
+            )
         if certificate is not None and not url.startswith("wss:"):
-            raise InputError("wss:// for certificate", f"'{url}'", "leave it out: it would do nothing")
-        self.context = ssl.create_default_context(cafile=certificate) if url.startswith("wss:") else None
+            raise InputError(
+                "wss:// for certificate", f"'{url}'", "leave it out: it would do nothing"
+            )
+        self.context = (
+            ssl.create_default_context(cafile=certificate) if url.startswith("wss:") else None
+        )
         self.headers = {"Authorization": f"Api-Key {key}"} if key else None
         self.lock, self.held = Lock(), ExitStack()
         self.connection: ClientConnection | None = None
         self.metadata: dict[str, Any] = {}
-        self.number = self.dropped = 0  # of observations that were sent; of answers that were to none of them, or too late
-        self.owed: deque[int] = deque()  # numbers of observations that have not been answered, the oldest first
+        # of observations that were sent; of answers that were to none of them, or too late
+        self.number = self.dropped = 0
+        # numbers of observations that have not been answered, the oldest first
+        self.owed: deque[int] = deque()
         self.reset_next = True
         self._connect(time.monotonic() + patience_s)
 
@@ -70,15 +88,22 @@ class RemotePolicy:
     def spec(self) -> Spec:
         """What the checkpoint says of itself. Raises InputError for a server that does not tell."""
         if not isinstance(text := self.metadata.get("spec"), str):
-            raise InputError("a server that tells its checkpoint's Spec", self.url, "serve with `vla0 serve`")
+            raise InputError(
+                "a server that tells its checkpoint's Spec", self.url, "serve with `vla0 serve`"
+            )
         return Spec.parse(text, self.url)
 
     def predict(self, observation: Observation, timeout_s: float | None = None) -> np.ndarray:
-        """(T, D) float32: the next actions. Raises NoAnswerError after the deadline, InputError for what is refused."""
+        """(T, D) float32: the next actions.
+
+        Raises NoAnswerError after the deadline, InputError for what is refused.
+        """
         *_, (_, actions) = self._ask(observation, False, timeout_s)
         return actions
 
-    def predict_stream(self, observation: Observation, timeout_s: float | None = None) -> Iterator[np.ndarray]:
+    def predict_stream(
+        self, observation: Observation, timeout_s: float | None = None
+    ) -> Iterator[np.ndarray]:
         """The actions (D,), each as it is certain."""
         if "stream" not in self.metadata.get("extensions", ()):
             yield from self.predict(observation, timeout_s)
@@ -96,11 +121,17 @@ class RemotePolicy:
         self.held.close()
         self.connection = None
 
-    def _ask(self, observation: Observation, stream: bool, timeout_s: float | None) -> Iterator[tuple[bool, np.ndarray]]:
-        """The parts of the answer: (False, a step (D,)) as it comes, and in the end (True, all of them (T, D))."""
+    def _ask(
+        self, observation: Observation, stream: bool, timeout_s: float | None
+    ) -> Iterator[tuple[bool, np.ndarray]]:
+        """The parts of the answer: (False, a step (D,)) as it comes, and in the end (True, all of
+        them (T, D)).
+        """
         if not isinstance(observation, Observation):
             raise InputError(
-                "an Observation (vla0.core.spec)", type(observation).__name__, "Observation(images, instruction, state)"
+                "an Observation (vla0.core.spec)",
+                type(observation).__name__,
+                "Observation(images, instruction, state)",
             )
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
         given = False
@@ -112,44 +143,77 @@ class RemotePolicy:
                         given = True
                         yield part
                     return
-                except ConnectionClosed as lost:  # the observation is still fresh: once more, until the deadline
+                except ConnectionClosed as lost:
+                    # the observation is still fresh: once more, until the deadline
                     self.connection = None
-                    if lost.sent is not None and lost.sent.code == CloseCode.MESSAGE_TOO_BIG and not lost.rcvd_then_sent:
+                    if (
+                        lost.sent is not None
+                        and lost.sent.code == CloseCode.MESSAGE_TOO_BIG
+                        and not lost.rcvd_then_sent
+                    ):
                         got = "a larger one"
-                        raise InputError(f"answers of at most {LARGEST} bytes from {self.url}", got, "look at it") from None
+                        raise InputError(
+                            f"answers of at most {LARGEST} bytes from {self.url}", got, "look at it"
+                        ) from None
                     if lost.rcvd is not None and lost.rcvd.code == CloseCode.MESSAGE_TOO_BIG:
-                        raise InputError(f"a message that {self.url} takes", "a larger one", "send smaller pictures") from None
+                        raise InputError(
+                            f"a message that {self.url} takes",
+                            "a larger one",
+                            "send smaller pictures",
+                        ) from None
                     if given:  # half a stream has been used: another would not continue it
-                        raise NoAnswerError(f"{self.url} was lost in the middle of an answer") from None
+                        raise NoAnswerError(
+                            f"{self.url} was lost in the middle of an answer"
+                        ) from None
                     time.sleep(0.02)
 
     def _send(self, observation: Observation, stream: bool, deadline: float) -> None:
         if self.connection is None:
             self._connect(deadline)
         assert self.connection is not None
-        message: dict[str, Any] = {"images": dict(observation.images), "prompt": observation.instruction}
+        message: dict[str, Any] = {
+            "images": dict(observation.images),
+            "prompt": observation.instruction,
+        }
         names = self.metadata.get("cameras")
         if isinstance(names, Mapping):
             if missing := [camera for camera in names if camera not in observation.images]:
                 got = f"{list(observation.images)}"
-                raise InputError(f"pictures of {list(names)}", got, f"give '{missing[0]}', in the checkpoint's own names")
-            message |= {names[camera]: frame for camera, frame in message.pop("images").items() if camera in names}
+                raise InputError(
+                    f"pictures of {list(names)}",
+                    got,
+                    f"give '{missing[0]}', in the checkpoint's own names",
+                )
+            message |= {
+                names[camera]: frame
+                for camera, frame in message.pop("images").items()
+                if camera in names
+            }
         if observation.state is not None:
             message["state"] = np.asarray(observation.state, np.float64)
         self.number += 1
         if self.metadata.get("extensions"):
-            message |= {"vla0/number": self.number, "vla0/reset": self.reset_next, "vla0/stream": stream}
+            message |= {
+                "vla0/number": self.number,
+                "vla0/reset": self.reset_next,
+                "vla0/stream": stream,
+            }
             if observation.action_prefix is not None:
                 message["vla0/action_prefix"] = np.asarray(observation.action_prefix, np.float64)
         elif observation.action_prefix is not None:
-            raise InputError("a server that can begin with committed actions", self.url, "serve with vla0")
+            raise InputError(
+                "a server that can begin with committed actions", self.url, "serve with vla0"
+            )
         self._drop_unasked()
         self.connection.send(pack(message))
         self.reset_next = False
         self.owed.append(self.number)
 
     def _receive(self, deadline: float) -> Iterator[tuple[bool, np.ndarray]]:
-        """The parts of the answer to the last observation. Those to others, and a second one to the same, are dropped."""
+        """The parts of the answer to the last observation.
+
+        Those to others, and a second one to the same, are dropped.
+        """
         assert self.connection is not None
         while (left := deadline - time.monotonic()) > 0:  # however much comes that is not asked for
             try:
@@ -160,12 +224,17 @@ class RemotePolicy:
             if answer is not None and "vla0/step" in answer:
                 number = answer.get("vla0/number")
                 if type(number) is int and number == self.number:
-                    yield False, actions_of(answer.get("action"), self.metadata, self.url, step=True)
+                    yield (
+                        False,
+                        actions_of(answer.get("action"), self.metadata, self.url, step=True),
+                    )
                 continue
             if not self._is_ours(answer):
                 self.dropped += 1
                 logger.info(
-                    "%s: an answer that was to nothing asked, or came too late, is dropped (%d)", self.url, self.dropped
+                    "%s: an answer that was to nothing asked, or came too late, is dropped (%d)",
+                    self.url,
+                    self.dropped,
                 )
                 continue
             if answer is None:
@@ -175,9 +244,11 @@ class RemotePolicy:
         raise NoAnswerError(f"no answer of {self.url} in time")
 
     def _is_ours(self, answer: Mapping[str, Any] | None) -> bool:
-        """Whether an answer is that to the last observation; those before it are not waited for any more.
+        """Whether an answer is that to the last observation; those before it are not waited for any
+        more.
 
-        Errors (None), which are text, and what servers say that know no numbers, come in the order of the observations.
+        Errors (None), which are text, and what servers say that know no numbers, come in the order
+        of the observations.
         """
         if answer is not None and self.metadata.get("extensions"):
             number = answer.get("vla0/number")
@@ -190,7 +261,9 @@ class RemotePolicy:
         return number == self.number
 
     def _drop_unasked(self) -> None:
-        """Where nothing is owed, what has come all the same would be taken for the answer to what is about to be asked."""
+        """Where nothing is owed, what has come all the same would be taken for the answer to what
+        is about to be asked.
+        """
         assert self.connection is not None
         while not self.owed and not self.metadata.get("extensions"):
             try:
@@ -207,9 +280,14 @@ class RemotePolicy:
         while (left := deadline - time.monotonic()) > 0:
             try:
                 own = connect(
-                    self.url, compression=None, max_size=LARGEST, additional_headers=self.headers, open_timeout=left,
-                    close_timeout=1, ssl=self.context,
-                )  # fmt: skip
+                    self.url,
+                    compression=None,
+                    max_size=LARGEST,
+                    additional_headers=self.headers,
+                    open_timeout=left,
+                    close_timeout=1,
+                    ssl=self.context,
+                )
                 connection = self.held.enter_context(own)
                 told = connection.recv(timeout=max(0.0, deadline - time.monotonic()), decode=False)
                 self.metadata = metadata_of(unpack(bytes(told)), self.metadata, self.url)
@@ -219,12 +297,18 @@ class RemotePolicy:
             except InvalidStatus as error:
                 if error.response.status_code in (401, 403):
                     raise InputError(
-                        f"a key that {self.url} knows", "another or none", "pass key=, or --api-key-file"
+                        f"a key that {self.url} knows",
+                        "another or none",
+                        "pass key=, or --api-key-file",
                     ) from None
                 reason = str(error)
             except ssl.SSLCertVerificationError as error:
                 got = error.verify_message
-                raise InputError(f"a certificate of {self.url} that is trusted", got, "pass certificate= or --tls-ca") from None
+                raise InputError(
+                    f"a certificate of {self.url} that is trusted",
+                    got,
+                    "pass certificate= or --tls-ca",
+                ) from None
             except (OSError, InvalidHandshake, ConnectionClosed, TimeoutError) as error:
                 reason = f"{type(error).__name__}: {error}"
             time.sleep(min(wait_s, max(0.0, deadline - time.monotonic())))

@@ -1,8 +1,10 @@
-"""LeRobot's asynchronous inference (gRPC), for its own `robot_client`: one checkpoint, the very pixels that it was trained on.
+"""LeRobot's asynchronous inference (gRPC), for its own `robot_client`: one checkpoint, the very
+pixels that it was trained on.
 
-LeRobot's server resizes pictures before the policy sees them, loads whatever model a client names, and unpickles what
-anybody sends. Here the checkpoint is the server's, pictures go through the spine, and of a pickle only arrays and
-LeRobot's own messages are taken. The protocol knows no key: it is for this machine, or the end of a tunnel.
+LeRobot's server resizes pictures before the policy sees them, loads whatever model a client names,
+and unpickles what anybody sends. Here the checkpoint is the server's, pictures go through the
+spine, and of a pickle only arrays and LeRobot's own messages are taken. The protocol knows no key:
+it is for this machine, or the end of a tunnel.
 """
 
 import contextlib
@@ -64,10 +66,19 @@ class Client:
 
 
 class LeRobotServer:
-    """The service, LeRobot's AsyncInference. policy: of a checkpoint; keys: camera → the robot's name of it."""
+    """The service, LeRobot's AsyncInference.
 
-    def __init__(self, policy: Any, limits: ServerLimits | None = None, keys: Mapping[str, str] | None = None):
-        self.policy, self.limits, self.keys = policy, (limits or ServerLimits()).of(policy.spec), dict(keys or {})
+    policy: of a checkpoint; keys: camera → the robot's name of it.
+    """
+
+    def __init__(
+        self, policy: Any, limits: ServerLimits | None = None, keys: Mapping[str, str] | None = None
+    ):
+        self.policy, self.limits, self.keys = (
+            policy,
+            (limits or ServerLimits()).of(policy.spec),
+            dict(keys or {}),
+        )
         refuse_other_cameras(self.keys, policy.spec)
         self.clients: OrderedDict[str, Client] = OrderedDict()
         self.guests = threading.Lock()
@@ -79,18 +90,30 @@ class LeRobotServer:
         return messages.Empty()
 
     def SendPolicyInstructions(self, message: Any, context: Any) -> Any:  # noqa: N802
-        """What the client's robot calls its parts, and how many actions it wants. The model is ours, whatever it asks for."""
+        """What the client's robot calls its parts, and how many actions it wants.
+
+        The model is ours, whatever it asks for.
+        """
         with self._told(context):
             wanted = _unpacked(message.data, RemotePolicyConfig)
-            renamed = {str(old).rpartition(".")[2]: str(new).rpartition(".")[2] for old, new in wanted.rename_map.items()}
+            renamed = {
+                str(old).rpartition(".")[2]: str(new).rpartition(".")[2]
+                for old, new in wanted.rename_map.items()
+            }
             steps = min(max(1, int(wanted.actions_per_chunk)), self.policy.spec.chunk_size)
-            self._admit(context.peer(), Client(features=wanted.lerobot_features, renamed=renamed, steps=steps))
+            self._admit(
+                context.peer(),
+                Client(features=wanted.lerobot_features, renamed=renamed, steps=steps),
+            )
         return messages.Empty()
 
     def SendObservations(self, parts: Iterator[Any], context: Any) -> Any:  # noqa: N802
         """Takes the newest observation; one that nobody has asked about yet makes room for it."""
         with self._told(context):
-            seen, client = _unpacked(self._whole(parts, context), TimedObservation), self._client(context)
+            seen, client = (
+                _unpacked(self._whole(parts, context), TimedObservation),
+                self._client(context),
+            )
             if not seen.must_go and seen.timestep in client.answered:
                 return messages.Empty()
             with client.changing:
@@ -110,43 +133,68 @@ class LeRobotServer:
             chunk = self._chunk(client, seen)
             period = 1 / self.policy.spec.fps
             timed = [
-                TimedAction(seen.timestamp + step * period, seen.timestep + step, torch.from_numpy(action.copy()))
+                TimedAction(
+                    seen.timestamp + step * period,
+                    seen.timestep + step,
+                    torch.from_numpy(action.copy()),
+                )
                 for step, action in enumerate(chunk[: client.steps])
             ]
             return messages.Actions(data=pickle.dumps(timed))
         return messages.Empty()
 
     def _admit(self, peer: str, client: Client) -> None:
-        """Raises InputError where as many are here as may be: nobody who is active makes room for a newcomer."""
+        """Raises InputError where as many are here as may be: nobody who is active makes room for a
+        newcomer.
+        """
         with self.guests:
             self.clients.pop(peer, None)
-            idle = [name for name, own in self.clients.items() if time.monotonic() - own.heard_at > IDLE_S]
+            idle = [
+                name
+                for name, own in self.clients.items()
+                if time.monotonic() - own.heard_at > IDLE_S
+            ]
             while len(self.clients) >= self.limits.clients and idle:
                 del self.clients[idle.pop(0)]
             if len(self.clients) >= self.limits.clients:
-                raise InputError(f"at most {self.limits.clients} clients", "another", "come again when one has gone")
+                raise InputError(
+                    f"at most {self.limits.clients} clients",
+                    "another",
+                    "come again when one has gone",
+                )
             self.clients[peer] = client
 
     def _whole(self, parts: Iterator[Any], context: Any) -> bytes:
-        """A message of its parts. A stream that does not end is ended: it would hold one of a few threads for ever."""
+        """A message of its parts.
+
+        A stream that does not end is ended: it would hold one of a few threads for ever.
+        """
         held, clock = io.BytesIO(), threading.Timer(STREAM_S, context.cancel)
         clock.start()
         try:
             for count, part in enumerate(parts):
                 held.write(part.data)
                 if held.tell() > self.limits.message_bytes or count > PARTS:
-                    raise InputError(f"at most {self.limits.message_bytes} bytes", "more", "send smaller pictures")
+                    raise InputError(
+                        f"at most {self.limits.message_bytes} bytes",
+                        "more",
+                        "send smaller pictures",
+                    )
         finally:
             clock.cancel()
         return held.getvalue()
 
     def _chunk(self, client: Client, seen: TimedObservation) -> np.ndarray:
         spec, raw = self.policy.spec, dict(seen.observation)
-        message: dict[str, Any] = {client.renamed.get(str(name), str(name)): value for name, value in raw.items()}
+        message: dict[str, Any] = {
+            client.renamed.get(str(name), str(name)): value for name, value in raw.items()
+        }
         names = spec.state_names or (client.features.get("observation.state") or {}).get("names")
         if names and (spec.state or spec.relative_dims):
             if missing := [name for name in names if name not in raw]:
-                raise InputError(f"the state {list(names)}", f"no '{missing[0]}'", "use the robot of the dataset")
+                raise InputError(
+                    f"the state {list(names)}", f"no '{missing[0]}'", "use the robot of the dataset"
+                )
             message["state"] = np.array([float(raw[name]) for name in names])
         observation = request(message, spec, self.keys, self.limits.side).observation
         if client.last is not None and seen.timestep > client.last[0]:
@@ -161,7 +209,11 @@ class LeRobotServer:
     def _client(self, context: Any) -> Client:
         with self.guests:
             if (client := self.clients.get(context.peer())) is None:
-                raise InputError("a client that has told what its robot is", "a stranger", "SendPolicyInstructions first")
+                raise InputError(
+                    "a client that has told what its robot is",
+                    "a stranger",
+                    "SendPolicyInstructions first",
+                )
             client.heard_at = time.monotonic()
             return client
 
@@ -185,23 +237,40 @@ def _unpacked(data: bytes, kind: type) -> Any:
     own = SimpleNamespace(**{name: found.get(name) for name in (f.name for f in fields(kind))})
     if kind is TimedObservation:
         own.must_go = bool(own.must_go)
-        fine = isinstance(own.observation, Mapping) and type(own.timestep) is int and isinstance(own.timestamp, int | float)
+        fine = (
+            isinstance(own.observation, Mapping)
+            and type(own.timestep) is int
+            and isinstance(own.timestamp, int | float)
+        )
         if not fine or not math.isfinite(own.timestamp):
             raise InputError(
-                "an observation with its step and time", f"{type(own.observation).__name__}", "use LeRobot's client"
+                "an observation with its step and time",
+                f"{type(own.observation).__name__}",
+                "use LeRobot's client",
             )
     elif not (isinstance(own.lerobot_features, Mapping) and isinstance(own.rename_map, Mapping)):
-        raise InputError("features and a rename_map", "none", "use the robot_client of LeRobot 0.6.1")
+        raise InputError(
+            "features and a rename_map", "none", "use the robot_client of LeRobot 0.6.1"
+        )
     return own
 
 
 def serve_lerobot(
-    server: LeRobotServer, host: str, port: int, ready: Callable[[int], None], stop: threading.Event | None = None
+    server: LeRobotServer,
+    host: str,
+    port: int,
+    ready: Callable[[int], None],
+    stop: threading.Event | None = None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM, or until `stop` is set. Raises InputError where it cannot, or must not, listen."""
+    """Serves until SIGINT or SIGTERM, or until `stop` is set.
+
+    Raises InputError where it cannot, or must not, listen.
+    """
     refuse_open(host, protocol="lerobot")
     workers = ThreadPoolExecutor(4 + 2 * min(server.limits.clients, 16), "lerobot")
-    service = grpc.server(workers, options=[("grpc.max_receive_message_length", server.limits.message_bytes)])
+    service = grpc.server(
+        workers, options=[("grpc.max_receive_message_length", server.limits.message_bytes)]
+    )
     services_pb2_grpc.add_AsyncInferenceServicer_to_server(server, service)
     try:
         bound = service.add_insecure_port(f"{host}:{port}")

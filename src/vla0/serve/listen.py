@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 NEEDED = -1  # bytes of a message: as many as a checkpoint needs
 LOCAL = ("127.0.0.1", "localhost", "::1")
 KEYLESS = {  # protocols that know no key → how to do without another address
-    "lerobot": "leave --host out, and reach it by a tunnel: ssh -L PORT:127.0.0.1:PORT this-machine",
+    "lerobot": "leave --host out, and reach it by a tunnel: ssh -L PORT:127.0.0.1:PORT "
+    "this-machine",
     "vla-eval": "leave --host out: vla-eval's containers share this machine's network",
 }
 
@@ -47,15 +48,22 @@ class ServerLimits:
 
 def shown(spec: Spec) -> str:
     """What is served, in a line."""
-    return f"{spec.chunk_size} steps of {spec.dimensions} numbers at {spec.fps:g} Hz from {', '.join(spec.cameras)}"
+    return (
+        f"{spec.chunk_size} steps of {spec.dimensions} numbers at {spec.fps:g} Hz from "
+        f"{', '.join(spec.cameras)}"
+    )
 
 
 def refuse_open(host: str, key: str | None = None, protocol: str = "openpi") -> None:
     """Raises InputError where strangers could move the robot."""
     if host not in LOCAL and protocol in KEYLESS:
-        raise InputError(f"{LOCAL[0]}, as {protocol}'s protocol knows no key", f"'{host}'", KEYLESS[protocol])
+        raise InputError(
+            f"{LOCAL[0]}, as {protocol}'s protocol knows no key", f"'{host}'", KEYLESS[protocol]
+        )
     if host not in LOCAL and not key:
-        raise InputError(f"--api-key-file to listen on '{host}'", "no key", f"give one, or stay on {LOCAL[0]}")
+        raise InputError(
+            f"--api-key-file to listen on '{host}'", "no key", f"give one, or stay on {LOCAL[0]}"
+        )
 
 
 def refuse_taken(host: str, port: int) -> None:
@@ -68,7 +76,9 @@ def refuse_taken(host: str, port: int) -> None:
 
 def not_free(host: str, port: int, error: Exception) -> InputError:
     """The error of a port that somebody else has."""
-    return InputError(f"'{host}' port {port} to listen on", str(error), "choose another --port, or end who has it")
+    return InputError(
+        f"'{host}' port {port} to listen on", str(error), "choose another --port, or end who has it"
+    )
 
 
 def secret_of(file: Path | None) -> str | None:
@@ -78,9 +88,13 @@ def secret_of(file: Path | None) -> str | None:
     try:
         secret = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError("a file that holds the key", f"{type(error).__name__}: '{file}'", "name another") from None
+        raise InputError(
+            "a file that holds the key", f"{type(error).__name__}: '{file}'", "name another"
+        ) from None
     if len(secret) < 16 or not secret.isascii():
-        raise InputError("a key of 16 ASCII characters or more", f"{len(secret)}", "openssl rand -hex 32 > FILE")
+        raise InputError(
+            "a key of 16 ASCII characters or more", f"{len(secret)}", "openssl rand -hex 32 > FILE"
+        )
     return secret
 
 
@@ -92,14 +106,21 @@ def served(
     private: Path | None = None,
     ready: Callable[[int], None] | None = None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM, and ends what was begun. Raises InputError where it cannot listen."""
+    """Serves until SIGINT or SIGTERM, and ends what was begun.
+
+    Raises InputError where it cannot listen.
+    """
     context = None
     if cert is not None:
         try:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(cert, private)
         except (OSError, ssl.SSLError) as error:
-            raise InputError("a certificate and its key (PEM)", f"{type(error).__name__}: '{cert}'", "name others") from None
+            raise InputError(
+                "a certificate and its key (PEM)",
+                f"{type(error).__name__}: '{cert}'",
+                "name others",
+            ) from None
     elif host not in LOCAL:
         logger.warning("without --tls-cert the key and the pictures cross the network in the open")
 

@@ -24,10 +24,15 @@ class Request:
     number: int | None = None  # given back with the answer
 
 
-def request(message: Mapping[str, Any], spec: Spec, keys: Mapping[str, str], most_side: int) -> Request:
-    """The Request of a message. keys: camera → its name in messages, where that is none of the usual ones.
+def request(
+    message: Mapping[str, Any], spec: Spec, keys: Mapping[str, str], most_side: int
+) -> Request:
+    """The Request of a message.
 
-    Raises InputError for a camera that is missing or too large, no instruction, or an extension that there is not.
+    keys: camera → its name in messages, where that is none of the usual ones.
+
+    Raises InputError for a camera that is missing or too large, no instruction, or an extension
+    that there is not.
     """
     depth = {camera for camera, *_ in spec.depth}
     images = {}
@@ -35,9 +40,15 @@ def request(message: Mapping[str, Any], spec: Spec, keys: Mapping[str, str], mos
         images[camera] = _picture(_found(message, camera, keys), camera, camera in depth, most_side)
     instruction = next((message[name] for name in INSTRUCTION if name in message), None)
     if not isinstance(instruction, str) or len(instruction) > 2000:
-        got = "none" if instruction is None else f"{type(instruction).__name__} of {len(str(instruction))} characters"
+        got = (
+            "none"
+            if instruction is None
+            else f"{type(instruction).__name__} of {len(str(instruction))} characters"
+        )
         raise InputError(
-            f"an instruction of at most 2000 characters under one of {INSTRUCTION}", got, "say what the robot shall do"
+            f"an instruction of at most 2000 characters under one of {INSTRUCTION}",
+            got,
+            "say what the robot shall do",
         )
     state = next((message[name] for name in STATE if name in message), None)
     if state is not None:
@@ -49,21 +60,38 @@ def request(message: Mapping[str, Any], spec: Spec, keys: Mapping[str, str], mos
     known = {"stream": bool, "reset": bool, "number": int, "action_prefix": np.ndarray}
     for name, value in own.items():
         if name not in known or not isinstance(value, known[name]):
-            raise InputError(f"one of {[OWN + n for n in known]}, of its kind", f"'{OWN}{name[:40]}'", "leave it out")
+            raise InputError(
+                f"one of {[OWN + n for n in known]}, of its kind",
+                f"'{OWN}{name[:40]}'",
+                "leave it out",
+            )
     action_prefix = own.pop("action_prefix", None)
-    seen = Observation(images, instruction, state if spec.state or spec.relative_dims else None, action_prefix=action_prefix)
+    seen = Observation(
+        images,
+        instruction,
+        state if spec.state or spec.relative_dims else None,
+        action_prefix=action_prefix,
+    )
     return Request(observation=seen, **own)
 
 
 def refuse_other_cameras(keys: Mapping[str, str], spec: Spec) -> None:
     """Raises InputError where `keys` names a camera that the checkpoint does not have."""
     if unknown := [camera for camera in keys if camera not in spec.cameras]:
-        raise InputError(f"cameras of {spec.cameras}", f"'{unknown[0]}'", "name those of the checkpoint")
+        raise InputError(
+            f"cameras of {spec.cameras}", f"'{unknown[0]}'", "name those of the checkpoint"
+        )
 
 
 def names(camera: str) -> Iterator[str]:
     """What a camera's picture may be called in a message."""
-    for pattern in ("observation/{}", "observation/{}_image", "observation.images.{}", "observation/images/{}", "{}"):
+    for pattern in (
+        "observation/{}",
+        "observation/{}_image",
+        "observation.images.{}",
+        "observation/images/{}",
+        "{}",
+    ):
         yield pattern.format(camera)
 
 
@@ -74,10 +102,18 @@ def _found(message: Mapping[str, Any], camera: str, keys: Mapping[str, str]) -> 
     for name in [keys[camera]] if camera in keys else names(camera):
         if name in message:
             return message[name]
-    arrays = [name for name, value in message.items() if isinstance(value, np.ndarray) and value.ndim >= 2]
+    arrays = [
+        name for name, value in message.items() if isinstance(value, np.ndarray) and value.ndim >= 2
+    ]
     arrays += [f"images/{name}" for name in nested] if isinstance(nested, Mapping) else []
-    expected = f"'{keys[camera]}'" if camera in keys else f"camera '{camera}' ({', '.join(names(camera))})"
-    raise InputError(expected, f"pictures {[name[:60] for name in arrays[:8]]}", "rename it, or serve with --key CAMERA=NAME")
+    expected = (
+        f"'{keys[camera]}'" if camera in keys else f"camera '{camera}' ({', '.join(names(camera))})"
+    )
+    raise InputError(
+        expected,
+        f"pictures {[name[:60] for name in arrays[:8]]}",
+        "rename it, or serve with --key CAMERA=NAME",
+    )
 
 
 def _picture(value: Any, camera: str, depth: bool, most_side: int) -> np.ndarray:
@@ -86,7 +122,11 @@ def _picture(value: Any, camera: str, depth: bool, most_side: int) -> np.ndarray
         got = f"shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
         raise InputError(f"a picture (h, w, 3) of '{camera}'", got, "send an array")
     if max(value.shape) > most_side:
-        raise InputError(f"pictures of at most {most_side} pixels a side", f"shape {value.shape}", "make them smaller first")
+        raise InputError(
+            f"pictures of at most {most_side} pixels a side",
+            f"shape {value.shape}",
+            "make them smaller first",
+        )
     if not depth and value.shape[-1] != 3 and value.shape[-3] == 3:
         value = np.moveaxis(value, -3, -1)
     return value

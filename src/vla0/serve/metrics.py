@@ -19,8 +19,12 @@ class Metrics:
         self.requests = Counter("requests", "observations answered", **own)
         self.errors = Counter("errors", "messages answered with an error", **own)
         self.clients = Gauge("clients", "connections now", **own)
-        self.batches = Histogram("batch_size", "observations decoded together", buckets=(1, 2, 4, 8, 16, 32, 64), **own)
-        self.latency = Histogram("latency_seconds", "from an observation's arrival to its answer", buckets=SECONDS, **own)
+        self.batches = Histogram(
+            "batch_size", "observations decoded together", buckets=(1, 2, 4, 8, 16, 32, 64), **own
+        )
+        self.latency = Histogram(
+            "latency_seconds", "from an observation's arrival to its answer", buckets=SECONDS, **own
+        )
         self.busy = 0  # requests begun and not answered
 
     @contextmanager

@@ -1,4 +1,7 @@
-"""Messages: msgpack with numpy arrays, as openpi's clients write them. What a stranger sends is checked before it is used."""
+"""Messages: msgpack with numpy arrays, as openpi's clients write them.
+
+What a stranger sends is checked before it is used.
+"""
 
 import math
 from collections.abc import Callable
@@ -21,27 +24,42 @@ def pack(content: Any) -> Any:
 
 
 def unpack(
-    message: bytes | str, most_bytes: int | None = None, read: Callable[[dict[Any, Any]], Any] | None = None
+    message: bytes | str,
+    most_bytes: int | None = None,
+    read: Callable[[dict[Any, Any]], Any] | None = None,
 ) -> dict[str, Any]:
-    """The mapping that a message holds. Raises InputError for everything else, having run nothing of it.
+    """The mapping that a message holds.
 
-    A text is what a server says of an error: it rises as one. read: {...} → what it stands for, of another protocol.
+    Raises InputError for everything else, having run nothing of it.
+
+    A text is what a server says of an error: it rises as one. read: {...} → what it stands for, of
+    another protocol.
     """
     if isinstance(message, str):
         raise InputError(message[-2000:])
     size = len(message) if most_bytes is None else most_bytes
     if len(message) > size:
-        raise InputError(f"a message of {size} bytes at most", f"{len(message)}", "send smaller pictures")
+        raise InputError(
+            f"a message of {size} bytes at most", f"{len(message)}", "send smaller pictures"
+        )
     _bounded(message)
     try:
         content = msgpack.unpackb(
-            message, object_hook=read or _read, strict_map_key=False,
-            max_str_len=1 << 16, max_bin_len=size, max_array_len=1 << 16, max_map_len=256, max_ext_len=0,
-        )  # fmt: skip
+            message,
+            object_hook=read or _read,
+            strict_map_key=False,
+            max_str_len=1 << 16,
+            max_bin_len=size,
+            max_array_len=1 << 16,
+            max_map_len=256,
+            max_ext_len=0,
+        )
     except InputError:
         raise
     except Exception as error:  # msgpack raises a dozen kinds for what is damaged
-        raise InputError("a msgpack message", f"{type(error).__name__}: {str(error)[:100]}", _REMEDY) from None
+        raise InputError(
+            "a msgpack message", f"{type(error).__name__}: {str(error)[:100]}", _REMEDY
+        ) from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError("a mapping with names as keys", type(content).__name__, _REMEDY)
     _shallow(content, DEEPEST)
@@ -49,11 +67,14 @@ def unpack(
 
 
 def _bounded(message: bytes) -> None:
-    """Raises InputError for a message of too many or too deep entries, before anything is built of it.
+    """Raises InputError for a message of too many or too deep entries, before anything is built of
+    it.
 
-    Thirty megabytes of empty lists are thirty million objects, which hold up whoever builds them for half a minute.
+    Thirty megabytes of empty lists are thirty million objects, which hold up whoever builds them
+    for half a minute.
     """
-    place, count, open_ = 0, 0, [1]  # entries that are still to come, of each list or mapping that is open
+    # entries that are still to come, of each list or mapping that is open
+    place, count, open_ = 0, 0, [1]
     while open_:
         if open_[-1] == 0:
             open_.pop()
@@ -70,9 +91,12 @@ def _bounded(message: bytes) -> None:
 
 
 def _skipped(message: bytes, place: int) -> tuple[int, int]:
-    """(entries that follow, where the next thing begins) of what stands at a place, by msgpack's specification."""
+    """(entries that follow, where the next thing begins) of what stands at a place, by msgpack's
+    specification.
+    """
     kind = message[place]
-    if kind < 0x80 or kind >= 0xE0 or kind in (0xC0, 0xC1, 0xC2, 0xC3):  # small numbers, nothing, true and false
+    # small numbers, nothing, true and false
+    if kind < 0x80 or kind >= 0xE0 or kind in (0xC0, 0xC1, 0xC2, 0xC3):
         return 0, place + 1
     if kind < 0x90:
         return 2 * (kind & 0x0F), place + 1
@@ -91,11 +115,23 @@ FIXED = {  # kind → bytes that follow: numbers and extensions of fixed size
     0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8,
     0xD4: 2, 0xD5: 3, 0xD6: 5, 0xD7: 9, 0xD8: 17,
 }  # fmt: skip
-SIZED = {  # kind → bytes of its size, entries for each of that, bytes besides: texts, bytes, extensions, lists, mappings
-    0xC4: (1, 0, 0), 0xC5: (2, 0, 0), 0xC6: (4, 0, 0), 0xC7: (1, 0, 1), 0xC8: (2, 0, 1), 0xC9: (4, 0, 1),
-    0xD9: (1, 0, 0), 0xDA: (2, 0, 0), 0xDB: (4, 0, 0),
-    0xDC: (2, 1, 0), 0xDD: (4, 1, 0), 0xDE: (2, 2, 0), 0xDF: (4, 2, 0),
-}  # fmt: skip
+# kind → bytes of its size, entries for each of that, bytes besides: texts, bytes, extensions,
+# lists, mappings
+SIZED = {
+    0xC4: (1, 0, 0),
+    0xC5: (2, 0, 0),
+    0xC6: (4, 0, 0),
+    0xC7: (1, 0, 1),
+    0xC8: (2, 0, 1),
+    0xC9: (4, 0, 1),
+    0xD9: (1, 0, 0),
+    0xDA: (2, 0, 0),
+    0xDB: (4, 0, 0),
+    0xDC: (2, 1, 0),
+    0xDD: (4, 1, 0),
+    0xDE: (2, 2, 0),
+    0xDF: (4, 2, 0),
+}
 
 
 def _array(value: Any) -> Any:
@@ -103,9 +139,16 @@ def _array(value: Any) -> Any:
         if value.dtype.kind not in KINDS:
             raise InputError("arrays of numbers", f"{value.dtype}", "convert it")
         if isinstance(value, np.ndarray):
-            return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+            return {
+                b"__ndarray__": True,
+                b"data": value.tobytes(),
+                b"dtype": value.dtype.str,
+                b"shape": value.shape,
+            }
         return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
-    raise InputError("numbers, strings, arrays, lists and mappings", type(value).__name__, "convert it")
+    raise InputError(
+        "numbers, strings, arrays, lists and mappings", type(value).__name__, "convert it"
+    )
 
 
 def _read(found: dict[Any, Any]) -> Any:
@@ -131,15 +174,25 @@ def dtype_of(name: Any) -> np.dtype:
 
 
 def array_of(name: Any, shape: Any, data: Any) -> np.ndarray:
-    """The array of a dtype's name, a shape and its bytes. Raises InputError where they do not agree."""
+    """The array of a dtype's name, a shape and its bytes.
+
+    Raises InputError where they do not agree.
+    """
     dtype = dtype_of(name)
     fine = (
-        isinstance(data, bytes) and isinstance(shape, list | tuple) and len(shape) <= 5
-        and all(isinstance(side, int) and not isinstance(side, bool) and 0 <= side < 1 << 24 for side in shape)
+        isinstance(data, bytes)
+        and isinstance(shape, list | tuple)
+        and len(shape) <= 5
+        and all(
+            isinstance(side, int) and not isinstance(side, bool) and 0 <= side < 1 << 24
+            for side in shape
+        )
         and math.prod(shape) * dtype.itemsize == len(data)
-    )  # fmt: skip
+    )
     if not fine:
-        raise InputError("an array whose shape and bytes agree", f"shape {str(shape)[:60]}", _REMEDY)
+        raise InputError(
+            "an array whose shape and bytes agree", f"shape {str(shape)[:60]}", _REMEDY
+        )
     assert isinstance(data, bytes)
     return np.frombuffer(data, dtype).reshape(shape)
 
@@ -147,6 +200,12 @@ def array_of(name: Any, shape: Any, data: Any) -> np.ndarray:
 def _shallow(content: Any, left: int) -> None:
     if left < 0:
         raise InputError(f"a message at most {DEEPEST} levels deep", "a deeper one", _REMEDY)
-    inside = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else ()
+    inside = (
+        content.values()
+        if isinstance(content, dict)
+        else content
+        if isinstance(content, list | tuple)
+        else ()
+    )
     for own in inside:
         _shallow(own, left - 1)

@@ -31,32 +31,41 @@ from vla0.serve.session import ClientSession
 
 logger = logging.getLogger(__name__)
 
-# Who sends what is refused is not heard for a while: REFUSED_S, or the longer, the more there was to read in vain.
+# Who sends what is refused is not heard for a while: REFUSED_S, or the longer, the more there was
+# to read in vain.
 REFUSED_S, REFUSED_BYTES_S = 0.1, 2**20
 COMING_S = 0.05  # between clients that come
 PATIENCE = 10  # messages in a row that nobody can read, and then the client is asked to go
 
 
 class Connection(ServerConnection):
-    """A connection that reads no further where a message is refused for its size: else all of it would be read in vain."""
+    """A connection that reads no further where a message is refused for its size: else all of it
+    would be read in vain.
+    """
 
     shut = False
 
     def data_received(self, data: bytes) -> None:
         """Of asyncio's protocols."""
         super().data_received(data)
-        if not self.shut and (sent := self.protocol.close_sent) is not None and sent.code == CloseCode.MESSAGE_TOO_BIG:
+        if (
+            not self.shut
+            and (sent := self.protocol.close_sent) is not None
+            and sent.code == CloseCode.MESSAGE_TOO_BIG
+        ):
             self.shut = True
             self.transport.pause_reading()
             self.loop.call_later(1.0, self.transport.abort)  # by then the client has read why
 
 
 class Server:
-    """Answers observations with chunks, decoding together what arrives together, in openpi's protocol; others build on it.
+    """Answers observations with chunks, decoding together what arrives together, in openpi's
+    protocol; others build on it.
 
-    ensemble: none, and a client gets whole chunks; else `n_action_steps` ensembled steps for each observation, whose chunks are
-    remembered for each connection by itself. keys: camera → its name in messages. key: what clients have to know.
-    origins: web pages that may talk to it, as "https://lab.example"; a browser says whose page asks, others say nothing.
+    ensemble: none, and a client gets whole chunks; else `n_action_steps` ensembled steps for each
+    observation, whose chunks are remembered for each connection by itself. keys: camera → its name
+    in messages. key: what clients have to know. origins: web pages that may talk to it, as
+    "https://lab.example"; a browser says whose page asks, others say nothing.
     """
 
     protocol = "openpi"
@@ -72,16 +81,24 @@ class Server:
         ensemble: str = NONE,
         origins: Sequence[str] = (),
     ):
-        self.policy, self.limits, self.keys, self.key = policy, (limits or ServerLimits()).of(policy.spec), keys or {}, key
+        self.policy, self.limits, self.keys, self.key = (
+            policy,
+            (limits or ServerLimits()).of(policy.spec),
+            keys or {},
+            key,
+        )
         self.origins: list[Any] = [None, *origins]  # None: no browser
         self.n_action_steps, self.weights = n_action_steps, ensemble
         spec = policy.spec
         refuse_other_cameras(self.keys, spec)
         if ensemble == NONE:
-            refuse_idle({"n_action_steps": n_action_steps if n_action_steps != 1 else None}, "an ensemble")
+            refuse_idle(
+                {"n_action_steps": n_action_steps if n_action_steps != 1 else None}, "an ensemble"
+            )
         self._session()  # refuses what it must before anybody comes
         steps = None if ensemble == NONE else steps_used(spec.chunk_size, n_action_steps, ensemble)
-        self.see = getattr(policy, "see", lambda observation: observation)  # a policy of one's own need not have it
+        # a policy of one's own need not have it
+        self.see = getattr(policy, "see", lambda observation: observation)
         self.metrics = Metrics()
         self.batches = Batches(policy, steps, self.limits.batch, self.metrics)
         self.clients, self.stopping, self.next_at = 0, False, 0.0
@@ -90,22 +107,44 @@ class Server:
         """What a client is told as it comes."""
         spec = self.policy.spec
         return {
-            "server": f"vla0 {vla0.__version__}", "cameras": {c: self.keys.get(c) or next(names(c)) for c in spec.cameras},
-            "state": None if spec.state is None else len(spec.state[0]), "chunk_size": spec.chunk_size, "dimensions": spec.dimensions,
-            "fps": spec.fps, "low": list(spec.low), "high": list(spec.high), "history": spec.history,
-            "ensemble": self.weights, "n_action_steps": self.n_action_steps, "extensions": ["stream", "reset", "number", "action_prefix"],
+            "server": f"vla0 {vla0.__version__}",
+            "cameras": {c: self.keys.get(c) or next(names(c)) for c in spec.cameras},
+            "state": None if spec.state is None else len(spec.state[0]),
+            "chunk_size": spec.chunk_size,
+            "dimensions": spec.dimensions,
+            "fps": spec.fps,
+            "low": list(spec.low),
+            "high": list(spec.high),
+            "history": spec.history,
+            "ensemble": self.weights,
+            "n_action_steps": self.n_action_steps,
+            "extensions": ["stream", "reset", "number", "action_prefix"],
             "spec": spec.text(),
-        }  # fmt: skip
+        }
 
-    async def run(self, host: str, port: int, stop: asyncio.Event, context: Any = None, ready: Any = None) -> None:
-        """Serves until `stop`, and then ends what was begun. context: of TLS. ready: called with the port that was bound."""
+    async def run(
+        self, host: str, port: int, stop: asyncio.Event, context: Any = None, ready: Any = None
+    ) -> None:
+        """Serves until `stop`, and then ends what was begun. context: of TLS.
+
+        ready: called with the port that was bound.
+        """
         refuse_open(host, self.key, self.protocol)
         batches = asyncio.create_task(self.batches.run())
         async with serve(
-            self._talk, host, port, ssl=context, compression=None, max_size=self.limits.message_bytes,
-            origins=self.origins, process_request=self._handshake, create_connection=Connection, max_queue=1,
-            ping_interval=self.ping_s, ping_timeout=20,
-        ) as server:  # fmt: skip
+            self._talk,
+            host,
+            port,
+            ssl=context,
+            compression=None,
+            max_size=self.limits.message_bytes,
+            origins=self.origins,
+            process_request=self._handshake,
+            create_connection=Connection,
+            max_queue=1,
+            ping_interval=self.ping_s,
+            ping_timeout=20,
+        ) as server:
             if ready is not None:
                 ready(server.sockets[0].getsockname()[1])
             await stop.wait()
@@ -114,30 +153,53 @@ class Server:
             while self.metrics.busy:
                 await asyncio.sleep(0.01)
             await asyncio.gather(
-                *(connection.close(CloseCode.GOING_AWAY, "the server ends") for connection in server.connections)
+                *(
+                    connection.close(CloseCode.GOING_AWAY, "the server ends")
+                    for connection in server.connections
+                )
             )
         batches.cancel()
         self.batches.thread.shutdown()
 
     def _session(self) -> ClientSession:
         spec = self.policy.spec
-        acting = (spec.chunk_size, self.n_action_steps, self.weights, spec.ensemble_k, spec.periodic)
-        return ClientSession(ensemble=None if self.weights == NONE else TemporalEnsemble(*acting), n_action_steps=self.n_action_steps, fps=spec.fps)
+        acting = (
+            spec.chunk_size,
+            self.n_action_steps,
+            self.weights,
+            spec.ensemble_k,
+            spec.periodic,
+        )
+        return ClientSession(
+            ensemble=None if self.weights == NONE else TemporalEnsemble(*acting),
+            n_action_steps=self.n_action_steps,
+            fps=spec.fps,
+        )
 
-    async def _handshake(self, connection: ServerConnection, handshake: Handshake) -> Response | None:
+    async def _handshake(
+        self, connection: ServerConnection, handshake: Handshake
+    ) -> Response | None:
         """Health and metrics for whoever may ask; a key from whoever wants to talk."""
         if handshake.path in ("/healthz", "/health"):
             return connection.respond(HTTPStatus.OK, "OK\n")
         given = handshake.headers.get("Authorization", "").encode("utf-8", "replace")
         if self.key is not None and not hmac.compare_digest(given, f"Api-Key {self.key}".encode()):
-            return connection.respond(HTTPStatus.UNAUTHORIZED, "an Authorization: Api-Key header is needed\n")
+            return connection.respond(
+                HTTPStatus.UNAUTHORIZED, "an Authorization: Api-Key header is needed\n"
+            )
         if handshake.path == "/metrics":
             text, kind = self.metrics.page()
-            return Response(200, "OK", Headers({"Content-Type": kind, "Content-Length": str(len(text))}), text)
+            return Response(
+                200, "OK", Headers({"Content-Type": kind, "Content-Length": str(len(text))}), text
+            )
         if self.clients >= self.limits.clients:
-            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, f"{self.limits.clients} clients are here already\n")
+            return connection.respond(
+                HTTPStatus.SERVICE_UNAVAILABLE, f"{self.limits.clients} clients are here already\n"
+            )
         # As many as may be here may come at once; who comes again and again waits at the door.
-        self.next_at = max(self.next_at, time.monotonic() - self.limits.clients * COMING_S) + COMING_S
+        self.next_at = (
+            max(self.next_at, time.monotonic() - self.limits.clients * COMING_S) + COMING_S
+        )
         await asyncio.sleep(self.next_at - time.monotonic())
         return None
 
@@ -164,8 +226,11 @@ class Server:
                     session.charge(max(REFUSED_S, len(message) / REFUSED_BYTES_S))
                     await connection.send(self._refusal(session, told(error)))
                     if wrong >= PATIENCE:
-                        await connection.close(CloseCode.POLICY_VIOLATION, "too many messages that cannot be read")
-                if (left := session.free_at - time.monotonic()) > 0:  # its next message stays where it is
+                        await connection.close(
+                            CloseCode.POLICY_VIOLATION, "too many messages that cannot be read"
+                        )
+                # its next message stays where it is
+                if (left := session.free_at - time.monotonic()) > 0:
                     with suppress(TimeoutError):
                         await asyncio.wait_for(connection.wait_closed(), left)
         except ConnectionClosed:
@@ -179,7 +244,11 @@ class Server:
         now = session.heard_at = time.monotonic()
         session.arrivals = [at for at in session.arrivals if now - at < 1.0] + [now]
         if len(session.arrivals) > self.limits.rate:
-            raise InputError(f"at most {self.limits.rate:g} messages a second", f"{len(session.arrivals)}", "ask less often")
+            raise InputError(
+                f"at most {self.limits.rate:g} messages a second",
+                f"{len(session.arrivals)}",
+                "ask less often",
+            )
 
     async def _greet(self, connection: ServerConnection) -> None:
         """What a client hears as it comes."""
@@ -189,7 +258,9 @@ class Server:
         """What a client hears of an error."""
         return str(error)
 
-    async def _answer(self, connection: ServerConnection, session: ClientSession, message: Any) -> None:
+    async def _answer(
+        self, connection: ServerConnection, session: ClientSession, message: Any
+    ) -> None:
         """Answers one message, or raises."""
         if not isinstance(message, bytes):
             raise InputError("binary messages", "text", "send what openpi-client packs")
@@ -203,11 +274,20 @@ class Server:
 
         actions = session.answer(await self._decoded(session, asked, arrived, step), arrived)
         spent = (time.monotonic() - arrived) * 1e3
-        await connection.send(pack({"actions": actions, "server_timing": {"infer_ms": spent}, **number}))
+        await connection.send(
+            pack({"actions": actions, "server_timing": {"infer_ms": spent}, **number})
+        )
 
-    async def _decoded(self, session: ClientSession, asked: Request, arrived: float, step: Any = None) -> np.ndarray:
-        """(T, D): what the model says to a request, decoded with others. step: called with each action of a stream."""
-        return await self.batches.ask(Asked(session, asked, session.expecting(asked.observation, arrived)), step)
+    async def _decoded(
+        self, session: ClientSession, asked: Request, arrived: float, step: Any = None
+    ) -> np.ndarray:
+        """(T, D): what the model says to a request, decoded with others.
+
+        step: called with each action of a stream.
+        """
+        return await self.batches.ask(
+            Asked(session, asked, session.expecting(asked.observation, arrived)), step
+        )
 
     def _read(self, message: bytes) -> Request:
         return self._request(unpack(message, self.limits.message_bytes))

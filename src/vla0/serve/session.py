@@ -15,7 +15,8 @@ from vla0.errors import InputError
 logger = logging.getLogger(__name__)
 
 LATELY_S = 1.0  # how long it is remembered who made the model work
-PAUSE_S = 10.0  # without a question, after which what was predicted before is not averaged with what comes
+# without a question, after which what was predicted before is not averaged with what comes
+PAUSE_S = 10.0
 
 
 @dataclass(eq=False, kw_only=True)
@@ -36,16 +37,29 @@ class ClientSession:
     resets: bool = False  # whether the client says where episodes begin
 
     def begin(self, reset: bool | None, now: float) -> None:
-        """Before an observation: forgets all chunks where an episode begins, or after a pause. reset: what the client says.
+        """Before an observation: forgets all chunks where an episode begins, or after a pause.
 
-        Raises InputError for an ensemble and a client that never says it: its next episode would be averaged with this one.
+        reset: what the client says.
+
+        Raises InputError for an ensemble and a client that never says it: its next episode would be
+        averaged with this one.
         """
         self.resets |= reset is not None
         if self.ensemble is not None and not self.resets:
-            remedy = "send it with each observation, true at an episode's first; or serve without --ensemble: whole chunks"
-            raise InputError("'vla0/reset', which says where an episode begins: the ensemble ends there", "none", remedy)
+            remedy = (
+                "send it with each observation, true at an episode's first; or serve "
+                "without --ensemble: whole chunks"
+            )
+            raise InputError(
+                "'vla0/reset', which says where an episode begins: the ensemble ends there",
+                "none",
+                remedy,
+            )
         if self.ensemble is not None and self.chunk is not None and now - self.asked_at > PAUSE_S:
-            logger.info("a client was silent for %.0f s: what was predicted before is forgotten", now - self.asked_at)
+            logger.info(
+                "a client was silent for %.0f s: what was predicted before is forgotten",
+                now - self.asked_at,
+            )
             reset = True
         if reset:
             self.reset()
@@ -65,10 +79,16 @@ class ClientSession:
             self.ensemble.reset()
 
     def expecting(self, observation: Observation, now: float) -> Observation:
-        """The observation with what the last chunk said of it, which decodes faster and changes nothing."""
+        """The observation with what the last chunk said of it, which decodes faster and changes
+        nothing.
+        """
         if self.chunk is None:
             return observation
-        steps = self.n_action_steps if self.ensemble is not None else round((now - self.asked_at) * self.fps)
+        steps = (
+            self.n_action_steps
+            if self.ensemble is not None
+            else round((now - self.asked_at) * self.fps)
+        )
         return replace(observation, draft_actions=rest(self.chunk, max(1, steps)))
 
     def answer(self, chunk: np.ndarray, now: float) -> np.ndarray:
@@ -77,6 +97,8 @@ class ClientSession:
         if self.ensemble is None:
             return chunk
         self.ensemble.add(chunk, self.step)
-        actions = np.stack([self.ensemble.action(self.step + ahead) for ahead in range(self.n_action_steps)])
+        actions = np.stack(
+            [self.ensemble.action(self.step + ahead) for ahead in range(self.n_action_steps)]
+        )
         self.step += self.n_action_steps
         return actions

@@ -1,7 +1,9 @@
-"""vla-eval's protocol (AllenAI's harness over LIBERO, SimplerEnv, RoboTwin and more): the policy as one of its model servers.
+"""vla-eval's protocol (AllenAI's harness over LIBERO, SimplerEnv, RoboTwin and more): the policy as
+one of its model servers.
 
-A harness asks for one action at a time. With an ensemble each is averaged here, as in vla0's own evaluation. Of vla-eval the
-messages are used, its server is not: that takes messages of any size from any web page, and lets it change settings.
+A harness asks for one action at a time. With an ensemble each is averaged here, as in vla0's own
+evaluation. Of vla-eval the messages are used, its server is not: that takes messages of any size
+from any web page, and lets it change settings.
 """
 
 import io
@@ -45,7 +47,10 @@ class Episodes(ClientSession):
 
 
 class VlaEvalServer(Server):
-    """policy: of a checkpoint. keys: camera → the benchmark's name of it. n_action_steps, ensemble: as for vla0.core.ensemble."""
+    """policy: of a checkpoint. keys: camera → the benchmark's name of it.
+
+    n_action_steps, ensemble: as for vla0.core.ensemble.
+    """
 
     protocol = "vla-eval"
     ping_s = None  # a client whose simulator is busy does not answer
@@ -58,28 +63,40 @@ class VlaEvalServer(Server):
         ensemble: str = NONE,
         limits: ServerLimits | None = None,
     ):
-        super().__init__(policy, replace(limits or ServerLimits(), rate=math.inf), keys)  # actions that are there cost nothing
+        # actions that are there cost nothing
+        super().__init__(policy, replace(limits or ServerLimits(), rate=math.inf), keys)
         self.n_action_steps, self.weights = n_action_steps, ensemble
         self._session()  # refuses what it must before anybody comes
         self.batches.steps = steps_used(policy.spec.chunk_size, n_action_steps, ensemble)
 
     def _session(self) -> Episodes:
         spec = self.policy.spec
-        ensemble = TemporalEnsemble(spec.chunk_size, self.n_action_steps, self.weights, spec.ensemble_k, spec.periodic)
+        ensemble = TemporalEnsemble(
+            spec.chunk_size, self.n_action_steps, self.weights, spec.ensemble_k, spec.periodic
+        )
         return Episodes(ensemble=ensemble, n_action_steps=self.n_action_steps, fps=spec.fps)
 
     def hello(self) -> dict[str, Any]:
-        """What a benchmark is told: cameras by its own names, the instruction, and the dataset's own dimensions and units."""
+        """What a benchmark is told: cameras by its own names, the instruction, and the dataset's
+        own dimensions and units.
+        """
         spec = self.policy.spec
         seen: dict[str, DimSpec] = {"language": LANGUAGE} | ({"state": RAW} if spec.state else {})
         seen |= {self.keys.get(camera) or camera: IMAGE_RGB for camera in spec.cameras}
-        # LIBERO's rotation of the hand as the datasets and vla0 have it: without quat_no_antipodal its sign differs at times.
-        asked = {"send_wrist_image": len(spec.cameras) > 1, "send_state": spec.state is not None, "quat_no_antipodal": True}
+        # LIBERO's rotation of the hand as the datasets and vla0 have it: without quat_no_antipodal
+        # its sign differs at times.
+        asked = {
+            "send_wrist_image": len(spec.cameras) > 1,
+            "send_state": spec.state is not None,
+            "quat_no_antipodal": True,
+        }
         return make_hello_payload(
-            model_server=type(self).__name__, capabilities={}, observation_params=asked,
+            model_server=type(self).__name__,
+            capabilities={},
+            observation_params=asked,
             action_spec={"actions": DimSpec("actions", spec.dimensions, "raw").to_dict()},
             observation_spec={name: own.to_dict() for name, own in seen.items()},
-        )  # fmt: skip
+        )
 
     async def _greet(self, connection: ServerConnection) -> None:
         """Here the client says the first word."""
@@ -99,11 +116,17 @@ class VlaEvalServer(Server):
             session.begun = kind is MessageType.EPISODE_START
         elif kind is MessageType.OBSERVATION:
             if not session.begun:
-                raise InputError("an episode that has begun", "an observation", f"send episode_start first, or {REMEDY}")
+                raise InputError(
+                    "an episode that has begun",
+                    "an observation",
+                    f"send episode_start first, or {REMEDY}",
+                )
             if not session.actions:
                 asked = await self.batches.aside(session, self._seen, payload)
                 session.actions.extend(
-                    session.answer(await self._decoded(session, asked, arrived), arrived)[: self.n_action_steps]
+                    session.answer(await self._decoded(session, asked, arrived), arrived)[
+                        : self.n_action_steps
+                    ]
                 )
             action = {"actions": np.asarray(session.actions.popleft(), np.float32)}
             await connection.send(pack_message(Message(MessageType.ACTION, action, session.seq)))
@@ -114,7 +137,11 @@ class VlaEvalServer(Server):
         def read(found: dict[Any, Any]) -> Any:
             nonlocal left
             if "__image__" not in found:
-                return array_of(found.get("dtype"), found.get("shape"), found.get("data")) if "__ndarray__" in found else found
+                return (
+                    array_of(found.get("dtype"), found.get("shape"), found.get("data"))
+                    if "__ndarray__" in found
+                    else found
+                )
             if found.get("format") == "raw":
                 return array_of(found.get("dtype"), found.get("shape"), found.get("data"))
             picture = picture_of(found.get("data"), left)
@@ -123,8 +150,14 @@ class VlaEvalServer(Server):
 
         content = unpack(message, self.limits.message_bytes, read)
         kind, payload, seq = content.get("type"), content.get("payload"), content.get("seq")
-        if kind not in [known.value for known in MessageType] or not isinstance(payload, dict) or type(seq) is not int:
-            raise InputError("a message of vla-eval: type, payload and seq", f"type {str(kind)[:40]!r}", REMEDY)
+        if (
+            kind not in [known.value for known in MessageType]
+            or not isinstance(payload, dict)
+            or type(seq) is not int
+        ):
+            raise InputError(
+                "a message of vla-eval: type, payload and seq", f"type {str(kind)[:40]!r}", REMEDY
+            )
         return MessageType(kind), payload, seq
 
     def _seen(self, payload: Mapping[str, Any]) -> Request:
@@ -132,21 +165,30 @@ class VlaEvalServer(Server):
         if not isinstance(images, Mapping):
             raise InputError("images, a mapping", type(images).__name__, REMEDY)
         message: dict[str, Any] = {**images, "prompt": payload.get("task_description")}
-        state = next((payload[name] for name in ("states", "state") if payload.get(name) is not None), None)
+        state = next(
+            (payload[name] for name in ("states", "state") if payload.get(name) is not None), None
+        )
         if state is not None:
             message["state"] = state
         return self._request(message)
 
 
 def picture_of(data: Any, most: int) -> np.ndarray:
-    """A PNG's or JPEG's pixels. Raises InputError before it makes more than `most` bytes of them."""
+    """A PNG's or JPEG's pixels.
+
+    Raises InputError before it makes more than `most` bytes of them.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
             needed = picture.width * picture.height * len(picture.getbands())
             if needed > most:
-                raise InputError(f"pictures of at most {most} bytes", f"{needed}", "make them smaller first")
+                raise InputError(
+                    f"pictures of at most {most} bytes", f"{needed}", "make them smaller first"
+                )
             return np.array(picture)
     except InputError:
         raise
     except Exception as error:  # what is damaged fails in many ways
-        raise InputError("a PNG or JPEG", f"{type(error).__name__}: {str(error)[:100]}", REMEDY) from None
+        raise InputError(
+            "a PNG or JPEG", f"{type(error).__name__}: {str(error)[:100]}", REMEDY
+        ) from None

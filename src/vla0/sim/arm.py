@@ -1,7 +1,9 @@
-"""A desk arm on MuJoCo as an Env, and its expert: the world of `vla0 robot --robot sim`, here in simulated time.
+"""A desk arm on MuJoCo as an Env, and its expert: the world of `vla0 robot --robot sim`, here in
+simulated time.
 
-Six joints with the names, the order and the units of an SO-101 (degrees; the gripper 0 to 100), position servos, two
-cameras, a cube and a mark on a table. Actions are absolute joint positions, as LeRobot's desk arms take them.
+Six joints with the names, the order and the units of an SO-101 (degrees; the gripper 0 to 100),
+position servos, two cameras, a cube and a mark on a table. Actions are absolute joint positions, as
+LeRobot's desk arms take them.
 """
 
 import math
@@ -19,8 +21,17 @@ from vla0.sim.simulator import renderer
 mujoco: Any  # its names come from a binary
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
-RANGES = ((-110.0, 110.0), (-100.0, 100.0), (-97.0, 97.0), (-95.0, 95.0), (-157.0, 157.0), (0.0, 100.0))  # as commanded
-CAMERAS = {"front": "observation.images.front", "wrist": "observation.images.wrist"}  # ours → key in a dataset
+# as commanded
+RANGES = (
+    (-110.0, 110.0),
+    (-100.0, 100.0),
+    (-97.0, 97.0),
+    (-95.0, 95.0),
+    (-157.0, 157.0),
+    (0.0, 100.0),
+)
+# ours → key in a dataset
+CAMERAS = {"front": "observation.images.front", "wrist": "observation.images.wrist"}
 SWITCHES = ()  # actions of which only the sign counts
 ACTIONS = STATES = tuple(f"{joint}.pos" for joint in JOINTS)
 IMAGE_SIZE = 112
@@ -34,7 +45,8 @@ TASKS = {"touch-cube": "touch the red cube", "touch-mark": "touch the blue mark"
 UP = np.array([0.0, 0.0, 1.0])
 NEAR = 0.025  # m from the fingertips to what they touch
 OPEN = math.radians(100)  # of the jaw at 100
-SHOULDER, UPPER, FOREARM, HAND = 0.12, 0.12, 0.13, 0.13  # m: its height; lengths, the last to between the fingertips
+# m: its height; lengths, the last to between the fingertips
+SHOULDER, UPPER, FOREARM, HAND = 0.12, 0.12, 0.13, 0.13
 WORLD = """
 <mujoco>
   <option timestep="0.004" integrator="implicitfast"/>
@@ -81,7 +93,7 @@ WORLD = """
     <position joint="wrist_flex"/><position joint="wrist_roll"/><position joint="gripper" kp="6" kv="0.5"/>
   </actuator>
 </mujoco>
-"""
+"""  # noqa: E501
 
 
 @cache
@@ -126,7 +138,9 @@ class ArmPhysics:
         """The arm, the cube and the mark at rest where the seed puts them."""
         rng = np.random.default_rng([seed, 2])
         mujoco.mj_resetData(self.model, self.data)
-        joints = np.r_[rng.uniform(-25, 25), rng.uniform(-15, 15, 3), rng.uniform(-5, 5), rng.uniform(10, 30)]
+        joints = np.r_[
+            rng.uniform(-25, 25), rng.uniform(-15, 15, 3), rng.uniform(-5, 5), rng.uniform(10, 30)
+        ]
         side = rng.choice([-1, 1])  # the cube at one, the mark at the other
         for sign, at in ((side, self.data.qpos), (-side, self.data.mocap_pos[0])):
             angle, far = math.radians(sign * rng.uniform(10, 45)), rng.uniform(0.16, 0.24)
@@ -150,7 +164,11 @@ class ArmPhysics:
 
     def top(self, task: str) -> np.ndarray:
         """(3,): the middle of the upper side of what a task is about."""
-        return self.data.qpos[:3] + 0.02 * UP if task == "touch-cube" else self.data.mocap_pos[0].copy()
+        return (
+            self.data.qpos[:3] + 0.02 * UP
+            if task == "touch-cube"
+            else self.data.mocap_pos[0].copy()
+        )
 
     def touched(self, task: str) -> bool:
         """Whether the fingertips are where the task wants them."""
@@ -169,8 +187,8 @@ class ArmPhysics:
 class ArmEnv:
     """One task of the arm.
 
-    Actions and state (6,): joint positions, degrees, and the gripper, 0 to 100; what the servos cannot do is clipped. The
-    seed places the arm, the cube and the mark.
+    Actions and state (6,): joint positions, degrees, and the gripper, 0 to 100; what the servos
+    cannot do is clipped. The seed places the arm, the cube and the mark.
     """
 
     fps = FPS
@@ -200,9 +218,12 @@ class ArmEnv:
 
 
 class ArmExpert:
-    """Goes above the thing, then down to it: of where it is now alone, so that a picture shows its reasons."""
+    """Goes above the thing, then down to it: of where it is now alone, so that a picture shows its
+    reasons.
+    """
 
-    STEP, ABOVE, PITCH, GRIP = 6.0, 0.05, 150.0, 20.0  # degrees a step at most; m; of the hand, 180 is down; of the gripper
+    # degrees a step at most; m; of the hand, 180 is down; of the gripper
+    STEP, ABOVE, PITCH, GRIP = 6.0, 0.05, 150.0, 20.0
 
     def __init__(self, env: ArmEnv):
         self.env = env
@@ -224,12 +245,15 @@ class ArmExpert:
         pitch = math.radians(self.PITCH)
         along = math.hypot(place[0], place[1]) - HAND * math.sin(pitch)
         up = place[2] - HAND * math.cos(pitch) - SHOULDER
-        far = min(max(math.hypot(along, up), 0.03), UPPER + FOREARM - 1e-6)  # no nearer, no further can it bend
+        # no nearer, no further can it bend
+        far = min(max(math.hypot(along, up), 0.03), UPPER + FOREARM - 1e-6)
         inner = math.acos((UPPER**2 + far**2 - FOREARM**2) / (2 * UPPER * far))
         bend = math.pi - math.acos((UPPER**2 + FOREARM**2 - far**2) / (2 * UPPER * FOREARM))
         lift = math.atan2(along, up) - inner
         elbow, wrist = bend - math.pi / 2, pitch - lift - bend - math.pi / 4
-        return np.r_[np.degrees([-math.atan2(place[1], place[0]), lift, elbow, wrist]), 0.0, self.GRIP]
+        return np.r_[
+            np.degrees([-math.atan2(place[1], place[0]), lift, elbow, wrist]), 0.0, self.GRIP
+        ]
 
 
 def make_expert(env: ArmEnv) -> ArmExpert:

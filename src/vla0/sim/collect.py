@@ -55,13 +55,20 @@ class CollectConfig:
     quick: bool = False  # LIBERO without shadows, reflections and multisampling
     noise_share: float | None = None  # of the steps, whose action is disturbed
     noise_scale: float | None = None  # standard deviation of the disturbance
-    videos: bool = False  # pictures stored as videos: a twentieth of the space, slower to read and to write
+    # pictures stored as videos: a twentieth of the space, slower to read and to write
+    videos: bool = False
 
     def __post_init__(self):
         module = simulator(self.env)
         tasks = tupled(self.tasks)
-        object.__setattr__(self, "tasks", tuple(map(module.task_named, tasks)) if self.env == "libero" else tasks)
-        for name, value in {"seed": module.SEEDS.start, "noise_share": module.NOISE[0], "noise_scale": module.NOISE[1]}.items():
+        object.__setattr__(
+            self, "tasks", tuple(map(module.task_named, tasks)) if self.env == "libero" else tasks
+        )
+        for name, value in {
+            "seed": module.SEEDS.start,
+            "noise_share": module.NOISE[0],
+            "noise_scale": module.NOISE[1],
+        }.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         seeds = range(self.seed or 0, (self.seed or 0) + 2 * self.episodes)
@@ -74,7 +81,10 @@ class CollectConfig:
 
 
 class NoisyEnv:
-    """An Env that disturbs a share of the actions, so that the expert shows how to recover. Labels stay clean."""
+    """An Env that disturbs a share of the actions, so that the expert shows how to recover.
+
+    Labels stay clean.
+    """
 
     def __init__(self, env: Env, rng: np.random.Generator, share: float, scale: float):
         self.env, self.rng, self.share, self.scale = env, rng, share, scale
@@ -97,27 +107,49 @@ class NoisyEnv:
 
 @lru_cache(maxsize=4)  # a LIBERO world takes a gigabyte
 def _world(config: CollectConfig, task: str):
-    env = make(config.env, task, config.image_size, start=config.start, fps=config.fps, quick=config.quick)
+    env = make(
+        config.env, task, config.image_size, start=config.start, fps=config.fps, quick=config.quick
+    )
     atexit.register(env.close)  # before the interpreter takes OpenGL apart
     return env, simulator(config.env).make_expert(env)
 
 
-def demonstrate(config: CollectConfig, task: str, seed: int, store: Path | None = None) -> Demonstration | None:
-    """The expert's episode for a seed; None where it failed. store: a folder where an earlier run left it, or this one does."""
+def demonstrate(
+    config: CollectConfig, task: str, seed: int, store: Path | None = None
+) -> Demonstration | None:
+    """The expert's episode for a seed; None where it failed.
+
+    store: a folder where an earlier run left it, or this one does.
+    """
     file = None if store is None else store / f"{task.replace('/', '-')}_{seed}.npz"
     if file is not None and file.exists():
         return _read(file)
     env, expert = _world(config, task)
     seen: list[Observation] = []
-    noisy = NoisyEnv(env, np.random.default_rng([seed, 10_000]), config.noise_share or 0.0, config.noise_scale or 0.0)
+    noisy = NoisyEnv(
+        env,
+        np.random.default_rng([seed, 10_000]),
+        config.noise_share or 0.0,
+        config.noise_scale or 0.0,
+    )
     episode = rollout(
-        noisy, expert, seed, lambda observation, _: seen.append(replace(observation, images=dict(observation.images)))
+        noisy,
+        expert,
+        seed,
+        lambda observation, _: seen.append(replace(observation, images=dict(observation.images))),
     )
     found = None
     if episode.success:
-        images = {camera: np.stack([observation.images[camera] for observation in seen]) for camera in seen[0].images}
-        states = np.stack([observation.state for observation in seen if observation.state is not None])
-        found = Demonstration(instruction=seen[0].instruction, images=images, states=states, actions=episode.actions)
+        images = {
+            camera: np.stack([observation.images[camera] for observation in seen])
+            for camera in seen[0].images
+        }
+        states = np.stack(
+            [observation.state for observation in seen if observation.state is not None]
+        )
+        found = Demonstration(
+            instruction=seen[0].instruction, images=images, states=states, actions=episode.actions
+        )
     if file is not None:
         _write(file, found)
     return found
@@ -129,7 +161,11 @@ def _write(file: Path, found: Demonstration | None) -> None:
             np.savez(stream)
         else:
             pictures = {f"images.{camera}": frames for camera, frames in found.images.items()}
-            others = {"instruction": found.instruction, "states": found.states, "actions": found.actions}
+            others = {
+                "instruction": found.instruction,
+                "states": found.states,
+                "actions": found.actions,
+            }
             np.savez_compressed(stream, allow_pickle=False, **pictures, **others)
 
 
@@ -137,16 +173,29 @@ def _read(file: Path) -> Demonstration | None:
     with np.load(file, allow_pickle=False) as arrays:
         if not arrays.files:
             return None
-        images = {key.removeprefix("images."): arrays[key] for key in arrays.files if key.startswith("images.")}
-        return Demonstration(instruction=str(arrays["instruction"]), images=images, states=arrays["states"], actions=arrays["actions"])
+        images = {
+            key.removeprefix("images."): arrays[key]
+            for key in arrays.files
+            if key.startswith("images.")
+        }
+        return Demonstration(
+            instruction=str(arrays["instruction"]),
+            images=images,
+            states=arrays["states"],
+            actions=arrays["actions"],
+        )
 
 
-def collect(config: CollectConfig, out: str | Path, workers: int | None = None) -> dict[str, tuple[int, int]]:
-    """Writes a LeRobotDataset v3.0 of the expert's solved episodes; {task: (solved, failed and left out)}.
+def collect(
+    config: CollectConfig, out: str | Path, workers: int | None = None
+) -> dict[str, tuple[int, int]]:
+    """Writes a LeRobotDataset v3.0 of the expert's solved episodes; {task: (solved, failed and left
+    out)}.
 
-    A task that has no expert, or that it fails too often, is left out with a warning. At `out` there is never a half-written
-    dataset: it is built beside and renamed. Same arguments, same dataset. The finished episodes outlive an interruption, in a
-    hidden folder beside `out`, and the same call goes on from there.
+    A task that has no expert, or that it fails too often, is left out with a warning. At `out`
+    there is never a half-written dataset: it is built beside and renamed. Same arguments, same
+    dataset. The finished episodes outlive an interruption, in a hidden folder beside `out`, and the
+    same call goes on from there.
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -158,7 +207,11 @@ def collect(config: CollectConfig, out: str | Path, workers: int | None = None) 
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     partial.parent.mkdir(parents=True, exist_ok=True)
     shape = (config.image_size or module.IMAGE_SIZE,) * 2 + (3,)
-    pictures = {"dtype": "video" if config.videos else "image", "shape": shape, "names": ["height", "width", "channels"]}
+    pictures = {
+        "dtype": "video" if config.videos else "image",
+        "shape": shape,
+        "names": ["height", "width", "channels"],
+    }
     features = dict.fromkeys(module.CAMERAS.values(), pictures) | {
         key: {"dtype": "float32", "shape": (len(names),), "names": list(names)}
         for key, names in {"observation.state": module.STATES, "action": module.ACTIONS}.items()
@@ -167,8 +220,11 @@ def collect(config: CollectConfig, out: str | Path, workers: int | None = None) 
         if not module.has_expert(task):
             logger.warning("%s has no expert and is left out", task)
     config = replace(config, tasks=tuple(filter(module.has_expert, config.tasks)))
-    same = replace(config, tasks=(), episodes=1, videos=False)  # what an episode depends on, beside task and seed
-    store = out.with_name(f".{out.name}.episodes-{hashlib.sha256(repr(same).encode()).hexdigest()[:8]}")
+    # what an episode depends on, beside task and seed
+    same = replace(config, tasks=(), episodes=1, videos=False)
+    store = out.with_name(
+        f".{out.name}.episodes-{hashlib.sha256(repr(same).encode()).hexdigest()[:8]}"
+    )
     store.mkdir(exist_ok=True)
     failures, solved = dict.fromkeys(config.tasks, 0), dict.fromkeys(config.tasks, 0)
     dataset: Any = None
@@ -177,21 +233,44 @@ def collect(config: CollectConfig, out: str | Path, workers: int | None = None) 
             solved[task] += 1
             if dataset is None:  # the first episode has shown that all is well
                 dataset = LeRobotDataset.create(
-                    f"local/{out.name}", int(config.fps if config.env == "metaworld" else module.FPS), features, root=partial,
-                    robot_type=config.env, use_videos=config.videos, image_writer_threads=2, video_backend=video_backend(),
-                )  # fmt: skip
+                    f"local/{out.name}",
+                    int(config.fps if config.env == "metaworld" else module.FPS),
+                    features,
+                    root=partial,
+                    robot_type=config.env,
+                    use_videos=config.videos,
+                    image_writer_threads=2,
+                    video_backend=video_backend(),
+                )
             logger.debug("%s: %d steps", task, len(demonstration.actions))
-            for step, (state, action) in enumerate(zip(demonstration.states, demonstration.actions, strict=True)):
-                frames = {module.CAMERAS[camera]: images[step] for camera, images in demonstration.images.items()}
-                dataset.add_frame({**frames, "observation.state": state, "action": action, "task": demonstration.instruction})
+            for step, (state, action) in enumerate(
+                zip(demonstration.states, demonstration.actions, strict=True)
+            ):
+                frames = {
+                    module.CAMERAS[camera]: images[step]
+                    for camera, images in demonstration.images.items()
+                }
+                dataset.add_frame(
+                    {
+                        **frames,
+                        "observation.state": state,
+                        "action": action,
+                        "task": demonstration.instruction,
+                    }
+                )
             dataset.save_episode()
         if dataset is None:
             shutil.rmtree(store)
-            raise InputError("a task that its expert solves", f"{failures or 'no expert'}", "less noise, or another task")
+            raise InputError(
+                "a task that its expert solves",
+                f"{failures or 'no expert'}",
+                "less noise, or another task",
+            )
         dataset.finalize()
         shutil.rmtree(partial / "images", ignore_errors=True)  # LeRobot's scratch copies
         partial.rename(out)
-        for left in (store, *out.parent.glob(f".{out.name}.partial-*")):  # the latter of runs that were killed
+        # the latter of runs that were killed
+        for left in (store, *out.parent.glob(f".{out.name}.partial-*")):
             shutil.rmtree(left, ignore_errors=True)
     except BaseException:
         if dataset is not None:  # else it writes its rest later, where nothing shall be left
@@ -206,18 +285,30 @@ def collect(config: CollectConfig, out: str | Path, workers: int | None = None) 
 def _stream(
     config: CollectConfig, workers: int | None, failures: dict[str, int], store: Path | None
 ) -> Iterator[tuple[str, Demonstration]]:
-    """Demonstrations in a fixed order, made in parallel processes; a heavy simulator's tasks one after another."""
+    """Demonstrations in a fixed order, made in parallel processes; a heavy simulator's tasks one
+    after another.
+    """
     workers = workers or os.cpu_count() or 1
     turns = [task for _ in range(config.episodes) for task in config.tasks]
     order = sorted(turns, key=config.tasks.index) if simulator(config.env).HEAVY else turns
-    seeds = {task: iter(range(config.seed or 0, (config.seed or 0) + 2 * config.episodes)) for task in config.tasks}
+    seeds = {
+        task: iter(range(config.seed or 0, (config.seed or 0) + 2 * config.episodes))
+        for task in config.tasks
+    }
     spent: set[str] = set()
     ahead: dict[str, list[Future]] = {task: [] for task in config.tasks}
-    columns = (TextColumn("collecting"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"), TimeRemainingColumn())
+    columns = (
+        TextColumn("collecting"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("episodes"),
+        TimeRemainingColumn(),
+    )
     context = multiprocessing.get_context("spawn")
     with Progress(*columns) as progress, ExitStack() as stack:
         pool = ProcessPoolExecutor(workers, context, _work_for_a_parent)
-        stack.callback(pool.shutdown, cancel_futures=True)  # an interruption does not wait for what was to come
+        # an interruption does not wait for what was to come
+        stack.callback(pool.shutdown, cancel_futures=True)
         bar = progress.add_task("", total=len(order))
         for place, task in enumerate(order):
             demonstration = None
@@ -232,13 +323,17 @@ def _stream(
             if demonstration is not None:
                 yield task, demonstration
             elif task not in spent:
-                logger.warning("%s is given up: its expert failed at %d seeds", task, failures[task])
+                logger.warning(
+                    "%s is given up: its expert failed at %d seeds", task, failures[task]
+                )
                 spent.add(task)
             progress.advance(bar)
 
 
 def _work_for_a_parent() -> None:
-    """A worker's beginning: Ctrl-C is its parent's to see, and it ends with its parent, however that ends."""
+    """A worker's beginning: Ctrl-C is its parent's to see, and it ends with its parent, however
+    that ends.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent: Any = multiprocessing.parent_process()
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -26,23 +26,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What is evaluated, and how the policy acts in it. Saved beside the results; a run goes on only with the same."""
+    """What is evaluated, and how the policy acts in it.
 
-    tasks: tuple[str, ...]
-    env: str = "metaworld"
+    Saved beside the results; a run goes on only with the same.
+    """
+
+    tasks: tuple[str, ...]  # by the simulator's names
+    env: str = "metaworld"  # metaworld, libero or arm
     episodes: int = 20  # for each task, seeds first_seed, first_seed + 1, ...
-    first_seed: int | None = (
-        None  # None: the simulator's own. LIBERO: 0, its first initial state; Meta-World: above the demonstrations
-    )
+    # None: the simulator's own. LIBERO: 0, its first initial state; Meta-World: above the
+    # demonstrations
+    first_seed: int | None = None
     n_action_steps: int = 1  # steps executed per query
     ensemble: str = "v1"  # vla0.core.ensemble.weights_by_age
     max_steps: int | None = None  # None: 150 in Meta-World, the suite's cap in LIBERO
-    image_size: int | None = None  # of the simulator's cameras; None: 112 in Meta-World, 256 in LIBERO
+    # of the simulator's cameras; None: 112 in Meta-World, 256 in LIBERO
+    image_size: int | None = None
     start: str = "stock"  # of Meta-World's hand; from "above" one has to look
     fps: float = 80.0  # decisions a second in Meta-World: those of the policy's Spec
     ensemble_k: int | None = None  # the newest chunks that are averaged: that of the policy's Spec
-    periodic: tuple[tuple[int, float, float], ...] | None = None  # dimensions that wrap: those of the policy's Spec
-    quick: bool = False  # LIBERO without shadows, reflections and multisampling: faster on a CPU, other pictures
+    # dimensions that wrap: those of the policy's Spec
+    periodic: tuple[tuple[int, float, float], ...] | None = None
+    # LIBERO without shadows, reflections and multisampling: faster on a CPU, other pictures
+    quick: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "tasks", tupled(self.tasks))
@@ -55,21 +61,36 @@ class EvalConfig:
             refuse_idle({"quick": self.quick}, "libero")
         if self.first_seed is None and self.env in ENVS:
             object.__setattr__(self, "first_seed", simulator(self.env).FIRST_SEED)
-        if min(self.episodes, 1 if self.max_steps is None else self.max_steps) < 1 or (self.first_seed or 0) < 0:
-            raise InputError("episodes and max_steps >= 1, first_seed >= 0", f"{asdict(self)}", "correct them")
+        if (
+            min(self.episodes, 1 if self.max_steps is None else self.max_steps) < 1
+            or (self.first_seed or 0) < 0
+        ):
+            raise InputError(
+                "episodes and max_steps >= 1, first_seed >= 0", f"{asdict(self)}", "correct them"
+            )
         if self.env == "libero":
             module = simulator("libero")
             object.__setattr__(self, "tasks", tuple(map(module.task_named, self.tasks)))
             most = module.SEEDS.start
             if (self.first_seed or 0) + self.episodes > most:
                 raise InputError(
-                    f"at most LIBERO's {most} initial states", f"{self.episodes} episodes", f"evaluate {most} or fewer"
+                    f"at most LIBERO's {most} initial states",
+                    f"{self.episodes} episodes",
+                    f"evaluate {most} or fewer",
                 )
 
 
 def make_env(config: EvalConfig, task: str) -> Env:
     """The Env of a task. Simulators are imported here, where they are used."""
-    return make(config.env, task, config.image_size, config.max_steps, config.start, config.fps, config.quick)
+    return make(
+        config.env,
+        task,
+        config.image_size,
+        config.max_steps,
+        config.start,
+        config.fps,
+        config.quick,
+    )
 
 
 def evaluate(
@@ -83,25 +104,38 @@ def evaluate(
     render: bool = False,
     pool: Callable[..., Any] = WorkerPool,
 ) -> list[dict[str, Any]]:
-    """Runs what is missing in `out`/episodes.jsonl, and gives its lines, one for each finished episode and each error.
+    """Runs what is missing in `out`/episodes.jsonl, and gives its lines, one for each finished
+    episode and each error.
 
-    policies: by name, e.g. {"policy": vla0.predict_batch, "blank": ...}; all see the same seeds. A line is written when
-    its episode ends. A crashed simulator is an error line and a new attempt, at most 3; an error of the policy rises.
-    make_env: (config, task) → Env, picklable, runs in the processes; give your own to evaluate in your own world.
-    identity: what else a result depends on (the checkpoint, versions): recorded, and refused where it differs.
-    render: film every step; without it the videos hold what the policy looked at.
-    pool: who plays: processes here, or vla0.sim.ray_workers.
+    policies: by name, e.g. {"policy": vla0.predict_batch, "blank": ...}; all see the same seeds. A
+    line is written when its episode ends. A crashed simulator is an error line and a new attempt,
+    at most 3; an error of the policy rises. make_env: (config, task) → Env, picklable, runs in the
+    processes; give your own to evaluate in your own world. identity: what else a result depends on
+    (the checkpoint, versions): recorded, and refused where it differs. render: film every step;
+    without it the videos hold what the policy looked at. pool: who plays: processes here, or
+    vla0.sim.ray_workers.
     """
-    acting = (chunk_size, config.n_action_steps, config.ensemble, config.ensemble_k, config.periodic)
+    acting = (
+        chunk_size,
+        config.n_action_steps,
+        config.ensemble,
+        config.ensemble_k,
+        config.periodic,
+    )
     TemporalEnsemble(*acting)  # refuses what it must before anything starts
     with held(Path(out), "evaluation"):
         try:
-            return _run(policies, acting, config, Path(out), workers, make_env, identity, render, pool)
+            return _run(
+                policies, acting, config, Path(out), workers, make_env, identity, render, pool
+            )
         finally:
-            clear_aside(Path(out) / "videos")  # of processes that died as they filmed, in this run or before
+            # of processes that died as they filmed, in this run or before
+            clear_aside(Path(out) / "videos")
 
 
-def _run(policies, acting, config: EvalConfig, out: Path, workers, make_env, identity, render, pool) -> list[dict[str, Any]]:
+def _run(
+    policies, acting, config: EvalConfig, out: Path, workers, make_env, identity, render, pool
+) -> list[dict[str, Any]]:
     (out / "videos").mkdir(exist_ok=True)
     _same_settings(out / "evaluation.json", {**asdict(config), **(identity or {})})
     log = out / "episodes.jsonl"
@@ -130,7 +164,12 @@ def _run(policies, acting, config: EvalConfig, out: Path, workers, make_env, ide
                 if line["error"] is None:
                     progress.advance(bar)
 
-            rollout = RolloutConfig(make_env=partial(make_env, config), acting=acting, keep=1 if heavy else len(config.tasks), render=render)
+            rollout = RolloutConfig(
+                make_env=partial(make_env, config),
+                acting=acting,
+                keep=1 if heavy else len(config.tasks),
+                render=render,
+            )
             pool(policies, rollout, out, count).run(jobs, record)
     return lines
 
@@ -138,13 +177,27 @@ def _run(policies, acting, config: EvalConfig, out: Path, workers, make_env, ide
 def _same_settings(file: Path, now: dict[str, Any]) -> None:
     now = json.loads(json.dumps(now))
     if file.exists():
-        before = read_json(file, "remove it if the results beside it are of the same settings, or evaluate into another folder")
+        before = read_json(
+            file,
+            "remove it if the results beside it are of the same settings, or evaluate into "
+            "another folder",
+        )
         refuse_unknown(before, now, str(file))
         for key in now:
             if key != "episodes" and before.get(key) != now[key]:
-                raise InputError(f"{key} {before.get(key)}, as in '{file}'", f"{now[key]}", "evaluate into another folder")
+                raise InputError(
+                    f"{key} {before.get(key)}, as in '{file}'",
+                    f"{now[key]}",
+                    "evaluate into another folder",
+                )
     write_whole(file, json.dumps(now, indent=2) + "\n")
 
 
 def _progress() -> Progress:
-    return Progress(TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("episodes"), TimeRemainingColumn())
+    return Progress(
+        TextColumn("evaluating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("episodes"),
+        TimeRemainingColumn(),
+    )

@@ -1,4 +1,6 @@
-"""A checkpoint, tried in a simulator: what it must fit, what it has to beat, and the rows of the published ablation."""
+"""A checkpoint, tried in a simulator: what it must fit, what it has to beat, and the rows of the
+published ablation.
+"""
 
 import logging
 from collections import Counter
@@ -27,7 +29,9 @@ from vla0.train.config import build
 
 logger = logging.getLogger(__name__)
 
-ROWS = {  # of the ablation: steps executed per query (None: the whole chunk, 8 of the published model), ensemble
+# of the ablation: steps executed per query (None: the whole chunk, 8 of the published model),
+# ensemble
+ROWS = {
     "ensembling v1": (1, "v1"),
     "ensembling mean": (1, "mean"),
     "no ensembling": (1, NONE),
@@ -48,15 +52,20 @@ def trial(
     approximate: Sequence[str] = (),
     embodiment: str = MAIN,
 ) -> list[dict[str, Any]]:
-    """The lines of episodes.jsonl in `out`, where a report.html lies then. Goes on where it was interrupted.
+    """The lines of episodes.jsonl in `out`, where a report.html lies then.
 
-    approximate: modes of vla0.decode.approximate, tried beside the policy, each under its name. ray: "local" or the address of a
-    cluster. Raises InputError where the checkpoint does not fit, or episodes were given up.
+    Goes on where it was interrupted.
+
+    approximate: modes of vla0.decode.approximate, tried beside the policy, each under its name.
+    ray: "local" or the address of a cluster. Raises InputError where the checkpoint does not fit,
+    or episodes were given up.
     """
     refuse_unknown_baselines(baseline)
     if wrong := [name for name in approximate if name not in MODES]:
         raise InputError(f"a mode of {tuple(MODES)}", f"'{wrong[0]}'", "choose one of those")
-    policy = VLA0.from_pretrained(checkpoint, device if ray is None else "cpu", embodiment=embodiment)
+    policy = VLA0.from_pretrained(
+        checkpoint, device if ray is None else "cpu", embodiment=embodiment
+    )
     spec = policy.spec
     fit(spec, settings.env)
     settings = following(settings, spec)
@@ -71,31 +80,46 @@ def trial(
             partial(Cluster, ray, partial(_load, checkpoint, device, embodiment, mark, bring)),
             dict.fromkeys(names, _elsewhere),
         )
-    lines = evaluate(given, spec.chunk_size, settings, out, workers, identity=identity, render=render, pool=pool)
+    lines = evaluate(
+        given, spec.chunk_size, settings, out, workers, identity=identity, render=render, pool=pool
+    )
     write_report(out, f"{checkpoint} on {settings.env}", spec.action_names)
     done = Counter((line["policy"], line["task"]) for line in lines if line["error"] is None)
-    unfinished = sum(max(0, settings.episodes - done[name, task]) for name in names for task in settings.tasks)
+    unfinished = sum(
+        max(0, settings.episodes - done[name, task]) for name in names for task in settings.tasks
+    )
     if unfinished:
-        raise InputError("every episode to end", f"{unfinished} given up after crashes", f"see the error lines in '{out}'")
+        raise InputError(
+            "every episode to end",
+            f"{unfinished} given up after crashes",
+            f"see the error lines in '{out}'",
+        )
     return lines
 
 
 def ablation(
     checkpoint: str, separate: str | None, settings: EvalConfig, out: Path, **others: Any
 ) -> dict[str, list[dict[str, Any]]]:
-    """{row: lines} of the published ablation: ensembling on and off, 1 and 8 steps executed per query, separate images.
+    """{row: lines} of the published ablation: ensembling on and off, 1 and 8 steps executed per
+    query, separate images.
 
-    separate: a checkpoint trained with `tile: false`, for the last row, which is left out without one. Each row has its
-    folder in `out`; others as `trial` takes them.
+    separate: a checkpoint trained with `tile: false`, for the last row, which is left out without
+    one. Each row has its folder in `out`; others as `trial` takes them.
     """
     found, chunk_size = {}, _spec(checkpoint).chunk_size
     if separate is not None and _spec(separate).tile:
-        raise InputError("a checkpoint trained with tile: false", f"'{separate}', whose images are tiled", "train one")
+        raise InputError(
+            "a checkpoint trained with tile: false",
+            f"'{separate}', whose images are tiled",
+            "train one",
+        )
     for row, (n_action_steps, ensemble) in ROWS.items():
         own = replace(settings, n_action_steps=n_action_steps or chunk_size, ensemble=ensemble)
         found[row] = trial(checkpoint, own, out / row.replace(",", "").replace(" ", "-"), **others)
     if separate is None:
-        logger.warning("no row '%s': it takes a checkpoint trained with tile: false (--separate)", SEPARATE)
+        logger.warning(
+            "no row '%s': it takes a checkpoint trained with tile: false (--separate)", SEPARATE
+        )
     else:
         found[SEPARATE] = trial(separate, settings, out / SEPARATE.replace(" ", "-"), **others)
     return found
@@ -103,11 +127,14 @@ def ablation(
 
 def following(settings: EvalConfig, spec: Spec) -> EvalConfig:
     """The settings with what the policy's Spec decides of them."""
-    return replace(settings, fps=spec.fps, ensemble_k=spec.ensemble_k, periodic=spec.periodic or None)
+    return replace(
+        settings, fps=spec.fps, ensemble_k=spec.ensemble_k, periodic=spec.periodic or None
+    )
 
 
 def fit(spec: Spec, env: str) -> None:
-    """Raises InputError where a checkpoint cannot act in a simulator: other cameras, other actions, or other units of them.
+    """Raises InputError where a checkpoint cannot act in a simulator: other cameras, other actions,
+    or other units of them.
 
     Where its bounds reach beyond what the simulator executes, the log says so.
     """
@@ -115,23 +142,42 @@ def fit(spec: Spec, env: str) -> None:
     missing = [camera for camera in spec.cameras if camera not in module.CAMERAS]
     if missing:
         remedy = "map the config's cameras to these names and train"
-        raise InputError(f"cameras of {tuple(module.CAMERAS)}, as {env} has", f"'{missing[0]}' in the checkpoint", remedy)
+        raise InputError(
+            f"cameras of {tuple(module.CAMERAS)}, as {env} has",
+            f"'{missing[0]}' in the checkpoint",
+            remedy,
+        )
     if spec.dimensions != len(module.ACTIONS):
         raise InputError(
-            f"actions of {len(module.ACTIONS)} numbers, as {env} takes", f"{spec.dimensions} in the checkpoint", "use another"
+            f"actions of {len(module.ACTIONS)} numbers, as {env} takes",
+            f"{spec.dimensions} in the checkpoint",
+            "use another",
         )
     for d, (name, (low, high)) in enumerate(zip(module.ACTIONS, module.RANGES, strict=True)):
         within = 0.05 * (high - low)
         own = f"{spec.low[d]:g} to {spec.high[d]:g}"
         if d in module.SWITCHES and max(abs(spec.low[d] - low), abs(spec.high[d] - high)) > within:
             if spec.low[d] == spec.high[d] and abs(spec.low[d]) == high:
-                logger.warning("%s is always %g in the checkpoint's data: it cannot change", name, spec.low[d])
+                logger.warning(
+                    "%s is always %g in the checkpoint's data: it cannot change", name, spec.low[d]
+                )
                 continue
-            remedy = "train on data that has it so, as lerobot/libero: 0 to 1 would close it for ever"
-            raise InputError(f"'{name}' from {low:g} to {high:g}, of which {env} takes the sign", own, remedy)
-        if d not in spec.relative_dims and (spec.low[d] < low - within or spec.high[d] > high + within):
+            remedy = (
+                "train on data that has it so, as lerobot/libero: 0 to 1 would close it for ever"
+            )
+            raise InputError(
+                f"'{name}' from {low:g} to {high:g}, of which {env} takes the sign", own, remedy
+            )
+        if d not in spec.relative_dims and (
+            spec.low[d] < low - within or spec.high[d] > high + within
+        ):
             logger.warning(
-                "'%s' goes from %s in the checkpoint; %s clips it to %g to %g: other units?", name, own, env, low, high
+                "'%s' goes from %s in the checkpoint; %s clips it to %g to %g: other units?",
+                name,
+                own,
+                env,
+                low,
+                high,
             )
 
 
@@ -139,14 +185,20 @@ def blanked(predict: Predict) -> Predict:
     """The policy with every picture black: what it does without looking."""
 
     def blind(observations):
-        dark = [{camera: np.zeros_like(frame) for camera, frame in o.images.items()} for o in observations]
-        return predict([replace(o, images=images) for images, o in zip(dark, observations, strict=True)])
+        dark = [
+            {camera: np.zeros_like(frame) for camera, frame in o.images.items()}
+            for o in observations
+        ]
+        return predict(
+            [replace(o, images=images) for images, o in zip(dark, observations, strict=True)]
+        )
 
     return blind
 
 
 def swapped(predict: Predict, tasks: Sequence[tuple[str, str]]) -> Predict:
-    """The policy given the next task's instruction, of those of its suite: what it does without listening.
+    """The policy given the next task's instruction, of those of its suite: what it does without
+    listening.
 
     tasks: (task, instruction) of all that are evaluated.
     """
@@ -154,7 +206,11 @@ def swapped(predict: Predict, tasks: Sequence[tuple[str, str]]) -> Predict:
     for suite in {task.rpartition("/")[0] for task, _ in tasks}:
         own = [instruction for task, instruction in tasks if task.rpartition("/")[0] == suite]
         if len(own) < 2:
-            raise InputError("two tasks of a suite or more, to exchange instructions", f"{own}", "evaluate more tasks")
+            raise InputError(
+                "two tasks of a suite or more, to exchange instructions",
+                f"{own}",
+                "evaluate more tasks",
+            )
         swap |= dict(zip(own, own[1:] + own[:1], strict=True))
 
     def deaf(observations):
@@ -163,14 +219,20 @@ def swapped(predict: Predict, tasks: Sequence[tuple[str, str]]) -> Predict:
     return deaf
 
 
-def random_actions(low: Sequence[float], high: Sequence[float], chunk_size: int, seed: int = 0) -> Predict:
+def random_actions(
+    low: Sequence[float], high: Sequence[float], chunk_size: int, seed: int = 0
+) -> Predict:
     """A policy of uniform actions between the bounds."""
     rng = np.random.default_rng(seed)
-    return lambda observations: rng.uniform(low, high, (len(observations), chunk_size, len(low))).astype(np.float32)
+    return lambda observations: rng.uniform(
+        low, high, (len(observations), chunk_size, len(low))
+    ).astype(np.float32)
 
 
 def policies(policy: VLA0, names: Sequence[str], settings: EvalConfig) -> dict[str, Predict]:
-    """{name: predict} of "policy", of approximate modes and of baselines; only the steps that are used are decoded."""
+    """{name: predict} of "policy", of approximate modes and of baselines; only the steps that are
+    used are decoded.
+    """
     steps = steps_used(policy.spec.chunk_size, settings.n_action_steps, settings.ensemble)
     predict = partial(policy.predict_batch, num_steps=steps)
     module = simulator(settings.env)
@@ -181,7 +243,9 @@ def policies(policy: VLA0, names: Sequence[str], settings: EvalConfig) -> dict[s
     if "blank" in names:
         result["blank"] = blanked(predict)
     if "swapped" in names:
-        result["swapped"] = swapped(predict, [(task, module.instruction(task)) for task in settings.tasks])
+        result["swapped"] = swapped(
+            predict, [(task, module.instruction(task)) for task in settings.tasks]
+        )
     if "random" in names:
         result["random"] = random_actions(policy.spec.low, policy.spec.high, steps)
     if "untrained" in names:
@@ -190,7 +254,9 @@ def policies(policy: VLA0, names: Sequence[str], settings: EvalConfig) -> dict[s
     return {name: result[name] for name in names}
 
 
-def measured(simulator: Mapping[str, Any] | None) -> Callable[[VLA0, Path], dict[str, float]] | None:
+def measured(
+    simulator: Mapping[str, Any] | None,
+) -> Callable[[VLA0, Path], dict[str, float]] | None:
     """What a config's `simulator` asks to be measured at each save; None where it asks nothing."""
     if simulator is None:
         return None
@@ -210,12 +276,18 @@ def _spec(checkpoint: str) -> Spec:
 
 
 def _load(
-    checkpoint: str, device: str | None, embodiment: str, mark: str, bring: Callable[[VLA0], dict[str, Predict]]
+    checkpoint: str,
+    device: str | None,
+    embodiment: str,
+    mark: str,
+    bring: Callable[[VLA0], dict[str, Predict]],
 ) -> dict[str, Predict]:
     """The policies on a cluster's machine, whose folder of that name may hold something else."""
     policy = VLA0.from_pretrained(checkpoint, device, embodiment=embodiment)
     if (found := fingerprint(policy.model, policy.spec)) != mark:
-        raise InputError(f"the checkpoint {mark} in '{checkpoint}'", f"{found}", "copy the same to every machine")
+        raise InputError(
+            f"the checkpoint {mark} in '{checkpoint}'", f"{found}", "copy the same to every machine"
+        )
     return bring(policy)
 
 

@@ -26,10 +26,21 @@ from vla0.sim.libero_files import (
     tasks,
 )
 
-__all__ = ["ASSETS", "LiberoEnv", "assets", "has_expert", "instruction", "make_expert", "provenance", "task_named", "tasks"]
+__all__ = [
+    "ASSETS",
+    "LiberoEnv",
+    "assets",
+    "has_expert",
+    "instruction",
+    "make_expert",
+    "provenance",
+    "task_named",
+    "tasks",
+]
 
 
-CAMERAS = {"agentview": "observation.images.image", "wrist": "observation.images.image2"}  # ours → the public datasets' keys
+# ours → the public datasets' keys
+CAMERAS = {"agentview": "observation.images.image", "wrist": "observation.images.image2"}
 RAW = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}  # ours → robosuite's
 ACTIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
 RANGES = ((-1.0, 1.0),) * 7  # of the actions; beyond them they are clipped
@@ -53,7 +64,9 @@ def make_expert(env: "LiberoEnv") -> Any:
 
 
 class Pictures(Mapping[str, np.ndarray]):
-    """{camera: (h, w, 3) uint8} of one instant, each drawn when it is first looked at, before the next step."""
+    """{camera: (h, w, 3) uint8} of one instant, each drawn when it is first looked at, before the
+    next step.
+    """
 
     def __init__(self, draw: Callable[[str], np.ndarray]):
         self.draw, self.drawn = draw, {}
@@ -76,17 +89,24 @@ class Pictures(Mapping[str, np.ndarray]):
 class LiberoEnv:
     """One LIBERO task.
 
-    Actions (7,): change of the hand's position and rotation, +-1 about 5 cm, and the gripper; above 0 it closes (1), else
-    it opens (-1), decided here, after any ensembling. State (8,): position (m), axis-angle, and the two fingers (m).
-    reset(seed): seeds 0..49 are the benchmark's initial states; from 50 on the objects lie at random places.
-    An episode does not depend on those before it. Pictures are drawn when they are looked at: on a CPU they are most of a
-    step's time, and a policy that executes several steps a query looks at few. `quick` draws without shadows, reflections and
-    multisampling: faster on a CPU, with other pictures.
+    Actions (7,): change of the hand's position and rotation, +-1 about 5 cm, and the gripper; above
+    0 it closes (1), else it opens (-1), decided here, after any ensembling. State (8,): position
+    (m), axis-angle, and the two fingers (m). reset(seed): seeds 0..49 are the benchmark's initial
+    states; from 50 on the objects lie at random places. An episode does not depend on those before
+    it. Pictures are drawn when they are looked at: on a CPU they are most of a step's time, and a
+    policy that executes several steps a query looks at few. `quick` draws without shadows,
+    reflections and multisampling: faster on a CPU, with other pictures.
     """
 
     fps = FPS
 
-    def __init__(self, task: str, image_size: int = IMAGE_SIZE, max_steps: int | None = None, quick: bool = False):
+    def __init__(
+        self,
+        task: str,
+        image_size: int = IMAGE_SIZE,
+        max_steps: int | None = None,
+        quick: bool = False,
+    ):
         self.task = task_named(task)
         suite, name = self.task.split("/")
         self.max_steps = max_steps or STEPS[suite]
@@ -98,14 +118,17 @@ class LiberoEnv:
             np.random.seed(SEED)
             self.env = kind(
                 bddl_file_name=str(package() / "bddl_files" / suite / f"{name}.bddl"),
-                camera_heights=image_size, camera_widths=image_size, camera_names=["agentview", "robot0_eye_in_hand"],
-            )  # fmt: skip
+                camera_heights=image_size,
+                camera_widths=image_size,
+                camera_names=["agentview", "robot0_eye_in_hand"],
+            )
             self.env.seed(SEED)
             self.env.reset()
         import mujoco
 
         self.world = self.env.env
-        # From here on a reset is soft: it puts back the one world instead of building another, which takes seconds.
+        # From here on a reset is soft: it puts back the one world instead of building another,
+        # which takes seconds.
         self.world.hard_reset = False
         model = self.env.sim.model
         self.fixed = model.body_pos.copy(), model.body_quat.copy()
@@ -118,7 +141,9 @@ class LiberoEnv:
             self._draw_quickly()
 
     def reset(self, seed: int) -> Observation:
-        """Starts the episode of the seed: initial state or random placement, then ten steps to settle."""
+        """Starts the episode of the seed: initial state or random placement, then ten steps to
+        settle.
+        """
         import mujoco
 
         model = self.env.sim.model
@@ -127,7 +152,8 @@ class LiberoEnv:
         self.world.timestep, self.world.done = 0, False
         self.instant += 1
         gripper = self.world.robots[0].gripper
-        gripper.current_action = np.zeros_like(gripper.current_action)  # it closes by degrees, and a soft reset leaves it
+        # it closes by degrees, and a soft reset leaves it
+        gripper.current_action = np.zeros_like(gripper.current_action)
         self.world.deterministic_reset = official
         with contextlib.redirect_stdout(io.StringIO()):
             np.random.seed(SEED if official else seed)
@@ -143,7 +169,11 @@ class LiberoEnv:
         """Executes an action for 50 ms: what is seen then, and whether the task is done."""
         action = np.asarray(action, np.float64).copy()
         if action.shape != (len(ACTIONS),):
-            raise InputError(f"an action of {len(ACTIONS)} numbers", f"shape {action.shape}", "use a LIBERO checkpoint")
+            raise InputError(
+                f"an action of {len(ACTIONS)} numbers",
+                f"shape {action.shape}",
+                "use a LIBERO checkpoint",
+            )
         action[-1] = 1.0 if action[-1] > 0 else -1.0
         self.instant += 1
         self.raw, _, done, _ = self.env.step(action)
@@ -156,13 +186,21 @@ class LiberoEnv:
 
     def _observe(self) -> Observation:
         state = np.concatenate(
-            [self.raw["robot0_eef_pos"], _axis_angle(self.raw["robot0_eef_quat"]), self.raw["robot0_gripper_qpos"]]
+            [
+                self.raw["robot0_eef_pos"],
+                _axis_angle(self.raw["robot0_eef_quat"]),
+                self.raw["robot0_gripper_qpos"],
+            ]
         )
-        return Observation(Pictures(partial(self._draw, self.instant)), self.instruction, state.astype(np.float32))
+        return Observation(
+            Pictures(partial(self._draw, self.instant)), self.instruction, state.astype(np.float32)
+        )
 
     @cached_property
     def _unplaced(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where bodies are before furniture is placed: LIBERO places what stands on it relative to that."""
+        """Where bodies are before furniture is placed: LIBERO places what stands on it relative to
+        that.
+        """
         import mujoco
 
         fresh = mujoco.MjModel.from_xml_string(self.world.model.get_xml())  # type: ignore[attr-defined]
@@ -170,15 +208,24 @@ class LiberoEnv:
 
     def _draw(self, instant: int, camera: str) -> np.ndarray:
         if instant != self.instant:
-            raise InputError("pictures of the present", f"{camera} of a step that has passed", "look before you act")
+            raise InputError(
+                "pictures of the present",
+                f"{camera} of a step that has passed",
+                "look before you act",
+            )
         self._draw_here()
         size = self.image_size
-        picture = self.env.sim.render(width=size, height=size, camera_name=RAW[camera].removesuffix("_image"))
-        # OpenGL's first row is the lowest, and the benchmark's cameras are mounted the other way round.
+        picture = self.env.sim.render(
+            width=size, height=size, camera_name=RAW[camera].removesuffix("_image")
+        )
+        # OpenGL's first row is the lowest, and the benchmark's cameras are mounted the other way
+        # round.
         return np.ascontiguousarray(picture[::-1, ::-1])
 
     def _draw_late(self) -> None:
-        """Where robosuite draws, at the first of a step's 25 ticks, it now only remembers what there was to be seen."""
+        """Where robosuite draws, at the first of a step's 25 ticks, it now only remembers what
+        there was to be seen.
+        """
         from robosuite.utils.observables import sensor
 
         sim, self.instant = self.env.sim, 0
@@ -195,7 +242,9 @@ class LiberoEnv:
             self.world._observables[camera].set_enabled(False)
 
     def _draw_here(self) -> None:
-        """Of several worlds in a process each has its own OpenGL context; robosuite draws in whichever came last."""
+        """Of several worlds in a process each has its own OpenGL context; robosuite draws in
+        whichever came last.
+        """
         self.env.sim._render_context_offscreen.gl_ctx.make_current()
 
     def _draw_quickly(self) -> None:
@@ -213,4 +262,6 @@ class LiberoEnv:
 def _axis_angle(quaternion: np.ndarray) -> np.ndarray:
     """(3,) of a quaternion x, y, z, w."""
     sine = np.linalg.norm(quaternion[:3])
-    return np.zeros(3) if sine < 1e-8 else quaternion[:3] / sine * 2 * np.arctan2(sine, quaternion[3])
+    return (
+        np.zeros(3) if sine < 1e-8 else quaternion[:3] / sine * 2 * np.arctan2(sine, quaternion[3])
+    )

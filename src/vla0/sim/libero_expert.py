@@ -1,4 +1,6 @@
-"""A scripted expert for LIBERO's pick-and-place tasks: sees the poses in the simulator, not the picture."""
+"""A scripted expert for LIBERO's pick-and-place tasks: sees the poses in the simulator, not the
+picture.
+"""
 
 from collections import deque
 from collections.abc import Iterator
@@ -44,9 +46,12 @@ class LiberoExpert:
         self.down = self._rotation()
         for number, goal in enumerate(self.goals):
             for attempt in range(3):
-                if number + attempt:  # on its way down at once, the hand would take a basket's wall along
+                # on its way down at once, the hand would take a basket's wall along
+                if number + attempt:
                     grip, _, rotation = self._grasp(goal[1], 0)
-                    yield from self._move(np.append(grip[:2], self._hand()[2]), rotation, OPEN, 0.05)
+                    yield from self._move(
+                        np.append(grip[:2], self._hand()[2]), rotation, OPEN, 0.05
+                    )
                 yield from self._pick(goal[1])
                 yield from self._place(goal[1], goal[2])
                 if self.env.world._eval_predicate(goal):
@@ -62,10 +67,12 @@ class LiberoExpert:
             grip, top, self.turned = self._grasp(thing, attempt)
             yield from self._move(np.append(grip[:2], top + ABOVE), self.turned, OPEN, 0.01)
             yield from self._move(grip, self.turned, OPEN, 0.006, limit=30)
-            if self._hand()[2] > grip[2] + 0.02 and self._hand()[2] > top - 0.01:  # the palm stands on a neighbour
+            # the palm stands on a neighbour
+            if self._hand()[2] > grip[2] + 0.02 and self._hand()[2] > top - 0.01:
                 yield from self._move(self._hand() + _up(ABOVE / 2), self.turned, OPEN, 0.03)
                 continue
-            held = self._hand() + _up(0.003)  # not pressing on what it lies on: pressed fingers do not close
+            # not pressing on what it lies on: pressed fingers do not close
+            held = self._hand() + _up(0.003)
             yield from self._close(held)
             yield from self._move(held + _up(CARRY), self.turned, CLOSED, 0.03)
             if self._corners(thing)[:, 2].min() > before + CARRY / 3:
@@ -84,29 +91,47 @@ class LiberoExpert:
                 return
 
     def _grasp(self, thing: str, attempt: int) -> tuple[np.ndarray, float, np.ndarray]:
-        """Where the hand closes (3,), how high the object is, and the hand's rotation; another place at each attempt."""
+        """Where the hand closes (3,), how high the object is, and the hand's rotation; another
+        place at each attempt.
+        """
         corners = self._corners(thing)
         centre, low, high = _middle(corners), corners[:, 2].min(), corners[:, 2].max()
         axis, width = _narrowest(corners[:, :2] - centre[:2])
         if width <= WIDEST:
             along = np.array([-axis[1], axis[0]])  # past a neighbour that the palm stands on
-            across = along * (0, 1, -1, 1)[attempt] * max(0.02, np.ptp(corners[:, :2] @ along) / 2 - 0.01)
-            height = max((low + high) / 2, high - 0.03)  # deeper, and the palm stands on what is tall
+            across = (
+                along
+                * (0, 1, -1, 1)[attempt]
+                * max(0.02, np.ptp(corners[:, :2] @ along) / 2 - 0.01)
+            )
+            # deeper, and the palm stands on what is tall
+            height = max((low + high) / 2, high - 0.03)
         else:  # at the rim, on the side of the hand's own axis: no need to turn
             axis = _flat(self.down[:, 0])
             nearer = axis if axis @ (self._hand()[:2] - centre[:2]) > 0 else -axis
-            first = max((nearer, -nearer), key=lambda side: min(self._room(thing, centre[:2] + 0.07 * side), 0.05))
+            first = max(
+                (nearer, -nearer),
+                key=lambda side: min(self._room(thing, centre[:2] + 0.07 * side), 0.05),
+            )
             side = first * (1, -1, 1, -1)[attempt]
             across = side * (((corners[:, :2] - centre[:2]) @ side).max() - 0.01)
             height = high - 0.025
-        return np.append(centre[:2] + across, max(height, low + 0.012)), high, _turned(self.down, axis)
+        return (
+            np.append(centre[:2] + across, max(height, low + 0.012)),
+            high,
+            _turned(self.down, axis),
+        )
 
     def _room(self, thing: str, point: np.ndarray) -> float:
         """Metres from a point (2,) to the middle of the nearest other object."""
         others = [
-            body for name, body in self.env.world.obj_body_id.items() if name != thing and name in self.env.world.objects_dict
+            body
+            for name, body in self.env.world.obj_body_id.items()
+            if name != thing and name in self.env.world.objects_dict
         ]
-        return min(np.linalg.norm(self._data.body_xpos[others][:, :2] - point, axis=1), default=np.inf)
+        return min(
+            np.linalg.norm(self._data.body_xpos[others][:, :2] - point, axis=1), default=np.inf
+        )
 
     def _place(self, thing: str, place: str) -> Iterator[np.ndarray]:
         corners = self._corners(thing)
@@ -115,11 +140,16 @@ class LiberoExpert:
         spot, top = self._spot(place)
         over = np.append(spot[:2] - held, max(top + hanging + 0.08, self._hand()[2]))
         over_here = np.append(self._hand()[:2], over[2])
-        for action in chain(self._move(over_here, self.turned, CLOSED, 0.03), self._move(over, self.turned, CLOSED, 0.015)):
+        for action in chain(
+            self._move(over_here, self.turned, CLOSED, 0.03),
+            self._move(over, self.turned, CLOSED, 0.015),
+        ):
             if self._hand()[2] - self._corners(thing)[:, 2].min() > hanging + 0.08:
                 return  # it has slipped out
             yield action
-        yield from self._move(np.append(over[:2], top + hanging + 0.015), self.turned, CLOSED, 0.01, limit=25)
+        yield from self._move(
+            np.append(over[:2], top + hanging + 0.015), self.turned, CLOSED, 0.01, limit=25
+        )
         width = self._width()
         for _ in range(8):
             yield self._towards(self._hand(), self.turned, OPEN)
@@ -128,9 +158,16 @@ class LiberoExpert:
         yield from self._move(self._hand() + _up(0.12), self.turned, OPEN, 0.03)
 
     def _move(
-        self, target: np.ndarray, rotation: np.ndarray, gripper: float, within: float, limit: int = 60
+        self,
+        target: np.ndarray,
+        rotation: np.ndarray,
+        gripper: float,
+        within: float,
+        limit: int = 60,
     ) -> Iterator[np.ndarray]:
-        """Actions until the hand is within so many metres of the target, and turned, or stuck; at most `limit`."""
+        """Actions until the hand is within so many metres of the target, and turned, or stuck; at
+        most `limit`.
+        """
         places = deque(maxlen=6)
         for _ in range(limit):
             places.append(self._hand())
@@ -144,7 +181,8 @@ class LiberoExpert:
     def _towards(self, target: np.ndarray, rotation: np.ndarray, gripper: float) -> np.ndarray:
         shift = GAIN * (target - self._hand())
         turn = TURN * _rotation_vector(rotation @ self._rotation().T)
-        # In tenths: what is finer no picture tells, and a policy that has to write it learns little else.
+        # In tenths: what is finer no picture tells, and a policy that has to write it learns little
+        # else.
         return np.clip(np.concatenate([shift, turn, [gripper]]), -1, 1).round(1).astype(np.float32)
 
     @property
@@ -209,7 +247,9 @@ def _narrowest(corners: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _turned(rotation: np.ndarray, axis: np.ndarray) -> np.ndarray:
-    """The hand's rotation, turned about the vertical by the least so that its fingers close along the axis (2,)."""
+    """The hand's rotation, turned about the vertical by the least so that its fingers close along
+    the axis (2,).
+    """
     own = _flat(rotation[:, 0])
     angle = np.arctan2(own[0] * axis[1] - own[1] * axis[0], own @ axis)
     angle = (angle + np.pi / 2) % np.pi - np.pi / 2  # the fingers are alike
@@ -220,5 +260,11 @@ def _turned(rotation: np.ndarray, axis: np.ndarray) -> np.ndarray:
 def _rotation_vector(rotation: np.ndarray) -> np.ndarray:
     """(3,) axis times angle of a rotation matrix, for angles below pi."""
     angle = np.arccos(np.clip((np.trace(rotation) - 1) / 2, -1, 1))
-    skew = np.array([rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]])
+    skew = np.array(
+        [
+            rotation[2, 1] - rotation[1, 2],
+            rotation[0, 2] - rotation[2, 0],
+            rotation[1, 0] - rotation[0, 1],
+        ]
+    )
     return skew / 2 if angle < 1e-6 else skew / (2 * np.sin(angle)) * angle

@@ -27,7 +27,8 @@ NOISE = (0.3, 0.3)  # share of a demonstration's steps that are disturbed, and h
 CAMERA = "front"
 STARTS = {  # where the hand may start, metres from Meta-World's own place: (low, high) of x, y, z
     "stock": ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
-    # From the stock place some tasks are solved by pushing one way without looking; from above they are not (docs/results.md).
+    # From the stock place some tasks are solved by pushing one way without looking; from above they
+    # are not (docs/results.md).
     "above": ((-0.02, -0.02, 0.18), (0.02, 0.02, 0.22)),
 }
 FPS = 80  # Meta-World's own control rate: 0.0025 s x 5 substeps a tick
@@ -57,7 +58,11 @@ def provenance() -> dict[str, str]:
 def check_task(task: str) -> None:
     """Raises InputError for an unknown task."""
     if task not in ALL_V3_ENVIRONMENTS:
-        raise InputError(f"a Meta-World task of {len(ALL_V3_ENVIRONMENTS)}", f"'{task}'", nearest(task, ALL_V3_ENVIRONMENTS))
+        raise InputError(
+            f"a Meta-World task of {len(ALL_V3_ENVIRONMENTS)}",
+            f"'{task}'",
+            nearest(task, ALL_V3_ENVIRONMENTS),
+        )
 
 
 def instruction(task: str) -> str:
@@ -68,24 +73,39 @@ def instruction(task: str) -> str:
 class MetaWorldEnv:
     """One Meta-World task seen from a single camera close by.
 
-    Actions (4,): dx, dy, dz of the hand and the gripper, in [-1, 1]; outside they are clipped, as Meta-World does.
-    State (4,): position of the hand (m) and opening of the gripper. The seed places the objects, and with start "above"
-    the hand. fps: the rate of decisions; an action is repeated in between.
-    Shadows, reflections and multisampling are off: on a CPU they are most of a picture's cost.
+    Actions (4,): dx, dy, dz of the hand and the gripper, in [-1, 1]; outside they are clipped, as
+    Meta-World does. State (4,): position of the hand (m) and opening of the gripper. The seed
+    places the objects, and with start "above" the hand. fps: the rate of decisions; an action is
+    repeated in between. Shadows, reflections and multisampling are off: on a CPU they are most of a
+    picture's cost.
     """
 
-    def __init__(self, task: str, image_size: int = IMAGE_SIZE, max_steps: int = STEPS, start: str = "stock", fps: float = FPS):
+    def __init__(
+        self,
+        task: str,
+        image_size: int = IMAGE_SIZE,
+        max_steps: int = STEPS,
+        start: str = "stock",
+        fps: float = FPS,
+    ):
         check_task(task)
         if start not in STARTS:
             raise InputError(f"start of {tuple(STARTS)}", f"'{start}'", "choose one of those")
         if not 0 < fps <= FPS or FPS % fps:
-            raise InputError(f"fps, a whole part of {FPS}", f"{fps}", "80, 40, 20, 16 and 10 are some")
+            raise InputError(
+                f"fps, a whole part of {FPS}", f"{fps}", "80, 40, 20, 16 and 10 are some"
+            )
         self.task, self.max_steps, self.start = task, max_steps, STARTS[start]
         self.fps, self.ticks = float(fps), round(FPS / fps)
         self.instruction = instruction(task)
         self.env = ALL_V3_ENVIRONMENTS[task]()
-        # Seeded placement of the objects, new at each reset: what Meta-World's benchmark wrappers do task by task.
-        self.env._set_task_called, self.env._freeze_rand_vec, self.env.seeded_rand_vec = True, False, True
+        # Seeded placement of the objects, new at each reset: what Meta-World's benchmark wrappers
+        # do task by task.
+        self.env._set_task_called, self.env._freeze_rand_vec, self.env.seeded_rand_vec = (
+            True,
+            False,
+            True,
+        )
         self.env._partially_observable = False
         self.hand = np.array(self.env.hand_init_pos, np.float64)
         self.env.model.vis.quality.offsamples = 0
@@ -118,11 +138,17 @@ class MetaWorldEnv:
 
     def _observe(self) -> Observation:
         self.renderer.update_scene(self.env.data, self.camera)
-        return Observation({CAMERA: self.renderer.render()}, self.instruction, self.full_state[:4].astype(np.float32))
+        return Observation(
+            {CAMERA: self.renderer.render()},
+            self.instruction,
+            self.full_state[:4].astype(np.float32),
+        )
 
 
 class MetaWorldExpert:
-    """Meta-World's scripted policy for the task: acts on the simulator's full state, not on the picture."""
+    """Meta-World's scripted policy for the task: acts on the simulator's full state, not on the
+    picture.
+    """
 
     def __init__(self, env: MetaWorldEnv):
         self.env = env
@@ -139,7 +165,10 @@ class MetaWorldExpert:
 
 
 def has_expert(task: str) -> bool:
-    """Whether Meta-World has a scripted policy for the task. Raises InputError for an unknown one."""
+    """Whether Meta-World has a scripted policy for the task.
+
+    Raises InputError for an unknown one.
+    """
     check_task(task)
     return task in metaworld.policies.ENV_POLICY_MAP
 

@@ -1,4 +1,6 @@
-"""The same episodes on the machines of a Ray cluster: on each GPU a policy of its own, with simulators beside it."""
+"""The same episodes on the machines of a Ray cluster: on each GPU a policy of its own, with
+simulators beside it.
+"""
 
 import logging
 import os
@@ -21,11 +23,15 @@ TURNS = 4  # episodes for each simulator that a member takes at once: a world is
 class RayWorker:
     """A policy and its simulators: one of Ray's actors."""
 
-    def __init__(self, load: Callable[[], Mapping[str, Predict]], rollout: RolloutConfig, count: int):
+    def __init__(
+        self, load: Callable[[], Mapping[str, Predict]], rollout: RolloutConfig, count: int
+    ):
         self.policies, self.rollout, self.count = load(), rollout, count
 
     def run(self, jobs: list[Job], words: Any) -> None:
-        """Works through the jobs; each line goes into the queue `words` with the files that belong to it."""
+        """Works through the jobs; each line goes into the queue `words` with the files that belong
+        to it.
+        """
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder)
             (out / "videos").mkdir()
@@ -39,28 +45,46 @@ class RayWorker:
                         file.unlink()
                 words.put((line, files))
 
-            WorkerPool(self.policies, self.rollout, out, min(self.count, len(jobs))).run(deque(jobs), send)
+            WorkerPool(self.policies, self.rollout, out, min(self.count, len(jobs))).run(
+                deque(jobs), send
+            )
 
 
 class Cluster:
     """As `parallel.WorkerPool`, on every machine that a Ray cluster has.
 
-    address: "local" starts a Ray on this machine alone; else a running one's, as `ray.init` takes it ("auto", "host:6379",
-    "ray://host:10001"). load: gives the policies by name, on each machine: the checkpoint must be found there too, as must
-    LIBERO's meshes. count: simulators beside each policy, no more than its share of cores. What a lost machine was doing is
-    done again elsewhere.
+    address: "local" starts a Ray on this machine alone; else a running one's, as `ray.init` takes
+    it ("auto", "host:6379", "ray://host:10001"). load: gives the policies by name, on each machine:
+    the checkpoint must be found there too, as must LIBERO's meshes. count: simulators beside each
+    policy, no more than its share of cores. What a lost machine was doing is done again elsewhere.
     """
 
     def __init__(
-        self, address: str, load: Callable, policies: Mapping[str, Any], rollout: RolloutConfig, out: Path, count: int
+        self,
+        address: str,
+        load: Callable,
+        policies: Mapping[str, Any],
+        rollout: RolloutConfig,
+        out: Path,
+        count: int,
     ):
-        self.address, self.load, self.rollout, self.out, self.count = address, load, rollout, out, count
+        self.address, self.load, self.rollout, self.out, self.count = (
+            address,
+            load,
+            rollout,
+            out,
+            count,
+        )
         self.idle: list[Any] = []
-        self.busy: dict[Any, tuple[Any, list[Job]]] = {}  # the promise of a run → (member, jobs without a line yet)
+        # the promise of a run → (member, jobs without a line yet)
+        self.busy: dict[Any, tuple[Any, list[Job]]] = {}
         self.attempts: dict[Job, int] = {}
 
     def run(self, jobs: deque[Job], record: Callable[[dict[str, Any]], None]) -> None:
-        """Works through the jobs, as `WorkerPool.run`. Raises InputError where Ray is missing, out of reach, or nobody is left."""
+        """Works through the jobs, as `WorkerPool.run`.
+
+        Raises InputError where Ray is missing, out of reach, or nobody is left.
+        """
         try:
             import ray
             from ray.util.queue import Queue
@@ -68,14 +92,23 @@ class Cluster:
             raise InputError("Ray", "no package ray", "pip install 'vla0[cluster]'") from None
         self.ray = ray
         self._reach()
-        carried = {key: value for key, value in os.environ.items() if key.startswith(("VLA0_", "MUJOCO_", "LP_NUM"))}
+        carried = {
+            key: value
+            for key, value in os.environ.items()
+            if key.startswith(("VLA0_", "MUJOCO_", "LP_NUM"))
+        }
         try:
             ray.init(
-                self.address, include_dashboard=False if self.address == "local" else None, runtime_env={"env_vars": carried},
-                log_to_driver=False, logging_level=logging.WARNING,
-            )  # fmt: skip
+                self.address,
+                include_dashboard=False if self.address == "local" else None,
+                runtime_env={"env_vars": carried},
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError("a Ray cluster", f"'{self.address}': {error}", "--ray local, or `ray start`") from None
+            raise InputError(
+                "a Ray cluster", f"'{self.address}': {error}", "--ray local, or `ray start`"
+            ) from None
         try:
             self.words = Queue(actor_options={"num_cpus": 0})
             self._hire()
@@ -95,7 +128,9 @@ class Cluster:
             try:
                 socket.create_connection((host, int(port)), timeout=10).close()
             except OSError as error:
-                raise InputError("a Ray cluster", f"'{self.address}': {error}", "`ray start`, or --ray local") from None
+                raise InputError(
+                    "a Ray cluster", f"'{self.address}': {error}", "`ray start`, or --ray local"
+                ) from None
 
     def _hire(self) -> None:
         """A member for each GPU, or for each machine where there is none."""
@@ -115,12 +150,18 @@ class Cluster:
                 self.idle.append(make.remote(self.load, self.rollout, min(self.count, share)))
 
         if not self.idle:
-            raise InputError("a machine with cores", "none in the cluster", "add one: `ray start --address ...`")
+            raise InputError(
+                "a machine with cores", "none in the cluster", "add one: `ray start --address ...`"
+            )
 
     def _assign(self, jobs: deque[Job]) -> None:
         while jobs and self.idle:
             taken = [jobs.popleft()]
-            while jobs and len(taken) < TURNS * self.count and (self.rollout.keep > 1 or jobs[0][1] == taken[0][1]):
+            while (
+                jobs
+                and len(taken) < TURNS * self.count
+                and (self.rollout.keep > 1 or jobs[0][1] == taken[0][1])
+            ):
                 taken.append(jobs.popleft())
             member = self.idle.pop()
             self.busy[member.run.remote(taken, self.words)] = (member, taken)
@@ -148,10 +189,16 @@ class Cluster:
         except RayActorError as error:
             if error.actor_init_failed:
                 why = str(error).strip().splitlines()[-1]
-                raise InputError("members that start", why, "vla0 and the checkpoint must be on each machine") from None
-            logger.warning("a member of the cluster is lost, %d episodes go to others: %s", len(left), error)
+                raise InputError(
+                    "members that start", why, "vla0 and the checkpoint must be on each machine"
+                ) from None
+            logger.warning(
+                "a member of the cluster is lost, %d episodes go to others: %s", len(left), error
+            )
             for job in left:
                 self.attempts[job] = self.attempts.get(job, 0) + 1
             jobs.extend(job for job in left if self.attempts[job] < ATTEMPTS)
             if not self.idle and not self.busy:
-                raise InputError("a machine of the cluster", "none that lives", "the same command goes on later") from None
+                raise InputError(
+                    "a machine of the cluster", "none that lives", "the same command goes on later"
+                ) from None

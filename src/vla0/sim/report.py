@@ -1,4 +1,6 @@
-"""episodes.jsonl → a report.html to look at: success per task, videos, predicted against executed actions."""
+"""episodes.jsonl → a report.html to look at: success per task, videos, predicted against executed
+actions.
+"""
 
 import base64
 import math
@@ -24,7 +26,9 @@ BASELINES = {  # policies to compare with, and what the page says of them
 def refuse_unknown_baselines(names: Sequence[str]) -> None:
     """Raises InputError for a baseline that there is not."""
     if wrong := [name for name in names if name not in BASELINES]:
-        raise InputError(f"a baseline of {tuple(BASELINES)}", f"'{wrong[0]}'", nearest(wrong[0], BASELINES))
+        raise InputError(
+            f"a baseline of {tuple(BASELINES)}", f"'{wrong[0]}'", nearest(wrong[0], BASELINES)
+        )
 
 
 SHOWN = 6  # episodes of each policy and task that the page holds; the others stay in videos/
@@ -43,10 +47,12 @@ figure{margin:0}video{width:100%;border-radius:4px;background:#000;display:block
 figcaption{font-size:.82rem;color:#5b6472}.ok{color:#12784a}.no{color:#b3261e}
 svg{width:100%;height:auto;margin-top:.3rem}details{margin:.6rem 0}
 @media(prefers-color-scheme:dark){body{color:#dde3ee;background:#12161d}.bar{background:#252c38}.bar b{background:#dde3ee}}
-"""
+"""  # noqa: E501
 
 
-def write_report(out: str | Path, title: str = "vla0 evaluation", names: Sequence[str] | None = None) -> Path:
+def write_report(
+    out: str | Path, title: str = "vla0 evaluation", names: Sequence[str] | None = None
+) -> Path:
     """Writes `out`/report.html from `out`/episodes.jsonl: one file, nothing loaded from elsewhere.
 
     names: of the action's dimensions, where they are known.
@@ -57,16 +63,23 @@ def write_report(out: str | Path, title: str = "vla0 evaluation", names: Sequenc
         raise InputError(f"episodes in '{out}'", "none", "run `vla0 eval` first")
     found = summary(lines)
     own = {
-        (policy, task): [line for line in lines if line["policy"] == policy and line["task"] == task]
+        (policy, task): [
+            line for line in lines if line["policy"] == policy and line["task"] == task
+        ]
         for policy, tasks in found.items()
         for task in tasks
     }
     shown = {place: _shown(out, those) for place, those in own.items()}
     scale = _scale([drawn for figures in shown.values() for _, drawn in figures])
-    parts = [f"<h1>{escape(title)}</h1><p class=says>{_headline(found)}</p>", _table(found), _settings(out / "evaluation.json")]
+    parts = [
+        f"<h1>{escape(title)}</h1><p class=says>{_headline(found)}</p>",
+        _table(found),
+        _settings(out / "evaluation.json"),
+    ]
     parts += [_section(out, *place, own[place], shown[place], scale, names) for place in own]
     page = (
-        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
+        f"content='width=device-width'>"
         f"<title>{escape(title)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>"
     )
     file = out / "report.html"
@@ -75,7 +88,8 @@ def write_report(out: str | Path, title: str = "vla0 evaluation", names: Sequenc
 
 
 Rows = Mapping[str, Mapping[str, Any]]  # task → what `summary` found
-Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]  # of an episode: actions (T, D), queries (Q,), chunks (Q, H, D)
+# of an episode: actions (T, D), queries (Q,), chunks (Q, H, D)
+Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]
 Scale = tuple[np.ndarray, np.ndarray]  # (D,) low and high
 
 
@@ -93,23 +107,35 @@ def _headline(found: Mapping[str, Rows]) -> str:
 
 
 def _table(found: Mapping[str, Rows]) -> str:
-    """A row for each task, suite and the mean; a column for each policy, and for what was published where something was."""
+    """A row for each task, suite and the mean; a column for each policy, and for what was published
+    where something was.
+    """
     grouped = {policy: suites(tasks) for policy, tasks in found.items()}
     every = sorted({task for tasks in found.values() for task in tasks})
     published = any(suite in PUBLISHED for suite in grouped.get("policy", {}))
-    rows = [f"<tr><td>{_wrapping(task)}{_cells([tasks.get(task) for tasks in found.values()])}" for task in every]
+    rows = [
+        f"<tr><td>{_wrapping(task)}{_cells([tasks.get(task) for tasks in found.values()])}"
+        for task in every
+    ]
     for suite in sorted({suite for own in grouped.values() for suite in own}):
         stated = f"<td>{PUBLISHED[suite]} %" if published and suite in PUBLISHED else ""
         cells = _cells([own.get(suite) for own in grouped.values()])
         rows.append(f"<tr><td><strong>{_wrapping(suite)}</strong>{cells}{stated}")
     means = "".join(
-        f"<td>{'' if math.isnan(mean := mean_success(tasks)) else f'<strong>{mean:.1%}</strong>'}" for tasks in found.values()
+        f"<td>{'' if math.isnan(mean := mean_success(tasks)) else f'<strong>{mean:.1%}</strong>'}"
+        for tasks in found.values()
     )
     rows.append(f"<tr><td><strong>mean</strong>{means}")
-    head = "".join(f"<th>{escape(policy)}" for policy in found) + ("<th>VLA-0, published" if published else "")
+    head = "".join(f"<th>{escape(policy)}" for policy in found) + (
+        "<th>VLA-0, published" if published else ""
+    )
     given = "".join(f"<br>{name}: {BASELINES[name]}" for name in found if name in BASELINES)
-    note = f"Episodes that were solved, 95 % intervals, and the median of the steps that the solved ones took.{given}"
-    return f"<div class=wide><table><tr><th>task{head}{''.join(rows)}</table></div><p><small>{note}</small></p>"
+    note = (
+        f"Episodes that were solved, 95 % intervals, and the median of the steps that the "
+        f"solved ones took.{given}"
+    )
+    table = f"<table><tr><th>task{head}{''.join(rows)}</table>"
+    return f"<div class=wide>{table}</div><p><small>{note}</small></p>"
 
 
 def _cells(rows: Sequence[Mapping[str, Any] | None]) -> str:
@@ -119,10 +145,15 @@ def _cells(rows: Sequence[Mapping[str, Any] | None]) -> str:
 def _cell(row: Mapping[str, Any]) -> str:
     rate, low, high = row["successes"] / max(row["episodes"], 1), row["low"], row["high"]
     steps = f", {row['steps']:.0f} steps" if row.get("steps") is not None else ""
-    errors = f"<small class=no>{row['errors']} error{'s' * (row['errors'] > 1)}</small>" if row.get("errors") else ""
+    errors = (
+        f"<small class=no>{row['errors']} error{'s' * (row['errors'] > 1)}</small>"
+        if row.get("errors")
+        else ""
+    )
     return (
         f"{row['successes']} of {row['episodes']}<div class=bar><i style='width:{rate:.1%}'></i>"
-        f"<b style='left:{low:.1%};width:{high - low:.1%}'></b></div><small>{low:.0%} to {high:.0%}{steps}</small>{errors}"
+        f"<b style='left:{low:.1%};width:{high - low:.1%}'></b></div><small>{low:.0%} to "
+        f"{high:.0%}{steps}</small>{errors}"
     )
 
 
@@ -137,14 +168,25 @@ def _settings(file: Path) -> str:
     text = file.read_text(encoding="utf-8")
     versions = read_json(file, "evaluate into another folder").get("versions")
     count = versions.get("stand-in assets", 0) if isinstance(versions, dict) else 0
-    told = f"{escape(str(count))} of the meshes are stand-ins: no rate here compares with a published one."
+    told = (
+        f"{escape(str(count))} of the meshes are stand-ins: no rate here compares with a "
+        f"published one."
+    )
     warning = f"<p class=no>{told}</p>" if count else ""
-    return f"{warning}<details><summary>settings and versions</summary><pre>{escape(text)}</pre></details>"
+    return (
+        f"{warning}<details><summary>settings and "
+        f"versions</summary><pre>{escape(text)}</pre></details>"
+    )
 
 
 def _shown(out: Path, lines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Drawn]]:
-    """The episodes of a policy and a task that the page holds, with what is drawn of each: failures first."""
-    ended = sorted((line for line in lines if line["error"] is None), key=lambda line: (line["success"], line["seed"]))
+    """The episodes of a policy and a task that the page holds, with what is drawn of each: failures
+    first.
+    """
+    ended = sorted(
+        (line for line in lines if line["error"] is None),
+        key=lambda line: (line["success"], line["seed"]),
+    )
     found = []
     for line in ended[:SHOWN]:
         with np.load(_inside(out, line["video"]).with_suffix(".npz")) as arrays:
@@ -153,33 +195,57 @@ def _shown(out: Path, lines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[
 
 
 def _inside(out: Path, video: str) -> Path:
-    """A video's file. Raises InputError for one that does not lie in the results' own folder, or is none."""
+    """A video's file.
+
+    Raises InputError for one that does not lie in the results' own folder, or is none.
+    """
     file = (out / video).resolve()
     if not file.is_relative_to((out / "videos").resolve()) or file.suffix != ".mp4":
-        raise InputError(f"videos in '{out / 'videos'}'", f"'{video}'", "these results were not made by vla0: do not show them")
+        raise InputError(
+            f"videos in '{out / 'videos'}'",
+            f"'{video}'",
+            "these results were not made by vla0: do not show them",
+        )
     return file
 
 
 def _scale(drawn: Sequence[Drawn]) -> Scale:
     """One for each dimension, over all episodes of the page."""
-    each = [values.reshape(-1, values.shape[-1]) for actions, _, chunks in drawn for values in (actions, chunks)]
+    each = [
+        values.reshape(-1, values.shape[-1])
+        for actions, _, chunks in drawn
+        for values in (actions, chunks)
+    ]
     values = np.concatenate(each) if each else np.zeros((1, 1))
     return values.min(0), values.max(0)
 
 
-def _section(out: Path, policy: str, task: str, lines, shown, scale: Scale, names: Sequence[str] | None) -> str:
+def _section(
+    out: Path, policy: str, task: str, lines, shown, scale: Scale, names: Sequence[str] | None
+) -> str:
     ended = sum(line["error"] is None for line in lines)
     figures = "".join(_figure(out, line, drawn, scale, names) for line, drawn in shown)
-    errors = "".join(f"<p class=no>seed {line['seed']}: {escape(line['error'])}</p>" for line in lines if line["error"])
-    chunks = ", predicted chunks in orange" if any(chunks.shape[1] > 1 for _, (_, _, chunks) in shown) else ""
+    errors = "".join(
+        f"<p class=no>seed {line['seed']}: {escape(line['error'])}</p>"
+        for line in lines
+        if line["error"]
+    )
+    chunks = (
+        ", predicted chunks in orange"
+        if any(chunks.shape[1] > 1 for _, (_, _, chunks) in shown)
+        else ""
+    )
     return (
-        f"<h2>{escape(policy)}: {_wrapping(task)}</h2><p>{len(shown)} of {ended} episodes, failures first; the others are in "
+        f"<h2>{escape(policy)}: {_wrapping(task)}</h2><p>{len(shown)} of {ended} episodes, "
+        f"failures first; the others are in "
         f"videos/. Below a video each action dimension over time: executed in blue{chunks}.</p>"
         f"<div class=grid>{figures}</div>{errors}"
     )
 
 
-def _figure(out: Path, line: Mapping[str, Any], drawn: Drawn, scale: Scale, names: Sequence[str] | None) -> str:
+def _figure(
+    out: Path, line: Mapping[str, Any], drawn: Drawn, scale: Scale, names: Sequence[str] | None
+) -> str:
     word = "<span class=ok>solved</span>" if line["success"] else "<span class=no>not solved</span>"
     video = base64.b64encode(_inside(out, line["video"]).read_bytes()).decode()
     actions = drawn[0]
@@ -187,7 +253,8 @@ def _figure(out: Path, line: Mapping[str, Any], drawn: Drawn, scale: Scale, name
     # A picture that an action does not change gives that action again, until the episode ends.
     stuck = f", the last {alike} actions alike" if alike >= STUCK and not line["success"] else ""
     return (
-        f"<figure><video controls autoplay muted loop playsinline preload=metadata src='data:video/mp4;base64,{video}'></video>"
+        f"<figure><video controls autoplay muted loop playsinline preload=metadata "
+        f"src='data:video/mp4;base64,{video}'></video>"
         f"<figcaption>seed {line['seed']}: {word} in {line['steps']} steps{stuck}</figcaption>"
         f"{plot_actions(*drawn, scale, names)}</figure>"
     )
@@ -202,15 +269,21 @@ def plot_actions(
     width: int = 240,
     row: int = 36,
 ) -> str:
-    """SVG of executed actions (T, D) and the chunks (Q, H, D) predicted at steps queries (Q,), a row per dimension.
+    """SVG of executed actions (T, D) and the chunks (Q, H, D) predicted at steps queries (Q,), a
+    row per dimension.
 
-    scale: what the rows span; None: what is drawn. A chunk of one step is what is executed, and not drawn again.
+    scale: what the rows span; None: what is drawn. A chunk of one step is what is executed, and not
+    drawn again.
     """
     low, high = _scale([(actions, queries, chunks)]) if scale is None else scale
     longest, room = max(len(actions) - 1, 1), width - 28  # at the right the scale's numbers
 
     def height(values, d):
-        share = (values - low[d]) / (high[d] - low[d]) if high[d] > low[d] else np.full(np.shape(values), 0.5)
+        share = (
+            (values - low[d]) / (high[d] - low[d])
+            if high[d] > low[d]
+            else np.full(np.shape(values), 0.5)
+        )
         return (d + 1) * row - 3 - share * (row - 14)
 
     def line(first, values, d, style):
@@ -220,13 +293,28 @@ def plot_actions(
 
     drawn = []
     for d in range(actions.shape[1]):
-        drawn.append(f"<line x2='{width}' y1='{(d + 1) * row}' y2='{(d + 1) * row}' stroke='#d9dee7' stroke-width='.5'/>")
+        drawn.append(
+            f"<line x2='{width}' y1='{(d + 1) * row}' y2='{(d + 1) * row}' stroke='#d9dee7' "
+            f"stroke-width='.5'/>"
+        )
         for query, chunk in zip(queries, chunks, strict=True):
             if len(chunk) > 1:
-                drawn.append(line(int(query), chunk[:, d], d, "stroke='#e08a1e' stroke-width='2.6' stroke-opacity='.55'"))
+                drawn.append(
+                    line(
+                        int(query),
+                        chunk[:, d],
+                        d,
+                        "stroke='#e08a1e' stroke-width='2.6' stroke-opacity='.55'",
+                    )
+                )
         drawn.append(line(0, actions[:, d], d, "stroke='#3b6fd4' stroke-width='1'"))
-        drawn.append(f"<text y='{d * row + 8}'>{escape(names[d]) if names else f'dimension {d}'}</text>")
+        drawn.append(
+            f"<text y='{d * row + 8}'>{escape(names[d]) if names else f'dimension {d}'}</text>"
+        )
         for value in sorted({float(low[d]), float(high[d])}):
-            drawn.append(f"<text x='{width}' y='{height(value, d) + 2.5:.1f}' text-anchor='end'>{value:.3g}</text>")
+            drawn.append(
+                f"<text x='{width}' y='{height(value, d) + 2.5:.1f}' "
+                f"text-anchor='end'>{value:.3g}</text>"
+            )
     text = f"<g font-size='8' fill='#5b6472'>{''.join(drawn)}</g>"
     return f"<svg viewBox='0 0 {width} {actions.shape[1] * row + 2}' role='img'>{text}</svg>"

@@ -1,8 +1,8 @@
 """The simulators, by name.
 
-Each module here names its CAMERAS (ours → key in a dataset), ACTIONS and their RANGES and SWITCHES, STATES, IMAGE_SIZE,
-HEAVY, FIRST_SEED of an evaluation,
-SEEDS and NOISE of demonstrations, and has `instruction` of a task, `provenance` of a result, `has_expert` and `make_expert`.
+Each module here names its CAMERAS (ours → key in a dataset), ACTIONS and their RANGES and SWITCHES,
+STATES, IMAGE_SIZE, HEAVY, FIRST_SEED of an evaluation, SEEDS and NOISE of demonstrations, and has
+`instruction` of a task, `provenance` of a result, `has_expert` and `make_expert`.
 """
 
 import importlib
@@ -15,17 +15,23 @@ from typing import Any
 from vla0.core.rollout import Env
 from vla0.errors import InputError, nearest
 
-ENVS = {"metaworld": "metaworld", "libero": "libero", "arm": "robot"}  # → the extra whose packages it needs
+# → the extra whose packages it needs
+ENVS = {"metaworld": "metaworld", "libero": "libero", "arm": "robot"}
 
 
 def simulator(env: str) -> ModuleType:
-    """The module of a simulator. Raises InputError for an unknown name, or where its packages are missing."""
+    """The module of a simulator.
+
+    Raises InputError for an unknown name, or where its packages are missing.
+    """
     if env not in ENVS:
         raise InputError(f"env of {tuple(ENVS)}", f"'{env}'", nearest(env, ENVS))
     try:
         return importlib.import_module(f"vla0.sim.{env}")
     except ImportError as error:
-        raise InputError(f"the packages of {env}", str(error), f"pip install 'vla0[{ENVS[env]}]'") from None
+        raise InputError(
+            f"the packages of {env}", str(error), f"pip install 'vla0[{ENVS[env]}]'"
+        ) from None
 
 
 def renderer(model: Any, height: int, width: int) -> Any:
@@ -37,7 +43,9 @@ def renderer(model: Any, height: int, width: int) -> Any:
         return mujoco.Renderer(model, height, width)
     except (mujoco.FatalError, RuntimeError, AttributeError) as error:
         remedy = "set MUJOCO_GL=egl before mujoco is imported, and see `make rendering`"
-        raise InputError("OpenGL to draw with", f"{error} (MUJOCO_GL={os.environ.get('MUJOCO_GL')})", remedy) from error
+        raise InputError(
+            "OpenGL to draw with", f"{error} (MUJOCO_GL={os.environ.get('MUJOCO_GL')})", remedy
+        ) from error
 
 
 def make(
@@ -49,7 +57,10 @@ def make(
     fps: float = 80.0,
     quick: bool = False,
 ) -> Env:
-    """The Env of a task. None: as the simulator has it. start and fps are Meta-World's, quick is LIBERO's."""
+    """The Env of a task. None: as the simulator has it.
+
+    start and fps are Meta-World's, quick is LIBERO's.
+    """
     module = simulator(env)
     size = image_size or module.IMAGE_SIZE
     if env == "libero":
@@ -59,19 +70,33 @@ def make(
     return module.MetaWorldEnv(task, size, max_steps or module.STEPS, start, fps)
 
 
-def named(env: str, tasks: Sequence[str] | None, suite: str | None, assets: Path | None) -> tuple[str, ...]:
-    """The tasks asked for, by name or by suite. The folder of LIBERO's meshes goes to the environment, for all processes."""
+def named(
+    env: str, tasks: Sequence[str] | None, suite: str | None, assets: Path | None
+) -> tuple[str, ...]:
+    """The tasks asked for, by name or by suite.
+
+    The folder of LIBERO's meshes goes to the environment, for all processes.
+    """
     module = simulator(env)
     if env == "libero":
         if assets is not None:
             os.environ[module.ASSETS] = str(assets.resolve())
         module.assets()  # nothing is started without them
-        found = (*(module.task_named(task) for task in tasks or ()), *(module.tasks(suite) if suite else ()))
+        found = (
+            *(module.task_named(task) for task in tasks or ()),
+            *(module.tasks(suite) if suite else ()),
+        )
     elif suite or assets:
         raise InputError("suite and assets with --env libero", f"--env {env}", "leave them away")
     else:
         found = tuple(tasks or ())
     if not found:
-        example = {"metaworld": "--task drawer-close-v3", "libero": "--suite object", "arm": "--task touch-cube"}[env]
-        raise InputError("--task or --suite (LIBERO's)", "neither", f"name what to do, e.g. {example}")
+        example = {
+            "metaworld": "--task drawer-close-v3",
+            "libero": "--suite object",
+            "arm": "--task touch-cube",
+        }[env]
+        raise InputError(
+            "--task or --suite (LIBERO's)", "neither", f"name what to do, e.g. {example}"
+        )
     return tuple(dict.fromkeys(found))

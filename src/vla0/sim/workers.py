@@ -38,7 +38,8 @@ class RolloutConfig:
     """How episodes are rolled out, in whichever process."""
 
     make_env: Callable[[str], Env]  # picklable: it runs in the processes
-    acting: tuple[Any, ...]  # chunk_size, n_action_steps, ensemble, its k and what wraps, as ChunkPolicy takes them
+    # chunk_size, n_action_steps, ensemble, its k and what wraps, as ChunkPolicy takes them
+    acting: tuple[Any, ...]
     keep: int  # worlds that a process holds
     render: bool = False  # film every step, not only those that the policy looks at
 
@@ -49,7 +50,9 @@ class WorkerPool:
     policies: by name. out: folder for the episodes' videos and actions. count: processes.
     """
 
-    def __init__(self, policies: Mapping[str, Predict], rollout: RolloutConfig, out: Path, count: int):
+    def __init__(
+        self, policies: Mapping[str, Predict], rollout: RolloutConfig, out: Path, count: int
+    ):
         self.policies, self.rollout, self.out, self.count = policies, rollout, out, count
         self.members: dict[Connection, Any] = {}  # pipe → process
         self.busy: dict[Connection, tuple] = {}  # pipe → (job, time of its last word)
@@ -57,7 +60,9 @@ class WorkerPool:
         self.attempts: dict[tuple, int] = {}
 
     def run(self, jobs: deque[Job], record: Callable[[dict[str, Any]], None]) -> None:
-        """Works through the jobs. record gets a line for each episode that ends and for each attempt that crashed.
+        """Works through the jobs.
+
+        record gets a line for each episode that ends and for each attempt that crashed.
 
         Raises what the policy raises, and the InputError of a world that cannot be made.
         """
@@ -100,14 +105,20 @@ class WorkerPool:
         try:
             kind, content = pipe.recv()
         except (EOFError, OSError):
-            self._lost(pipe, f"the simulator's process died (exit code {self.members[pipe].exitcode})", jobs, record)
+            self._lost(
+                pipe,
+                f"the simulator's process died (exit code {self.members[pipe].exitcode})",
+                jobs,
+                record,
+            )
             return
         self.busy[pipe] = (job, time.monotonic())
         if kind == "asks":
             self.asking[pipe] = content
             return
         del self.busy[pipe]
-        if kind == "refused":  # our caller's mistake (an unknown task, a missing package), the same at every attempt
+        # our caller's mistake (an unknown task, a missing package), the same at every attempt
+        if kind == "refused":
             raise content
         record(content)
         if content["error"] is not None:
@@ -119,12 +130,17 @@ class WorkerPool:
         for name, predict in self.policies.items():
             pipes = [pipe for pipe in asking if self.busy[pipe][0][0] == name]
             if pipes:
-                for pipe, chunk in zip(pipes, predict([asking[pipe] for pipe in pipes]), strict=True):
+                for pipe, chunk in zip(
+                    pipes, predict([asking[pipe] for pipe in pipes]), strict=True
+                ):
                     try:
                         pipe.send(chunk)
-                        self.busy[pipe] = (self.busy[pipe][0], time.monotonic())  # decoding may have taken its time
+                        # decoding may have taken its time
+                        self.busy[pipe] = (self.busy[pipe][0], time.monotonic())
                     except OSError:
-                        logger.debug("a process died while its chunk was decoded; `wait` reports it")
+                        logger.debug(
+                            "a process died while its chunk was decoded; `wait` reports it"
+                        )
 
     def _drop_silent(self, jobs, record) -> None:
         now = time.monotonic()
@@ -133,7 +149,9 @@ class WorkerPool:
                 self.members[pipe].kill()
                 self._lost(pipe, f"the simulator said nothing for {SILENT_S:.0f} s", jobs, record)
 
-    def _lost(self, pipe: Connection, error: str, jobs: deque, record: Callable[[dict], None]) -> None:
+    def _lost(
+        self, pipe: Connection, error: str, jobs: deque, record: Callable[[dict], None]
+    ) -> None:
         job, _ = self.busy.pop(pipe)
         self.asking.pop(pipe, None)
         self.members.pop(pipe).join(timeout=5)
@@ -155,7 +173,9 @@ class _AloneError(BaseException):  # no Exception: it is not the simulator's
 
 
 def work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
-    """A process's life: episodes in environments of its own, chunks from the parent; it ends when the parent does."""
+    """A process's life: episodes in environments of its own, chunks from the parent; it ends when
+    the parent does.
+    """
     with suppress(_AloneError, KeyboardInterrupt):
         _work(pipe, rollout, out)
 
@@ -191,7 +211,8 @@ def _work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
             tell("ends", episode(job, envs[task], policy, out, rollout.render))
         except InputError as error:
             tell("refused", error)
-        except Exception as error:  # whatever a simulator raises is a line of its own, never a failure of the policy
+        except Exception as error:
+            # whatever a simulator raises is a line of its own, never a failure of the policy
             envs.pop(task, None)
             logger.debug("%s", traceback.format_exc())
             tell("ends", _line(job, error=f"{type(error).__name__}: {error}"))
@@ -217,9 +238,20 @@ def episode(job: Job, env: Env, policy: ChunkPolicy, out: Path, render: bool) ->
     return _line(job, success=played.success, steps=played.steps, seconds=seconds, video=video)
 
 
-def _line(job: tuple, success=None, steps=None, seconds=None, video=None, error=None) -> dict[str, Any]:
+def _line(
+    job: tuple, success=None, steps=None, seconds=None, video=None, error=None
+) -> dict[str, Any]:
     name, task, seed = job
-    return dict(policy=name, task=task, seed=seed, success=success, steps=steps, seconds=seconds, video=video, error=error)
+    return dict(
+        policy=name,
+        task=task,
+        seed=seed,
+        success=success,
+        steps=steps,
+        seconds=seconds,
+        video=video,
+        error=error,
+    )
 
 
 def write_video(file: Path, frames: Sequence[Mapping[str, np.ndarray]], fps: float) -> None:
@@ -228,7 +260,8 @@ def write_video(file: Path, frames: Sequence[Mapping[str, np.ndarray]], fps: flo
 
     every = max(1, math.ceil(fps / 40))
     rate = Fraction(fps / every).limit_denominator(100)
-    # A process whose parent was killed may film on, while one of the next evaluation films the same episode.
+    # A process whose parent was killed may film on, while one of the next evaluation films the same
+    # episode.
     with set_aside(file) as partial, av.open(str(partial), "w") as container:
         stream: Any = None
         for images in frames[::every]:
@@ -238,7 +271,11 @@ def write_video(file: Path, frames: Sequence[Mapping[str, np.ndarray]], fps: flo
                 stream = container.add_stream("libx264", rate=rate, options={"crf": "20"})
                 stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
                 stream.codec_context.thread_count = 1
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+            container.mux(
+                stream.encode(
+                    av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                )
+            )
         container.mux(stream.encode())
 
 

@@ -1,4 +1,7 @@
-"""A config: what it may say, and how it is read. Unknown keys are errors that name the nearest known one."""
+"""A config: what it may say, and how it is read.
+
+Unknown keys are errors that name the nearest known one.
+"""
 
 import dataclasses
 import types
@@ -18,24 +21,31 @@ from vla0.data.lerobot import DataConfig
 from vla0.errors import InputError, refuse_idle, refuse_unknown
 from vla0.train.published_config import ours
 
-LOOKS = ("image_size", "crop", "tile", "history", "vision_id", "system")  # fields of Spec that a config gives by their names
+# fields of Spec that a config gives by their names
+LOOKS = ("image_size", "crop", "tile", "history", "vision_id", "system")
 UNITS = ("steps", "epochs")
 PLAIN = (int, float, str, bool, types.NoneType)
 
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA (arXiv 2106.09685) of all linear layers: each weight learns the product of two thin matrices."""
+    """LoRA (arXiv 2106.09685) of all linear layers: each weight learns the product of two thin
+    matrices.
+    """
 
     rank: int = 0  # 0: all weights are trained
     alpha: float | None = None  # the product counts alpha / rank times; None: twice the rank
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of the layers' inputs that training drops
 
     def __post_init__(self):
         if self.rank < 0:
-            raise InputError("rank >= 0", f"{self.rank}", "0 trains all weights; 16 to 64 are usual")
+            raise InputError(
+                "rank >= 0", f"{self.rank}", "0 trains all weights; 16 to 64 are usual"
+            )
         if not self.rank:
-            refuse_idle({"lora.alpha": self.alpha, "lora.dropout": self.dropout or None}, "lora.rank")
+            refuse_idle(
+                {"lora.alpha": self.alpha, "lora.dropout": self.dropout or None}, "lora.rank"
+            )
         if self.alpha is not None and not self.alpha > 0:
             raise InputError("alpha > 0", f"{self.alpha}", "leave it out for twice the rank")
         if not 0 <= self.dropout < 1:
@@ -48,15 +58,23 @@ class ModelConfig:
 
     name: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # Hub id, folder, or "tiny"
     freeze_vision_encoder: bool = False  # the vision tower stays as it is
-    lora: Lora = field(default_factory=Lora)
-    quantization: str | None = None  # "nf4": the language model's frozen weights in 4 bits (QLoRA, arXiv 2305.14314)
-    tiny: Mapping[str, Any] = field(default_factory=dict)  # arguments of vla0.checkpoint.tiny.tiny_model
+    lora: Lora = field(default_factory=Lora)  # few weights to train beside frozen ones
+    # "nf4": the language model's frozen weights in 4 bits (QLoRA, arXiv 2305.14314)
+    quantization: str | None = None
+    # arguments of vla0.checkpoint.tiny.tiny_model
+    tiny: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.quantization not in (None, "nf4"):
-            raise InputError("model.quantization: nf4 or null", f"'{self.quantization}'", "choose one of those")
+            raise InputError(
+                "model.quantization: nf4 or null", f"'{self.quantization}'", "choose one of those"
+            )
         if self.quantization and not self.lora.rank:
-            raise InputError("model.lora.rank with model.quantization", "0", "weights of 4 bits cannot learn: rank 64 is usual")
+            raise InputError(
+                "model.lora.rank with model.quantization",
+                "0",
+                "weights of 4 bits cannot learn: rank 64 is usual",
+            )
 
 
 @dataclass(frozen=True)
@@ -65,28 +83,35 @@ class ActionConfig:
 
     chunk_size: int = Spec.chunk_size  # H, steps that a chunk predicts
     action_bins: int = Spec.bins  # levels are 0..action_bins inclusive
-    ensemble_k: int | None = None  # the newest chunks that acting averages; None: all that reach the instant
+    # the newest chunks that acting averages; None: all that reach the instant
+    ensemble_k: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long, how fast, with what. Defaults are the published ones for one GPU where there is one."""
+    """How long, how fast, with what.
+
+    Defaults are the published ones for one GPU where there is one.
+    """
 
     num_steps: int | None = None  # or
     num_epochs: float | None = None  # over the rows that are trained on
     batch_size: int = 8  # per device
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = 1  # batches before a step
     learning_rate: float = 5e-6  # never scaled by the batch
-    lr_scheduler: str = "constant"  # a name of transformers' schedulers; constant takes a warm-up too
+    # a name of transformers' schedulers; constant takes a warm-up too
+    lr_scheduler: str = "constant"
     warmup_ratio: float = 0.0  # share of the steps
-    weight_decay: float = 1e-10
+    weight_decay: float = 1e-10  # of AdamW
     max_grad_norm: float = 0.0  # 0 leaves the gradient alone
-    optimizer: str = "adamw_torch_fused"  # a name of transformers' optimisers; adamw_8bit needs bitsandbytes
+    # a name of transformers' optimisers; adamw_8bit needs bitsandbytes
+    optimizer: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False  # less memory, more time
-    liger: bool = False  # Liger's fused norms and SwiGLU, on GPUs; the loss is computed in parts anyway
+    # Liger's fused norms and SwiGLU, on GPUs; the loss is computed in parts anyway
+    liger: bool = False
     shard: bool = False  # over the processes of torchrun or accelerate: FSDP2
     precision: str = "bf16"  # or "fp32"; fp16 diverges
-    seed: int = 0
+    seed: int = 0  # of the order of rows, augmentation and LoRA's first weights
 
     def __post_init__(self):
         if (self.num_steps is None) == (self.num_epochs is None):
@@ -95,22 +120,34 @@ class TrainingConfig:
         for name in ("num_steps", "num_epochs", "batch_size", "gradient_accumulation_steps"):
             _positive(name, getattr(self, name))
         if not self.learning_rate > 0:
-            raise InputError("learning_rate > 0", f"{self.learning_rate}", "5e-6 is the published one")
+            raise InputError(
+                "learning_rate > 0", f"{self.learning_rate}", "5e-6 is the published one"
+            )
         if not 0 <= self.warmup_ratio <= 1:
-            raise InputError("warmup_ratio in 0..1", f"{self.warmup_ratio}", "it is a share of the steps")
+            raise InputError(
+                "warmup_ratio in 0..1", f"{self.warmup_ratio}", "it is a share of the steps"
+            )
         if self.precision not in ("bf16", "fp32"):
-            raise InputError("precision: bf16 or fp32", f"'{self.precision}'", "fp16 was found to diverge: use bf16")
+            raise InputError(
+                "precision: bf16 or fp32",
+                f"'{self.precision}'",
+                "fp16 was found to diverge: use bf16",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where things go, and how often. Every N epochs, or every N steps; TensorBoard is always written."""
+    """Where things go, and how often.
+
+    Every N epochs, or every N steps; TensorBoard is always written.
+    """
 
     output_dir: str  # folder of the run: checkpoints, last, best, TensorBoard
-    log_every_n_steps: int = 20
+    log_every_n_steps: int = 20  # to TensorBoard
     save_every_n_steps: int | None = None  # steps that a killed run loses at most
     save_every_n_epochs: float | None = None  # neither: every 500 steps
-    eval_every_n_steps: int | None = None  # held-out episodes, and the simulator where the config names one
+    # held-out episodes, and the simulator where the config names one
+    eval_every_n_steps: int | None = None
     eval_every_n_epochs: float | None = None  # neither: at each save
     keep_last: int = 1  # checkpoints, beside `best`
     wandb: bool | str = False  # true, or the name of a project
@@ -125,7 +162,9 @@ class LoggingConfig:
             _positive(name, getattr(self, name))
         for what in ("save", "eval"):
             if None not in (every := [getattr(self, f"{what}_every_n_{unit}") for unit in UNITS]):
-                raise InputError(f"{what}_every_n_steps or {what}_every_n_epochs", f"{every}", "give one of them")
+                raise InputError(
+                    f"{what}_every_n_steps or {what}_every_n_epochs", f"{every}", "give one of them"
+                )
 
     def steps(self, what: str, per_epoch: float, default: int) -> int:
         """Steps between two saves or evaluations ("save", "eval"); per_epoch: steps of an epoch."""
@@ -142,28 +181,43 @@ class TrainConfig:
     logging: LoggingConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     action: ActionConfig = field(default_factory=ActionConfig)
-    spec: Mapping[str, Any] = field(default_factory=dict)  # further fields of Spec: how pictures and the system text look
+    # further fields of Spec: how pictures and the system text look
+    spec: Mapping[str, Any] = field(default_factory=dict)
     augmentation: Augmentation = field(default_factory=Augmentation)
-    simulator: Mapping[str, Any] | None = None  # an evaluation (vla0.sim.evaluate.EvalConfig), tried with the held-out episodes
+    # an evaluation (vla0.sim.evaluate.EvalConfig), tried with the held-out episodes
+    simulator: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         refuse_unknown(self.spec, LOOKS, "spec")
         if not self.data.mixture:
-            refuse_idle({"data.weight": self.data.weight if self.data.weight != 1 else None}, "data.mixture")
+            refuse_idle(
+                {"data.weight": self.data.weight if self.data.weight != 1 else None}, "data.mixture"
+            )
         if self.training.shard and self.model.lora.rank:
-            raise InputError("training.shard or model.lora", "both", "LoRA of a 3B or 7B model fits one GPU: leave shard out")
+            raise InputError(
+                "training.shard or model.lora",
+                "both",
+                "LoRA of a 3B or 7B model fits one GPU: leave shard out",
+            )
 
 
 def read_config(cls: type, file: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """A config of a YAML file with `key=value` overrides (dots go deeper). Raises InputError for an unknown key.
+    """A config of a YAML file with `key=value` overrides (dots go deeper).
+
+    Raises InputError for an unknown key.
 
     The file may have the spelling of the method's public write-up (vla0.train.published_config).
     """
     return build(cls, read_yaml(file, overrides, ours), str(file))
 
 
-def read_yaml(file: str | Path, overrides: Sequence[str] = (), change: Callable[[Any], Any] = lambda content: content) -> Any:
-    """What a YAML file says, with `key=value` overrides; a mapping that is given whole replaces the file's.
+def read_yaml(
+    file: str | Path,
+    overrides: Sequence[str] = (),
+    change: Callable[[Any], Any] = lambda content: content,
+) -> Any:
+    """What a YAML file says, with `key=value` overrides; a mapping that is given whole replaces the
+    file's.
 
     change: what is done to the file's content, before the overrides.
     Raises InputError where it is none.
@@ -176,24 +230,38 @@ def read_yaml(file: str | Path, overrides: Sequence[str] = (), change: Callable[
                 raise InputError("key=value", f"'{word}'", "e.g. training.num_steps=500")
             value = OmegaConf.select(OmegaConf.from_dotlist([word]), key)
             section, dot, deeper = key.partition(".")
-            OmegaConf.update(merged, section.lower() + dot + deeper, value, merge=False, force_add=True)
+            OmegaConf.update(
+                merged, section.lower() + dot + deeper, value, merge=False, force_add=True
+            )
         return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OSError as error:
         reason = "which is not there" if isinstance(error, FileNotFoundError) else error.strerror
-        raise InputError("a YAML file", f"'{file}', {reason}", "name another; configs are in configs/") from None
+        raise InputError(
+            "a YAML file", f"'{file}', {reason}", "name another; configs are in configs/"
+        ) from None
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise InputError(f"YAML in '{file}' and key=value", str(error).splitlines()[0], "correct it") from None
+        raise InputError(
+            f"YAML in '{file}' and key=value", str(error).splitlines()[0], "correct it"
+        ) from None
 
 
 def build(cls: type, content: Any, where: str) -> Any:
-    """A frozen dataclass of a mapping, dataclasses inside it too. Raises InputError for what does not fit."""
+    """A frozen dataclass of a mapping, dataclasses inside it too.
+
+    Raises InputError for what does not fit.
+    """
     if not isinstance(content, Mapping):
         raise InputError(f"a mapping in {where}", f"{content!r}", f"give keys of {cls.__name__}")
     kinds = typing.get_type_hints(cls)
     deeper = {f.name: f"{name}.{f.name}" for name, kind in kinds.items() for f in _fields(kind)}
     for key in map(str, content):
         if key not in kinds:
-            refuse_unknown([key], kinds, where, {name: full for name, full in deeper.items() if name not in kinds})
+            refuse_unknown(
+                [key],
+                kinds,
+                where,
+                {name: full for name, full in deeper.items() if name not in kinds},
+            )
     values = {}
     for key, value in content.items():
         kind = kinds[key]
@@ -203,10 +271,16 @@ def build(cls: type, content: Any, where: str) -> Any:
         elif float in choices and type(value) is int:
             value = float(value)
         elif all(choice in PLAIN for choice in choices) and type(value) not in choices:
-            names = " or ".join("null" if choice is types.NoneType else choice.__name__ for choice in choices)
+            names = " or ".join(
+                "null" if choice is types.NoneType else choice.__name__ for choice in choices
+            )
             raise InputError(f"{key} as {names} in {where}", f"{value!r}", "correct the config")
         values[key] = value
-    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    needed = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is f.default_factory is dataclasses.MISSING
+    ]
     for name in needed:
         if name not in values:
             raise InputError(f"'{name}' in {where}", "nothing", f"add {name}: {kinds[name]}")

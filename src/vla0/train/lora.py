@@ -11,13 +11,20 @@ VISION = r".*visual\.blocks\..*\.(attn\.qkv|attn\.proj|gate_proj|up_proj|down_pr
 
 
 def adapted(model: Any, lora: Lora, freeze_vision: bool) -> Any:
-    """The model, ready to train what a config lets change; in peft's wrapping where that is LoRA."""
+    """The model, ready to train what a config lets change; in peft's wrapping where that is
+    LoRA.
+    """
     if lora.rank:
         from peft import LoraConfig, get_peft_model
 
         layers = LANGUAGE if freeze_vision else f"({LANGUAGE})|({VISION})"
-        settings: dict[str, Any] = {"lora_alpha": 2 * lora.rank if lora.alpha is None else lora.alpha}
-        return get_peft_model(model, LoraConfig(r=lora.rank, lora_dropout=lora.dropout, target_modules=layers, **settings))
+        settings: dict[str, Any] = {
+            "lora_alpha": 2 * lora.rank if lora.alpha is None else lora.alpha
+        }
+        return get_peft_model(
+            model,
+            LoraConfig(r=lora.rank, lora_dropout=lora.dropout, target_modules=layers, **settings),
+        )
     if freeze_vision:
         model.model.visual.requires_grad_(False)
     return model
@@ -30,10 +37,12 @@ def plain(model: Any) -> Any:
 
 @torch.no_grad()
 def merged(model: Any) -> dict[str, torch.Tensor] | None:
-    """The weights of an ordinary model that does what an adapted one does; None where there is no LoRA to merge.
+    """The weights of an ordinary model that does what an adapted one does; None where there is no
+    LoRA to merge.
 
-    The model is not touched: taking a product off again would leave other weights than before. Weights of 4 bits are
-    those that the products were learned beside, not the ones that they were made of.
+    The model is not touched: taking a product off again would leave other weights than before.
+    Weights of 4 bits are those that the products were learned beside, not the ones that they were
+    made of.
     """
     if (base := plain(model)) is model:
         return None

@@ -1,4 +1,6 @@
-"""How a training went, as one picture: loss, share of right tokens, and what was measured on the way."""
+"""How a training went, as one picture: loss, share of right tokens, and what was measured on the
+way.
+"""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -10,13 +12,24 @@ from vla0.files import write_whole
 BLUE, GREY = "#3b6fd4", "#9aa5b8"
 
 
-def chart(losses: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Draws a PNG. losses: lines of the log, with step and loss; metrics: lines of metrics.jsonl, "step-N" and numbers."""
+def chart(
+    losses: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], file: Path
+) -> None:
+    """Draws a PNG.
+
+    losses: lines of the log, with step and loss; metrics: lines of metrics.jsonl, "step-N" and
+    numbers.
+    """
     from matplotlib.figure import Figure
 
     measured = [m for m in metrics if len(m) > 1]
     errors = sorted({name for m in measured for name in m if "error/" in name})
-    panels = 1 + any("token_accuracy" in line for line in losses) + bool(errors) + any("success" in m for m in measured)
+    panels = (
+        1
+        + any("token_accuracy" in line for line in losses)
+        + bool(errors)
+        + any("success" in m for m in measured)
+    )
     figure = Figure(figsize=(4.2 * panels, 3.2), layout="constrained")
     axes = iter(figure.subplots(1, panels, squeeze=False)[0])
 
@@ -44,9 +57,14 @@ def chart(losses: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, An
     if any("token_accuracy" in line for line in losses):
         panel("share of right tokens", ("", losses, "token_accuracy", {"color": BLUE}))
     if errors:
-        panel("held-out error, dataset's units", *((name.replace("error/", ""), measured, name, dots) for name in errors))
+        panel(
+            "held-out error, dataset's units",
+            *((name.replace("error/", ""), measured, name, dots) for name in errors),
+        )
     if any("success" in m for m in measured):
-        panel("success in the simulator", ("", measured, "success", {"color": BLUE, **dots})).set_ylim(0, 1.05)
+        panel(
+            "success in the simulator", ("", measured, "success", {"color": BLUE, **dots})
+        ).set_ylim(0, 1.05)
     held = BytesIO()
     figure.savefig(held, dpi=100)
     write_whole(file, held.getvalue())

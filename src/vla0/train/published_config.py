@@ -1,4 +1,6 @@
-"""A config in the spelling of the method's public write-up → ours: sections in capitals, DATALOADER, fp16."""
+"""A config in the spelling of the method's public write-up → ours: sections in capitals,
+DATALOADER, fp16.
+"""
 
 import logging
 import re
@@ -10,14 +12,20 @@ from vla0.errors import InputError
 logger = logging.getLogger(__name__)
 
 SECTIONS = {"dataloader": "data", "dataset": "data"}  # theirs → ours
-PLACES = ("dataset_path", "data_path", "dataset_dir", "data_dir", "path", "root", "repo_id")  # of the data, in ROBOVERSE
-OWN = ("dataset", "cameras", "action", "state", "num_workers", "revision")  # of ours that may stand in ROBOVERSE
-OPTION = re.compile(r"([A-Z]+\.\w+):(.*?)(?=:[A-Z]+\.\w+:|$)")  # one of cfg_opts, "IMAGE.crop_img:0.875:IMAGE.img_size:224"
-MEANT: dict[str, tuple[str, str, Any]] = {  # an option of cfg_opts → section and key of ours, and its kind
-    "IMAGE.crop_img": ("spec", "crop", float), "IMAGE.img_size": ("spec", "image_size", int),
-    "LEROBOT.repo_id": ("data", "dataset", str), "LEROBOT.action_key": ("data", "action", str),
+# of the data, in ROBOVERSE
+PLACES = ("dataset_path", "data_path", "dataset_dir", "data_dir", "path", "root", "repo_id")
+# of ours that may stand in ROBOVERSE
+OWN = ("dataset", "cameras", "action", "state", "num_workers", "revision")
+# one of cfg_opts, "IMAGE.crop_img:0.875:IMAGE.img_size:224"
+OPTION = re.compile(r"([A-Z]+\.\w+):(.*?)(?=:[A-Z]+\.\w+:|$)")
+# an option of cfg_opts → section and key of ours, and its kind
+MEANT: dict[str, tuple[str, str, Any]] = {
+    "IMAGE.crop_img": ("spec", "crop", float),
+    "IMAGE.img_size": ("spec", "image_size", int),
+    "LEROBOT.repo_id": ("data", "dataset", str),
+    "LEROBOT.action_key": ("data", "action", str),
     "LEROBOT.state_key": ("data", "state", str),
-}  # fmt: skip
+}
 
 
 def ours(content: Any) -> Any:
@@ -32,10 +40,17 @@ def ours(content: Any) -> Any:
         lower = str(name).lower()
         own = SECTIONS.get(lower, lower)
         if isinstance(section, Mapping):
-            section = {str(key).lower() if str(key).isupper() else key: value for key, value in section.items()}
+            section = {
+                str(key).lower() if str(key).isupper() else key: value
+                for key, value in section.items()
+            }
             before = found.get(own, {})
             if twice := [key for key in section if key in before and before[key] != section[key]]:
-                raise InputError(f"one value of {own}.{twice[0]}", f"{before[twice[0]]} and {section[twice[0]]}", "remove one")
+                raise InputError(
+                    f"one value of {own}.{twice[0]}",
+                    f"{before[twice[0]]} and {section[twice[0]]}",
+                    "remove one",
+                )
             section = {**before, **section}
         found[own] = section
     for translate in (_data, _precision):
@@ -60,7 +75,9 @@ def _data(found: dict[str, Any]) -> None:
         elif key == "cfg_opts":
             _options(found, name, str(value))
         else:
-            logger.warning("%s has no meaning here: its data are a LeRobot dataset, data.dataset", name)
+            logger.warning(
+                "%s has no meaning here: its data are a LeRobot dataset, data.dataset", name
+            )
 
 
 def _options(found: dict[str, Any], name: str, options: str) -> None:
@@ -72,7 +89,9 @@ def _options(found: dict[str, Any], name: str, options: str) -> None:
         try:
             found.setdefault(section, {}).setdefault(key, kind(value))
         except ValueError:
-            raise InputError(f"{option} as {kind.__name__} in {name}", f"'{value}'", "correct it") from None
+            raise InputError(
+                f"{option} as {kind.__name__} in {name}", f"'{value}'", "correct it"
+            ) from None
         logger.info("%s: %s is taken for %s.%s", name, option, section, key)
 
 
@@ -83,7 +102,10 @@ def _precision(found: dict[str, Any]) -> None:
         return
     half, brain = training.pop("fp16", None), training.pop("bf16", None)
     if half:
-        logger.warning("training.fp16 is taken as mixed precision, in bf16: with fp16 the method was found to diverge")
+        logger.warning(
+            "training.fp16 is taken as mixed precision, in bf16: with fp16 the method was found "
+            "to diverge"
+        )
     if half or brain:
         training.setdefault("precision", "bf16")
     elif half is False or brain is False:

@@ -1,4 +1,6 @@
-"""Whether, and from where, a run goes on: with the config and the data that it began with, and a state that is whole."""
+"""Whether, and from where, a run goes on: with the config and the data that it began with, and a
+state that is whole.
+"""
 
 import dataclasses
 import json
@@ -13,7 +15,10 @@ from vla0.train.config import TrainConfig
 
 FREE = ("logging.", "data.num_workers")  # keys of a config that may change when a run goes on
 DATA = "data that was read"  # key of train_config.json: what it held when the run began
-DAMAGED = "it is damaged: bring it back, or begin anew in another output_dir, from its weights: model.name=RUN/last"
+DAMAGED = (
+    "it is damaged: bring it back, or begin anew in another output_dir, from its weights: "
+    "model.name=RUN/last"
+)
 
 
 def recorded(config: TrainConfig, processes: int) -> dict[str, Any]:
@@ -24,29 +29,41 @@ def recorded(config: TrainConfig, processes: int) -> dict[str, Any]:
 
 
 def resumable(config: TrainConfig, output: Path, processes: int) -> Path | None:
-    """The Trainer's folder to go on from; None for a new run. Raises InputError where another config ran there."""
+    """The Trainer's folder to go on from; None for a new run.
+
+    Raises InputError where another config ran there.
+    """
     last, file = output / "last", output / "train_config.json"
     if last.is_symlink() and not last.exists():
         got = f"'{last.readlink()}', which is not there"
-        raise InputError(f"the checkpoint that '{last}' names", got, "bring it back, or choose another output_dir")
+        raise InputError(
+            f"the checkpoint that '{last}' names",
+            got,
+            "bring it back, or choose another output_dir",
+        )
     if not last.exists():
         return None
     if not file.exists() and (output / "recipe.json").exists():
         remedy = f"choose another output_dir; model.name={last} begins with its weights"
         raise InputError(
-            f"a run that this version of vla0 began in '{output}'", "one of an earlier version (recipe.json)", remedy
+            f"a run that this version of vla0 began in '{output}'",
+            "one of an earlier version (recipe.json)",
+            remedy,
         )
     before = _flat({key: value for key, value in _read(file).items() if key != DATA})
     now = _flat(recorded(config, processes))
     for key in {**now, **before}:
         if before.get(key) != now.get(key) and not key.startswith(FREE):
             raise InputError(
-                f"the config of '{output}' to go on with", f"{key}: {now.get(key)} instead of {before.get(key)}",
+                f"the config of '{output}' to go on with",
+                f"{key}: {now.get(key)} instead of {before.get(key)}",
                 "choose another output_dir, or remove that folder",
-            )  # fmt: skip
+            )
     state = output / "state" / f"checkpoint-{int(last.resolve().name.removeprefix('step-'))}"
     if not state.is_dir():
-        raise InputError(f"the training state of '{last}'", f"no '{state}'", "choose another output_dir")
+        raise InputError(
+            f"the training state of '{last}'", f"no '{state}'", "choose another output_dir"
+        )
     return state
 
 
@@ -55,13 +72,17 @@ def refuse_other_data(output: Path, sources: Mapping[str, Source]) -> None:
     before = _read(output / "train_config.json").get(DATA, {})  # none in runs of older versions
     for name, source in sources.items():
         now, own = json.loads(json.dumps(source.fingerprint())), source.config.dataset
-        for key, value in before.get(name, before.get(own, now)).items():  # of older versions by the dataset, not by its name
+        # of older versions by the dataset, not by its name
+        for key, value in before.get(name, before.get(own, now)).items():
             if now.get(key) != value:
                 remedy = (
-                    "bring that dataset back, or choose another output_dir (model.name=CHECKPOINT goes on from its weights)"
+                    "bring that dataset back, or choose another output_dir "
+                    "(model.name=CHECKPOINT goes on from its weights)"
                 )
                 raise InputError(
-                    f"the data that '{output}' began with", f"other {key} of '{own}': {now.get(key)}, were {value}", remedy
+                    f"the data that '{output}' began with",
+                    f"other {key} of '{own}': {now.get(key)}, were {value}",
+                    remedy,
                 )
 
 
@@ -73,7 +94,11 @@ def _flat(nested: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Keys with dots."""
     flat = {}
     for key, value in nested.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+        flat |= (
+            _flat(value, f"{above}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{above}{key}": value}
+        )
     return flat
 
 
@@ -82,5 +107,9 @@ def ended(state: Path) -> bool:
     content = read_json(state / "trainer_state.json", DAMAGED)
     step, most = content.get("global_step"), content.get("max_steps")
     if not (isinstance(step, int) and isinstance(most, int)):
-        raise InputError(f"global_step and max_steps in '{state / 'trainer_state.json'}'", f"{step} and {most}", DAMAGED)
+        raise InputError(
+            f"global_step and max_steps in '{state / 'trainer_state.json'}'",
+            f"{step} and {most}",
+            DAMAGED,
+        )
     return step >= most

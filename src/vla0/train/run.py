@@ -37,13 +37,19 @@ from vla0.train.trainer import VLA0Trainer, arguments
 logger = logging.getLogger(__name__)
 
 SEVERAL = "several GPUs, a process each, for training.shard"
-CUT = ("PytorchStreamReader", "unexpected EOF", "not a ZIP archive", "Invalid magic number")  # of a file that was cut off
-FULL = ("No space left", "PytorchStreamWriter failed", "Disk quota")  # how those who write say that a disk is full
+# of a file that was cut off
+CUT = ("PytorchStreamReader", "unexpected EOF", "not a ZIP archive", "Invalid magic number")
+# how those who write say that a disk is full
+FULL = ("No space left", "PytorchStreamWriter failed", "Disk quota")
 
 
 def main(config: TrainConfig, measure: Measure | None = None) -> Path:
-    """Trains, or goes on where the same config stopped; the folder `last`. measure: tries a checkpoint when it is due."""
-    alone = int(os.environ.get("RANK", 0)) == 0  # of several processes the first has the folder, for all of them
+    """Trains, or goes on where the same config stopped; the folder `last`.
+
+    measure: tries a checkpoint when it is due.
+    """
+    # of several processes the first has the folder, for all of them
+    alone = int(os.environ.get("RANK", 0)) == 0
     with held(Path(config.logging.output_dir), "training") if alone else nullcontext():
         return _run(config, measure)
 
@@ -65,17 +71,37 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
         refuse_other_data(output, sources)
     vlm, processor, specs = _start(config, sources, output / "last" if resume else None)
     parts = [Samples(source, specs[name], training.seed) for name, source in sources.items()]
-    samples = Mixture(parts, [s.config.weight for s in sources.values()], training.seed) if len(parts) > 1 else parts[0]
-    held_out = {name: Samples(s, specs[name], held_out=True) for name, s in sources.items() if s.config.held_out}
+    samples = (
+        Mixture(parts, [s.config.weight for s in sources.values()], training.seed)
+        if len(parts) > 1
+        else parts[0]
+    )
+    held_out = {
+        name: Samples(s, specs[name], held_out=True)
+        for name, s in sources.items()
+        if s.config.held_out
+    }
     vlm = adapted(vlm, config.model.lora, config.model.freeze_vision_encoder)
-    per_epoch = math.ceil(math.ceil(len(samples) / (training.batch_size * processes)) / training.gradient_accumulation_steps)
+    per_epoch = math.ceil(
+        math.ceil(len(samples) / (training.batch_size * processes))
+        / training.gradient_accumulation_steps
+    )
     steps = training.num_steps or math.ceil((training.num_epochs or 0) * per_epoch)
     output.mkdir(parents=True, exist_ok=True)
-    _announce(config, output, vlm, samples, dict(zip(sources, parts, strict=True)), steps, processes)
+    _announce(
+        config, output, vlm, samples, dict(zip(sources, parts, strict=True)), steps, processes
+    )
     checkpoints = CheckpointCallback(
-        output, processor, samples, specs, held_out, measure, config.logging.steps("eval", per_epoch, 0),
-        config.logging.keep_last, training.shard,
-    )  # fmt: skip
+        output,
+        processor,
+        samples,
+        specs,
+        held_out,
+        measure,
+        config.logging.steps("eval", per_epoch, 0),
+        config.logging.keep_last,
+        training.shard,
+    )
     prompts = [Prompt(spec, processor) for spec in specs.values()]
     trainer = VLA0Trainer(
         model=vlm, args=arguments(config, output, steps, per_epoch), train_dataset=samples,
@@ -95,12 +121,23 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
 
 
 def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
-    """Says what is about to be trained, writes the config down, and refuses a disk that is too full for it."""
-    trained, whole = (sum(p.numel() for p in vlm.parameters() if p.requires_grad or not only) for only in (True, False))
-    # The weights twice, while a new checkpoint is written beside the old; two moments of what is trained, in both.
-    needed = (1 + config.logging.keep_last) * (sum(p.numel() * p.element_size() for p in vlm.parameters()) + 8 * trained)
+    """Says what is about to be trained, writes the config down, and refuses a disk that is too full
+    for it.
+    """
+    trained, whole = (
+        sum(p.numel() for p in vlm.parameters() if p.requires_grad or not only)
+        for only in (True, False)
+    )
+    # The weights twice, while a new checkpoint is written beside the old; two moments of what is
+    # trained, in both.
+    needed = (1 + config.logging.keep_last) * (
+        sum(p.numel() * p.element_size() for p in vlm.parameters()) + 8 * trained
+    )
     if (free := shutil.disk_usage(output).free) < needed:
-        expected, got = f"{needed / 2**30:.2f} GiB free for checkpoints in '{output}'", f"{free / 2**30:.2f} GiB"
+        expected, got = (
+            f"{needed / 2**30:.2f} GiB free for checkpoints in '{output}'",
+            f"{free / 2**30:.2f} GiB",
+        )
         raise InputError(expected, got, "free some, or choose another logging.output_dir")
     if int(os.environ.get("RANK", 0)) != 0:
         return
@@ -110,19 +147,34 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
         if (clipped := part.outside()).any():
             text = "%s: %s of %d actions lie outside the bounds, by dimension, and are clipped"
             logger.warning(text, part.source.config.dataset, clipped.tolist(), len(part))
-    asked = [f"logging.eval_every_n_{unit}" for unit in UNITS if getattr(config.logging, f"eval_every_n_{unit}")]
-    if asked and not (config.simulator or any(part.source.config.held_out for part in parts.values())):
-        logger.warning("%s only saves: there is no data.held_out and no simulator to measure", asked[0])
+    asked = [
+        f"logging.eval_every_n_{unit}"
+        for unit in UNITS
+        if getattr(config.logging, f"eval_every_n_{unit}")
+    ]
+    if asked and not (
+        config.simulator or any(part.source.config.held_out for part in parts.values())
+    ):
+        logger.warning(
+            "%s only saves: there is no data.held_out and no simulator to measure", asked[0]
+        )
     if config.model.tiny and config.model.name != TINY:
         logger.warning("model.tiny changes nothing: the model is %s", config.model.name)
     training, written = config.training, recorded(config, processes)
     batch = written["global_batch"]
     logger.info("%.1f of %.1f million weights are trained", trained / 1e6, whole / 1e6)
     logger.info(
-        "%d steps of %d samples (%d a device, %d devices, %d parts): %.2f times the %d rows; learning rate %g, not scaled",
-        steps, batch, training.batch_size, processes, training.gradient_accumulation_steps, steps * batch / len(samples),
-        len(samples), training.learning_rate,
-    )  # fmt: skip
+        "%d steps of %d samples (%d a device, %d devices, %d parts): %.2f times the %d rows; "
+        "learning rate %g, not scaled",
+        steps,
+        batch,
+        training.batch_size,
+        processes,
+        training.gradient_accumulation_steps,
+        steps * batch / len(samples),
+        len(samples),
+        training.learning_rate,
+    )
     written[DATA] = {name: part.source.fingerprint() for name, part in parts.items()}
     write_whole(output / "train_config.json", json.dumps(written, indent=2) + "\n")
 
@@ -133,39 +185,73 @@ def _explained(config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        remedy = "halve training.batch_size and double training.gradient_accumulation_steps, which gives the same training; "
+        remedy = (
+            "halve training.batch_size and double training.gradient_accumulation_steps, "
+            "which gives the same training; "
+        )
         remedy += "training.gradient_checkpointing=true or model.lora.rank=64 take less too"
         got = str(error).splitlines()[0]
-        raise InputError(f"memory for training.batch_size={config.training.batch_size}", got, remedy) from error
+        raise InputError(
+            f"memory for training.batch_size={config.training.batch_size}", got, remedy
+        ) from error
     except (EOFError, pickle.UnpicklingError) as error:
-        raise InputError("a training state that is whole", f"{type(error).__name__}: {error}", DAMAGED) from error
+        raise InputError(
+            "a training state that is whole", f"{type(error).__name__}: {error}", DAMAGED
+        ) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if any(word in str(error) for word in CUT):
-            raise InputError("a training state that is whole", str(error).splitlines()[0][:200], DAMAGED) from error
-        if getattr(error, "errno", None) == errno.ENOSPC or any(word in str(error) for word in FULL):
+            raise InputError(
+                "a training state that is whole", str(error).splitlines()[0][:200], DAMAGED
+            ) from error
+        if getattr(error, "errno", None) == errno.ENOSPC or any(
+            word in str(error) for word in FULL
+        ):
             got = str(error).strip().splitlines()[-1][:200]
             remedy = "free some and give the same command again: the checkpoint before is whole"
-            raise InputError(f"room on the disk of '{config.logging.output_dir}'", got, remedy) from error
+            raise InputError(
+                f"room on the disk of '{config.logging.output_dir}'", got, remedy
+            ) from error
         raise
 
 
 def spec_of(config: TrainConfig, source: Source) -> Spec:
     """The Spec of a config and the data that it is trained on."""
     action = config.action
-    written: dict[str, Any] = {"chunk_size": action.chunk_size, "bins": action.action_bins, "ensemble_k": action.ensemble_k}
-    return Spec(base_model=config.model.name, **source.spec_fields(action.chunk_size), **written, **config.spec)
+    written: dict[str, Any] = {
+        "chunk_size": action.chunk_size,
+        "bins": action.action_bins,
+        "ensemble_k": action.ensemble_k,
+    }
+    return Spec(
+        base_model=config.model.name,
+        **source.spec_fields(action.chunk_size),
+        **written,
+        **config.spec,
+    )
 
 
-def _start(config: TrainConfig, sources: Mapping[str, Source], last: Path | None) -> tuple[Any, Any, dict[str, Spec]]:
-    """(model, processor, Specs) to train: of the run's own `last` where it goes on, else of the config."""
+def _start(
+    config: TrainConfig, sources: Mapping[str, Source], last: Path | None
+) -> tuple[Any, Any, dict[str, Spec]]:
+    """(model, processor, Specs) to train: of the run's own `last` where it goes on, else of the
+    config.
+    """
     lora = config.model.lora.rank > 0
     # Frozen weights learn nothing that bf16 would lose.
     dtype = torch.bfloat16 if lora and config.training.precision == "bf16" else torch.float32
-    specs = {name: spec_of(config, source) if last is None else Spec.load(last, name) for name, source in sources.items()}
-    if last is not None and not lora:  # the Trainer brings the adapters, and what they change is as it was
+    specs = {
+        name: spec_of(config, source) if last is None else Spec.load(last, name)
+        for name, source in sources.items()
+    }
+    # the Trainer brings the adapters, and what they change is as it was
+    if last is not None and not lora:
         return *models.load(last, "cpu", dtype), specs
     bits = config.model.quantization
-    device = "cpu" if bits is None or not torch.cuda.is_available() else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = (
+        "cpu"
+        if bits is None or not torch.cuda.is_available()
+        else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    )
     if config.model.name != TINY:
         return *models.load(locate(config.model.name), device, dtype, bits), specs
     model, processor = tiny_of(config, specs, sources)
@@ -176,10 +262,18 @@ def _start(config: TrainConfig, sources: Mapping[str, Source], last: Path | None
     return model, processor, specs
 
 
-def tiny_of(config: TrainConfig, specs: Mapping[str, Spec], sources: Mapping[str, Source]) -> tuple[Any, Any]:
-    """(model, processor) of a config whose model is "tiny"; the tokenizer learns the data's words."""
+def tiny_of(
+    config: TrainConfig, specs: Mapping[str, Spec], sources: Mapping[str, Source]
+) -> tuple[Any, Any]:
+    """(model, processor) of a config whose model is "tiny"; the tokenizer learns the data's
+    words.
+    """
     systems = dict.fromkeys(spec.system_text() for spec in specs.values())
-    words = [*systems, "State: ", *dict.fromkeys(task for source in sources.values() for task in source.tasks)]
+    words = [
+        *systems,
+        "State: ",
+        *dict.fromkeys(task for source in sources.values() for task in source.tasks),
+    ]
     processor = tiny_processor(words)
     known = ("width", "layers", "heads", "vision_width", "vision_layers", "vision_heads", "seed")
     refuse_unknown(config.model.tiny, known, "model.tiny")

@@ -1,4 +1,6 @@
-"""Plain next-token loss, on transformers' Trainer: logits where they are needed, and what a config asks of it."""
+"""Plain next-token loss, on transformers' Trainer: logits where they are needed, and what a config
+asks of it.
+"""
 
 import importlib.util
 from collections.abc import Mapping
@@ -35,17 +37,21 @@ class VLA0Trainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # Qwen2.5-VL says no, and then nobody counts a step's tokens; the count is used below, the model never sees it.
+        # Qwen2.5-VL says no, and then nobody counts a step's tokens; the count is used below, the
+        # model never sees it.
         self.model_accepts_loss_kwargs = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean cross-entropy over the step's labelled tokens; of held-out rows over each one's, then over rows."""
+        """Mean cross-entropy over the step's labelled tokens; of held-out rows over each one's,
+        then over rows.
+        """
         outputs, logits, targets = answered(model, inputs)
         if model.training:
             with torch.no_grad():
                 written = targets != IGNORE
                 self.right = self.right + ((logits.argmax(-1) == targets) & written).sum()
-                self.written = self.written + written.sum()  # on the device: nothing waits for it before the log
+                # on the device: nothing waits for it before the log
+                self.written = self.written + written.sum()
         each = summed(logits, targets)
         loss = each.sum()
         if not model.training:  # the same however rows are batched
@@ -61,7 +67,11 @@ class VLA0Trainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         """Rows as they come in an epoch."""
         processes = self.args.world_size
-        return Order(self.train_dataset, self.args.train_batch_size * processes if processes > 1 else 1, self.args.seed)
+        return Order(
+            self.train_dataset,
+            self.args.train_batch_size * processes if processes > 1 else 1,
+            self.args.seed,
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the share of tokens that the model would have written so, on this process."""
@@ -72,12 +82,18 @@ class VLA0Trainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Held-out rows without augmentation."""
-        loader = DataLoader(eval_dataset, self.args.eval_batch_size, collate_fn=self.held_out_collator)
+        loader = DataLoader(
+            eval_dataset, self.args.eval_batch_size, collate_fn=self.held_out_collator
+        )
         return self.accelerator.prepare(loader)
 
 
-def answered(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """(the model's output, logits (B, n, V), targets (B, n)) of a batch with labels: of its answers only."""
+def answered(
+    model: Any, inputs: Mapping[str, torch.Tensor]
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """(the model's output, logits (B, n, V), targets (B, n)) of a batch with labels: of its answers
+    only.
+    """
     inputs = dict(inputs)
     labels = inputs.pop("labels")
     # Rows end together (left padding), so the answers are the last `kept` columns.
@@ -89,55 +105,94 @@ def answered(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[Any, torch
 
 def summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """(B,): cross-entropy, summed over the labelled tokens of each row."""
-    # In fp32, a row at a time, and on the way back anew: of 150,000 words fp32 logits would take gigabytes.
-    rows: Any = [checkpoint(_summed, *pair, use_reentrant=False) for pair in zip(logits, targets, strict=True)]
+    # In fp32, a row at a time, and on the way back anew: of 150,000 words fp32 logits would take
+    # gigabytes.
+    rows: Any = [
+        checkpoint(_summed, *pair, use_reentrant=False)
+        for pair in zip(logits, targets, strict=True)
+    ]
     return torch.stack(rows)
 
 
 def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE, reduction="sum")
+    return torch.nn.functional.cross_entropy(
+        logits.float(), targets, ignore_index=IGNORE, reduction="sum"
+    )
 
 
 def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -> TrainingArguments:
     """What the Trainer is told of a config; per_epoch: steps of an epoch."""
     training, logging = config.training, config.logging
-    followers = {name: chosen for name in ("wandb", "trackio") if (chosen := getattr(logging, name))}
+    followers = {
+        name: chosen for name in ("wandb", "trackio") if (chosen := getattr(logging, name))
+    }
     for name in followers:
         if importlib.util.find_spec(name) is None:
-            raise InputError(f"{name}, for logging.{name}", "no such package", f"pip install {name}, or leave that out")
-    if training.liger and not (torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")):
+            raise InputError(
+                f"{name}, for logging.{name}",
+                "no such package",
+                f"pip install {name}, or leave that out",
+            )
+    if training.liger and not (
+        torch.cuda.is_available() and importlib.util.find_spec("liger_kernel")
+    ):
         got = "no such package" if torch.cuda.is_available() else "no GPU"
-        raise InputError("a GPU and liger-kernel, for training.liger", got, "pip install 'vla0[liger]', or leave that out")
+        raise InputError(
+            "a GPU and liger-kernel, for training.liger",
+            got,
+            "pip install 'vla0[liger]', or leave that out",
+        )
     projects = [chosen for chosen in followers.values() if isinstance(chosen, str)]
     schedule = training.lr_scheduler
-    if schedule == "constant" and training.warmup_ratio:  # transformers' own of that name passes over the warm-up in silence
+    # transformers' own of that name passes over the warm-up in silence
+    if schedule == "constant" and training.warmup_ratio:
         schedule = "constant_with_warmup"
     settings = dict(
-        output_dir=str(output / "state"), max_steps=steps,
-        per_device_train_batch_size=training.batch_size, per_device_eval_batch_size=training.batch_size,
+        output_dir=str(output / "state"),
+        max_steps=steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate, lr_scheduler_type=schedule,
-        warmup_steps=round(training.warmup_ratio * steps), weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm, optim=training.optimizer,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=round(training.warmup_ratio * steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim=training.optimizer,
         gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if training.gradient_checkpointing else None,
-        use_liger_kernel=training.liger, liger_kernel_config=LIGER,
-        bf16=training.precision == "bf16", seed=training.seed, dataloader_num_workers=config.data.num_workers,
-        logging_steps=logging.log_every_n_steps, save_steps=logging.steps("save", per_epoch, 500),
-        save_total_limit=None,  # the CheckpointCallback makes room: the Trainer goes by times of files, and removed what `last` stands on
-        remove_unused_columns=False, label_names=["labels"], prediction_loss_only=True,
-        report_to=list(followers) or "none", project=projects[0] if projects else "vla0", run_name=output.name,
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+        if training.gradient_checkpointing
+        else None,
+        use_liger_kernel=training.liger,
+        liger_kernel_config=LIGER,
+        bf16=training.precision == "bf16",
+        seed=training.seed,
+        dataloader_num_workers=config.data.num_workers,
+        logging_steps=logging.log_every_n_steps,
+        save_steps=logging.steps("save", per_epoch, 500),
+        # the CheckpointCallback makes room: the Trainer goes by times of files, and removed what
+        # `last` stands on
+        save_total_limit=None,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        prediction_loss_only=True,
+        report_to=list(followers) or "none",
+        project=projects[0] if projects else "vla0",
+        run_name=output.name,
         trackio_space_id=None,  # on this machine, not in a Space of the Hub
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),  # else processes on CPUs would not know each other
-        # While the first process tries a checkpoint in a simulator, the others wait: longer than NCCL's half an hour.
+        # While the first process tries a checkpoint in a simulator, the others wait: longer than
+        # NCCL's half an hour.
         ddp_timeout=24 * 3600 if config.simulator is not None else 1800,
         **(SHARDED if training.shard else {}),
-    )  # fmt: skip
+    )
     try:
         return TrainingArguments(**settings)  # type: ignore[arg-type]
     except ValueError as error:  # an unknown schedule; bf16 on a machine that has none
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            "settings that this machine and transformers take", reason, "correct the config, or training.precision=fp32"
+            "settings that this machine and transformers take",
+            reason,
+            "correct the config, or training.precision=fp32",
         ) from None

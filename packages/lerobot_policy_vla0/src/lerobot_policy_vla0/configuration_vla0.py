@@ -22,7 +22,8 @@ from vla0.data.config import Augmentation
 class VLA0Config(PreTrainedConfig):
     """Defaults are the published ones."""
 
-    model_name: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # Hub id or folder of the model that is fine-tuned
+    # Hub id or folder of the model that is fine-tuned
+    model_name: str = "Qwen/Qwen2.5-VL-3B-Instruct"
     chunk_size: int = Spec.chunk_size
     n_action_steps: int | None = None  # executed of a chunk; None: all
     temporal_ensemble: str = NONE  # weights by age: mean, v1 or v2:w
@@ -38,12 +39,17 @@ class VLA0Config(PreTrainedConfig):
     optimizer_lr: float = 5e-6
     optimizer_weight_decay: float = 1e-10
     optimizer_grad_clip_norm: float = 0.0
-    spec: str | None = None  # vla0.json, once it is known: what acting has to agree on with training
-    rtc_config: RTCConfig | None = None  # of lerobot-rollout; here the committed steps are exact and need no settings
+    # vla0.json, once it is known: what acting has to agree on with training
+    spec: str | None = None
+    # of lerobot-rollout; here the committed steps are exact and need no settings
+    rtc_config: RTCConfig | None = None
 
-    # vla0 maps actions and states to integers by its own Spec, so that LeRobot has nothing to normalise.
+    # vla0 maps actions and states to integers by its own Spec, so that LeRobot has nothing to
+    # normalise.
     normalization_mapping: dict[str, NormalizationMode] = field(
-        default_factory=lambda: dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
+        default_factory=lambda: dict.fromkeys(
+            ("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY
+        )
     )
 
     @property
@@ -64,7 +70,9 @@ class VLA0Config(PreTrainedConfig):
     def get_optimizer_preset(self) -> AdamWConfig:
         """AdamW, as published."""
         return AdamWConfig(
-            lr=self.optimizer_lr, weight_decay=self.optimizer_weight_decay, grad_clip_norm=self.optimizer_grad_clip_norm
+            lr=self.optimizer_lr,
+            weight_decay=self.optimizer_weight_decay,
+            grad_clip_norm=self.optimizer_grad_clip_norm,
         )
 
     def get_scheduler_preset(self) -> None:
@@ -74,15 +82,24 @@ class VLA0Config(PreTrainedConfig):
     def validate_features(self) -> None:
         """Raises ValueError without a picture or an action."""
         if not self.image_features or self.action_feature is None:
-            raise ValueError("vla0 needs a camera and an action: see input_features and output_features")
+            raise ValueError(
+                "vla0 needs a camera and an action: see input_features and output_features"
+            )
 
 
 def _reading(read: Any) -> Any:
-    """LeRobot's reader of config.json refuses unknown keys. In a checkpoint of vla0 those of transformers stand beside its
-    own: of such a file it is given its own alone. (No decoder of draccus' can do that: a choice may not have one.)"""
+    """LeRobot's reader of config.json refuses unknown keys.
+
+    In a checkpoint of vla0 those of transformers stand beside its own: of such a file it is given
+    its own alone. (No decoder of draccus' can do that: a choice may not have one.)
+    """
 
     def from_pretrained(cls: type, pretrained_name_or_path: str | Path, **settings: Any) -> Any:
-        asked = {name: settings[name] for name in ("revision", "cache_dir", "token", "local_files_only") if name in settings}
+        asked = {
+            name: settings[name]
+            for name in ("revision", "cache_dir", "token", "local_files_only")
+            if name in settings
+        }
         local = Path(pretrained_name_or_path).is_dir()
         file = Path(pretrained_name_or_path) / CONFIG_NAME
         if not local:
@@ -94,7 +111,11 @@ def _reading(read: Any) -> Any:
         with TemporaryDirectory() as folder:
             own = {key: value for key, value in content.items() if key in known}
             (Path(folder) / CONFIG_NAME).write_text(json.dumps(own), encoding="utf-8")
-            return read(cls, folder, **{name: value for name, value in settings.items() if name not in asked})
+            return read(
+                cls,
+                folder,
+                **{name: value for name, value in settings.items() if name not in asked},
+            )
 
     return classmethod(from_pretrained)
 

@@ -14,14 +14,21 @@ from vla0.train.lora import merged
 
 def merge(adapters: str | Path, out: str | Path) -> Spec:
     """Writes the checkpoint `out` of a `pretrained_model` with adapters, and gives its Spec."""
-    config, learned = PreTrainedConfig.from_pretrained(adapters), PeftConfig.from_pretrained(str(adapters))
+    config, learned = (
+        PreTrainedConfig.from_pretrained(adapters),
+        PeftConfig.from_pretrained(str(adapters)),
+    )
     if config.type != "vla0" or not learned.base_model_name_or_path:
         raise InputError(
-            "adapters of a vla0 policy, and the name of its model", f"'{adapters}'", "train with --policy.type=vla0"
+            "adapters of a vla0 policy, and the name of its model",
+            f"'{adapters}'",
+            "train with --policy.type=vla0",
         )
     config.device = "cpu"
     policy = VLA0Policy.from_pretrained(learned.base_model_name_or_path, config=config)
     wrapped = PeftModel.from_pretrained(policy, str(adapters))
-    weights = {name.removeprefix("model."): weight for name, weight in (merged(wrapped) or {}).items()}
+    weights = {
+        name.removeprefix("model."): weight for name, weight in (merged(wrapped) or {}).items()
+    }
     models.save(out, policy.model, policy.vla.processor, policy.vla.specs, weights)
     return policy.vla.spec
