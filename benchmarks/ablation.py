@@ -49,7 +49,7 @@ PLANS = {
         steps=600,
         tasks=["button-press-topdown-v3", "drawer-close-v3", "window-close-v3"],
         # as the demo does
-        acting=["--n-action-steps", "1", "--start", "above", "--max-steps", "50"],
+        acting=["--n-action-steps", "1", "--option", "start=above", "--max-steps", "50"],
         overrides=[],
         rows={
             **MASKS,

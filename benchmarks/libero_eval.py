@@ -106,7 +106,7 @@ def measure(
     checkpoint: Annotated[str | None, typer.Option(help="also with this policy")] = None,
 ) -> None:
     """Print each way's rate and where its time goes."""
-    shape = {"episodes": workers * episodes, "max_steps": steps, "quick": quick}
+    shape = {"episodes": workers * episodes, "max_steps": steps, "options": {"quick": quick}}
     config = EvalConfig(tasks=(task,), env="libero", n_action_steps=1, ensemble="none", **shape)
     rates = {}
 

@@ -16,9 +16,9 @@ import typer
 
 from vla0.core.rollout import rollout
 from vla0.errors import InputError
-from vla0.sim import libero
+from vla0.sim import libero_files
 from vla0.sim.collect import NoisyEnv
-from vla0.sim.libero import LiberoEnv, make_expert
+from vla0.sim.libero import SIMULATOR, LiberoEnv
 from vla0.sim.results import wilson
 
 
@@ -26,9 +26,9 @@ def attempt(task: str, episodes: int) -> tuple[str, list[int] | str]:
     """The task with the steps of its solved episodes, or with the reason why there is no expert."""
     env = LiberoEnv(task)
     try:
-        expert = make_expert(env)
-        share, scale = libero.NOISE
-        seeds = libero.SEEDS[:episodes]
+        expert = SIMULATOR.make_expert(env)
+        share, scale = SIMULATOR.noise
+        seeds = SIMULATOR.seeds[:episodes]
         done = [
             rollout(NoisyEnv(env, np.random.default_rng([s, 10_000]), share, scale), expert, s)
             for s in seeds
@@ -49,7 +49,7 @@ def measure(
     with ProcessPoolExecutor(
         workers, mp_context=get_context("spawn"), max_tasks_per_child=1
     ) as pool:
-        for task, found in pool.map(partial(attempt, episodes=episodes), libero.tasks(suite)):
+        for task, found in pool.map(partial(attempt, episodes=episodes), libero_files.tasks(suite)):
             if isinstance(found, str):
                 print(f"| {task} | no expert: {found} |", flush=True)
                 continue

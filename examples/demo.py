@@ -23,7 +23,7 @@ from vla0.sim.results import mean_success, read_episodes, summary, table
 from vla0.train.plots import plain_log
 
 TASKS = ("button-press-topdown-v3", "drawer-close-v3", "window-close-v3")
-START = ("--start", "above")  # of the hand: from there no task is solved without looking
+START = ("--option", "start=above")  # of the hand: from there no task is solved without looking
 FPS = 40  # decisions a second, half of Meta-World's own: half the pictures to draw
 STEPS = 50  # 1.25 s; the expert needs up to 46
 BASELINES = ("blank", "untrained", "random")

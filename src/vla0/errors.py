@@ -28,9 +28,11 @@ RENAMED = {  # keys and names that earlier versions had
     "horizon": "chunk_size",
     "inexact": "approximate",
     "most_change": "max_step_change",
+    "quick": "options.quick",
     "recipe": "config",
     "relative": "relative_dims",
     "replan": "n_action_steps",
+    "start": "options.start",
     "way": "mode",
 }
 
@@ -59,7 +61,7 @@ def nearest(word: str, known: Iterable[str], elsewhere: Mapping[str, str] | None
     """
     known, places = list(known), elsewhere or {}
     known += [name for name in places if name not in known]
-    if (now := RENAMED.get(word)) in known:
+    if (now := RENAMED.get(word)) and now.partition(".")[0] in known:
         return f"it is called '{places.get(now, now)}' now"
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
     return f"did you mean '{places.get(near[0], near[0])}'?" if near else "remove it"

@@ -236,9 +236,7 @@ def test_only_who_knows_the_key_is_let_in(policy):
 
 
 def fetch(url, path, headers=None):
-    asked = urllib.request.Request(
-        observation=url.replace("ws://", "http://") + path, headers=headers or {}
-    )
+    asked = urllib.request.Request(url.replace("ws://", "http://") + path, headers=headers or {})
     with urllib.request.urlopen(asked, timeout=10) as answer:
         return answer.read().decode()
 

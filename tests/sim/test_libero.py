@@ -22,17 +22,19 @@ from vla0.sim import libero, libero_files
 from vla0.sim.evaluate import EvalConfig, evaluate
 from vla0.sim.libero import LiberoEnv
 
-MESHES = Path(os.environ.get(libero.ASSETS, Path(__file__).parents[3] / "shared" / "libero-assets"))
+MESHES = Path(
+    os.environ.get(libero_files.ASSETS, Path(__file__).parents[3] / "shared" / "libero-assets")
+)
 TASK = "libero_object/3"
 needs_meshes = pytest.mark.skipif(
-    not MESHES.is_dir(), reason=f"LIBERO's meshes are not here; {libero.ASSETS} may name them"
+    not MESHES.is_dir(), reason=f"LIBERO's meshes are not here; {libero_files.ASSETS} may name them"
 )
 
 
 @pytest.fixture(scope="module")
 def world():
     """One world for this file: half a minute to build on a busy machine."""
-    os.environ[libero.ASSETS] = str(MESHES)
+    os.environ[libero_files.ASSETS] = str(MESHES)
     env = LiberoEnv(TASK)
     yield env
     env.close()
@@ -41,7 +43,7 @@ def world():
 @pytest.fixture(scope="module")
 def small():
     """The same task drawn quickly, for what does not depend on the pictures."""
-    os.environ[libero.ASSETS] = str(MESHES)
+    os.environ[libero_files.ASSETS] = str(MESHES)
     env = LiberoEnv(TASK, image_size=64, quick=True)
     yield env
     env.close()
@@ -65,51 +67,51 @@ def same(one, other):
 
 def test_a_suite_has_ten_tasks_and_all_has_forty():
     for suite in ("spatial", "object", "goal", "10", "long", "libero_goal"):
-        assert len(libero.tasks(suite)) == 10
-    assert len(set(libero.tasks("all"))) == 40
-    assert len(libero.tasks("90")) == 90
+        assert len(libero_files.tasks(suite)) == 10
+    assert len(set(libero_files.tasks("all"))) == 40
+    assert len(libero_files.tasks("90")) == 90
     with pytest.raises(InputError, match="did you mean 'spatial'"):
-        libero.tasks("special")
+        libero_files.tasks("special")
 
 
 def test_a_task_has_a_name_a_number_and_a_sentence():
     milk = "libero_object/pick_up_the_milk_and_place_it_in_the_basket"
-    assert milk in libero.tasks("object")
+    assert milk in libero_files.tasks("object")
     assert (
-        libero.task_named(milk)
-        == libero.task_named(f"object/{libero.tasks('object').index(milk)}")
+        libero_files.task_named(milk)
+        == libero_files.task_named(f"object/{libero_files.tasks('object').index(milk)}")
         == milk
     )
-    assert libero.instruction(milk) == "pick up the milk and place it in the basket"
-    assert libero.instruction(libero.task_named("long/0")) == (
+    assert libero_files.instruction(milk) == "pick up the milk and place it in the basket"
+    assert libero_files.instruction(libero_files.task_named("long/0")) == (
         "put both the alphabet soup and the tomato sauce in the basket"
     )
     with pytest.raises(InputError, match="the_milk_and"):
-        libero.task_named("object/pick_up_the_silk")
+        libero_files.task_named("object/pick_up_the_silk")
     with pytest.raises(InputError, match="below 10"):
-        libero.task_named("object/10")
+        libero_files.task_named("object/10")
 
 
 def test_evaluation_starts_at_the_first_initial_state_and_has_fifty():
     config = EvalConfig(tasks=("object/0",), env="libero", episodes=50)
-    assert (config.first_seed, config.tasks) == (0, (libero.tasks("object")[0],))
+    assert (config.first_seed, config.tasks) == (0, (libero_files.tasks("object")[0],))
     with pytest.raises(InputError, match="50 initial states"):
         EvalConfig(tasks=("object/0",), env="libero", episodes=51)
 
 
 def test_which_tasks_have_an_expert():
     counts = {
-        suite: sum(map(libero.has_expert, libero.tasks(suite)))
+        suite: sum(map(libero_files.has_expert, libero_files.tasks(suite)))
         for suite in ("spatial", "object", "goal", "long")
     }
     assert counts == {"spatial": 9, "object": 10, "goal": 7, "long": 6}
-    assert libero_files.goals(libero.task_named("goal/turn_on_the_stove")) == {"turnon"}
+    assert libero_files.goals(libero_files.task_named("goal/turn_on_the_stove")) == {"turnon"}
 
 
 def test_missing_meshes_are_one_clear_message(tmp_path, monkeypatch):
-    monkeypatch.setenv(libero.ASSETS, str(tmp_path))
+    monkeypatch.setenv(libero_files.ASSETS, str(tmp_path))
     with pytest.raises(InputError, match="LIBERO's meshes"):
-        libero.assets()
+        libero_files.assets()
 
 
 def test_a_file_of_arrays_can_hold_nothing_else(tmp_path):
@@ -133,7 +135,7 @@ def test_nothing_is_asked_at_a_prompt(tmp_path):
     }
     done = subprocess.run(
         [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        env={**clean, "HOME": str(tmp_path), libero.ASSETS: str(MESHES)},
+        env={**clean, "HOME": str(tmp_path), libero_files.ASSETS: str(MESHES)},
     )  # fmt: skip
     assert done.stdout.strip() == "ready", done.stderr
     assert "torch" not in done.stderr
@@ -143,7 +145,7 @@ def test_nothing_is_asked_at_a_prompt(tmp_path):
 def test_the_command_names_the_nearest_suite_and_task(monkeypatch, capsys):
     from vla0 import cli
 
-    monkeypatch.setenv(libero.ASSETS, str(MESHES))
+    monkeypatch.setenv(libero_files.ASSETS, str(MESHES))
     for words, near in (
         (["--suite", "objekt"], "'object'"),
         (["--task", "goal/turn_on_the_oven"], "'libero_goal/turn_on_the_stove'"),
@@ -158,7 +160,7 @@ def test_the_command_names_the_nearest_suite_and_task(monkeypatch, capsys):
 
 @needs_meshes
 def test_stand_in_meshes_are_recorded_and_warned_about(world, caplog):
-    found = libero.provenance()
+    found = libero_files.provenance()
     standins = MESHES / "STANDINS.txt"
     assert found["mujoco"] == libero_files.MUJOCO
     assert (found["stand-in assets"] > 0) == standins.is_file() == ("stand-ins" in caplog.text)
@@ -256,7 +258,7 @@ def test_the_gripper_is_open_or_closed(small):
 @needs_meshes
 def test_the_episode_of_a_killed_worker_is_run_again_and_counted_once(tmp_path, monkeypatch):
     """Killed while it acts, as the system does where memory runs out."""
-    monkeypatch.setenv(libero.ASSETS, str(MESHES))
+    monkeypatch.setenv(libero_files.ASSETS, str(MESHES))
     config = EvalConfig(
         tasks=(TASK,),
         env="libero",
@@ -295,9 +297,9 @@ def test_demonstrations_have_the_public_schema_and_an_interrupted_collection_goe
 
     from vla0.sim import collect as module
 
-    monkeypatch.setenv(libero.ASSETS, str(MESHES))
+    monkeypatch.setenv(libero_files.ASSETS, str(MESHES))
     config = module.CollectConfig(
-        tasks=(TASK,), env="libero", episodes=2, image_size=64, quick=True
+        tasks=(TASK,), env="libero", episodes=2, image_size=64, options={"quick": True}
     )
     stream = module._stream
 
@@ -312,7 +314,7 @@ def test_demonstrations_have_the_public_schema_and_an_interrupted_collection_goe
     left = {file: file.stat().st_mtime_ns for file in tmp_path.glob(".set.episodes-*/*.npz")}
     assert left
     monkeypatch.setattr(module, "_stream", stream)
-    assert module.collect(config, tmp_path / "set", 1) == {libero.task_named(TASK): (2, 0)}
+    assert module.collect(config, tmp_path / "set", 1) == {libero_files.task_named(TASK): (2, 0)}
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     dataset = LeRobotDataset("local/set", root=tmp_path / "set", video_backend="pyav")
     shapes = {
@@ -329,7 +331,7 @@ def test_demonstrations_have_the_public_schema_and_an_interrupted_collection_goe
         20,
         "v3.0",
     )
-    assert dataset[0]["task"] == libero.instruction(libero.task_named(TASK))
+    assert dataset[0]["task"] == libero_files.instruction(libero_files.task_named(TASK))
 
 
 @needs_meshes
@@ -342,6 +344,6 @@ def test_an_action_of_another_length_is_refused(small):
 def test_the_expert_solves_a_random_placement(small):
     from vla0.core.rollout import rollout
 
-    episode = rollout(small, libero.make_expert(small), 50)
+    episode = rollout(small, libero.SIMULATOR.make_expert(small), 50)
     assert episode.success
     assert episode.steps < 200

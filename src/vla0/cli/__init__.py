@@ -30,6 +30,11 @@ OLD_COMMANDS = {
     "bench train": "python benchmarks/training.py",
     "bench data": "python benchmarks/reading.py",
 }
+OLD_FLAGS = {
+    "--start": "--option start=...",
+    "--quick": "--option quick=true",
+    "--assets": "VLA0_LIBERO_ASSETS=FOLDER before the command",
+}
 
 
 def refuse_old_names(words: list[str]) -> None:
@@ -40,6 +45,8 @@ def refuse_old_names(words: list[str]) -> None:
         flag = word.partition("=")[0]
         name = flag.removeprefix("--").replace("-", "_")
         way = name == "way" and words[:1] == ["bench"]  # of decoding, which has kept its name
+        if flag in OLD_FLAGS:
+            raise InputError("a flag of today", f"'{flag}'", f"it is `{OLD_FLAGS[flag]}` now")
         if flag.startswith("--") and name in RENAMED and not way:
             raise InputError(
                 "a flag of today",

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from vla0.cli.screen import app, console
-from vla0.errors import InputError, given, refuse_idle
+from vla0.cli.screen import app, console, options_given
+from vla0.errors import InputError, refuse_idle
 from vla0.quiet import quiet
 
 
@@ -28,12 +28,14 @@ def collect(
     image_size: Annotated[
         int | None, typer.Option(help="side of a picture, pixels; default 112, LIBERO 256")
     ] = None,
-    start: Annotated[
-        str | None,
-        typer.Option(help="Meta-World: where the hand starts: stock, its one place, or above"),
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KEY=VALUE of this simulator alone: Meta-World start=above, LIBERO quick=true"
+        ),
     ] = None,
     fps: Annotated[
-        int | None,
+        float | None,
         typer.Option(
             help="Meta-World: decisions a second, default 80; an action is repeated in between"
         ),
@@ -44,24 +46,15 @@ def collect(
     noise_scale: Annotated[
         float | None, typer.Option(help="standard deviation of the disturbance")
     ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option(help="LIBERO: no shadows and reflections; faster on a CPU, other pictures"),
-    ] = False,
     videos: Annotated[
         bool, typer.Option(help="store pictures as videos: smaller, slower to write")
     ] = False,
-    assets: Annotated[Path | None, typer.Option(help="LIBERO: folder of its meshes")] = None,
     workers: Annotated[int | None, typer.Option(help="processes; default one a core")] = None,
 ) -> None:
     """Let a scripted expert show a task, and store what it saw and did as a LeRobot dataset."""
-    from vla0.sim.simulator import named
+    from vla0.sim.simulator import tasks_of
 
-    if env != "metaworld":
-        refuse_idle({"--start": start, "--fps": fps}, "metaworld")
-    if env != "libero":
-        refuse_idle({"--quick": quick}, "libero")
-    tasks = named(env, task, suite, assets)
+    tasks = tasks_of(env, task or [], suite)
     from vla0.sim.collect import CollectConfig
     from vla0.sim.collect import collect as run
 
@@ -73,11 +66,11 @@ def collect(
             episodes=episodes,
             seed=seed,
             image_size=image_size,
-            quick=quick,
+            options=options_given(option),
+            fps=fps,
             noise_share=noise_share,
             noise_scale=noise_scale,
             videos=videos,
-            **given(start=start, fps=fps),
         ),
         out,
         workers,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vla0.cli.screen import app, console
+from vla0.cli.screen import app, console, options_given
 from vla0.core.spec import MAIN, Spec
 from vla0.errors import given, refuse_idle
 from vla0.quiet import quiet
@@ -81,15 +81,12 @@ def evaluate(
     image_size: Annotated[
         int | None, typer.Option(help="side of a picture, pixels; default 112, LIBERO 256")
     ] = None,
-    start: Annotated[
-        str | None,
-        typer.Option(help="Meta-World: where the hand starts: stock, its one place, or above"),
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KEY=VALUE of this simulator alone: Meta-World start=above, LIBERO quick=true"
+        ),
     ] = None,
-    quick: Annotated[
-        bool,
-        typer.Option(help="LIBERO: no shadows and reflections; faster on a CPU, other pictures"),
-    ] = False,
-    assets: Annotated[Path | None, typer.Option(help="LIBERO: folder of its meshes")] = None,
     device: Annotated[
         str | None, typer.Option(help="torch device; default the GPU where there is one")
     ] = None,
@@ -116,7 +113,7 @@ def evaluate(
     from vla0.sim.evaluate import EvalConfig
     from vla0.sim.report import refuse_unknown_baselines
     from vla0.sim.results import ablation_table, table
-    from vla0.sim.simulator import named
+    from vla0.sim.simulator import tasks_of
 
     if ablation:
         refuse_idle(
@@ -125,18 +122,14 @@ def evaluate(
         )
     else:
         refuse_idle({"--separate": separate}, "--ablation")
-    if env != "metaworld":
-        refuse_idle({"--start": start}, "--env metaworld")
-    if env != "libero":
-        refuse_idle({"--quick": quick}, "--env libero")
     settings = EvalConfig(
-        tasks=named(env, task, suite, assets),
+        tasks=tasks_of(env, task or [], suite),
         env=env,
         episodes=episodes,
         max_steps=max_steps,
         image_size=image_size,
-        quick=quick,
-        **given(n_action_steps=n_action_steps, ensemble=ensemble, start=start),
+        options=options_given(option),
+        **given(n_action_steps=n_action_steps, ensemble=ensemble),
     )
     refuse_unknown_baselines(baseline or [])
     Spec.load(locate(checkpoint, weights=False), embodiment)

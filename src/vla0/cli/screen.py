@@ -1,7 +1,13 @@
 """The command's frame: what its subcommands share."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import typer
+from omegaconf import OmegaConf
 from rich.console import Console
+
+from vla0.errors import InputError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -10,3 +16,10 @@ app = typer.Typer(
     help="A vision-language model as a robot policy: it writes actions as text",
 )
 console = Console()
+
+
+def options_given(words: Sequence[str] | None) -> dict[str, Any]:
+    """{key: value} of `--option KEY=VALUE` words, values as in YAML."""
+    if wrong := [word for word in words or () if not word.partition("=")[0] or "=" not in word]:
+        raise InputError("--option KEY=VALUE", f"'{wrong[0]}'", "e.g. --option quick=true")
+    return OmegaConf.to_container(OmegaConf.from_dotlist(list(words or ())))  # type: ignore[return-value]

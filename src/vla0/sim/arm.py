@@ -7,6 +7,8 @@ LeRobot's desk arms take them.
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -16,7 +18,7 @@ import numpy as np
 
 from vla0.core.spec import Observation
 from vla0.errors import InputError, nearest
-from vla0.sim.simulator import renderer
+from vla0.sim.simulator import refuse_suite, renderer
 
 mujoco: Any  # its names come from a binary
 
@@ -35,11 +37,11 @@ CAMERAS = {"front": "observation.images.front", "wrist": "observation.images.wri
 SWITCHES = ()  # actions of which only the sign counts
 ACTIONS = STATES = tuple(f"{joint}.pos" for joint in JOINTS)
 IMAGE_SIZE = 112
-HEAVY = False
 FPS = 10.0
 STEPS = 40  # after which an episode has failed
 SEEDS = range(10_000)  # of demonstrations
 FIRST_SEED = 10_000  # of an evaluation: what is tested was never seen
+EVALUATION_SEEDS = range(FIRST_SEED, 2**31)
 NOISE = (0.3, 3.0)  # share of a demonstration's steps that are disturbed, and how much, degrees
 TASKS = {"touch-cube": "touch the red cube", "touch-mark": "touch the blue mark"}
 UP = np.array([0.0, 0.0, 1.0])
@@ -112,12 +114,6 @@ def instruction(task: str) -> str:
     """The instruction of a task."""
     check_task(task)
     return TASKS[task]
-
-
-def has_expert(task: str) -> bool:
-    """Whether it has one: each task does. Raises InputError for an unknown task."""
-    check_task(task)
-    return True
 
 
 def within(goal: np.ndarray) -> np.ndarray:
@@ -256,10 +252,71 @@ class ArmExpert:
         ]
 
 
-def make_expert(env: ArmEnv) -> ArmExpert:
-    """The scripted expert of its task."""
-    return ArmExpert(env)
-
-
 def _radians(joints: np.ndarray) -> np.ndarray:
     return np.r_[np.radians(joints[:5]), joints[5] / 100 * OPEN]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What can be set in this simulator alone: nothing."""
+
+
+class Arm:
+    """The arm, as evaluation and collection ask for it (vla0.sim.simulator.Simulator)."""
+
+    cameras = CAMERAS
+    actions = ACTIONS
+    ranges = RANGES
+    switches = SWITCHES
+    states = STATES
+    image_size = IMAGE_SIZE
+    fps = FPS
+    any_fps = False
+    heavy = False
+    seeds = SEEDS
+    evaluation_seeds = EVALUATION_SEEDS
+    noise = NOISE
+    example = "--task touch-cube"
+    options = Options
+
+    def ready(self) -> None:
+        """Nothing more is needed."""
+
+    def tasks(self, names: Sequence[str], suite: str | None = None) -> tuple[str, ...]:
+        """The tasks as they are named; there are no suites."""
+        refuse_suite("arm", suite)
+        for name in names:
+            check_task(name)
+        return tuple(names)
+
+    def instruction(self, task: str) -> str:
+        """What the policy is told to do."""
+        return instruction(task)
+
+    def provenance(self) -> dict[str, Any]:
+        """The versions that a result depends on."""
+        return provenance()
+
+    def make(
+        self,
+        task: str,
+        *,
+        image_size: int | None = None,
+        max_steps: int | None = None,
+        fps: float | None = None,
+        options: Options | None = None,
+    ) -> ArmEnv:
+        """The Env of a task; of one rate, whatever `fps` says."""
+        return ArmEnv(task, image_size or IMAGE_SIZE, max_steps or STEPS)
+
+    def has_expert(self, task: str) -> bool:
+        """Whether it has one: each task does."""
+        check_task(task)
+        return True
+
+    def make_expert(self, env: ArmEnv) -> Any:
+        """The scripted expert of its task."""
+        return ArmExpert(env)
+
+
+SIMULATOR = Arm()

@@ -9,10 +9,10 @@ import os
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from vla0.core.rollout import Env, rollout
 from vla0.core.spec import Observation, tupled
 from vla0.errors import InputError
 from vla0.files import set_aside
-from vla0.sim.simulator import make, simulator
+from vla0.sim.simulator import options_of, simulator
 
 logger = logging.getLogger(__name__)
 
@@ -50,31 +50,31 @@ class CollectConfig:
     episodes: int = 40  # solved ones, for each task
     seed: int | None = None  # the first
     image_size: int | None = None
-    start: str = "stock"  # of Meta-World's hand
-    fps: int = 80  # decisions a second in Meta-World
-    quick: bool = False  # LIBERO without shadows, reflections and multisampling
+    fps: float | None = None  # decisions a second, where the simulator can be asked
+    # what this simulator alone can be told, e.g. {start: above} in Meta-World
+    options: Mapping[str, Any] = field(default_factory=dict)
     noise_share: float | None = None  # of the steps, whose action is disturbed
     noise_scale: float | None = None  # standard deviation of the disturbance
     # pictures stored as videos: a twentieth of the space, slower to read and to write
     videos: bool = False
 
     def __post_init__(self):
-        module = simulator(self.env)
-        tasks = tupled(self.tasks)
-        object.__setattr__(
-            self, "tasks", tuple(map(module.task_named, tasks)) if self.env == "libero" else tasks
-        )
+        target = simulator(self.env)
+        options_of(self.env, self.options)
+        object.__setattr__(self, "tasks", target.tasks(tupled(self.tasks)))
+        if self.fps is not None and not target.any_fps:
+            raise InputError(f"no fps for {self.env}", f"{self.fps:g}", "its rate is its own")
         for name, value in {
-            "seed": module.SEEDS.start,
-            "noise_share": module.NOISE[0],
-            "noise_scale": module.NOISE[1],
+            "seed": target.seeds.start,
+            "noise_share": target.noise[0],
+            "noise_scale": target.noise[1],
         }.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         seeds = range(self.seed or 0, (self.seed or 0) + 2 * self.episodes)
-        if self.episodes < 1 or seeds.start not in module.SEEDS or seeds[-1] not in module.SEEDS:
+        if self.episodes < 1 or seeds.start not in target.seeds or seeds[-1] not in target.seeds:
             raise InputError(
-                f"episodes >= 1, and seeds in {module.SEEDS.start}..{module.SEEDS.stop - 1}",
+                f"episodes >= 1, and seeds in {target.seeds.start}..{target.seeds.stop - 1}",
                 f"{self.episodes} from seed {self.seed}",
                 "the others are for evaluation",
             )
@@ -106,12 +106,11 @@ class NoisyEnv:
 
 
 @lru_cache(maxsize=4)  # a LIBERO world takes a gigabyte
-def _world(config: CollectConfig, task: str):
-    env = make(
-        config.env, task, config.image_size, start=config.start, fps=config.fps, quick=config.quick
-    )
+def _world(name: str, task: str, image_size: int | None, fps: float | None, options: Any):
+    target = simulator(name)
+    env = target.make(task, image_size=image_size, fps=fps, options=options)
     atexit.register(env.close)  # before the interpreter takes OpenGL apart
-    return env, simulator(config.env).make_expert(env)
+    return env, target.make_expert(env)
 
 
 def demonstrate(
@@ -124,7 +123,8 @@ def demonstrate(
     file = None if store is None else store / f"{task.replace('/', '-')}_{seed}.npz"
     if file is not None and file.exists():
         return _read(file)
-    env, expert = _world(config, task)
+    options = options_of(config.env, config.options)
+    env, expert = _world(config.env, task, config.image_size, config.fps, options)
     seen: list[Observation] = []
     noisy = NoisyEnv(
         env,
@@ -201,25 +201,25 @@ def collect(
 
     from vla0.data.frames import video_backend
 
-    out, module = Path(out), simulator(config.env)
+    out, target = Path(out), simulator(config.env)
     if out.exists():
         raise InputError("a new folder", f"'{out}', which exists", "name another, or remove it")
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    shape = (config.image_size or module.IMAGE_SIZE,) * 2 + (3,)
+    shape = (config.image_size or target.image_size,) * 2 + (3,)
     pictures = {
         "dtype": "video" if config.videos else "image",
         "shape": shape,
         "names": ["height", "width", "channels"],
     }
-    features = dict.fromkeys(module.CAMERAS.values(), pictures) | {
+    features = dict.fromkeys(target.cameras.values(), pictures) | {
         key: {"dtype": "float32", "shape": (len(names),), "names": list(names)}
-        for key, names in {"observation.state": module.STATES, "action": module.ACTIONS}.items()
+        for key, names in {"observation.state": target.states, "action": target.actions}.items()
     }
     for task in config.tasks:
-        if not module.has_expert(task):
+        if not target.has_expert(task):
             logger.warning("%s has no expert and is left out", task)
-    config = replace(config, tasks=tuple(filter(module.has_expert, config.tasks)))
+    config = replace(config, tasks=tuple(filter(target.has_expert, config.tasks)))
     # what an episode depends on, beside task and seed
     same = replace(config, tasks=(), episodes=1, videos=False)
     store = out.with_name(
@@ -234,7 +234,7 @@ def collect(
             if dataset is None:  # the first episode has shown that all is well
                 dataset = LeRobotDataset.create(
                     f"local/{out.name}",
-                    int(config.fps if config.env == "metaworld" else module.FPS),
+                    int(config.fps or target.fps),
                     features,
                     root=partial,
                     robot_type=config.env,
@@ -247,7 +247,7 @@ def collect(
                 zip(demonstration.states, demonstration.actions, strict=True)
             ):
                 frames = {
-                    module.CAMERAS[camera]: images[step]
+                    target.cameras[camera]: images[step]
                     for camera, images in demonstration.images.items()
                 }
                 dataset.add_frame(
@@ -290,7 +290,7 @@ def _stream(
     """
     workers = workers or os.cpu_count() or 1
     turns = [task for _ in range(config.episodes) for task in config.tasks]
-    order = sorted(turns, key=config.tasks.index) if simulator(config.env).HEAVY else turns
+    order = sorted(turns, key=config.tasks.index) if simulator(config.env).heavy else turns
     seeds = {
         task: iter(range(config.seed or 0, (config.seed or 0) + 2 * config.episodes))
         for task in config.tasks

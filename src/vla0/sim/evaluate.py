@@ -5,7 +5,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vla0.core.ensemble import TemporalEnsemble
 from vla0.core.rollout import Env
 from vla0.core.spec import tupled
-from vla0.errors import InputError, refuse_idle, refuse_unknown
+from vla0.errors import InputError, refuse_unknown
 from vla0.files import clear_aside, held, read_json, write_whole
 from vla0.sim.results import mend, read_episodes
-from vla0.sim.simulator import ENVS, make, simulator
+from vla0.sim.simulator import SIMULATORS, options_of, simulator
 from vla0.sim.workers import ATTEMPTS, Predict, RolloutConfig, WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -42,25 +42,25 @@ class EvalConfig:
     max_steps: int | None = None  # None: 150 in Meta-World, the suite's cap in LIBERO
     # of the simulator's cameras; None: 112 in Meta-World, 256 in LIBERO
     image_size: int | None = None
-    start: str = "stock"  # of Meta-World's hand; from "above" one has to look
-    fps: float = 80.0  # decisions a second in Meta-World: those of the policy's Spec
+    # decisions a second, where the simulator can be asked: those of the policy's Spec
+    fps: float | None = None
+    # what this simulator alone can be told, e.g. {start: above} in Meta-World
+    options: Mapping[str, Any] = field(default_factory=dict)
     ensemble_k: int | None = None  # the newest chunks that are averaged: that of the policy's Spec
     # dimensions that wrap: those of the policy's Spec
     periodic: tuple[tuple[int, float, float], ...] | None = None
-    # LIBERO without shadows, reflections and multisampling: faster on a CPU, other pictures
-    quick: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "tasks", tupled(self.tasks))
         object.__setattr__(self, "periodic", tupled(self.periodic))
         if not self.tasks or isinstance(self.tasks, str):
             raise InputError("a list of tasks", f"{self.tasks!r}", "name one at least")
-        if self.env != "metaworld":
-            refuse_idle({"start": self.start if self.start != "stock" else None}, "metaworld")
-        if self.env != "libero":
-            refuse_idle({"quick": self.quick}, "libero")
-        if self.first_seed is None and self.env in ENVS:
-            object.__setattr__(self, "first_seed", simulator(self.env).FIRST_SEED)
+        target = simulator(self.env) if self.env in SIMULATORS else None
+        if target is not None:
+            options_of(self.env, self.options)
+            object.__setattr__(self, "tasks", target.tasks(self.tasks))
+            if self.first_seed is None:
+                object.__setattr__(self, "first_seed", target.evaluation_seeds.start)
         if (
             min(self.episodes, 1 if self.max_steps is None else self.max_steps) < 1
             or (self.first_seed or 0) < 0
@@ -68,28 +68,23 @@ class EvalConfig:
             raise InputError(
                 "episodes and max_steps >= 1, first_seed >= 0", f"{asdict(self)}", "correct them"
             )
-        if self.env == "libero":
-            module = simulator("libero")
-            object.__setattr__(self, "tasks", tuple(map(module.task_named, self.tasks)))
-            most = module.SEEDS.start
-            if (self.first_seed or 0) + self.episodes > most:
-                raise InputError(
-                    f"at most LIBERO's {most} initial states",
-                    f"{self.episodes} episodes",
-                    f"evaluate {most} or fewer",
-                )
+        most = None if target is None else target.evaluation_seeds.stop
+        if most is not None and (self.first_seed or 0) + self.episodes > most:
+            raise InputError(
+                f"at most the {most} initial states of {self.env}",
+                f"{self.episodes} episodes from {self.first_seed}",
+                f"evaluate {most} or fewer",
+            )
 
 
 def make_env(config: EvalConfig, task: str) -> Env:
     """The Env of a task. Simulators are imported here, where they are used."""
-    return make(
-        config.env,
+    return simulator(config.env).make(
         task,
-        config.image_size,
-        config.max_steps,
-        config.start,
-        config.fps,
-        config.quick,
+        image_size=config.image_size,
+        max_steps=config.max_steps,
+        fps=config.fps,
+        options=options_of(config.env, config.options),
     )
 
 
@@ -145,7 +140,7 @@ def _run(
     failed = [(e["policy"], e["task"], e["seed"]) for e in lines if e["error"] is not None]
     first = config.first_seed or 0
     seeds = range(first, first + config.episodes)
-    heavy = config.env in ENVS and simulator(config.env).HEAVY
+    heavy = config.env in SIMULATORS and simulator(config.env).heavy
     if heavy:  # one task at a time: a process builds each world once
         every = [(name, task, seed) for task in config.tasks for name in policies for seed in seeds]
     else:  # one policy at a time: full batches

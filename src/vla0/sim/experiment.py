@@ -138,25 +138,25 @@ def fit(spec: Spec, env: str) -> None:
 
     Where its bounds reach beyond what the simulator executes, the log says so.
     """
-    module = simulator(env)
-    missing = [camera for camera in spec.cameras if camera not in module.CAMERAS]
+    target = simulator(env)
+    missing = [camera for camera in spec.cameras if camera not in target.cameras]
     if missing:
         remedy = "map the config's cameras to these names and train"
         raise InputError(
-            f"cameras of {tuple(module.CAMERAS)}, as {env} has",
+            f"cameras of {tuple(target.cameras)}, as {env} has",
             f"'{missing[0]}' in the checkpoint",
             remedy,
         )
-    if spec.dimensions != len(module.ACTIONS):
+    if spec.dimensions != len(target.actions):
         raise InputError(
-            f"actions of {len(module.ACTIONS)} numbers, as {env} takes",
+            f"actions of {len(target.actions)} numbers, as {env} takes",
             f"{spec.dimensions} in the checkpoint",
             "use another",
         )
-    for d, (name, (low, high)) in enumerate(zip(module.ACTIONS, module.RANGES, strict=True)):
+    for d, (name, (low, high)) in enumerate(zip(target.actions, target.ranges, strict=True)):
         within = 0.05 * (high - low)
         own = f"{spec.low[d]:g} to {spec.high[d]:g}"
-        if d in module.SWITCHES and max(abs(spec.low[d] - low), abs(spec.high[d] - high)) > within:
+        if d in target.switches and max(abs(spec.low[d] - low), abs(spec.high[d] - high)) > within:
             if spec.low[d] == spec.high[d] and abs(spec.low[d]) == high:
                 logger.warning(
                     "%s is always %g in the checkpoint's data: it cannot change", name, spec.low[d]
@@ -235,7 +235,7 @@ def policies(policy: VLA0, names: Sequence[str], settings: EvalConfig) -> dict[s
     """
     steps = steps_used(policy.spec.chunk_size, settings.n_action_steps, settings.ensemble)
     predict = partial(policy.predict_batch, num_steps=steps)
-    module = simulator(settings.env)
+    instruction = simulator(settings.env).instruction
     result: dict[str, Predict] = {"policy": predict}
     for name in MODES:
         if name in names:
@@ -243,9 +243,7 @@ def policies(policy: VLA0, names: Sequence[str], settings: EvalConfig) -> dict[s
     if "blank" in names:
         result["blank"] = blanked(predict)
     if "swapped" in names:
-        result["swapped"] = swapped(
-            predict, [(task, module.instruction(task)) for task in settings.tasks]
-        )
+        result["swapped"] = swapped(predict, [(task, instruction(task)) for task in settings.tasks])
     if "random" in names:
         result["random"] = random_actions(policy.spec.low, policy.spec.high, steps)
     if "untrained" in names:

@@ -2,8 +2,9 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,6 @@ import numpy as np
 from vla0.core.spec import Observation
 from vla0.errors import InputError
 from vla0.sim.libero_files import (
-    ASSETS,
     STEPS,
     assets,
     environment,
@@ -26,19 +26,6 @@ from vla0.sim.libero_files import (
     tasks,
 )
 
-__all__ = [
-    "ASSETS",
-    "LiberoEnv",
-    "assets",
-    "has_expert",
-    "instruction",
-    "make_expert",
-    "provenance",
-    "task_named",
-    "tasks",
-]
-
-
 # ours → the public datasets' keys
 CAMERAS = {"agentview": "observation.images.image", "wrist": "observation.images.image2"}
 RAW = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}  # ours → robosuite's
@@ -48,19 +35,22 @@ SWITCHES = (6,)  # actions of which only the sign counts
 STATES = ("x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper1", "gripper2")
 FPS = 20.0
 IMAGE_SIZE = 256
-HEAVY = True  # a world takes a gigabyte and seconds to build
-FIRST_SEED = 0  # of an evaluation: seeds 0..49 are the benchmark's initial states
+EVALUATION_SEEDS = range(50)  # the benchmark's initial states
 SEEDS = range(50, 10_000)  # of demonstrations: they place the objects at random
 NOISE = (0.2, 0.2)  # share of a demonstration's steps that are disturbed, and how much
 SEED = 7  # of the world before its first reset: it places what no initial state names
 SETTLE = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # ten times after a reset: objects fall into place
 
 
-def make_expert(env: "LiberoEnv") -> Any:
-    """The scripted expert of its task."""
-    from vla0.sim.libero_expert import LiberoExpert
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What can be set in LIBERO alone."""
 
-    return LiberoExpert(env)
+    quick: bool = False  # no shadows, reflections and multisampling: faster on a CPU
+
+    def __post_init__(self):
+        if not isinstance(self.quick, bool):
+            raise InputError("quick: true or false", f"{self.quick!r}", "give one of those")
 
 
 class Pictures(Mapping[str, np.ndarray]):
@@ -265,3 +255,65 @@ def _axis_angle(quaternion: np.ndarray) -> np.ndarray:
     return (
         np.zeros(3) if sine < 1e-8 else quaternion[:3] / sine * 2 * np.arctan2(sine, quaternion[3])
     )
+
+
+class Libero:
+    """LIBERO, as evaluation and collection ask for it (vla0.sim.simulator.Simulator)."""
+
+    cameras = CAMERAS
+    actions = ACTIONS
+    ranges = RANGES
+    switches = SWITCHES
+    states = STATES
+    image_size = IMAGE_SIZE
+    fps = FPS
+    any_fps = False
+    heavy = True  # a world takes a gigabyte and seconds to build
+    seeds = SEEDS
+    evaluation_seeds = EVALUATION_SEEDS
+    noise = NOISE
+    example = "--suite object"
+    options = Options
+
+    def ready(self) -> None:
+        """Raises InputError where LIBERO's meshes are not there."""
+        assets()
+
+    def tasks(self, names: Sequence[str], suite: str | None = None) -> tuple[str, ...]:
+        """Tasks "suite/name" of names or numbers in a suite, and all of a suite's."""
+        found = [task_named(name) for name in names]
+        return (*found, *(tasks(suite) if suite else ()))
+
+    def instruction(self, task: str) -> str:
+        """What the policy is told to do."""
+        return instruction(task)
+
+    def provenance(self) -> dict[str, Any]:
+        """Versions, and whether the meshes are the real ones."""
+        return provenance()
+
+    def make(
+        self,
+        task: str,
+        *,
+        image_size: int | None = None,
+        max_steps: int | None = None,
+        fps: float | None = None,
+        options: Options | None = None,
+    ) -> LiberoEnv:
+        """The Env of a task; of one rate, whatever `fps` says."""
+        own = options or Options()
+        return LiberoEnv(task, image_size or IMAGE_SIZE, max_steps, own.quick)
+
+    def has_expert(self, task: str) -> bool:
+        """Whether the scripted expert knows what to do."""
+        return has_expert(task)
+
+    def make_expert(self, env: LiberoEnv) -> Any:
+        """The scripted expert of its task."""
+        from vla0.sim.libero_expert import LiberoExpert
+
+        return LiberoExpert(env)
+
+
+SIMULATOR = Libero()

@@ -1,8 +1,11 @@
 """Meta-World 3.0.0 on MuJoCo as an Env, its scripted experts, and an instruction for each task."""
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from typing import Any
 
 import metaworld.policies
 import mujoco
@@ -11,7 +14,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
 from vla0.core.spec import Observation
 from vla0.errors import InputError, nearest
-from vla0.sim.simulator import renderer
+from vla0.sim.simulator import refuse_suite, renderer
 
 CAMERAS = {"front": "observation.images.front"}  # ours → key in a dataset
 ACTIONS = ("dx", "dy", "dz", "gripper")
@@ -19,10 +22,10 @@ RANGES = ((-1.0, 1.0),) * 4  # of the actions; beyond them they are clipped
 SWITCHES = ()  # actions of which only the sign counts
 STATES = ("x", "y", "z", "gripper")
 IMAGE_SIZE = 112
-HEAVY = False
 STEPS = 150  # after which an episode has failed
 SEEDS = range(10_000)  # of demonstrations
 FIRST_SEED = 10_000  # of an evaluation: what is tested was never seen
+EVALUATION_SEEDS = range(FIRST_SEED, 2**31)
 NOISE = (0.3, 0.3)  # share of a demonstration's steps that are disturbed, and how much
 CAMERA = "front"
 STARTS = {  # where the hand may start, metres from Meta-World's own place: (low, high) of x, y, z
@@ -70,6 +73,17 @@ def instruction(task: str) -> str:
     return SENTENCES.get(task, task.removesuffix("-v3").replace("-", " "))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What can be set in Meta-World alone."""
+
+    start: str = "stock"  # where the hand starts: "stock", its one place, or "above"
+
+    def __post_init__(self):
+        if self.start not in STARTS:
+            raise InputError(f"start of {tuple(STARTS)}", f"'{self.start}'", "choose one of those")
+
+
 class MetaWorldEnv:
     """One Meta-World task seen from a single camera close by.
 
@@ -89,8 +103,7 @@ class MetaWorldEnv:
         fps: float = FPS,
     ):
         check_task(task)
-        if start not in STARTS:
-            raise InputError(f"start of {tuple(STARTS)}", f"'{start}'", "choose one of those")
+        Options(start=start)
         if not 0 < fps <= FPS or FPS % fps:
             raise InputError(
                 f"fps, a whole part of {FPS}", f"{fps}", "80, 40, 20, 16 and 10 are some"
@@ -164,15 +177,65 @@ class MetaWorldExpert:
             return np.clip(self.expert.get_action(self.env.full_state), -1, 1).astype(np.float32)
 
 
-def has_expert(task: str) -> bool:
-    """Whether Meta-World has a scripted policy for the task.
+class MetaWorld:
+    """Meta-World, as evaluation and collection ask for it (vla0.sim.simulator.Simulator)."""
 
-    Raises InputError for an unknown one.
-    """
-    check_task(task)
-    return task in metaworld.policies.ENV_POLICY_MAP
+    cameras = CAMERAS
+    actions = ACTIONS
+    ranges = RANGES
+    switches = SWITCHES
+    states = STATES
+    image_size = IMAGE_SIZE
+    fps = float(FPS)
+    any_fps = True
+    heavy = False
+    seeds = SEEDS
+    evaluation_seeds = EVALUATION_SEEDS
+    noise = NOISE
+    example = "--task drawer-close-v3"
+    options = Options
+
+    def ready(self) -> None:
+        """Nothing more is needed."""
+
+    def tasks(self, names: Sequence[str], suite: str | None = None) -> tuple[str, ...]:
+        """The tasks as they are named; there are no suites."""
+        refuse_suite("metaworld", suite)
+        for name in names:
+            check_task(name)
+        return tuple(names)
+
+    def instruction(self, task: str) -> str:
+        """What the policy is told to do."""
+        return instruction(task)
+
+    def provenance(self) -> dict[str, Any]:
+        """The versions that a result depends on."""
+        return provenance()
+
+    def make(
+        self,
+        task: str,
+        *,
+        image_size: int | None = None,
+        max_steps: int | None = None,
+        fps: float | None = None,
+        options: Options | None = None,
+    ) -> MetaWorldEnv:
+        """The Env of a task."""
+        own = options or Options()
+        return MetaWorldEnv(
+            task, image_size or IMAGE_SIZE, max_steps or STEPS, own.start, fps or FPS
+        )
+
+    def has_expert(self, task: str) -> bool:
+        """Whether Meta-World has a scripted policy for the task."""
+        check_task(task)
+        return task in metaworld.policies.ENV_POLICY_MAP
+
+    def make_expert(self, env: MetaWorldEnv) -> MetaWorldExpert:
+        """The scripted expert of its task."""
+        return MetaWorldExpert(env)
 
 
-def make_expert(env: MetaWorldEnv) -> MetaWorldExpert:
-    """The scripted expert of its task."""
-    return MetaWorldExpert(env)
+SIMULATOR = MetaWorld()
