@@ -3,7 +3,6 @@
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -27,117 +26,30 @@ from vla0.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-class VLA0:
-    """A VLM that writes actions.
+class TextPolicy:
+    """A model that writes actions, wherever it runs.
 
     `predict` is pure, also from several threads; `act` remembers its chunks until `reset`.
     """
 
-    told = False  # that a state is given in vain
-
     def __init__(
         self,
-        vlm: Any,
-        processor: Any,
         spec: Spec,
+        prompt: Any,
+        decoder: Any,
         n_action_steps: int = 1,
         weights: str | Sequence[float] | None = None,
     ):
-        self.model: Any = vlm.eval()
-        self.processor, self.spec = processor, spec
-        self.specs = {MAIN: spec}  # that `save_pretrained` writes
-        self.prompt, self.codec = Prompt(spec, processor), ActionCodec(spec)
-        self.decoder, self.mode = decoder(self.model, self.prompt), None
-        self._ready(n_action_steps, weights)
-
-    def _ready(self, n_action_steps: int, weights: str | Sequence[float] | None) -> Self:
+        """prompt: observations → what the decoder takes. weights: of the ensemble; None: "v1" where
+        chunks overlap.
+        """
+        self.spec, self.codec = spec, ActionCodec(spec)
+        self.prompt, self.decoder = prompt, decoder
+        self.warned = False  # that a state is given in vain
         # a decode's keys and values lie in one place; held for a pass at least
         self.alone = threading.RLock()
-        averaged = (
-            min(
-                -(-self.spec.chunk_size // n_action_steps),
-                self.spec.ensemble_k or self.spec.chunk_size,
-            )
-            > 1
-        )
-        return self.acting(n_action_steps, weights or ("v1" if averaged else ensemble.NONE))
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype = "auto",
-        embodiment: str = MAIN,
-    ) -> Self:
-        """The policy of a checkpoint folder or Hub id.
-
-        Raises InputError where it is not one, or not whole.
-
-        embodiment: of a checkpoint trained on a mixture, the name of the dataset whose robot is to
-        act; default the first.
-        """
-        folder = locate(path)
-        spec = Spec.load(folder, embodiment)
-        policy = cls(*model.load(folder, device, dtype), spec)
-        policy.specs = {name: Spec.load(folder, name) for name in embodiments(folder)}
-        return policy
-
-    @classmethod
-    def remote(cls, base_url: str, spec: Spec | str | Path, **server: Any) -> Self:
-        """The policy of a checkpoint that another engine serves over OpenAI's chat API: vLLM,
-        SGLang, llama.cpp.
-
-        spec: the checkpoint's, its folder or Hub id. server: model, key, engine, timeout_s, extra
-        of vla0.decode.remote. Raises InputError where the server does not answer; TimeoutError or
-        ConnectionError when it stops to.
-        """
-        from vla0.decode.remote import ChatPrompt, Remote
-
-        policy = cls.__new__(cls)
-        policy.spec = spec if isinstance(spec, Spec) else Spec.load(locate(spec, weights=False))
-        policy.model = policy.processor = policy.mode = None
-        policy.specs, policy.codec = {MAIN: policy.spec}, ActionCodec(policy.spec)
-        policy.prompt, policy.decoder = (
-            ChatPrompt(policy.spec),
-            Remote(base_url, policy.spec, **server),
-        )
-        return policy._ready(1, None)
-
-    def save_pretrained(self, path: str | Path) -> None:
-        """Writes a folder that `from_pretrained` and transformers read."""
-        if self.model is None:
-            raise InputError(
-                "weights, to save",
-                "a policy of another's server",
-                "copy the checkpoint that it serves",
-            )
-        if self.mode is not None:
-            raise InputError(
-                "the exact policy, to save",
-                f"one made {self.mode}",
-                "save the one that it was made from",
-            )
-        model.save(path, self.model, self.processor, self.specs)
-
-    def eval(self) -> Self:
-        """Itself, the model in evaluation mode (it is so from the start)."""
-        if self.model is not None:
-            self.model.eval()
-        return self
-
-    def approximate(self, mode: str) -> "VLA0":
-        """Another policy of the same weights that decodes faster and may write other numbers: see
-        vla0.decode.approximate.
-        """
-        if self.model is None:
-            raise InputError(
-                "weights here", "a policy of another's server", "let that server be approximate"
-            )
-        other = copy(self)
-        other.model, other.decoder = approximate(self.model, self.prompt, mode)
-        other.mode = mode
-        return other.acting(*self.settings)
+        reaching = min(-(-spec.chunk_size // n_action_steps), spec.ensemble_k or spec.chunk_size)
+        self.acting(n_action_steps, weights or ("v1" if reaching > 1 else ensemble.NONE))
 
     def predict(
         self,
@@ -153,9 +65,13 @@ class VLA0:
         state is for checkpoints that were trained with one; of another the log says that it changes
         nothing.
         """
-        if state is not None and not (self.spec.state or self.spec.relative_dims) and not self.told:
+        if (
+            state is not None
+            and not (self.spec.state or self.spec.relative_dims)
+            and not self.warned
+        ):
             logger.warning("state= changes nothing: this checkpoint was trained without one")
-            self.told = True
+            self.warned = True
         if not isinstance(image, Mapping):
             if len(self.spec.cameras) > 1:
                 raise InputError(
@@ -180,14 +96,8 @@ class VLA0:
         return np.stack([self._actions(*pair) for pair in zip(levels, observations, strict=True)])
 
     def see(self, observation: Observation) -> Observation:
-        """The observation with its pictures cropped and resized, so that `predict_batch` need not:
-        for threads with time.
-        """
-        return (
-            observation
-            if self.model is None
-            else replace(observation, seen=self.prompt.see(observation))
-        )
+        """The observation, with whatever of it can be prepared beforehand, by threads with time."""
+        return observation
 
     def predict_stream(
         self, observation: Observation, num_steps: int | None = None
@@ -303,3 +213,108 @@ class VLA0:
             )
         levels = self.codec.encode(to_written(expected, observation, self.spec))
         return filled(levels, most)
+
+
+class VLA0(TextPolicy):
+    """A VLM that writes actions, and its weights."""
+
+    def __init__(
+        self,
+        vlm: Any,
+        processor: Any,
+        spec: Spec,
+        n_action_steps: int = 1,
+        weights: str | Sequence[float] | None = None,
+        mode: str | None = None,
+    ):
+        """vlm, processor: of transformers.
+
+        mode: of vla0.decode.approximate; None decodes exactly.
+        """
+        prompt, self.mode = Prompt(spec, processor), mode
+        if mode is None:
+            self.model: Any = vlm.eval()
+            decoding: Any = decoder(self.model, prompt)
+        else:
+            self.model, decoding = approximate(vlm.eval(), prompt, mode)
+        self.processor = processor
+        self.specs = {MAIN: spec}  # that `save_pretrained` writes
+        super().__init__(spec, prompt, decoding, n_action_steps, weights)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        embodiment: str = MAIN,
+    ) -> Self:
+        """The policy of a checkpoint folder or Hub id.
+
+        Raises InputError where it is not one, or not whole.
+
+        embodiment: of a checkpoint trained on a mixture, the name of the dataset whose robot is to
+        act; default the first.
+        """
+        folder = locate(path)
+        spec = Spec.load(folder, embodiment)
+        policy = cls(*model.load(folder, device, dtype), spec)
+        policy.specs = {name: Spec.load(folder, name) for name in embodiments(folder)}
+        return policy
+
+    @staticmethod
+    def remote(base_url: str, spec: Spec | str | Path, **server: Any) -> "RemoteVLA0":
+        """The policy of a checkpoint that another engine serves over OpenAI's chat API: vLLM,
+        SGLang, llama.cpp.
+
+        spec: the checkpoint's, its folder or Hub id. server: model, key, engine, timeout_s, extra
+        of vla0.decode.remote. Raises InputError where the server does not answer; TimeoutError or
+        ConnectionError when it stops to.
+        """
+        own = spec if isinstance(spec, Spec) else Spec.load(locate(spec, weights=False))
+        return RemoteVLA0(base_url, own, **server)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes a folder that `from_pretrained` and transformers read."""
+        if self.mode is not None:
+            got, remedy = f"one made {self.mode}", "save the one that it was made from"
+            raise InputError("the exact policy, to save", got, remedy)
+        model.save(path, self.model, self.processor, self.specs)
+
+    def eval(self) -> Self:
+        """Itself, the model in evaluation mode (it is so from the start)."""
+        self.model.eval()
+        return self
+
+    def see(self, observation: Observation) -> Observation:
+        """The observation with its pictures cropped and resized, so that `predict_batch` need not:
+        for threads with time.
+        """
+        return replace(observation, seen=self.prompt.see(observation))
+
+    def approximate(self, mode: str) -> "VLA0":
+        """Another policy of the same weights that decodes faster and may write other numbers: see
+        vla0.decode.approximate.
+        """
+        other = VLA0(self.model, self.processor, self.spec, *self.settings, mode=mode)
+        other.alone = self.alone  # they share what is not copied of the model
+        return other
+
+
+class RemoteVLA0(TextPolicy):
+    """A policy whose model another engine runs: see `VLA0.remote`."""
+
+    def __init__(self, base_url: str, spec: Spec, **server: Any):
+        from vla0.decode.remote import ChatPrompt, Remote
+
+        super().__init__(spec, ChatPrompt(spec), Remote(base_url, spec, **server))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Raises InputError: the weights are elsewhere."""
+        got, remedy = "a policy of another's server", "copy the checkpoint that it serves"
+        raise InputError("weights, to save", got, remedy)
+
+    def approximate(self, mode: str) -> VLA0:
+        """Raises InputError: the weights are elsewhere."""
+        got, remedy = "a policy of another's server", "let that server be approximate"
+        raise InputError("weights here", got, remedy)

@@ -748,3 +748,17 @@ def test_lerobot_eval_runs_in_its_own_simulators(tmp_path, env):
     assert (
         json.loads((tmp_path / "out" / "eval_info.json").read_text())["overall"]["n_episodes"] == 1
     )
+
+
+def test_another_policys_config_is_read_by_lerobot_as_before(tmp_path):
+    """The plugin stands before LeRobot's reader of config.json, for files of its own alone."""
+    from lerobot.policies.act.configuration_act import ACTConfig
+
+    config = ACTConfig(chunk_size=7, n_action_steps=3, device="cpu")
+    config._save_pretrained(tmp_path)
+    found = PreTrainedConfig.from_pretrained(tmp_path)
+    assert found == config
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"unknown": 1}))
+    with pytest.raises(Exception, match="unknown"):
+        PreTrainedConfig.from_pretrained(tmp_path)

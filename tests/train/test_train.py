@@ -27,8 +27,9 @@ from vla0.files import held
 from vla0.policy import VLA0
 from vla0.train import checkpoints as keep
 from vla0.train import run as train
-from vla0.train.checkpoints import action_error, point
+from vla0.train.checkpoints import point
 from vla0.train.config import TrainConfig, build, read_config
+from vla0.train.measure import action_error
 from vla0.train.run import _start, main
 from vla0.train.trainer import VLA0Trainer, arguments
 

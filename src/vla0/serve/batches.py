@@ -14,7 +14,7 @@ import numpy as np
 
 from vla0.core.spec import Observation
 from vla0.errors import InputError
-from vla0.policy import VLA0
+from vla0.policy import TextPolicy
 from vla0.serve.messages import Request
 from vla0.serve.metrics import Metrics
 from vla0.serve.session import LATELY_S, ClientSession
@@ -54,7 +54,7 @@ class Batches:
     most: observations at once.
     """
 
-    def __init__(self, policy: VLA0, steps: int | None, most: int, metrics: Metrics):
+    def __init__(self, policy: TextPolicy, steps: int | None, most: int, metrics: Metrics):
         self.policy, self.steps, self.most, self.metrics = policy, steps, most, metrics
         self.waiting: list[Asked] = []
         self.asked = asyncio.Event()  # whether anybody waits
@@ -154,7 +154,7 @@ class Batches:
 
 
 def together(
-    policy: VLA0, observations: Sequence[Observation], steps: int | None
+    policy: TextPolicy, observations: Sequence[Observation], steps: int | None
 ) -> list[np.ndarray | InputError]:
     """A chunk for each, decoded together, or the error that is its own."""
     try:

@@ -21,7 +21,7 @@ from websockets.http11 import Response
 import vla0
 from vla0.core.ensemble import NONE, TemporalEnsemble, steps_used
 from vla0.errors import InputError, refuse_idle
-from vla0.policy import VLA0
+from vla0.policy import TextPolicy
 from vla0.serve.batches import Asked, Batches, told
 from vla0.serve.listen import ServerLimits, refuse_open
 from vla0.serve.messages import Request, names, refuse_other_cameras, request
@@ -73,7 +73,7 @@ class Server:
 
     def __init__(
         self,
-        policy: VLA0,
+        policy: TextPolicy,
         limits: ServerLimits | None = None,
         keys: Mapping[str, str] | None = None,
         key: str | None = None,

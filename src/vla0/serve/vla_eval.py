@@ -22,7 +22,7 @@ from websockets.asyncio.server import ServerConnection
 
 from vla0.core.ensemble import NONE, TemporalEnsemble, steps_used
 from vla0.errors import InputError
-from vla0.policy import VLA0
+from vla0.policy import TextPolicy
 from vla0.serve.listen import ServerLimits
 from vla0.serve.messages import Request
 from vla0.serve.msgpack_numpy import array_of, unpack
@@ -57,7 +57,7 @@ class VlaEvalServer(Server):
 
     def __init__(
         self,
-        policy: VLA0,
+        policy: TextPolicy,
         keys: Mapping[str, str] | None = None,
         n_action_steps: int = 1,
         ensemble: str = NONE,

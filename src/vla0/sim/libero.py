@@ -250,7 +250,9 @@ class LiberoEnv:
 
 
 def _axis_angle(quaternion: np.ndarray) -> np.ndarray:
-    """(3,) of a quaternion x, y, z, w."""
+    """(3,) of a quaternion x, y, z, w, as the public datasets have it: angles up to a whole turn,
+    where scipy's rotation vectors go by the shorter way.
+    """
     sine = np.linalg.norm(quaternion[:3])
     return (
         np.zeros(3) if sine < 1e-8 else quaternion[:3] / sine * 2 * np.arctan2(sine, quaternion[3])

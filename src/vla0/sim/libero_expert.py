@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from vla0.core.spec import Observation
 from vla0.errors import InputError
@@ -173,14 +174,14 @@ class LiberoExpert:
             places.append(self._hand())
             if len(places) == 6 and np.ptp(places, axis=0).max() < 0.003:
                 return
-            error = np.linalg.norm(_rotation_vector(rotation @ self._rotation().T))
+            error = np.linalg.norm(Rotation.from_matrix(rotation @ self._rotation().T).as_rotvec())
             if np.linalg.norm(target - self._hand()) < within and error < 0.1:
                 return
             yield self._towards(target, rotation, gripper)
 
     def _towards(self, target: np.ndarray, rotation: np.ndarray, gripper: float) -> np.ndarray:
         shift = GAIN * (target - self._hand())
-        turn = TURN * _rotation_vector(rotation @ self._rotation().T)
+        turn = TURN * Rotation.from_matrix(rotation @ self._rotation().T).as_rotvec()
         # In tenths: what is finer no picture tells, and a policy that has to write it learns little
         # else.
         return np.clip(np.concatenate([shift, turn, [gripper]]), -1, 1).round(1).astype(np.float32)
@@ -253,18 +254,4 @@ def _turned(rotation: np.ndarray, axis: np.ndarray) -> np.ndarray:
     own = _flat(rotation[:, 0])
     angle = np.arctan2(own[0] * axis[1] - own[1] * axis[0], own @ axis)
     angle = (angle + np.pi / 2) % np.pi - np.pi / 2  # the fingers are alike
-    cosine, sine = np.cos(angle), np.sin(angle)
-    return np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]]) @ rotation
-
-
-def _rotation_vector(rotation: np.ndarray) -> np.ndarray:
-    """(3,) axis times angle of a rotation matrix, for angles below pi."""
-    angle = np.arccos(np.clip((np.trace(rotation) - 1) / 2, -1, 1))
-    skew = np.array(
-        [
-            rotation[2, 1] - rotation[1, 2],
-            rotation[0, 2] - rotation[2, 0],
-            rotation[1, 0] - rotation[0, 1],
-        ]
-    )
-    return skew / 2 if angle < 1e-6 else skew / (2 * np.sin(angle)) * angle
+    return Rotation.from_euler("z", angle).as_matrix() @ rotation

@@ -28,9 +28,10 @@ from vla0.data.dataset import Mixture, Samples, collator
 from vla0.data.lerobot import Source, sources_of
 from vla0.errors import InputError, refuse_unknown
 from vla0.files import held, write_whole
-from vla0.train.checkpoints import FINISHED, CheckpointCallback, Measure
+from vla0.train.checkpoints import FINISHED, CheckpointCallback
 from vla0.train.config import UNITS, TrainConfig
 from vla0.train.lora import adapted
+from vla0.train.measure import Measure, Measurement
 from vla0.train.resume import DAMAGED, DATA, ended, recorded, refuse_other_data, resumable
 from vla0.train.trainer import VLA0Trainer, arguments
 
@@ -96,11 +97,9 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
         processor,
         samples,
         specs,
-        held_out,
-        measure,
+        Measurement(processor, specs, held_out, measure, training.shard),
         config.logging.steps("eval", per_epoch, 0),
         config.logging.keep_last,
-        training.shard,
     )
     prompts = [Prompt(spec, processor) for spec in specs.values()]
     trainer = VLA0Trainer(
