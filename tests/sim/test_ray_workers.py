@@ -11,7 +11,7 @@ from worlds import load_absent, load_broken, load_walk, make_line
 
 from vla0 import InputError
 from vla0.sim.evaluate import EvalConfig, evaluate
-from vla0.sim.ray_workers import Cluster
+from vla0.sim.ray_workers import RayWorkerPool
 from vla0.sim.results import read_episodes
 
 ray = pytest.importorskip("ray", reason="Ray is an extra: make install")
@@ -36,7 +36,7 @@ def run(tmp_path, address, load=load_walk, tasks=("fine", "also", "third"), epis
     config = EvalConfig(
         tasks=tasks, env=str(tmp_path / "world"), episodes=episodes, first_seed=0, ensemble="mean"
     )
-    pool = partial(Cluster, address, load)
+    pool = partial(RayWorkerPool, address, load)
     return evaluate({"policy": load}, 4, config, tmp_path / "out", 2, make_line, pool=pool)
 
 
@@ -85,7 +85,7 @@ def test_a_policy_that_is_not_on_each_machine_is_one_clear_message(tmp_path, add
 def test_what_a_killed_member_was_doing_is_done_by_others(tmp_path, address, monkeypatch):
     killed = []
 
-    def kill(line, record=Cluster._record):
+    def kill(line, record=RayWorkerPool._record):
         if not killed:
             found = subprocess.run(
                 ["pgrep", "-f", "ray::RayWorker.run"], capture_output=True, text=True
@@ -96,9 +96,9 @@ def test_what_a_killed_member_was_doing_is_done_by_others(tmp_path, address, mon
         return record
 
     monkeypatch.setattr(
-        Cluster,
+        RayWorkerPool,
         "_record",
-        lambda self, record, own=Cluster._record: (kill(record), own(self, record)),
+        lambda self, record, own=RayWorkerPool._record: (kill(record), own(self, record)),
     )
     lines = run(tmp_path, address)
     assert killed

@@ -290,8 +290,8 @@ def evaluates(
     moments.wrap(evaluate, "_run", "play")
     for name in ("_same_settings", "mend", "read_episodes"):
         moments.wrap(evaluate, name, "begin")
-    moments.wrap(WorkerPool, "_hear", "hear")
-    moments.wrap(WorkerPool, "_lost", "lost")
+    moments.wrap(WorkerPool, "_receive", "hear")
+    moments.wrap(WorkerPool, "_replace_lost", "lost")
     config = evaluate.EvalConfig(
         tasks=tasks, env="walk", episodes=episodes, first_seed=0, ensemble="mean"
     )

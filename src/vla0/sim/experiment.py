@@ -20,7 +20,7 @@ from vla0.decode.approximate import MODES
 from vla0.errors import InputError
 from vla0.policy import VLA0
 from vla0.sim.evaluate import EvalConfig, evaluate
-from vla0.sim.ray_workers import Cluster
+from vla0.sim.ray_workers import RayWorkerPool
 from vla0.sim.report import refuse_unknown_baselines, write_report
 from vla0.sim.results import mean_success, summary
 from vla0.sim.simulator import simulator
@@ -77,7 +77,9 @@ def trial(
         pool, given = WorkerPool, bring(policy)
     else:
         pool, given = (
-            partial(Cluster, ray, partial(_load, checkpoint, device, embodiment, mark, bring)),
+            partial(
+                RayWorkerPool, ray, partial(_load, checkpoint, device, embodiment, mark, bring)
+            ),
             dict.fromkeys(names, _elsewhere),
         )
     lines = evaluate(

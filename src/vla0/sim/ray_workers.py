@@ -17,7 +17,7 @@ from vla0.sim.workers import ATTEMPTS, Job, Predict, RolloutConfig, WorkerPool
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
-TURNS = 4  # episodes for each simulator that a member takes at once: a world is built once for them
+TURNS = 4  # episodes for each simulator that a worker takes at once: a world is built once for them
 
 
 class RayWorker:
@@ -28,8 +28,8 @@ class RayWorker:
     ):
         self.policies, self.rollout, self.count = load(), rollout, count
 
-    def run(self, jobs: list[Job], words: Any) -> None:
-        """Works through the jobs; each line goes into the queue `words` with the files that belong
+    def run(self, jobs: list[Job], lines: Any) -> None:
+        """Works through the jobs; each line goes into the queue `lines` with the files that belong
         to it.
         """
         with tempfile.TemporaryDirectory() as folder:
@@ -43,15 +43,15 @@ class RayWorker:
                     for file in (video, video.with_suffix(".npz")):
                         files[str(file.relative_to(out))] = file.read_bytes()
                         file.unlink()
-                words.put((line, files))
+                lines.put((line, files))
 
             WorkerPool(self.policies, self.rollout, out, min(self.count, len(jobs))).run(
                 deque(jobs), send
             )
 
 
-class Cluster:
-    """As `parallel.WorkerPool`, on every machine that a Ray cluster has.
+class RayWorkerPool:
+    """As `WorkerPool`, on every machine that a Ray cluster has.
 
     address: "local" starts a Ray on this machine alone; else a running one's, as `ray.init` takes
     it ("auto", "host:6379", "ray://host:10001"). load: gives the policies by name, on each machine:
@@ -76,7 +76,7 @@ class Cluster:
             count,
         )
         self.idle: list[Any] = []
-        # the promise of a run → (member, jobs without a line yet)
+        # the promise of a run → (worker, jobs without a line yet)
         self.busy: dict[Any, tuple[Any, list[Job]]] = {}
         self.attempts: dict[Job, int] = {}
 
@@ -110,8 +110,8 @@ class Cluster:
                 "a Ray cluster", f"'{self.address}': {error}", "--ray local, or `ray start`"
             ) from None
         try:
-            self.words = Queue(actor_options={"num_cpus": 0})
-            self._hire()
+            self.lines = Queue(actor_options={"num_cpus": 0})
+            self._spawn()
             while jobs or self.busy:
                 self._assign(jobs)
                 done, _ = ray.wait(list(self.busy), timeout=POLL_S)
@@ -132,8 +132,8 @@ class Cluster:
                     "a Ray cluster", f"'{self.address}': {error}", "`ray start`, or --ray local"
                 ) from None
 
-    def _hire(self) -> None:
-        """A member for each GPU, or for each machine where there is none."""
+    def _spawn(self) -> None:
+        """A worker for each GPU, or for each machine where there is none."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         for node in self.ray.nodes():
@@ -163,12 +163,12 @@ class Cluster:
                 and (self.rollout.keep > 1 or jobs[0][1] == taken[0][1])
             ):
                 taken.append(jobs.popleft())
-            member = self.idle.pop()
-            self.busy[member.run.remote(taken, self.words)] = (member, taken)
+            worker = self.idle.pop()
+            self.busy[worker.run.remote(taken, self.lines)] = (worker, taken)
 
     def _record(self, record: Callable[[dict[str, Any]], None]) -> None:
-        while not self.words.empty():
-            line, files = self.words.get()
+        while not self.lines.empty():
+            line, files = self.lines.get()
             for name, content in files.items():
                 (self.out / name).write_bytes(content)
             record(line)
@@ -180,20 +180,20 @@ class Cluster:
     def _ended(self, promise: Any, jobs: deque[Job]) -> None:
         from ray.exceptions import RayActorError, RayTaskError
 
-        member, left = self.busy.pop(promise)
+        worker, left = self.busy.pop(promise)
         try:
             self.ray.get(promise)
-            self.idle.append(member)
+            self.idle.append(worker)
         except RayTaskError as error:  # the policy's or the caller's: the same everywhere
             raise error.cause or error from None
         except RayActorError as error:
             if error.actor_init_failed:
                 why = str(error).strip().splitlines()[-1]
                 raise InputError(
-                    "members that start", why, "vla0 and the checkpoint must be on each machine"
+                    "workers that start", why, "vla0 and the checkpoint must be on each machine"
                 ) from None
             logger.warning(
-                "a member of the cluster is lost, %d episodes go to others: %s", len(left), error
+                "a worker of the cluster is lost, %d episodes go to others: %s", len(left), error
             )
             for job in left:
                 self.attempts[job] = self.attempts.get(job, 0) + 1

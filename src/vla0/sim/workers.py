@@ -54,7 +54,7 @@ class WorkerPool:
         self, policies: Mapping[str, Predict], rollout: RolloutConfig, out: Path, count: int
     ):
         self.policies, self.rollout, self.out, self.count = policies, rollout, out, count
-        self.members: dict[Connection, Any] = {}  # pipe → process
+        self.processes: dict[Connection, Any] = {}  # pipe → process
         self.busy: dict[Connection, tuple] = {}  # pipe → (job, time of its last word)
         self.asking: dict[Connection, Observation] = {}
         self.attempts: dict[tuple, int] = {}
@@ -68,46 +68,46 @@ class WorkerPool:
         """
         try:
             for _ in range(self.count):
-                self._hire()
+                self._spawn()
             while jobs or self.busy:
-                for pipe in [pipe for pipe in self.members if pipe not in self.busy]:
+                for pipe in [pipe for pipe in self.processes if pipe not in self.busy]:
                     if jobs:
                         self._assign(pipe, jobs.popleft(), jobs, record)
                 heard = wait(list(self.busy), timeout=IDLE_S)
                 for pipe in heard:
-                    self._hear(pipe, jobs, record)  # type: ignore[arg-type]
+                    self._receive(pipe, jobs, record)  # type: ignore[arg-type]
                 if self.asking and (not heard or len(self.asking) == len(self.busy)):
                     self._answer()
                 self._drop_silent(jobs, record)
         finally:
-            for process in self.members.values():
+            for process in self.processes.values():
                 process.kill()
-            for process in self.members.values():
+            for process in self.processes.values():
                 process.join()
 
-    def _hire(self) -> None:
+    def _spawn(self) -> None:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=work, args=(theirs, self.rollout, self.out), daemon=True)
         process.start()
         theirs.close()
-        self.members[ours] = process
+        self.processes[ours] = process
 
     def _assign(self, pipe, job, jobs, record) -> None:
         self.busy[pipe] = (job, time.monotonic())
         try:
             pipe.send(job)
         except OSError:
-            self._lost(pipe, "the process was gone", jobs, record)
+            self._replace_lost(pipe, "the process was gone", jobs, record)
 
-    def _hear(self, pipe: Connection, jobs: deque, record: Callable[[dict], None]) -> None:
+    def _receive(self, pipe: Connection, jobs: deque, record: Callable[[dict], None]) -> None:
         job, _ = self.busy[pipe]
         try:
             kind, content = pipe.recv()
         except (EOFError, OSError):
-            self._lost(
+            self._replace_lost(
                 pipe,
-                f"the simulator's process died (exit code {self.members[pipe].exitcode})",
+                f"the simulator's process died (exit code {self.processes[pipe].exitcode})",
                 jobs,
                 record,
             )
@@ -122,7 +122,7 @@ class WorkerPool:
             raise content
         record(content)
         if content["error"] is not None:
-            self._again(job, jobs)
+            self._retry(job, jobs)
 
     def _answer(self) -> None:
         """One batch for each policy that is asked."""
@@ -146,21 +146,23 @@ class WorkerPool:
         now = time.monotonic()
         for pipe, (_, heard) in list(self.busy.items()):
             if pipe not in self.asking and now - heard > SILENT_S:
-                self.members[pipe].kill()
-                self._lost(pipe, f"the simulator said nothing for {SILENT_S:.0f} s", jobs, record)
+                self.processes[pipe].kill()
+                self._replace_lost(
+                    pipe, f"the simulator said nothing for {SILENT_S:.0f} s", jobs, record
+                )
 
-    def _lost(
+    def _replace_lost(
         self, pipe: Connection, error: str, jobs: deque, record: Callable[[dict], None]
     ) -> None:
         job, _ = self.busy.pop(pipe)
         self.asking.pop(pipe, None)
-        self.members.pop(pipe).join(timeout=5)
+        self.processes.pop(pipe).join(timeout=5)
         pipe.close()
         record(_line(job, error=error))
-        self._again(job, jobs)
-        self._hire()
+        self._retry(job, jobs)
+        self._spawn()
 
-    def _again(self, job: tuple, jobs: deque) -> None:
+    def _retry(self, job: tuple, jobs: deque) -> None:
         self.attempts[job] = self.attempts.get(job, 0) + 1
         if self.attempts[job] < ATTEMPTS:
             jobs.append(job)
@@ -168,7 +170,7 @@ class WorkerPool:
             logger.error("%s: given up after %d attempts; see the error lines", job, ATTEMPTS)
 
 
-class _AloneError(BaseException):  # no Exception: it is not the simulator's
+class _ParentGoneError(BaseException):  # no Exception: it is not the simulator's
     """The parent has ended or was killed: nobody waits for an episode."""
 
 
@@ -176,46 +178,46 @@ def work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
     """A process's life: episodes in environments of its own, chunks from the parent; it ends when
     the parent does.
     """
-    with suppress(_AloneError, KeyboardInterrupt):
+    with suppress(_ParentGoneError, KeyboardInterrupt):
         _work(pipe, rollout, out)
 
 
 def _work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
     envs: dict[str, Env] = {}
 
-    def tell(kind: str, content: Any) -> None:
+    def send(kind: str, content: Any) -> None:
         try:
             pipe.send((kind, content))
         except OSError:
-            raise _AloneError from None
+            raise _ParentGoneError from None
 
-    def hear() -> Any:
+    def receive() -> Any:
         try:
             return pipe.recv()
         except (EOFError, OSError):  # a reset, where the parent was killed with a word unread
-            raise _AloneError from None
+            raise _ParentGoneError from None
 
     def ask(observation: Observation) -> np.ndarray:
-        tell("asks", observation)
-        return hear()
+        send("asks", observation)
+        return receive()
 
     policy = ChunkPolicy(ask, *rollout.acting)
     while True:
-        job = hear()
+        job = receive()
         task = job[1]
         try:
             if task not in envs:
                 if len(envs) >= rollout.keep:
                     envs.pop(next(iter(envs))).close()
                 envs[task] = rollout.make_env(task)
-            tell("ends", episode(job, envs[task], policy, out, rollout.render))
+            send("ends", episode(job, envs[task], policy, out, rollout.render))
         except InputError as error:
-            tell("refused", error)
+            send("refused", error)
         except Exception as error:
             # whatever a simulator raises is a line of its own, never a failure of the policy
             envs.pop(task, None)
             logger.debug("%s", traceback.format_exc())
-            tell("ends", _line(job, error=f"{type(error).__name__}: {error}"))
+            send("ends", _line(job, error=f"{type(error).__name__}: {error}"))
 
 
 def episode(job: Job, env: Env, policy: ChunkPolicy, out: Path, render: bool) -> dict[str, Any]:
