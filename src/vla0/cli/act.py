@@ -136,19 +136,19 @@ def serve(
         return
     kind = protocol.replace("-", "_")
     try:
-        own = importlib.import_module(f"vla0.serve.{kind}")
+        module = importlib.import_module(f"vla0.serve.{kind}")
     except ImportError as error:
         extra = "robot" if protocol == "lerobot" else "vla-eval"
         raise InputError(
             f"what --protocol {protocol} needs", str(error), f"pip install 'vla0[{extra}]'"
         ) from None
     address = "--server_address=" if protocol == "lerobot" else "ws://"
-    say = lambda bound: console.print(f"{shown(policy.spec)}\n{address}{host}:{bound}")  # noqa: E731
+    announce = lambda bound: console.print(f"{shown(policy.spec)}\n{address}{host}:{bound}")  # noqa: E731
     if protocol == "lerobot":
-        own.serve_lerobot(own.LeRobotServer(policy, limits, pairs), host, port, say)
+        module.serve_lerobot(module.LeRobotServer(policy, limits, pairs), host, port, announce)
     else:
         served(
-            own.VlaEvalServer(
+            module.VlaEvalServer(
                 policy,
                 pairs,
                 ensemble=ensemble,
@@ -157,7 +157,7 @@ def serve(
             ),
             host,
             port,
-            ready=say,
+            ready=announce,
         )
 
 
@@ -283,22 +283,22 @@ def robot(
         raise typer.Exit(130 if reports[-1].stopped.startswith("SIG") else 1)
 
 
-def pairs_of(option: str, given: list[str]) -> dict[str, str]:
+def pairs_of(option: str, words: list[str]) -> dict[str, str]:
     """{camera: name} of CAMERA=NAME words; each camera and each name once."""
-    pairs = {camera: name for camera, _, name in (word.partition("=") for word in given)}
-    once = len(pairs) == len(set(pairs.values())) == len(given)
-    if not once or not all(camera and name for camera, name in pairs.items()):
-        raise InputError(f"{option} CAMERA=NAME, each once", f"{given}", "give both of each")
+    pairs = {camera: name for camera, _, name in (word.partition("=") for word in words)}
+    unambiguous = len(pairs) == len(set(pairs.values())) == len(words)
+    if not unambiguous or not all(camera and name for camera, name in pairs.items()):
+        raise InputError(f"{option} CAMERA=NAME, each once", f"{words}", "give both of each")
     return pairs
 
 
-def robot_words(given: list[str], options: list[str], kind: str | None) -> list[str]:
+def robot_words(arguments: list[str], options: list[str], kind: str | None) -> list[str]:
     """`--robot.*` words, joined by =; whatever else is not an option is refused with the
     nearest.
     """
     words: list[str] = [f"--robot.type={kind}"] if kind else []
     open_word = False
-    for word in given:
+    for word in arguments:
         if word.startswith("--robot."):
             words.append(word)
         elif open_word and not word.startswith("--"):

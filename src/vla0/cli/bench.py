@@ -119,19 +119,21 @@ def _certify(
             f"{batches}, {steps_per_query}",
             "certify each on its own",
         )
-    found = certificate(policy, chunks, batches[0], steps_per_query[0], episodes)
+    certified = certificate(policy, chunks, batches[0], steps_per_query[0], episodes)
     if out is not None:
-        write(out, found)
+        write(out, certified)
     console = Console()
-    console.print(f"{found['identical']} of {found['chunks']} chunks identical to one token a pass")
     console.print(
-        f"{found['passes']:.1f} passes a chunk; {found['dtype']}, {found['device']}, "
-        f"{found['versions']}"
+        f"{certified['identical']} of {certified['chunks']} chunks identical to one token a pass"
     )
-    for own in found["differing"]:
+    console.print(
+        f"{certified['passes']:.1f} passes a chunk; {certified['dtype']}, {certified['device']}, "
+        f"{certified['versions']}"
+    )
+    for difference in certified["differing"]:
         console.print(
-            f"chunk {own['chunk']}: {own['numbers']} numbers differ; margin where it parts "
-            f"{own['margin']:.3g}"
+            f"chunk {difference['chunk']}: {difference['numbers']} numbers differ; "
+            f"margin where it parts {difference['margin']:.3g}"
         )
 
 

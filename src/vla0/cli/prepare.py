@@ -59,7 +59,7 @@ def collect(
     from vla0.sim.collect import collect as run
 
     quiet()
-    found = run(
+    counts = run(
         CollectConfig(
             tasks=tasks,
             env=env,
@@ -75,7 +75,7 @@ def collect(
         out,
         workers,
     )
-    for name, (solved, failed) in found.items():
+    for name, (solved, failed) in counts.items():
         console.print(f"{name}: {solved} episodes, {failed} failures of the expert left out")
     console.print(f"dataset: {out}")
 
@@ -210,9 +210,9 @@ def doctor(
 
     if job is not None and job not in JOBS:
         raise InputError(f"--for with one of {JOBS}", f"'{job}'", "choose one of those")
-    found = diagnose()
-    console.print(findings_table(found))
-    hindered = [line.name for line in found if not line.fine and job in line.jobs]
+    findings = diagnose()
+    console.print(findings_table(findings))
+    hindered = [line.name for line in findings if not line.fine and job in line.jobs]
     if hindered:
         console.print(f"[red]{job} cannot run here: {', '.join(hindered)}[/red]")
         raise typer.Exit(1)

@@ -25,8 +25,8 @@ def train(
     from vla0.train.config import TrainConfig, build, read_config
 
     train_config = read_config(TrainConfig, config, overrides or [])
-    for own in train_config.data.all().values():
-        refuse_missing(own.dataset)
+    for dataset in train_config.data.all().values():
+        refuse_missing(dataset.dataset)
     if train_config.simulator is not None:
         build(EvalConfig, train_config.simulator, "simulator")
     from vla0.sim.experiment import measured

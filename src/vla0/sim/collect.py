@@ -138,7 +138,7 @@ def demonstrate(
         seed,
         lambda observation, _: seen.append(replace(observation, images=dict(observation.images))),
     )
-    found = None
+    demonstration = None
     if episode.success:
         images = {
             camera: np.stack([observation.images[camera] for observation in seen])
@@ -147,24 +147,26 @@ def demonstrate(
         states = np.stack(
             [observation.state for observation in seen if observation.state is not None]
         )
-        found = Demonstration(
+        demonstration = Demonstration(
             instruction=seen[0].instruction, images=images, states=states, actions=episode.actions
         )
     if file is not None:
-        _write(file, found)
-    return found
+        _write(file, demonstration)
+    return demonstration
 
 
-def _write(file: Path, found: Demonstration | None) -> None:
+def _write(file: Path, demonstration: Demonstration | None) -> None:
     with set_aside(file) as partial, partial.open("wb") as stream:
-        if found is None:
+        if demonstration is None:
             np.savez(stream)
         else:
-            pictures = {f"images.{camera}": frames for camera, frames in found.images.items()}
+            pictures = {
+                f"images.{camera}": frames for camera, frames in demonstration.images.items()
+            }
             others = {
-                "instruction": found.instruction,
-                "states": found.states,
-                "actions": found.actions,
+                "instruction": demonstration.instruction,
+                "states": demonstration.states,
+                "actions": demonstration.actions,
             }
             np.savez_compressed(stream, allow_pickle=False, **pictures, **others)
 

@@ -74,16 +74,23 @@ def trial(
     names = ("policy", *approximate, *baseline)
     bring = partial(policies, names=names, settings=settings)
     if ray is None:
-        pool, given = WorkerPool, bring(policy)
+        pool, policies_given = WorkerPool, bring(policy)
     else:
-        pool, given = (
+        pool, policies_given = (
             partial(
                 RayWorkerPool, ray, partial(_load, checkpoint, device, embodiment, mark, bring)
             ),
             dict.fromkeys(names, _elsewhere),
         )
     lines = evaluate(
-        given, spec.chunk_size, settings, out, workers, identity=identity, render=render, pool=pool
+        policies_given,
+        spec.chunk_size,
+        settings,
+        out,
+        workers,
+        identity=identity,
+        render=render,
+        pool=pool,
     )
     write_report(out, f"{checkpoint} on {settings.env}", spec.action_names)
     done = Counter((line["policy"], line["task"]) for line in lines if line["error"] is None)
@@ -108,7 +115,7 @@ def ablation(
     separate: a checkpoint trained with `tile: false`, for the last row, which is left out without
     one. Each row has its folder in `out`; others as `trial` takes them.
     """
-    found, chunk_size = {}, _spec(checkpoint).chunk_size
+    lines_of, chunk_size = {}, _spec(checkpoint).chunk_size
     if separate is not None and _spec(separate).tile:
         raise InputError(
             "a checkpoint trained with tile: false",
@@ -116,15 +123,19 @@ def ablation(
             "train one",
         )
     for row, (n_action_steps, ensemble) in ROWS.items():
-        own = replace(settings, n_action_steps=n_action_steps or chunk_size, ensemble=ensemble)
-        found[row] = trial(checkpoint, own, out / row.replace(",", "").replace(" ", "-"), **others)
+        row_settings = replace(
+            settings, n_action_steps=n_action_steps or chunk_size, ensemble=ensemble
+        )
+        lines_of[row] = trial(
+            checkpoint, row_settings, out / row.replace(",", "").replace(" ", "-"), **others
+        )
     if separate is None:
         logger.warning(
             "no row '%s': it takes a checkpoint trained with tile: false (--separate)", SEPARATE
         )
     else:
-        found[SEPARATE] = trial(separate, settings, out / SEPARATE.replace(" ", "-"), **others)
-    return found
+        lines_of[SEPARATE] = trial(separate, settings, out / SEPARATE.replace(" ", "-"), **others)
+    return lines_of
 
 
 def following(settings: EvalConfig, spec: Spec) -> EvalConfig:
@@ -157,7 +168,7 @@ def fit(spec: Spec, env: str) -> None:
         )
     for d, (name, (low, high)) in enumerate(zip(target.actions, target.ranges, strict=True)):
         within = 0.05 * (high - low)
-        own = f"{spec.low[d]:g} to {spec.high[d]:g}"
+        bounds = f"{spec.low[d]:g} to {spec.high[d]:g}"
         if d in target.switches and max(abs(spec.low[d] - low), abs(spec.high[d] - high)) > within:
             if spec.low[d] == spec.high[d] and abs(spec.low[d]) == high:
                 logger.warning(
@@ -168,7 +179,7 @@ def fit(spec: Spec, env: str) -> None:
                 "train on data that has it so, as lerobot/libero: 0 to 1 would close it for ever"
             )
             raise InputError(
-                f"'{name}' from {low:g} to {high:g}, of which {env} takes the sign", own, remedy
+                f"'{name}' from {low:g} to {high:g}, of which {env} takes the sign", bounds, remedy
             )
         if d not in spec.relative_dims and (
             spec.low[d] < low - within or spec.high[d] > high + within
@@ -176,7 +187,7 @@ def fit(spec: Spec, env: str) -> None:
             logger.warning(
                 "'%s' goes from %s in the checkpoint; %s clips it to %g to %g: other units?",
                 name,
-                own,
+                bounds,
                 env,
                 low,
                 high,
@@ -206,14 +217,16 @@ def swapped(predict: Predict, tasks: Sequence[tuple[str, str]]) -> Predict:
     """
     swap: dict[str, str] = {}
     for suite in {task.rpartition("/")[0] for task, _ in tasks}:
-        own = [instruction for task, instruction in tasks if task.rpartition("/")[0] == suite]
-        if len(own) < 2:
+        instructions = [
+            instruction for task, instruction in tasks if task.rpartition("/")[0] == suite
+        ]
+        if len(instructions) < 2:
             raise InputError(
                 "two tasks of a suite or more, to exchange instructions",
-                f"{own}",
+                f"{instructions}",
                 "evaluate more tasks",
             )
-        swap |= dict(zip(own, own[1:] + own[:1], strict=True))
+        swap |= dict(zip(instructions, instructions[1:] + instructions[:1], strict=True))
 
     def deaf(observations):
         return predict([replace(o, instruction=swap[o.instruction]) for o in observations])
@@ -264,8 +277,10 @@ def measured(
 
     def measure(policy: VLA0, out: Path) -> dict[str, float]:
         fit(policy.spec, settings.env)
-        own = following(settings, policy.spec)
-        lines = evaluate({"policy": policy.predict_batch}, policy.spec.chunk_size, own, out)
+        tried_settings = following(settings, policy.spec)
+        lines = evaluate(
+            {"policy": policy.predict_batch}, policy.spec.chunk_size, tried_settings, out
+        )
         return {"success": mean_success(summary(lines)["policy"])}
 
     return measure

@@ -61,22 +61,24 @@ def write_report(
     lines = read_episodes(out / "episodes.jsonl")
     if not lines:
         raise InputError(f"episodes in '{out}'", "none", "run `vla0 eval` first")
-    found = summary(lines)
-    own = {
+    summarised = summary(lines)
+    lines_of = {
         (policy, task): [
             line for line in lines if line["policy"] == policy and line["task"] == task
         ]
-        for policy, tasks in found.items()
+        for policy, tasks in summarised.items()
         for task in tasks
     }
-    shown = {place: _shown(out, those) for place, those in own.items()}
+    shown = {place: _shown(out, those) for place, those in lines_of.items()}
     scale = _scale([drawn for figures in shown.values() for _, drawn in figures])
     parts = [
-        f"<h1>{escape(title)}</h1><p class=says>{_headline(found)}</p>",
-        _table(found),
+        f"<h1>{escape(title)}</h1><p class=says>{_headline(summarised)}</p>",
+        _table(summarised),
         _settings(out / "evaluation.json"),
     ]
-    parts += [_section(out, *place, own[place], shown[place], scale, names) for place in own]
+    parts += [
+        _section(out, *place, lines_of[place], shown[place], scale, names) for place in lines_of
+    ]
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
         f"content='width=device-width'>"
@@ -93,9 +95,9 @@ Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]
 Scale = tuple[np.ndarray, np.ndarray]  # (D,) low and high
 
 
-def _headline(found: Mapping[str, Rows]) -> str:
+def _headline(summarised: Mapping[str, Rows]) -> str:
     """What came of the first policy, in one line."""
-    policy, tasks = next(iter(found.items()))
+    policy, tasks = next(iter(summarised.items()))
     solved, ended = (sum(row[key] for row in tasks.values()) for key in ("successes", "episodes"))
     if not ended:
         return f"No episode of {escape(policy)} came to its end."
@@ -106,33 +108,35 @@ def _headline(found: Mapping[str, Rows]) -> str:
     return f"{who} solved {solved} of {ended} episodes over {over}: {success}."
 
 
-def _table(found: Mapping[str, Rows]) -> str:
+def _table(summarised: Mapping[str, Rows]) -> str:
     """A row for each task, suite and the mean; a column for each policy, and for what was published
     where something was.
     """
-    grouped = {policy: suites(tasks) for policy, tasks in found.items()}
-    every = sorted({task for tasks in found.values() for task in tasks})
+    grouped = {policy: suites(tasks) for policy, tasks in summarised.items()}
+    every = sorted({task for tasks in summarised.values() for task in tasks})
     published = any(suite in PUBLISHED for suite in grouped.get("policy", {}))
     rows = [
-        f"<tr><td>{_wrapping(task)}{_cells([tasks.get(task) for tasks in found.values()])}"
+        f"<tr><td>{_wrapping(task)}{_cells([tasks.get(task) for tasks in summarised.values()])}"
         for task in every
     ]
-    for suite in sorted({suite for own in grouped.values() for suite in own}):
+    for suite in sorted({suite for rows_of in grouped.values() for suite in rows_of}):
         stated = f"<td>{PUBLISHED[suite]} %" if published and suite in PUBLISHED else ""
-        cells = _cells([own.get(suite) for own in grouped.values()])
+        cells = _cells([rows_of.get(suite) for rows_of in grouped.values()])
         rows.append(f"<tr><td><strong>{_wrapping(suite)}</strong>{cells}{stated}")
     means = "".join(
         f"<td>{'' if math.isnan(mean := mean_success(tasks)) else f'<strong>{mean:.1%}</strong>'}"
-        for tasks in found.values()
+        for tasks in summarised.values()
     )
     rows.append(f"<tr><td><strong>mean</strong>{means}")
-    head = "".join(f"<th>{escape(policy)}" for policy in found) + (
+    head = "".join(f"<th>{escape(policy)}" for policy in summarised) + (
         "<th>VLA-0, published" if published else ""
     )
-    given = "".join(f"<br>{name}: {BASELINES[name]}" for name in found if name in BASELINES)
+    explained = "".join(
+        f"<br>{name}: {BASELINES[name]}" for name in summarised if name in BASELINES
+    )
     note = (
         f"Episodes that were solved, 95 % intervals, and the median of the steps that the "
-        f"solved ones took.{given}"
+        f"solved ones took.{explained}"
     )
     table = f"<table><tr><th>task{head}{''.join(rows)}</table>"
     return f"<div class=wide>{table}</div><p><small>{note}</small></p>"
@@ -168,11 +172,11 @@ def _settings(file: Path) -> str:
     text = file.read_text(encoding="utf-8")
     versions = read_json(file, "evaluate into another folder").get("versions")
     count = versions.get("stand-in assets", 0) if isinstance(versions, dict) else 0
-    told = (
+    shown = (
         f"{escape(str(count))} of the meshes are stand-ins: no rate here compares with a "
         f"published one."
     )
-    warning = f"<p class=no>{told}</p>" if count else ""
+    warning = f"<p class=no>{shown}</p>" if count else ""
     return (
         f"{warning}<details><summary>settings and "
         f"versions</summary><pre>{escape(text)}</pre></details>"
@@ -187,11 +191,11 @@ def _shown(out: Path, lines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[
         (line for line in lines if line["error"] is None),
         key=lambda line: (line["success"], line["seed"]),
     )
-    found = []
+    with_actions = []
     for line in ended[:SHOWN]:
         with np.load(_inside(out, line["video"]).with_suffix(".npz")) as arrays:
-            found.append((line, (arrays["actions"], arrays["queries"], arrays["chunks"])))
-    return found
+            with_actions.append((line, (arrays["actions"], arrays["queries"], arrays["chunks"])))
+    return with_actions
 
 
 def _inside(out: Path, video: str) -> Path:

@@ -35,7 +35,7 @@ def read_episodes(file: Path) -> list[dict[str, Any]]:
 
     Raises InputError for a line that is damaged, or is none of an evaluation.
     """
-    found, ended = [], set()
+    lines_read, ended = [], set()
     for number, text in enumerate(
         file.read_text(encoding="utf-8").splitlines() if file.exists() else (), 1
     ):
@@ -57,18 +57,18 @@ def read_episodes(file: Path) -> list[dict[str, Any]]:
             if key in ended:  # of two evaluators that wrote here
                 continue
             ended.add(key)
-        found.append(line)
-    return found
+        lines_read.append(line)
+    return lines_read
 
 
 def mend(file: Path) -> None:
     """Cuts a last line that a kill left half-written."""
     if file.exists():
         content = file.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole != len(content):
+        complete = content.rfind(b"\n") + 1
+        if complete != len(content):
             # in one instant: written anew, all lines would be lost to a kill in the middle
-            os.truncate(file, whole)
+            os.truncate(file, complete)
 
 
 def wilson(successes: int, episodes: int) -> tuple[float, float]:
@@ -92,14 +92,16 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str,
         {line["policy"] for line in lines}, key=lambda name: (name != "policy", name)
     ):
         for task in sorted({line["task"] for line in lines if line["policy"] == policy}):
-            own = [line for line in lines if line["policy"] == policy and line["task"] == task]
-            ended = [line for line in own if line["error"] is None]
+            episodes_run = [
+                line for line in lines if line["policy"] == policy and line["task"] == task
+            ]
+            ended = [line for line in episodes_run if line["error"] is None]
             solved = [line["steps"] for line in ended if line["success"]]
             low, high = wilson(len(solved), len(ended))
             table.setdefault(policy, {})[task] = {
                 "episodes": len(ended),
                 "successes": len(solved),
-                "errors": len(own) - len(ended),
+                "errors": len(episodes_run) - len(ended),
                 "low": low,
                 "high": high,
                 "steps": float(np.median(solved)) if solved else None,
@@ -123,24 +125,26 @@ def suites(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """{suite: {episodes, successes, low, high}} over the tasks "suite/name" of a policy; empty
     where none is so named.
     """
-    found: dict[str, dict[str, Any]] = {}
+    by_suite: dict[str, dict[str, Any]] = {}
     for suite in sorted({task.partition("/")[0] for task in rows if "/" in task}):
-        own = [row for task, row in rows.items() if task.startswith(f"{suite}/")]
-        episodes, successes = (sum(row[key] for row in own) for key in ("episodes", "successes"))
+        suite_rows = [row for task, row in rows.items() if task.startswith(f"{suite}/")]
+        episodes, successes = (
+            sum(row[key] for row in suite_rows) for key in ("episodes", "successes")
+        )
         low, high = wilson(successes, episodes)
-        found[suite] = {"episodes": episodes, "successes": successes, "low": low, "high": high}
-    return found
+        by_suite[suite] = {"episodes": episodes, "successes": successes, "low": low, "high": high}
+    return by_suite
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     """A rich table of episodes.jsonl: success per policy, task and suite with Wilson 95 %
     intervals, and what was published.
     """
-    found = summary(lines)
-    every = [row for rows in found.values() for row in rows.values()]
+    summarised = summary(lines)
+    every = [row for rows in summarised.values() for row in rows.values()]
     errors, published = (
         any(row["errors"] for row in every),
-        any(suites(rows) for rows in found.values()),
+        any(suites(rows) for rows in summarised.values()),
     )
     columns = [
         "success",
@@ -152,7 +156,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     result = Table(
         "policy", "task", *(Column(name, no_wrap=True) for name in columns), box=SIMPLE_HEAD
     )
-    for policy, rows in found.items():
+    for policy, rows in summarised.items():
         for task, row in rows.items():
             steps, wrong = (
                 "" if row["steps"] is None else f"{row['steps']:.0f}",
@@ -177,15 +181,15 @@ def ablation_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     """A rich table of {row: lines}: success by suite with Wilson 95 % intervals, and what was
     published.
     """
-    found = {row: summary(lines)["policy"] for row, lines in rows.items()}
-    names = sorted({suite for own in found.values() for suite in suites(own)})
+    summarised = {row: summary(lines)["policy"] for row, lines in rows.items()}
+    names = sorted({suite for suite_rows in summarised.values() for suite in suites(suite_rows)})
     result = Table("row", *names, "mean", "VLA-0, mean of four suites")
-    for row, own in found.items():
-        cells = [" ".join(_cells(suites(own)[name])) for name in names]
+    for row, suite_rows in summarised.items():
+        cells = [" ".join(_cells(suites(suite_rows)[name])) for name in names]
         result.add_row(
             row,
             *cells,
-            f"{mean_success(own):.1%}",
+            f"{mean_success(suite_rows):.1%}",
             f"{PUBLISHED_ROWS[row]} %" if row in PUBLISHED_ROWS else "",
         )
     return result

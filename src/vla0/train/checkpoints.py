@@ -76,12 +76,12 @@ class CheckpointCallback(TrainerCallback):
             gathered = self.trainer.accelerator.get_state_dict(self.trainer.model)
         if state.is_world_process_zero:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            whole = self.output / "state" / f"checkpoint-{state.global_step}"
+            trainer_state = self.output / "state" / f"checkpoint-{state.global_step}"
             if (weights := gathered or merged(model)) is None:
-                models.publish(whole, self.output / step, self.processor, self.specs)
+                models.publish(trainer_state, self.output / step, self.processor, self.specs)
             else:
                 models.save(self.output / step, plain(model), self.processor, self.specs, weights)
-            for folder in (whole, self.output / step):
+            for folder in (trainer_state, self.output / step):
                 settle(folder)
             point(self.output / "last", step)
         del gathered

@@ -49,7 +49,7 @@ def merged(model: Any) -> dict[str, torch.Tensor] | None:
     from peft.tuners.lora import LoraLayer
 
     layers = {name: part for name, part in base.named_modules() if isinstance(part, LoraLayer)}
-    found = {}
+    weights = {}
     for name, weight in base.state_dict().items():
         if ".lora_" in name or ".weight." in name:  # the latter say how 4 bits are read
             continue
@@ -58,8 +58,8 @@ def merged(model: Any) -> dict[str, torch.Tensor] | None:
             delta: Any = layer.get_delta_weight("default")  # type: ignore[operator]
             weight = whole(layer.base_layer)  # type: ignore[arg-type]
             weight = (weight.float() + delta.float()).to(weight.dtype)
-        found[name.replace(".base_layer.", ".")] = weight
-    return found
+        weights[name.replace(".base_layer.", ".")] = weight
+    return weights
 
 
 def whole(layer: Any) -> torch.Tensor:

@@ -60,13 +60,13 @@ class Measurement:
                 f"{name}/error/{d}".lstrip("/"): float(error) for d, error in enumerate(errors)
             }
         if self.held_out:
-            told = {name: value for name, value in metrics.items() if "error/" in name}
-            trainer.log({f"held_out/{name}": value for name, value in told.items()})
+            errors_logged = {name: value for name, value in metrics.items() if "error/" in name}
+            trainer.log({f"held_out/{name}": value for name, value in errors_logged.items()})
         if self.simulate is not None:
             policy = VLA0(vlm, self.processor, self.specs[MAIN])
-            tried = self.simulate(policy, folder.parent / "simulator" / folder.name)
-            trainer.log({f"simulator/{name}": value for name, value in tried.items()})
-            metrics |= tried
+            simulated = self.simulate(policy, folder.parent / "simulator" / folder.name)
+            trainer.log({f"simulator/{name}": value for name, value in simulated.items()})
+            metrics |= simulated
         vlm.train()
         return metrics
 

@@ -36,7 +36,9 @@ def card(
         dataset=dataset if public else Path(dataset).name,
         step=step,
         gives=spec_line(spec),
-        others={name: spec_line(own) for name, (_, own) in specs.items() if name != MAIN},
+        others={
+            name: spec_line(other_spec) for name, (_, other_spec) in specs.items() if name != MAIN
+        },
         remarks=list(remarks),
         metrics=dict(metrics),
         images=", ".join(f'"{camera}": {camera}' for camera in spec.cameras),

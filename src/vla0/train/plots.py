@@ -37,15 +37,15 @@ def chart(
         return [int(str(line["step"]).rpartition("-")[2]) for line in lines]
 
     def panel(title, *curves):
-        own = next(axes)
+        axis = next(axes)
         for name, lines, key, style in curves:
             lines = [line for line in lines if key in line]
-            own.plot(steps(lines), [line[key] for line in lines], label=name, **style)
-        own.set(xlabel="training step", title=title)
-        own.spines[["top", "right"]].set_visible(False)
+            axis.plot(steps(lines), [line[key] for line in lines], label=name, **style)
+        axis.set(xlabel="training step", title=title)
+        axis.spines[["top", "right"]].set_visible(False)
         if len(curves) > 1:
-            own.legend(frameon=False, fontsize=7)
-        return own
+            axis.legend(frameon=False, fontsize=7)
+        return axis
 
     dots = {"marker": "o", "ms": 3}
     held_out = (

@@ -35,36 +35,36 @@ def ours(content: Any) -> Any:
     """
     if not isinstance(content, Mapping):
         return content
-    found: dict[str, Any] = {}
+    translated: dict[str, Any] = {}
     for name, section in content.items():
         lower = str(name).lower()
-        own = SECTIONS.get(lower, lower)
+        section_name = SECTIONS.get(lower, lower)
         if isinstance(section, Mapping):
             section = {
                 str(key).lower() if str(key).isupper() else key: value
                 for key, value in section.items()
             }
-            before = found.get(own, {})
+            before = translated.get(section_name, {})
             if twice := [key for key in section if key in before and before[key] != section[key]]:
                 raise InputError(
-                    f"one value of {own}.{twice[0]}",
+                    f"one value of {section_name}.{twice[0]}",
                     f"{before[twice[0]]} and {section[twice[0]]}",
                     "remove one",
                 )
             section = {**before, **section}
-        found[own] = section
+        translated[section_name] = section
     for translate in (_data, _precision):
-        translate(found)
-    return found
+        translate(translated)
+    return translated
 
 
-def _data(found: dict[str, Any]) -> None:
+def _data(translated: dict[str, Any]) -> None:
     """What their loader is told, as far as it means something here."""
-    data = found.get("data")
+    data = translated.get("data")
     if not isinstance(data, dict) or not ("roboverse" in data or "batch_size" in data):
         return
     if "batch_size" in data:
-        found.setdefault("training", {}).setdefault("batch_size", data.pop("batch_size"))
+        translated.setdefault("training", {}).setdefault("batch_size", data.pop("batch_size"))
     for key, value in (data.pop("roboverse", None) or {}).items():
         name = f"DATALOADER.ROBOVERSE.{key}"
         if key in OWN:
@@ -73,21 +73,21 @@ def _data(found: dict[str, Any]) -> None:
             logger.info("%s is taken for data.dataset", name)
             data["dataset"] = value
         elif key == "cfg_opts":
-            _options(found, name, str(value))
+            _options(translated, name, str(value))
         else:
             logger.warning(
                 "%s has no meaning here: its data are a LeRobot dataset, data.dataset", name
             )
 
 
-def _options(found: dict[str, Any], name: str, options: str) -> None:
+def _options(translated: dict[str, Any], name: str, options: str) -> None:
     for option, value in OPTION.findall(options):
         if option not in MEANT:
             logger.warning("%s: %s has no meaning here", name, option)
             continue
         section, key, kind = MEANT[option]
         try:
-            found.setdefault(section, {}).setdefault(key, kind(value))
+            translated.setdefault(section, {}).setdefault(key, kind(value))
         except ValueError:
             raise InputError(
                 f"{option} as {kind.__name__} in {name}", f"'{value}'", "correct it"
@@ -95,9 +95,9 @@ def _options(found: dict[str, Any], name: str, options: str) -> None:
         logger.info("%s: %s is taken for %s.%s", name, option, section, key)
 
 
-def _precision(found: dict[str, Any]) -> None:
+def _precision(translated: dict[str, Any]) -> None:
     """fp16 and bf16 as transformers has them."""
-    training = found.get("training")
+    training = translated.get("training")
     if not isinstance(training, dict):
         return
     half, brain = training.pop("fp16", None), training.pop("bf16", None)

@@ -71,9 +71,9 @@ def refuse_other_data(output: Path, sources: Mapping[str, Source]) -> None:
     """Raises InputError where a run would go on with data that it did not begin with."""
     before = _read(output / "train_config.json").get(DATA, {})  # none in runs of older versions
     for name, source in sources.items():
-        now, own = json.loads(json.dumps(source.fingerprint())), source.config.dataset
+        now, dataset = json.loads(json.dumps(source.fingerprint())), source.config.dataset
         # of older versions by the dataset, not by its name
-        for key, value in before.get(name, before.get(own, now)).items():
+        for key, value in before.get(name, before.get(dataset, now)).items():
             if now.get(key) != value:
                 remedy = (
                     "bring that dataset back, or choose another output_dir "
@@ -81,7 +81,7 @@ def refuse_other_data(output: Path, sources: Mapping[str, Source]) -> None:
                 )
                 raise InputError(
                     f"the data that '{output}' began with",
-                    f"other {key} of '{own}': {now.get(key)}, were {value}",
+                    f"other {key} of '{dataset}': {now.get(key)}, were {value}",
                     remedy,
                 )
 

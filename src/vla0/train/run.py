@@ -123,14 +123,14 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
     """Says what is about to be trained, writes the config down, and refuses a disk that is too full
     for it.
     """
-    trained, whole = (
+    trainable, total = (
         sum(p.numel() for p in vlm.parameters() if p.requires_grad or not only)
         for only in (True, False)
     )
     # The weights twice, while a new checkpoint is written beside the old; two moments of what is
     # trained, in both.
     needed = (1 + config.logging.keep_last) * (
-        sum(p.numel() * p.element_size() for p in vlm.parameters()) + 8 * trained
+        sum(p.numel() * p.element_size() for p in vlm.parameters()) + 8 * trainable
     )
     if (free := shutil.disk_usage(output).free) < needed:
         expected, got = (
@@ -161,7 +161,7 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
         logger.warning("model.tiny changes nothing: the model is %s", config.model.name)
     training, written = config.training, recorded(config, processes)
     batch = written["global_batch"]
-    logger.info("%.1f of %.1f million weights are trained", trained / 1e6, whole / 1e6)
+    logger.info("%.1f of %.1f million weights are trained", trainable / 1e6, total / 1e6)
     logger.info(
         "%d steps of %d samples (%d a device, %d devices, %d parts): %.2f times the %d rows; "
         "learning rate %g, not scaled",
