@@ -52,8 +52,7 @@ class TextPolicy:
         self.spec, self.codec = spec, ActionCodec(spec)
         self.prompt, self.decoder = prompt, decoder
         self.warned = False  # whether the log has said that a state changes nothing
-        # All decodes share one cache of keys and values, so only one runs at a time: the lock is
-        # held for at least one forward pass.
+        # All decodes share one cache of keys and values: this lock is held for a pass at least.
         self.alone = threading.RLock()
         reaching = min(-(-spec.chunk_size // n_action_steps), spec.ensemble_k or spec.chunk_size)
         self.acting(n_action_steps, weights or ("v1" if reaching > 1 else ensemble.NONE))
@@ -130,15 +129,12 @@ class TextPolicy:
     ) -> Iterator[np.ndarray]:
         """Predict the next actions and yield each as soon as it is certain.
 
-        Args:
-            observation: What the policy sees.
-            num_steps: Predict only this many steps. None predicts the whole chunk.
-
         Yields:
             (D,) float32 actions, the same as those of `predict`.
 
         Raises:
-            InputError: When the observation or num_steps does not fit the checkpoint.
+            InputError: When the observation or num_steps does not fit the checkpoint, or when
+                another decode began before this stream had ended.
         """
         self._check(num_steps)
         steps_yielded = 0
@@ -167,9 +163,6 @@ class TextPolicy:
 
         Returns:
             (D,) float32 action.
-
-        Raises:
-            InputError: When there is no chunk, or k or weights is out of range.
         """
         return ensemble.ensemble_actions(
             chunks, k or self.spec.ensemble_k, weights, self.spec.periodic
@@ -178,9 +171,7 @@ class TextPolicy:
     def acting(self, n_action_steps: int = 1, weights: str | Sequence[float] = "v1") -> Self:
         """Set how `act` executes and averages chunks.
 
-        Args:
-            n_action_steps: Steps to execute per query of the model.
-            weights: Weights of the temporal ensemble (see `vla0.core.ensemble`).
+        Both arguments mean what they mean for the class.
 
         Returns:
             This policy.
@@ -203,9 +194,6 @@ class TextPolicy:
 
     def act(self, observation: Observation) -> np.ndarray:
         """Return the action for the present step and advance by one step.
-
-        Args:
-            observation: What the policy sees at this step.
 
         Returns:
             (D,) float32 action, averaged over the chunks predicted since `reset`.
@@ -386,10 +374,7 @@ class VLA0(TextPolicy):
     def approximate(self, mode: str) -> "VLA0":
         """Return a second policy that decodes faster but may write other numbers.
 
-        Both policies share the weights. See `vla0.decode.approximate`.
-
-        Args:
-            mode: A mode of `vla0.decode.approximate`.
+        Both policies share the weights. `vla0.decode.approximate` lists the modes.
         """
         faster = VLA0(self.model, self.processor, self.spec, *self.settings, mode=mode)
         faster.alone = self.alone  # both use the parts of the model that are not copied
