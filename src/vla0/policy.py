@@ -333,10 +333,8 @@ class VLA0(TextPolicy):
     def remote(base_url: str, spec: Spec | str | Path, **server: Any) -> "RemoteVLA0":
         """Return the policy of a checkpoint that another engine serves over OpenAI's chat API.
 
-        Such engines are vLLM, SGLang and llama.cpp.
-
         Args:
-            base_url: Address of the server.
+            base_url: Address of the server: vLLM, SGLang or llama.cpp.
             spec: The checkpoint's Spec, its folder or its Hub id.
             server: The options model, key, engine, timeout_s and extra of `vla0.decode.remote`.
 
