@@ -157,9 +157,7 @@ class Prompt:
                 pieces[0], pieces[-1] = before + pieces[0], pieces[-1] + after
             head, *tails = pieces[0].split(mark)
             parts.append([head + "".join(mark * next(left) + part for part in tails), *pieces[1:]])
-        rows = iter(
-            self.processor.tokenizer([part for chat in parts for part in chat])["input_ids"]
-        )
+        rows = iter(self.processor.tokenizer([part for row in parts for part in row])["input_ids"])
         return [[token for _ in pieces for token in next(rows)] for pieces in parts]
 
     def observe(
