@@ -109,7 +109,7 @@ class Videos:
             refuse_depth(self.key, f"a video of more than 8 bits, FFmpeg's format {kind}")
         file, first = self.places[int(self.episode_of[rows[-1]])]
         times = [first + float(self.times[row]) for row in rows]
-        # LeRobot compares times as float32. After 17 minutes of a file, neighbouring float32 numbers
+        # LeRobot compares times as float32. After 17 minutes of a file, neighbouring float32 values
         # are more than 1e-4 s apart.
         tolerance = TOLERANCE_S + 2 * float(np.spacing(np.float32(max(times))))
         frames = decode_video_frames(
