@@ -233,7 +233,7 @@ def put_in_place(partial: Path, folder: Path) -> None:
 
 
 def untrained(model: Any) -> Any:
-    """Return a model of the same shape with random weights, the baseline that training must beat."""
+    """Return a model of the same shape with random weights, which training has to beat."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return in_windows(type(model)(model.config).to(model.device, model.dtype).eval())

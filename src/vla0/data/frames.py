@@ -43,8 +43,8 @@ class Pictures:
             depth: Whether the pictures are depth maps.
 
         Returns:
-            (n, h, w, 3) uint8 colours, or (n, h, w) depth maps: metres as floats or millimetres as
-            integers.
+            (n, h, w, 3) uint8 colours, or (n, h, w) depth maps, which are metres as floats or
+            millimetres as integers.
 
         Raises:
             InputError: When pictures that are not declared as depth maps have more than 8 bits per

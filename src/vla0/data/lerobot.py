@@ -155,7 +155,8 @@ class Source:
             chunk_size: H, steps in a chunk.
 
         Returns:
-            {field: value} with fps, cameras, depth, bounds, dimensions and names.
+            A dict with fps, cameras, depth, bounds, relative and periodic dimensions, names and the
+            largest changes.
 
         Raises:
             InputError: When relative_dims or periodic names a dimension that does not exist.
@@ -296,7 +297,7 @@ def sources_of(config: DataConfig) -> dict[str, Source]:
     """Open all datasets of a config.
 
     Returns:
-        {name: Source}, MAIN first.
+        The Source of each dataset by name, MAIN first.
 
     Raises:
         InputError: When the datasets do not all have the same cameras.
@@ -318,7 +319,7 @@ def named(keys: Sequence[str], dataset: str) -> dict[str, str]:
         dataset: Its name, for the error.
 
     Returns:
-        {camera: key}. The camera is the key itself where two last words are the same.
+        A dict of camera and key. They are the same where two keys have equal last words.
 
     Raises:
         InputError: When there is no key.
