@@ -333,6 +333,8 @@ class VLA0(TextPolicy):
     def remote(base_url: str, spec: Spec | str | Path, **server: Any) -> "RemoteVLA0":
         """Return the policy of a checkpoint that another engine serves over OpenAI's chat API.
 
+        A later query raises TimeoutError or ConnectionError when the server stops answering.
+
         Args:
             base_url: Address of the server: vLLM, SGLang or llama.cpp.
             spec: The checkpoint's Spec, its folder or its Hub id.
@@ -340,8 +342,6 @@ class VLA0(TextPolicy):
 
         Raises:
             InputError: When the server does not answer.
-
-        A later query raises TimeoutError or ConnectionError when the server stops answering.
         """
         checkpoint_spec = spec if isinstance(spec, Spec) else Spec.load(locate(spec, weights=False))
         return RemoteVLA0(base_url, checkpoint_spec, **server)

@@ -167,7 +167,7 @@ def upgrade(folder: Path, repo: str) -> None:
 def _episode_statistics(folder: Path, info: dict[str, Any]) -> str:
     """Compute the statistics of each episode, one JSON line each, which v2.1 has and v2.0 lacks.
 
-    Pictures are not measured; their statistics are those of the dataset_statistics dataset.
+    Pictures are not measured; their statistics are those of the whole dataset.
     """
     import pyarrow.parquet as parquet
 

@@ -13,7 +13,7 @@ from vla0.core.spec import Spec
 def describe(folder: Path, spec: Spec) -> None:
     """Add LeRobot's keys to config.json, and write its processing steps, which change no number.
 
-    Images are expected under LeRobot's policy_config names, `observation.images.CAMERA`; its option
+    Images are expected under LeRobot's own names, `observation.images.CAMERA`; its option
     --rename_map maps others to them.
 
     Args:

@@ -114,7 +114,7 @@ class TemporalEnsemble:
         periodic: `Spec.periodic`.
 
     Raises:
-        InputError: When an argument is out of range, or no two chunks overlap.
+        InputError: When an argument is out of range, or weights average chunks that never overlap.
     """
 
     def __init__(

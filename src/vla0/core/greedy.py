@@ -1,4 +1,4 @@
-"""Constrained greedy decoding, one token per pass. Every faster decoder must give its results."""
+"""Constrained greedy decoding, a token per pass. Faster decoders must give the same results."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

@@ -23,7 +23,7 @@ class Env(Protocol):
         ...
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
-        """Execute a (D,) action for one tick; return the next observation and if it is done."""
+        """Execute a (D,) action for a tick; return the observation and whether the task is done."""
         ...
 
     def close(self) -> None:
@@ -46,10 +46,10 @@ class Policy(Protocol):
 class ChunkPolicy:
     """A Policy that calls `predict` every `n_action_steps` steps and averages its chunks.
 
+    `TemporalEnsemble` describes the arguments after the first.
+
     Args:
         predict: Returns an (H, D) chunk for an observation.
-
-    `TemporalEnsemble` describes the other arguments.
     """
 
     def __init__(

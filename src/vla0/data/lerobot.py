@@ -1,4 +1,7 @@
-"""Turn rows of LeRobot datasets into Samples. No other module knows dataset keys or frame rates."""
+"""Turn rows of LeRobot datasets into Samples.
+
+No module above this one knows the keys or the frame rate of a dataset.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -319,7 +322,7 @@ def named(keys: Sequence[str], dataset: str) -> dict[str, str]:
         dataset: Its name, for the error.
 
     Returns:
-        A dict of camera and key. They are the same where two keys have equal last words.
+        A dict of camera and key. If two last words are equal, every camera has its key as its name.
 
     Raises:
         InputError: When there is no key.
