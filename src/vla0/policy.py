@@ -1,4 +1,4 @@
-"""VLA0: an image and an instruction in, a chunk of actions out."""
+"""Policies that turn images and an instruction into a chunk of actions."""
 
 import logging
 import threading
@@ -27,9 +27,18 @@ logger = logging.getLogger(__name__)
 
 
 class TextPolicy:
-    """A model that writes actions, wherever it runs.
+    """A policy whose model writes actions as text, in this process or on a server.
 
-    `predict` is pure, also from several threads; `act` remembers its chunks until `reset`.
+    `predict` keeps no state and may be called from several threads. `act` remembers the chunks that
+    it predicted until `reset`.
+
+    Args:
+        spec: The Spec of the checkpoint.
+        prompt: Turns observations into the input of the decoder.
+        decoder: Turns that input into levels.
+        n_action_steps: Steps that `act` executes per query of the model.
+        weights: Weights of the temporal ensemble (see `vla0.core.ensemble`). None means "v1" where
+            chunks overlap, and no averaging elsewhere.
     """
 
     def __init__(
@@ -40,13 +49,10 @@ class TextPolicy:
         n_action_steps: int = 1,
         weights: str | Sequence[float] | None = None,
     ):
-        """prompt: observations → what the decoder takes. weights: of the ensemble; None: "v1" where
-        chunks overlap.
-        """
         self.spec, self.codec = spec, ActionCodec(spec)
         self.prompt, self.decoder = prompt, decoder
-        self.warned = False  # that a state is given in vain
-        # a decode's keys and values lie in one place; held for a pass at least
+        self.warned = False  # whether the log has said that a state changes nothing
+        # All decodes share one cache of keys and values: this lock is held for a pass at least.
         self.alone = threading.RLock()
         reaching = min(-(-spec.chunk_size // n_action_steps), spec.ensemble_k or spec.chunk_size)
         self.acting(n_action_steps, weights or ("v1" if reaching > 1 else ensemble.NONE))
@@ -58,12 +64,22 @@ class TextPolicy:
         state: np.ndarray | None = None,
         num_steps: int | None = None,
     ) -> np.ndarray:
-        """(H, D) float32: the next actions in the dataset's units; the first `num_steps` of them
-        where given.
+        """Predict the next actions.
 
-        image: (h, w, 3) uint8 RGB where the checkpoint has one camera, else {camera: image}. A
-        state is for checkpoints that were trained with one; of another the log says that it changes
-        nothing.
+        Args:
+            image: (h, w, 3) uint8 RGB. A checkpoint with several cameras takes a mapping
+                {camera: image}.
+            instruction: What the robot shall do.
+            state: (S,) in the dataset's units, for checkpoints that were trained with a state.
+                With any other checkpoint, the log warns once that it changes nothing.
+            num_steps: Predict only this many steps. None predicts the whole chunk.
+
+        Returns:
+            (H, D) float32 actions in the dataset's units, or (num_steps, D).
+
+        Raises:
+            InputError: When an image, the state, the instruction or num_steps does not fit the
+                checkpoint.
         """
         if (
             state is not None
@@ -85,8 +101,17 @@ class TextPolicy:
     def predict_batch(
         self, observations: Sequence[Observation], num_steps: int | None = None
     ) -> np.ndarray:
-        """(B, H, D) float32: a chunk for each observation, decoded together; its first `num_steps`
-        steps where given.
+        """Predict a chunk for each observation, all decoded together.
+
+        Args:
+            observations: B observations.
+            num_steps: Predict only this many steps. None predicts the whole chunk.
+
+        Returns:
+            (B, H, D) float32 actions in the dataset's units, or (B, num_steps, D).
+
+        Raises:
+            InputError: When there is no observation, or one does not fit the checkpoint.
         """
         if not observations:
             raise InputError("one observation at least", "none", "pass a list of them")
@@ -96,15 +121,23 @@ class TextPolicy:
         return np.stack([self._actions(*pair) for pair in zip(levels, observations, strict=True)])
 
     def see(self, observation: Observation) -> Observation:
-        """The observation, with whatever of it can be prepared beforehand, by threads with time."""
+        """Return the observation, with as much of it prepared as can be done before a query."""
         return observation
 
     def predict_stream(
         self, observation: Observation, num_steps: int | None = None
     ) -> Iterator[np.ndarray]:
-        """The actions (D,) of `predict`, one after another, each as soon as it is certain."""
+        """Predict the next actions and yield each as soon as it is certain.
+
+        Yields:
+            (D,) float32 actions, the same as those of `predict`.
+
+        Raises:
+            InputError: When the observation or num_steps does not fit the checkpoint, or when
+                another decode began before this stream had ended.
+        """
         self._check(num_steps)
-        given = 0
+        steps_yielded = 0
         with self.alone:
             parts = self.decoder.stream(*self._asked([observation], num_steps))
         while True:
@@ -112,8 +145,8 @@ class TextPolicy:
                 (levels,) = next(parts, (None,))
             if levels is None:
                 return
-            yield from self._actions(levels[given:], observation)
-            given = len(levels)
+            yield from self._actions(levels[steps_yielded:], observation)
+            steps_yielded = len(levels)
 
     def ensemble_actions(
         self,
@@ -121,16 +154,30 @@ class TextPolicy:
         k: int | None = None,
         weights: str | Sequence[float] = "v1",
     ) -> np.ndarray:
-        """(D,): the action of now, from chunks queried at successive steps, newest last; k: default
-        the Spec's.
+        """Average what several chunks predict for the present step.
+
+        Args:
+            chunks: (H, D) chunks that were queried at successive steps, newest last.
+            k: How many of the newest chunks to average. None takes the Spec's ensemble_k.
+            weights: Weights by age (see `vla0.core.ensemble`).
+
+        Returns:
+            (D,) float32 action.
         """
         return ensemble.ensemble_actions(
             chunks, k or self.spec.ensemble_k, weights, self.spec.periodic
         )
 
     def acting(self, n_action_steps: int = 1, weights: str | Sequence[float] = "v1") -> Self:
-        """Itself, set to execute `n_action_steps` steps per query and to ensemble by `weights`
-        (vla0.core.ensemble).
+        """Set how `act` executes and averages chunks.
+
+        Both arguments mean what they mean for the class.
+
+        Returns:
+            This policy.
+
+        Raises:
+            InputError: When n_action_steps is outside the chunk, or leaves nothing to average.
         """
         steps = ensemble.steps_used(self.spec.chunk_size, n_action_steps, weights)
         predict = lambda observation: self.predict_batch([observation], steps)[0]  # noqa: E731
@@ -146,19 +193,24 @@ class TextPolicy:
         return self
 
     def act(self, observation: Observation) -> np.ndarray:
-        """(D,): the action for this instant, ensembled over what was predicted since `reset`."""
+        """Return the action for the present step and advance by one step.
+
+        Returns:
+            (D,) float32 action, averaged over the chunks predicted since `reset`.
+        """
         return self._acting.act(observation)
 
     def reset(self) -> None:
-        """Forgets the episode."""
+        """Forget the episode."""
         self._acting.reset()
 
     @property
     def chunks(self) -> list[tuple[int, np.ndarray]]:
-        """(step, chunk (H, D)) of each query since `reset`."""
+        """The step and the (H, D) chunk of each query since `reset`."""
         return self._acting.chunks
 
     def _check(self, num_steps: int | None) -> None:
+        """Raise InputError unless num_steps is None or within the chunk."""
         if num_steps is not None and not 1 <= num_steps <= self.spec.chunk_size:
             raise InputError(
                 f"num_steps in 1..{self.spec.chunk_size} (the chunk's size)",
@@ -167,7 +219,7 @@ class TextPolicy:
             )
 
     def _asked(self, observations: Sequence[Observation], num_steps: int | None) -> tuple[Any, ...]:
-        """What a decoder takes."""
+        """Return the arguments for the decoder."""
         guesses = [self._guess(observation) for observation in observations]
         if all(observation.action_prefix is None for observation in observations):
             return self.prompt.observe(observations), num_steps, guesses
@@ -179,7 +231,7 @@ class TextPolicy:
         return self.prompt.observe(observations, prefixes=texts), num_steps, guesses, prefixes
 
     def _begun(self, observation: Observation, steps: int) -> np.ndarray:
-        """(n, D) levels that the observation's chunk begins with."""
+        """Return the (n, D) levels with which the observation's chunk begins."""
         dimensions = self.spec.dimensions
         if observation.action_prefix is None:
             return np.zeros((0, dimensions), np.int64)
@@ -196,27 +248,41 @@ class TextPolicy:
         return self.codec.encode(to_written(action_prefix, observation, self.spec))
 
     def _actions(self, levels: np.ndarray, observation: Observation) -> np.ndarray:
-        """(n, D) float32 of levels (n, D)."""
+        """Turn (n, D) levels into (n, D) float32 actions."""
         return from_written(self.codec.decode(levels), observation, self.spec).astype(np.float32)
 
     def _guess(self, observation: Observation) -> np.ndarray | None:
-        """(H, D) levels near which the observation says that its chunk lies."""
+        """Return (H, D) levels close to the expected chunk, or None without draft actions."""
         if observation.draft_actions is None:
             return None
         expected = np.asarray(observation.draft_actions, np.float64)
-        most, dimensions = self.spec.chunk_size, self.spec.dimensions
-        if expected.ndim != 2 or expected.shape[1] != dimensions or not 1 <= len(expected) <= most:
+        chunk_size, dimensions = self.spec.chunk_size, self.spec.dimensions
+        if (
+            expected.ndim != 2
+            or expected.shape[1] != dimensions
+            or not 1 <= len(expected) <= chunk_size
+        ):
             raise InputError(
-                f"expected: 1 to {most} actions of {dimensions}",
+                f"expected: 1 to {chunk_size} actions of {dimensions}",
                 f"shape {expected.shape}",
                 "give the rest of the last chunk",
             )
         levels = self.codec.encode(to_written(expected, observation, self.spec))
-        return filled(levels, most)
+        return filled(levels, chunk_size)
 
 
 class VLA0(TextPolicy):
-    """A VLM that writes actions, and its weights."""
+    """A vision-language model, with its weights in this process, that writes actions as text.
+
+    Args:
+        vlm: The model, as transformers loads it.
+        processor: The processor that belongs to the model.
+        spec: The Spec of the checkpoint.
+        n_action_steps: Steps that `act` executes per query of the model.
+        weights: Weights of the temporal ensemble (see `vla0.core.ensemble`). None means "v1" where
+            chunks overlap, and no averaging elsewhere.
+        mode: A mode of `vla0.decode.approximate`. None decodes exactly.
+    """
 
     def __init__(
         self,
@@ -227,10 +293,6 @@ class VLA0(TextPolicy):
         weights: str | Sequence[float] | None = None,
         mode: str | None = None,
     ):
-        """vlm, processor: of transformers.
-
-        mode: of vla0.decode.approximate; None decodes exactly.
-        """
         prompt, self.mode = Prompt(spec, processor), mode
         if mode is None:
             self.model: Any = vlm.eval()
@@ -238,7 +300,7 @@ class VLA0(TextPolicy):
         else:
             self.model, decoding = approximate(vlm.eval(), prompt, mode)
         self.processor = processor
-        self.specs = {MAIN: spec}  # that `save_pretrained` writes
+        self.specs = {MAIN: spec}  # what `save_pretrained` writes, by embodiment
         super().__init__(spec, prompt, decoding, n_action_steps, weights)
 
     @classmethod
@@ -249,12 +311,17 @@ class VLA0(TextPolicy):
         dtype: str | torch.dtype = "auto",
         embodiment: str = MAIN,
     ) -> Self:
-        """The policy of a checkpoint folder or Hub id.
+        """Load the policy of a checkpoint.
 
-        Raises InputError where it is not one, or not whole.
+        Args:
+            path: Checkpoint folder, or id of a model on the Hub.
+            device: Where the model runs. None takes the GPU where there is one.
+            dtype: Type of the weights. "auto" keeps the type in which they were saved.
+            embodiment: For a checkpoint trained on a mixture, the name of the dataset whose robot
+                is to act. The default is the first dataset.
 
-        embodiment: of a checkpoint trained on a mixture, the name of the dataset whose robot is to
-        act; default the first.
+        Raises:
+            InputError: When path is not a checkpoint, or the checkpoint is incomplete.
         """
         folder = locate(path)
         spec = Spec.load(folder, embodiment)
@@ -264,45 +331,56 @@ class VLA0(TextPolicy):
 
     @staticmethod
     def remote(base_url: str, spec: Spec | str | Path, **server: Any) -> "RemoteVLA0":
-        """The policy of a checkpoint that another engine serves over OpenAI's chat API: vLLM,
-        SGLang, llama.cpp.
+        """Return the policy of a checkpoint that another engine serves over OpenAI's chat API.
 
-        spec: the checkpoint's, its folder or Hub id. server: model, key, engine, timeout_s, extra
-        of vla0.decode.remote. Raises InputError where the server does not answer; TimeoutError or
-        ConnectionError when it stops to.
+        A later query raises TimeoutError or ConnectionError when the server stops answering.
+
+        Args:
+            base_url: Address of the server: vLLM, SGLang or llama.cpp.
+            spec: The checkpoint's Spec, its folder or its Hub id.
+            server: The options model, key, engine, timeout_s and extra of `vla0.decode.remote`.
+
+        Raises:
+            InputError: When the server does not answer.
         """
-        own = spec if isinstance(spec, Spec) else Spec.load(locate(spec, weights=False))
-        return RemoteVLA0(base_url, own, **server)
+        checkpoint_spec = spec if isinstance(spec, Spec) else Spec.load(locate(spec, weights=False))
+        return RemoteVLA0(base_url, checkpoint_spec, **server)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Writes a folder that `from_pretrained` and transformers read."""
+        """Write a checkpoint folder that `from_pretrained` and transformers can read.
+
+        Raises:
+            InputError: When this policy decodes approximately, or path holds other files.
+        """
         if self.mode is not None:
             got, remedy = f"one made {self.mode}", "save the one that it was made from"
             raise InputError("the exact policy, to save", got, remedy)
         model.save(path, self.model, self.processor, self.specs)
 
     def eval(self) -> Self:
-        """Itself, the model in evaluation mode (it is so from the start)."""
+        """Put the model in evaluation mode, in which it also starts, and return this policy."""
         self.model.eval()
         return self
 
     def see(self, observation: Observation) -> Observation:
-        """The observation with its pictures cropped and resized, so that `predict_batch` need not:
-        for threads with time.
+        """Return the observation with its images already cropped and resized.
+
+        `predict_batch` then need not do it. Call this in a thread that would otherwise wait.
         """
         return replace(observation, seen=self.prompt.see(observation))
 
     def approximate(self, mode: str) -> "VLA0":
-        """Another policy of the same weights that decodes faster and may write other numbers: see
-        vla0.decode.approximate.
+        """Return a second policy that decodes faster but may write other numbers.
+
+        Both policies share the weights. `vla0.decode.approximate` lists the modes.
         """
-        other = VLA0(self.model, self.processor, self.spec, *self.settings, mode=mode)
-        other.alone = self.alone  # they share what is not copied of the model
-        return other
+        faster = VLA0(self.model, self.processor, self.spec, *self.settings, mode=mode)
+        faster.alone = self.alone  # both use the parts of the model that are not copied
+        return faster
 
 
 class RemoteVLA0(TextPolicy):
-    """A policy whose model another engine runs: see `VLA0.remote`."""
+    """A policy whose model runs in another engine. `VLA0.remote` makes it."""
 
     def __init__(self, base_url: str, spec: Spec, **server: Any):
         from vla0.decode.remote import ChatPrompt, Remote
@@ -310,11 +388,11 @@ class RemoteVLA0(TextPolicy):
         super().__init__(spec, ChatPrompt(spec), Remote(base_url, spec, **server))
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Raises InputError: the weights are elsewhere."""
+        """Raise InputError, because the weights are on the server."""
         got, remedy = "a policy of another's server", "copy the checkpoint that it serves"
         raise InputError("weights, to save", got, remedy)
 
     def approximate(self, mode: str) -> VLA0:
-        """Raises InputError: the weights are elsewhere."""
+        """Raise InputError, because the weights are on the server."""
         got, remedy = "a policy of another's server", "let that server be approximate"
         raise InputError("weights here", got, remedy)

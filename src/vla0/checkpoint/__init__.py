@@ -1,1 +1,1 @@
-"""A folder that vla0, LeRobot and transformers open: read, written, converted, fetched."""
+"""Read, write, convert and fetch checkpoint folders that vla0, LeRobot and transformers open."""

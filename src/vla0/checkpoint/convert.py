@@ -1,4 +1,4 @@
-"""A run folder of the official VLA-0 code → a checkpoint of ours. The weights are not touched."""
+"""Convert a run folder of the official VLA-0 code to a checkpoint, with unchanged weights."""
 
 import os
 import re
@@ -26,11 +26,20 @@ KEPT = (".safetensors", ".json", ".txt", ".jinja", ".model")
 def convert(
     run: str | Path, out: str | Path, vision_id: bool = False, crop: float | None = None
 ) -> Spec:
-    """Writes the checkpoint `out` of an official run folder, and gives its Spec.
+    """Convert an official run folder to a checkpoint.
 
-    vision_id: "Picture 1: " before an image; the released weights were trained without it, whatever
-    their config.yaml says, because transformers then ignored it. crop: where config.yaml does not
-    name it. Raises InputError for another folder.
+    Args:
+        run: The official run folder.
+        out: Where the checkpoint is written.
+        vision_id: Whether "Picture 1: " precedes an image. The released weights were trained
+            without it, whatever their config.yaml says, because transformers ignored it then.
+        crop: Side of the crop as a fraction of the frame's. None takes it from config.yaml.
+
+    Returns:
+        The Spec of the checkpoint.
+
+    Raises:
+        InputError: When `run` is not such a folder, or `out` holds other files.
     """
     run, out = Path(run), Path(out)
     spec = read_spec(run, vision_id, crop)
@@ -48,7 +57,7 @@ def convert(
         link_files(weights, partial, lambda file: file.suffix in KEPT)
         spec.save(partial)
         describe(partial, spec)
-        # refuses a tokenizer that does not fit
+        # Prompt raises InputError for a tokenizer that does not fit.
         Prompt(spec, AutoProcessor.from_pretrained(partial))
         put_in_place(partial, out)
     finally:
@@ -57,7 +66,16 @@ def convert(
 
 
 def read_spec(run: Path, vision_id: bool = False, crop: float | None = None) -> Spec:
-    """The Spec of an official run folder, from its config.yaml and dataset_stats.pkl."""
+    """Make the Spec of an official run folder from its config.yaml and dataset_stats.pkl.
+
+    Args:
+        run: The official run folder.
+        vision_id: As for `convert`.
+        crop: As for `convert`.
+
+    Raises:
+        InputError: When one of these files is missing or not understood.
+    """
     for name in ("config.yaml", "dataset_stats.pkl"):
         if not (run / name).is_file():
             raise InputError(f"'{name}' in '{run}'", "none", REMEDY)
@@ -97,21 +115,25 @@ def read_spec(run: Path, vision_id: bool = False, crop: float | None = None) -> 
     )
 
 
-def _crop(config: Mapping[str, Any], given: float | None) -> float:
-    if given is not None:
-        return given
+def _crop(config: Mapping[str, Any], chosen: float | None) -> float:
+    """Return the crop that the user chose, else the one in the official config."""
+    if chosen is not None:
+        return chosen
     options = str((config.get("DATALOADER") or {}).get("ROBOVERSE", {}).get("cfg_opts", ""))
-    found = re.search(r"IMAGE\.crop_img:([0-9.]+)", options)
-    if not found:
+    match = re.search(r"IMAGE\.crop_img:([0-9.]+)", options)
+    if not match:
         remedy = "name the crop yourself: --crop 0.875"
         raise InputError("IMAGE.crop_img in DATALOADER.ROBOVERSE.cfg_opts", f"'{options}'", remedy)
-    return float(found[1])
+    return float(match[1])
 
 
 def _bounds(statistics: Any, dimensions: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the (low, high) bounds of the actions in the official statistics."""
     try:
-        own = statistics["out_ori_act"]
-        low, high = (np.asarray(own[key], np.float64).reshape(-1) for key in ("min", "max"))
+        action_statistics = statistics["out_ori_act"]
+        low, high = (
+            np.asarray(action_statistics[key], np.float64).reshape(-1) for key in ("min", "max")
+        )
     except (KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(

@@ -1,6 +1,6 @@
-"""From the Hub: public datasets and LIBERO's meshes by name. To it: checkpoints.
+"""Download datasets and LIBERO's meshes from the Hub, and upload checkpoints to it.
 
-Its own client resumes and checks both.
+The Hub's client resumes interrupted transfers and checks the files.
 """
 
 import json
@@ -27,11 +27,20 @@ KNOWN = {  # name → dataset on the Hub
 
 
 def download(name: str, out: str | Path | None = None) -> Path:
-    """The folder of what `name` names: one of KNOWN, or a LeRobot dataset on the Hub, "owner/name".
+    """Download a dataset, or LIBERO's meshes, unless it is already there.
 
-    out: by default data/<name>; LIBERO's meshes go where hf-libero looks for them. What is there
-    already is not fetched again. A dataset of format v2.0 or v2.1 is converted to v3.0 in its
-    place. Raises InputError offline, or for an unknown name.
+    A dataset of format v2.0 or v2.1 is converted to v3.0 in place.
+
+    Args:
+        name: A key of KNOWN, or the "owner/name" of a LeRobot dataset on the Hub.
+        out: The folder to write. None takes data/<name>, and for LIBERO's meshes the folder where
+            hf-libero looks for them.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: When the name is unknown or the Hub cannot be reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -70,11 +79,19 @@ def download(name: str, out: str | Path | None = None) -> Path:
 
 
 def push(checkpoint: str | Path, repo: str, private: bool = False) -> str:
-    """Uploads a checkpoint folder to the Hub, its model card too; the address.
+    """Upload a checkpoint folder, with its model card, to the Hub.
 
-    Made where there is no such model yet.
+    Args:
+        checkpoint: Checkpoint folder.
+        repo: The "owner/name" of the model on the Hub, which is created if it does not exist.
+        private: Whether a new model is private.
 
-    Raises InputError for what is no checkpoint, offline, and without the right to write there.
+    Returns:
+        The address of the upload.
+
+    Raises:
+        InputError: When the folder is not a checkpoint, the Hub cannot be reached, or the user may
+            not write there.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
@@ -84,7 +101,7 @@ def push(checkpoint: str | Path, repo: str, private: bool = False) -> str:
         OfflineModeIsEnabled,
     )
 
-    folder = Path(checkpoint).resolve()  # `last` is a link
+    folder = Path(checkpoint).resolve()  # `last` is a link to a checkpoint
     Spec.load(folder)
     if not list(folder.glob("*.safetensors")):
         raise InputError(f"weights in '{checkpoint}'", "none", "name a checkpoint folder")
@@ -115,9 +132,14 @@ def push(checkpoint: str | Path, repo: str, private: bool = False) -> str:
 
 
 def upgrade(folder: Path, repo: str) -> None:
-    """Brings a LeRobot dataset of v2.0 or v2.1 to v3.0, in its place.
+    """Convert a LeRobot dataset of format v2.0 or v2.1 to v3.0 in place.
 
-    Raises InputError for what is no dataset, or is older.
+    Args:
+        folder: Folder of the dataset.
+        repo: Its id on the Hub.
+
+    Raises:
+        InputError: When the folder holds no dataset, or one of another format.
     """
     file = folder / "meta" / "info.json"
     if not file.is_file():
@@ -143,14 +165,14 @@ def upgrade(folder: Path, repo: str) -> None:
 
 
 def _episode_statistics(folder: Path, info: dict[str, Any]) -> str:
-    """What v2.1 has beyond v2.0: a line of statistics for each episode.
+    """Compute the statistics of each episode, one JSON line each, which v2.1 has and v2.0 lacks.
 
-    Those of pictures are the whole dataset's.
+    Pictures are not measured; their statistics are those of the whole dataset.
     """
     import pyarrow.parquet as parquet
 
     meta = folder / "meta"
-    whole = json.loads((meta / "stats.json").read_text(encoding="utf-8"))
+    dataset_statistics = json.loads((meta / "stats.json").read_text(encoding="utf-8"))
     kinds = {
         key: feature["dtype"]
         for key, feature in info["features"].items()
@@ -165,7 +187,9 @@ def _episode_statistics(folder: Path, info: dict[str, Any]) -> str:
         )
         table = parquet.read_table(folder / data, columns=narrow)
         count = [table.num_rows]
-        stats = {key: {**whole[key], "count": count} for key in kinds if key not in narrow}
+        stats = {
+            key: {**dataset_statistics[key], "count": count} for key in kinds if key not in narrow
+        }
         for key in narrow:
             values = np.stack([np.atleast_1d(value) for value in table[key].to_pylist()]).astype(
                 np.float64

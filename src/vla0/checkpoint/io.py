@@ -29,12 +29,19 @@ def load(
     dtype: str | torch.dtype = "auto",
     quantization: str | None = None,
 ) -> tuple[Any, Any]:
-    """(model, processor) of an ordinary transformers folder, any image-text-to-text model of the
-    Qwen2.5-VL family.
+    """Load an image-text-to-text model of the Qwen2.5-VL family and its processor.
 
-    device None: the GPU where there is one. quantization: "nf4" for the language model's weights in
-    4 bits, on that device from the start. Raises InputError where files are missing, truncated or
-    do not fit.
+    Args:
+        folder: Folder in the format of transformers.
+        device: Where the model runs. None takes the GPU where there is one.
+        dtype: Type of the weights. "auto" keeps the type in which they were saved.
+        quantization: "nf4" loads the language model's weights in 4 bits, directly on the device.
+
+    Returns:
+        (model, processor).
+
+    Raises:
+        InputError: When files are missing, truncated or do not fit.
     """
     remedy, device = "fetch or train the checkpoint again", device_of(device)
     settings: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
@@ -50,7 +57,7 @@ def load(
             f"a complete transformers checkpoint in '{folder}'", reason, remedy
         ) from error
     if info["missing_keys"] or info["mismatched_keys"]:
-        # transformers would go on with random numbers there.
+        # transformers would continue with random numbers for these weights.
         lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise InputError(
             f"all weights in '{folder}'", f"{len(lost)} missing, first {lost[0]}", remedy
@@ -59,8 +66,15 @@ def load(
 
 
 def four_bits(dtype: str | torch.dtype) -> BitsAndBytesConfig:
-    """How weights become 4 bits: as QLoRA does it, all but the vision tower and the output
-    layer.
+    """Return the settings for weights in 4 bits, as in QLoRA.
+
+    The vision tower and the output layer are not quantised.
+
+    Args:
+        dtype: Type in which the model computes. "auto" means float32.
+
+    Raises:
+        InputError: When bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(
@@ -79,14 +93,15 @@ def four_bits(dtype: str | torch.dtype) -> BitsAndBytesConfig:
 
 
 def default_device() -> torch.device:
-    """The GPU where there is one."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_of(name: str | torch.device | None) -> torch.device:
-    """The device of a name; None: the default.
+    """Return the device of a name, or the default device for None.
 
-    Raises InputError where this machine has none such.
+    Raises:
+        InputError: When this machine has no such device.
     """
     if name is None:
         return default_device()
@@ -106,9 +121,17 @@ def save(
     specs: Mapping[str, Spec],
     weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Writes a self-sufficient checkpoint folder; at `folder` there is never a half-written one.
+    """Write a self-sufficient checkpoint folder, which appears only when it is complete.
 
-    specs: by embodiment. weights: to write in place of the model's own.
+    Args:
+        folder: Where the checkpoint is written.
+        model: The model.
+        processor: Its processor.
+        specs: The Spec of each embodiment.
+        weights: Weights to write instead of the model's own, by name.
+
+    Raises:
+        InputError: When the folder holds something other than a checkpoint.
     """
     folder = Path(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
@@ -120,7 +143,7 @@ def save(
 
 
 def shell(model: Any) -> Any:
-    """A model of the same kind without weights, nothing in it quantised."""
+    """Return a model of the same class on the meta device, without weights or quantisation."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -134,8 +157,18 @@ def shell(model: Any) -> Any:
 
 
 def publish(state: Path, folder: Path, processor: Any, specs: Mapping[str, Spec]) -> None:
-    """A clean checkpoint folder out of a Trainer's: no pickle, weights as hard links where the disk
-    has them.
+    """Make a clean checkpoint folder, without pickles, from the folder that a Trainer wrote.
+
+    Weights become hard links where the disk supports them, else copies.
+
+    Args:
+        state: Folder of the Trainer.
+        folder: Where the checkpoint is written.
+        processor: The model's processor.
+        specs: The Spec of each embodiment.
+
+    Raises:
+        InputError: When `folder` holds something other than a checkpoint.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -150,7 +183,7 @@ def publish(state: Path, folder: Path, processor: Any, specs: Mapping[str, Spec]
 
 
 def _complete(folder: Path, processor: Any, specs: Mapping[str, Spec]) -> None:
-    """All that a folder needs beside the weights."""
+    """Write everything that a checkpoint folder needs beside the weights."""
     processor.save_pretrained(folder)
     for embodiment, spec in specs.items():
         spec.save(folder, embodiment)
@@ -158,8 +191,12 @@ def _complete(folder: Path, processor: Any, specs: Mapping[str, Spec]) -> None:
 
 
 def link_files(source: Path, folder: Path, kept: Callable[[Path], bool]) -> None:
-    """The files of `source` that are kept, in `folder`: hard links, or copies where that is another
-    disk.
+    """Link files into a folder, or copy them where hard links are not possible.
+
+    Args:
+        source: Folder of the files.
+        folder: Folder of the links.
+        kept: Returns whether a file is linked.
     """
     for file in source.iterdir():
         if file.is_file() and kept(file):
@@ -170,9 +207,14 @@ def link_files(source: Path, folder: Path, kept: Callable[[Path], bool]) -> None
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Renames a finished folder to its place.
+    """Move a finished folder to its place, and replace a checkpoint that is there.
 
-    What stood there is replaced if it was a checkpoint, else refused.
+    Args:
+        partial: The finished folder.
+        folder: Its place.
+
+    Raises:
+        InputError: When the place holds other files. `partial` is then deleted.
     """
     if folder.exists():
         if any(folder.iterdir()) and not (folder / SPEC_FILE).is_file():
@@ -191,19 +233,20 @@ def put_in_place(partial: Path, folder: Path) -> None:
 
 
 def untrained(model: Any) -> Any:
-    """A model of the same shape with random weights: what training has to beat."""
+    """Return a model of the same shape with random weights, which training has to beat."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return in_windows(type(model)(model.config).to(model.device, model.dtype).eval())
 
 
 def fingerprint(model: Any, spec: Spec) -> str:
-    """Hexadecimal digits that differ between checkpoints: of the Spec and of a sample of every
-    weight.
+    """Return 16 hexadecimal digits that tell checkpoints apart.
+
+    They are a digest of the Spec and of a sample of every weight.
     """
-    found = hashlib.sha256(repr(spec).encode())
+    digest = hashlib.sha256(repr(spec).encode())
     for name, weight in model.state_dict().items():
         flat = weight.flatten()
         sample = flat[:: max(1, flat.numel() // 64)][:64]
-        found.update(name.encode() + sample.float().cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
+        digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,5 +1,6 @@
-"""What LeRobot reads in a checkpoint folder, so that `--policy.path=FOLDER` opens it
-(packages/lerobot_policy_vla0).
+"""Write the files that LeRobot needs to open a checkpoint with `--policy.path=FOLDER`.
+
+packages/lerobot_policy_vla0 is the policy that it then loads.
 """
 
 import json
@@ -10,11 +11,14 @@ from vla0.core.spec import Spec
 
 
 def describe(folder: Path, spec: Spec) -> None:
-    """Adds LeRobot's keys to transformers' config.json, and LeRobot's steps around a policy: none
-    changes a number.
+    """Add LeRobot's keys to config.json, and write its processing steps, which change no number.
 
-    Pictures are expected as `observation.images.CAMERA`, LeRobot's own names; --rename_map gives
-    others.
+    Images are expected under LeRobot's own names, `observation.images.CAMERA`; its option
+    --rename_map maps others to them.
+
+    Args:
+        folder: Checkpoint folder with the config.json of transformers.
+        spec: The Spec of the checkpoint.
     """
     side = [3, spec.image_size, spec.image_size]
     inputs: dict[str, Any] = {
@@ -23,14 +27,14 @@ def describe(folder: Path, spec: Spec) -> None:
     if spec.state is not None:
         inputs["observation.state"] = {"type": "STATE", "shape": [len(spec.state[0])]}
     outputs = {"action": {"type": "ACTION", "shape": [spec.dimensions]}}
-    own = {
+    policy_config = {
         "type": "vla0",
         "chunk_size": spec.chunk_size,
         "input_features": inputs,
         "output_features": outputs,
     }
     file = folder / "config.json"
-    _write(file, json.loads(file.read_text(encoding="utf-8")) | own)
+    _write(file, json.loads(file.read_text(encoding="utf-8")) | policy_config)
     unchanged = dict.fromkeys(("VISUAL", "STATE", "ACTION"), "IDENTITY")
     device = ("device_processor", {"device": "cpu", "float_dtype": None})
     before = [
@@ -52,4 +56,5 @@ def describe(folder: Path, spec: Spec) -> None:
 
 
 def _write(file: Path, content: Any) -> None:
+    """Write a JSON file."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder here, or one that is fetched from the Hub."""
+"""Find a checkpoint: a local folder, or one that is fetched from the Hub."""
 
 from pathlib import Path
 
@@ -8,13 +8,19 @@ UNWANTED = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # pickles
 
 
 def of_the_hub(name: str | Path) -> bool:
-    """Whether a name may be owner/name on the Hub, where there is no such folder here."""
+    """Return whether a name that is no local folder may be an owner/name on the Hub."""
     return str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
 
 
 def locate(path: str | Path, weights: bool = True) -> Path:
-    """The local folder of a checkpoint: the path itself where it is one, else that of a Hub id,
-    with or without weights.
+    """Return the local folder of a checkpoint, and fetch it from the Hub if necessary.
+
+    Args:
+        path: Checkpoint folder, or id of a model on the Hub.
+        weights: Whether to fetch the weights too.
+
+    Raises:
+        InputError: When path is neither a folder nor a checkpoint that the Hub delivers.
     """
     if Path(path).is_dir():
         return Path(path)

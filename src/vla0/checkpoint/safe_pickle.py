@@ -1,9 +1,9 @@
-"""numpy arrays out of a pickle: the few opcodes that are needed, by a reader that builds nothing
-else.
+"""Read numpy arrays from a pickle without running anything in it.
 
-pickle's own reader, told which classes it may find, still lets a stranger change those classes,
-allocates what five bytes ask for, and expands what it decodes (CVE-2026-25874 and its kin). Here no
-class is looked up, nothing is called, and what is built is bounded by the bytes that came.
+pickle's own reader is not safe, even when it is told which classes it may find: a stranger's file
+can still change those classes, make it allocate what five bytes ask for, and make it expand what it
+decodes (CVE-2026-25874 and similar ones). This reader knows only the few opcodes that it needs. It
+looks up no class and calls nothing, and the bytes that came bound what it builds.
 """
 
 import math
@@ -16,10 +16,10 @@ import numpy as np
 
 from vla0.errors import InputError
 
-# opcodes: an array is a dozen, whatever its size; and things that one meets who walks through what
-# was read
+# The most opcodes in a file, where an array takes a dozen whatever its size, and the most objects
+# that a walk through the result may meet.
 MOST = 200_000
-KINDS = "biuf"  # of numbers: booleans, integers, floats
+KINDS = "biuf"  # kinds of numbers that an array may hold: booleans, integers, floats
 NUMPY = (
     "numpy",
     "numpy.core.multiarray",
@@ -27,15 +27,17 @@ NUMPY = (
     "numpy.core.numeric",
     "numpy._core.numeric",
 )
-# of which protocol 2 writes bytes that are empty, and bytearrays
+# Protocol 2 writes empty bytes, and bytearrays, with names of these modules.
 PLAIN = ("builtins", "__builtin__")
-BUILDERS = ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer")  # of numpy's modules
+# Names of numpy's modules that may occur.
+BUILDERS = ("ndarray", "dtype", "_reconstruct", "scalar", "_frombuffer")
 
 
 @dataclass
 class Record:
-    """What was said of an object of a class that is known by name: its arguments and its fields,
-    none of which was run.
+    """Holds what a pickle says of an object of a known class: its arguments and its fields.
+
+    The class itself is neither looked up nor called.
     """
 
     name: str
@@ -43,20 +45,23 @@ class Record:
     fields: dict[str, Any] = field(default_factory=dict)
 
     def get(self, name: str, default: Any = None) -> Any:
-        """A field."""
+        """Return a field, or the default where the object has no such field."""
         return self.fields.get(name, default)
 
 
 class _Name(str):
-    """A global of a pickle: its last name, after its module was found to be a known one."""
+    """The last name of a global in a pickle, whose module is a known one."""
 
 
 @dataclass
 class _Dtype:
+    """A dtype, of which the byte order may still change."""
+
     name: str
     order: Literal["<", ">", "|", "="] = "="
 
     def made(self) -> np.dtype:
+        """Return the numpy dtype, or raise ValueError if it is not one of numbers."""
         made = np.dtype(self.name).newbyteorder(self.order)
         if made.kind not in KINDS:
             raise ValueError(f"numbers of kind {KINDS}, not {made}")
@@ -67,61 +72,75 @@ class _Dtype:
 class _Array:
     """An array whose shape and numbers have not come yet."""
 
-    places: list[int] = field(default_factory=list)  # of the memo that hold it
+    places: list[int] = field(default_factory=list)  # keys of the memo that hold it
 
 
 def load_arrays(file: IO[bytes], where: str, also: Collection[tuple[str, str]] = ()) -> Any:
-    """What a pickle of arrays, numbers, strings, lists and dicts holds.
+    """Read a pickle of arrays, numbers, strings, lists and dicts.
 
-    Raises InputError for any other, having run nothing.
+    Args:
+        file: The open file.
+        where: Its name, for the error.
+        also: (module, name) of further data classes that may occur. Each of their objects becomes
+            a Record.
 
-    also: (module, name) of classes of data that are known too: of their objects a Record comes.
+    Returns:
+        What the pickle holds.
+
+    Raises:
+        InputError: When the pickle holds anything else. Nothing in it has run.
     """
     data = file.read()
     try:
         return _Reader(data, also).read()
-    except Exception as error:  # a damaged pickle fails in as many ways as there are opcodes
+    except Exception as error:  # a damaged pickle can raise any error
         reason = f"{type(error).__name__}: {str(error)[:200]}"
         remedy = "fetch the file again from who made it"
         raise InputError(f"a pickle of numpy arrays alone in '{where}'", reason, remedy) from None
 
 
 class _Reader:
+    """Runs the opcodes of a pickle on a stack and a memo of its own."""
+
     def __init__(self, data: bytes, also: Collection[tuple[str, str]]):
         self.data, self.also = data, also
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        self.left = len(data) + 4096  # bytes that may still be made of other bytes
+        self.left = len(data) + 4096  # how many bytes may still be made from other bytes
 
     def read(self) -> Any:
+        """Run all opcodes and return the result."""
         for count, (code, argument, _) in enumerate(pickletools.genops(self.data)):
             if count > MOST:
                 raise ValueError(f"more than {MOST} opcodes")
             if code.name == "STOP":
-                (found,) = self.stack
-                _size(found, {})
-                return found
+                (result,) = self.stack
+                _size(result, {})
+                return result
             if code.name in _VALUES:
                 self.stack.append(argument)
             elif code.name not in ("PROTO", "FRAME"):
                 _ACTIONS[code.name](self, argument)
 
     def since_mark(self) -> list[Any]:
+        """Take everything off the stack that lies above the last mark."""
         first = self.marks.pop()
-        found, self.stack[first:] = self.stack[first:], []
-        return found
+        objects, self.stack[first:] = self.stack[first:], []
+        return objects
 
     def taken(self, count: int) -> tuple[Any, ...]:
+        """Take the topmost `count` objects off the stack."""
         if len(self.stack) < count + (self.marks[-1] if self.marks else 0):
             raise ValueError("too little on the stack")
-        found, self.stack[len(self.stack) - count :] = (
+        objects, self.stack[len(self.stack) - count :] = (
             tuple(self.stack[len(self.stack) - count :]),
             [],
         )
-        return found
+        return objects
 
     def named(self, module: Any, name: Any) -> None:
+        """Push the name of a global, or raise ValueError if it is not a known one."""
         if type(module) is not str or type(name) is not str:
             raise ValueError("a name that is no text")
         known = (module in NUMPY and name in BUILDERS) or (
@@ -132,6 +151,7 @@ class _Reader:
         self.stack.append(_Name(name))
 
     def called(self, name: Any, arguments: Any) -> Any:
+        """Return what a call of a known name would return, without calling it."""
         if not isinstance(name, _Name) or not isinstance(arguments, tuple):
             raise ValueError("a call of what is no name")
         if name == "encode":
@@ -178,19 +198,21 @@ class _Reader:
         return Record(str(name), arguments)
 
     def array(self, shape: tuple[int, ...], dtype: _Dtype, fortran: bool, raw: Any) -> np.ndarray:
-        own = dtype.made()
+        """Return an array whose shape fits its bytes exactly, or raise ValueError."""
+        number_type = dtype.made()
         if type(shape) is not tuple or not all(
             type(side) is int and 0 <= side < 1 << 32 for side in shape[:32]
         ):
-            # a product of anything else may be anything, and of any size
+            # The product of other objects could be anything, and of any size.
             raise ValueError("an array of no shape")
-        if not isinstance(raw, bytes | bytearray) or math.prod(shape[:32]) * own.itemsize != len(
-            raw
-        ):
+        if not isinstance(raw, bytes | bytearray) or math.prod(
+            shape[:32]
+        ) * number_type.itemsize != len(raw):
             raise ValueError(f"an array of shape {shape} out of other bytes")
-        return np.frombuffer(raw, own).reshape(shape, order="F" if fortran else "C")
+        return np.frombuffer(raw, number_type).reshape(shape, order="F" if fortran else "C")
 
     def built(self, state: Any) -> None:
+        """Set the state of the topmost object, which completes an array."""
         (target,) = self.taken(1)
         if isinstance(target, _Dtype):
             _, order, *parts = state
@@ -215,12 +237,14 @@ class _Reader:
         self.stack.append(target)
 
     def paid(self, made: bytes) -> bytes:
+        """Return bytes that were made from other bytes, and count them against the limit."""
         self.left -= len(made)
         if self.left < 0:
             raise ValueError("more bytes than came")
         return made
 
     def remembered(self, place: int | None) -> None:
+        """Store the topmost object in the memo."""
         (held,) = self.taken(1)
         place = len(self.memo) if place is None else place
         self.memo[place] = held
@@ -229,9 +253,10 @@ class _Reader:
         self.stack.append(held)
 
     def put_in(self, pairs: list[Any]) -> None:
+        """Add keys and values, which alternate in `pairs`, to the topmost dict."""
         target = self.stack[-1]
-        # Tuples in tuples are hashed for ever, and numbers of one hash are compared each with all
-        # others.
+        # Hashing tuples nested in tuples can take for ever, and numbers with equal hashes are each
+        # compared with all others.
         if type(target) is not dict or not all(
             type(k) is str or (type(k) is int and abs(k) < 1 << 31) for k in pairs[::2]
         ):
@@ -241,31 +266,34 @@ class _Reader:
         target.update(zip(pairs[::2], pairs[1::2], strict=True))
 
     def put_on(self, entries: list[Any]) -> None:
+        """Append entries to the topmost list."""
         target = self.stack[-1]
         if type(target) is not list:
             raise ValueError("entries of what is no list")
         target.extend(entries)
 
 
-def _size(found: Any, known: dict[int, int], levels: int = 50) -> int:
-    """How many things one meets who walks through it: thirty lists, each the one before twice, are
-    a thousand million.
+def _size(value: Any, known: dict[int, int], levels: int = 50) -> int:
+    """Count the objects that a walk through `value` meets, or raise ValueError beyond MOST.
+
+    Thirty lists, each of which holds the previous one twice, make a thousand million.
     """
     inside = (
-        found.values() if type(found) is dict else found if type(found) in (list, tuple) else ()
+        value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
     )
-    inside = (*found.arguments, found.fields) if isinstance(found, Record) else inside
-    if inside and id(found) not in known:
+    inside = (*value.arguments, value.fields) if isinstance(value, Record) else inside
+    if inside and id(value) not in known:
         if not levels:
             raise ValueError("things too deep in each other, or one in itself")
-        known[id(found)] = sum(_size(part, known, levels - 1) for part in inside)
-    size = 1 + (known[id(found)] if inside else 0)
+        known[id(value)] = sum(_size(part, known, levels - 1) for part in inside)
+    size = 1 + (known[id(value)] if inside else 0)
     if size > MOST:
         raise ValueError(f"more than {MOST} things")
     return size
 
 
 def _push(make: Callable[[_Reader, Any], Any]) -> Callable[[_Reader, Any], None]:
+    """Return an action that pushes what `make` returns."""
     return lambda reader, argument: reader.stack.append(make(reader, argument))
 
 

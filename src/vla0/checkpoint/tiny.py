@@ -1,5 +1,6 @@
-"""The tiny model: Qwen2.5-VL's architecture with random weights, for a machine without a GPU or a
-download.
+"""Build the tiny model: the architecture of Qwen2.5-VL with few, random weights.
+
+It needs neither a GPU nor a download.
 """
 
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 
 from vla0.decode.window_attention import in_windows
 
-TINY = "tiny"  # the base_model that is built here instead of loaded
+TINY = "tiny"  # the base_model that is built by this module instead of loaded
 
 _SPECIAL = (
     "<|endoftext|>",
@@ -29,7 +30,7 @@ _SPECIAL = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-_CHAT = (  # the turns of Qwen2.5-VL's template, without video and tools
+_CHAT = (  # the chat template of Qwen2.5-VL without video and tools
     "{% set images = namespace(count=0) %}{% for message in messages %}<|im_start|>{{ "
     "message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in "
@@ -43,12 +44,16 @@ _CHAT = (  # the turns of Qwen2.5-VL's template, without video and tools
 
 
 def tiny_processor(words: Iterable[str], vocabulary: int = 400) -> Qwen2_5_VLProcessor:
-    """A Qwen2.5-VL processor whose byte-level BPE is learned from `words`, digits apart: no
-    download.
+    """Build a Qwen2.5-VL processor without a download.
+
+    Its tokenizer is a byte-level BPE in which every digit is a token of its own.
+
+    Args:
+        words: Texts from which the BPE is learned.
+        vocabulary: The number of tokens, at least 256 and the special ones.
     """
     tokenizer = Tokenizer(models.BPE())
-    # Every digit and every space is a piece of its own, as in Qwen2's tokenizer where it matters:
-    # in answers.
+    # In answers every digit and every space becomes a piece of its own, as in Qwen2's tokenizer.
     split = pre_tokenizers.Split(Regex(r"\d| ?\p{L}+|\s|[^\s\p{L}\d]+"), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -83,10 +88,21 @@ def tiny_model(
     vision_heads: int = 4,
     seed: int = 0,
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """A randomly initialised Qwen2.5-VL, the same architecture at about 3 M parameters."""
+    """Build a randomly initialised Qwen2.5-VL with about 3 M parameters.
+
+    Args:
+        processor: The processor, whose vocabulary the model takes.
+        width: Hidden size of the language model.
+        layers: Layers of the language model.
+        heads: Attention heads of the language model.
+        vision_width: Hidden size of the vision tower.
+        vision_layers: Layers of the vision tower.
+        vision_heads: Attention heads of the vision tower.
+        seed: Seed of the weights.
+    """
     ids = {token: processor.tokenizer.convert_tokens_to_ids(token) for token in _SPECIAL}
     head = width // heads
-    # of the rotary pairs a quarter is time; the rest height and width
+    # A quarter of the rotary pairs encodes time, and the rest encodes height and width.
     height = (head // 2 - head // 8) // 2
     settings: dict[str, Any] = {
         "text_config": {

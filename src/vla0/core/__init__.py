@@ -1,3 +1,1 @@
-"""The method: what an observation and an action are, how actions become text and text becomes
-actions.
-"""
+"""The method of VLA-0: observations, actions, and the text that stands for actions."""

@@ -1,4 +1,4 @@
-"""Actions ↔ levels ↔ text, and the grammar of that text."""
+"""Convert between actions, levels and text, and define the grammar of that text."""
 
 import re
 from functools import lru_cache
@@ -14,12 +14,17 @@ _NUMBER = re.compile(r"0|[1-9][0-9]*")
 
 
 class ChunkError(InputError):
-    """Text that is not a chunk of actions."""
+    """Raised for text that is not a chunk of actions."""
 
 
 class ActionCodec:
-    """The three forms of a chunk: actions (float, the dataset's units), levels (int, 0..bins) and
-    text.
+    """Converts chunks between actions, levels and text.
+
+    Actions are floats in the dataset's units, levels are integers in 0..bins, and text is what the
+    model writes. Every method raises InputError for a wrong shape or a value out of range.
+
+    Args:
+        spec: Gives the bounds of the actions, the number of bins and the shape (H, D) of a chunk.
     """
 
     def __init__(self, spec: Spec):
@@ -27,29 +32,34 @@ class ActionCodec:
         self.low, self.high = np.array(spec.low, np.float64), np.array(spec.high, np.float64)
 
     def encode(self, actions: np.ndarray) -> np.ndarray:
-        """Levels (..., D) int64 of actions (..., D).
+        """Encode actions as integer levels, rounding half to even as the published code does.
 
-        Outside the bounds they clip (count them with `outside`).
+        Actions outside the bounds are clipped; `outside` counts them. A dimension with low == high
+        becomes level 0.
 
-        Rounds half to even, as the published code does. A dimension with low == high is level 0.
-        Raises InputError for a wrong D or a value that is not finite.
+        Args:
+            actions: (..., D) finite floats in the dataset's units.
+
+        Returns:
+            (..., D) int64 levels in 0..bins.
         """
         return to_levels(self._checked(actions), self.low, self.high, self.bins)
 
     def outside(self, actions: np.ndarray) -> np.ndarray:
-        """(D,) int64: how many values of each dimension `encode` would clip."""
+        """Count, for each dimension, the values that `encode` would clip: (D,) int64."""
         actions = self._checked(actions).reshape(-1, self.dimensions)
         return ((actions < self.low) | (actions > self.high)).sum(axis=0)
 
     def decode(self, levels: np.ndarray) -> np.ndarray:
-        """Actions (..., D) float32 of levels (..., D); at most half a level from what was encoded
-        inside the bounds.
+        """Decode (..., D) levels into (..., D) float32 actions.
+
+        An action that was encoded inside the bounds comes back within half a level.
         """
         levels = self._in_range(levels)
         return (self.low + levels / self.bins * (self.high - self.low)).astype(np.float32)
 
     def write(self, levels: np.ndarray) -> str:
-        """The text of levels (H, D): time-major, single spaces."""
+        """Write (H, D) levels as text: one time step after another, separated by single spaces."""
         levels = self._in_range(levels)
         if levels.shape != (self.chunk_size, self.dimensions):
             raise InputError(
@@ -60,7 +70,11 @@ class ActionCodec:
         return " ".join(str(level) for level in levels.ravel().tolist())
 
     def read(self, text: str) -> np.ndarray:
-        """The levels (H, D) int64 of a text. Strict: exactly what `write` gives, or ChunkError."""
+        """Read (H, D) int64 levels from text.
+
+        Raises:
+            ChunkError: When the text is not exactly what `write` would give.
+        """
         shape = (self.chunk_size, self.dimensions)
         remedy = "decode with the grammar (vla0.decode), which cannot write anything else"
         words = text.split(" ")
@@ -82,6 +96,7 @@ class ActionCodec:
         return np.array([int(word) for word in words], np.int64).reshape(shape)
 
     def _checked(self, actions: np.ndarray) -> np.ndarray:
+        """Return the actions as float64, or raise InputError: wrong D, or not finite."""
         actions = np.asarray(actions, dtype=np.float64)
         if actions.ndim < 1 or actions.shape[-1] != self.dimensions:
             raise InputError(
@@ -99,6 +114,7 @@ class ActionCodec:
         return actions
 
     def _in_range(self, levels: np.ndarray) -> np.ndarray:
+        """Return the levels as an array, or raise InputError: wrong type, D or range."""
         levels = np.asarray(levels)
         if not np.issubdtype(levels.dtype, np.integer):
             raise InputError("integer levels", f"dtype {levels.dtype}", "encode actions first")
@@ -118,8 +134,9 @@ class ActionCodec:
 
 
 def to_levels(values: np.ndarray, low: np.ndarray, high: np.ndarray, bins: int) -> np.ndarray:
-    """Min-max levels (..., N) int64 of finite values (..., N), clipped to 0..bins; 0 where low ==
-    high.
+    """Scale finite (..., N) values to (..., N) int64 levels in 0..bins.
+
+    Values outside the bounds are clipped. The level is 0 where low == high.
     """
     span = np.where(high > low, high - low, 1.0)
     scaled = (np.clip(values, low, high) - low) / span * bins
@@ -127,43 +144,41 @@ def to_levels(values: np.ndarray, low: np.ndarray, high: np.ndarray, bins: int) 
 
 
 def written(levels: np.ndarray) -> str:
-    """The text of the first levels (n, D) of a chunk that goes on: a space ends it; nothing of
-    none.
-    """
+    """Write the first (n, D) levels of an unfinished chunk, with a space after each number."""
     return "".join(f"{level} " for level in levels.ravel().tolist())
 
 
 def numerals(bins: int) -> list[list[tuple[int, int]]]:
-    """The decimal numerals of 0..bins: alternatives of digits, each digit from one to another."""
+    """List patterns that match the numerals of 0..bins: each is a (first, last) range per digit."""
     digits = [int(digit) for digit in str(bins)]
-    found = [[(0, 0)]] + [[(1, 9)] + [(0, 9)] * more for more in range(len(digits) - 1)]
-    # those as long as `bins`: alike so far, less here, anything after
+    patterns = [[(0, 0)]] + [[(1, 9)] + [(0, 9)] * more for more in range(len(digits) - 1)]
+    # Numerals as long as `bins`: equal to it before this place, less at it, any digits after it.
     for place, digit in enumerate(digits):
         last = place == len(digits) - 1
         low, high = int(place == 0), digit if last else digit - 1
         if low <= high:
-            found.append(
+            patterns.append(
                 [(d, d) for d in digits[:place]]
                 + [(low, high)]
                 + [(0, 9)] * (len(digits) - place - 1)
             )
-    return found
+    return patterns
 
 
 class Grammar:
-    """The language of answers: `count` numbers in 0..bins without leading zeros, single spaces,
-    then the end.
+    """The language of answers: `count` numbers in 0..bins separated by single spaces, then END.
 
-    A state is (numbers finished, digits of the current one); symbols are 0..9, SPACE and END.
+    Numbers have no leading zeros. A state is (numbers finished, digits of the current number).
+    Symbols are 0..9, SPACE and END.
     """
 
     def __init__(self, bins: int, count: int):
         self.bins, self.count = bins, count
         self.start: tuple[int, str] = (0, "")
-        self.longest = count * (len(str(bins)) + 1)  # symbols, END included
+        self.longest = count * (len(str(bins)) + 1)  # symbols in the longest answer, with END
 
     def allowed(self, state: tuple[int, str]) -> tuple[int, ...]:
-        """The symbols that may follow, ascending. Empty after the end."""
+        """Return the symbols that may follow, in ascending order; none may follow END."""
         finished, digits = state
         if finished == self.count:
             return ()
@@ -171,7 +186,7 @@ class Grammar:
         return _continuations(self.bins, digits) + ((closing,) if digits else ())
 
     def advance(self, state: tuple[int, str], symbol: int) -> tuple[int, str]:
-        """The state after an allowed symbol. Raises ChunkError for another."""
+        """Return the state after a symbol, or raise ChunkError when it is not allowed."""
         if symbol not in self.allowed(state):
             name = "the end" if symbol == END else repr(SYMBOLS[symbol])
             raise ChunkError(
@@ -187,6 +202,7 @@ class Grammar:
 
 @lru_cache(maxsize=200_000)
 def _continuations(bins: int, digits: str) -> tuple[int, ...]:
+    """Return the digits that may follow the digits of an unfinished number."""
     if digits == "0":
         return ()
     return tuple(d for d in range(10) if int(digits + str(d)) <= bins)

@@ -1,6 +1,4 @@
-"""Temporal ensembling: the action of now, averaged over all chunks that predicted it (as in
-ACT).
-"""
+"""Temporal ensembling: average what all chunks predicted for the present step, as in ACT."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -14,10 +12,10 @@ NONE = "none"  # execute the newest chunk, average nothing
 
 
 def weights_by_age(name: str | Sequence[float], count: int) -> tuple[float, ...]:
-    """`count` weights by age in queries, the newest first, not normalised.
+    """Return up to `count` weights, not normalised, by age in queries, the newest chunk first.
 
-    name: "mean" (the paper), "v1" (newest 1, each older one 0.5), "v2:w" (w^age), "none", or the
-    weights themselves.
+    name: "mean" (the paper), "v1" (newest 1, each older one 0.5), "v2:w" (w^age), "none" (only the
+    newest counts), or the weights themselves.
     """
     if not isinstance(name, str):
         weights = tuple(float(weight) for weight in name)
@@ -52,9 +50,7 @@ def weights_by_age(name: str | Sequence[float], count: int) -> tuple[float, ...]
 
 
 def steps_used(chunk_size: int, n_action_steps: int, name: str | Sequence[float]) -> int:
-    """How many steps of a chunk are ever executed or averaged: those up to the next query where
-    nothing is averaged.
-    """
+    """Return how many steps of a chunk are ever used: with "none", those up to the next query."""
     return n_action_steps if name == NONE else chunk_size
 
 
@@ -64,10 +60,17 @@ def ensemble_actions(
     weights: str | Sequence[float] = "v1",
     periodic: Turns = (),
 ) -> np.ndarray:
-    """(D,): the action of now, from chunks (H, D) queried at successive steps, newest last.
+    """Average what several chunks predict for the present step.
 
-    The chunk of age a predicts now in its row a; the last `k` chunks are averaged (default: all
-    that reach now). periodic: of the Spec.
+    Args:
+        chunks: (H, D) chunks that were queried at successive steps, newest last. The chunk of age a
+            predicts the present in its row a.
+        k: How many of the newest chunks to average. None averages all that reach the present.
+        weights: Name or weights, as for `weights_by_age`.
+        periodic: `Spec.periodic`.
+
+    Returns:
+        (D,) float32 action.
     """
     if len(chunks) == 0:
         raise InputError("one chunk at least", "none", "predict before ensembling")
@@ -83,11 +86,10 @@ def ensemble_actions(
 def weighted_mean(
     rows: Sequence[np.ndarray], weights: Sequence[float], periodic: Turns = ()
 ) -> np.ndarray:
-    """(D,) float32: mean of rows (D,), each with the weight of its place; places without a weight
-    do not count.
+    """Return the (D,) float32 weighted mean of (D,) rows; rows without a weight do not count.
 
-    periodic: dimensions of which 179 and -179 degrees have the mean 180, and not 0: all are turned
-    to beside the first row.
+    In periodic dimensions the mean of 179 and -179 degrees is 180, not 0: every row is first turned
+    to the value that is nearest to the first row.
     """
     pairs = list(zip(rows, weights, strict=False))
     total = sum(weight for _, weight in pairs)
@@ -102,7 +104,18 @@ def weighted_mean(
 
 
 class TemporalEnsemble:
-    """Remembers the chunks that still reach the present, and averages what they say of one step."""
+    """Remembers the chunks that still reach the present, and averages their predictions.
+
+    Args:
+        chunk_size: H, steps in a chunk.
+        n_action_steps: Steps that are executed per query.
+        weights: Name or weights, as for `weights_by_age`.
+        k: How many of the newest chunks to average. None averages all that reach the present.
+        periodic: `Spec.periodic`.
+
+    Raises:
+        InputError: When an argument is out of range, or weights average chunks that never overlap.
+    """
 
     def __init__(
         self,
@@ -112,21 +125,17 @@ class TemporalEnsemble:
         k: int | None = None,
         periodic: Turns | None = None,
     ):
-        """k: the newest chunks that are averaged; None: all that can predict one instant.
-
-        periodic: of the Spec.
-        """
         if not 1 <= n_action_steps <= chunk_size:
             raise InputError(
                 f"n_action_steps in 1..{chunk_size} (the chunk's size)",
                 f"{n_action_steps}",
                 "a chunk holds no more steps than that",
             )
-        overlap = -(-chunk_size // n_action_steps)  # chunks that can predict one instant
+        overlap = -(-chunk_size // n_action_steps)  # chunks that can predict the same step
         overlap = min(overlap, k or overlap)
         self.weights = weights_by_age(weights, overlap)
         if overlap == 1 and weights != NONE:
-            # The silent case behind the public reproductions' missing points (docs/differences.md).
+            # Unnoticed, this cost the public reproductions their points (docs/differences.md).
             newest = f", k {k}," if k else ","
             raise InputError(
                 "chunks that overlap",
@@ -138,7 +147,7 @@ class TemporalEnsemble:
         self.chunks: deque[tuple[int, np.ndarray]] = deque(maxlen=len(self.weights))
 
     def add(self, chunk: np.ndarray, step: int) -> None:
-        """Adds a chunk (H, D) whose first row is for `step`. Steps must rise."""
+        """Add an (H, D) chunk whose first row is for `step`. Steps must rise from call to call."""
         if self.chunks and step <= self.chunks[0][0]:
             raise InputError(
                 f"a step after {self.chunks[0][0]}", f"{step}", "reset() between episodes"
@@ -146,16 +155,14 @@ class TemporalEnsemble:
         self.chunks.appendleft((step, chunk))
 
     def reaches(self, step: int) -> bool:
-        """Whether anything was predicted for `step`."""
+        """Return whether any remembered chunk predicts `step`."""
         return any(
             0 <= step - first < len(chunk) and weight > 0
             for (first, chunk), weight in zip(self.chunks, self.weights, strict=False)
         )
 
     def action(self, step: int) -> np.ndarray:
-        """(D,) float32: the weighted mean of all predictions for `step`, weights by age in
-        queries.
-        """
+        """Return the (D,) float32 weighted mean of all predictions for `step`."""
         reach = [
             (chunk[step - first], weight)
             for (first, chunk), weight in zip(self.chunks, self.weights, strict=False)
@@ -168,5 +175,5 @@ class TemporalEnsemble:
         )
 
     def reset(self) -> None:
-        """Forgets all chunks."""
+        """Forget all chunks."""
         self.chunks.clear()

@@ -1,4 +1,4 @@
-"""Plain constrained greedy decoding, one token a pass: what everything faster must equal."""
+"""Constrained greedy decoding, a token per pass. Faster decoders must give the same results."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,8 +13,9 @@ from vla0.core.prompt import Prompt
 
 
 class GrammarLogits(LogitsProcessor):
-    """Leaves of each row's logits only the symbols that the grammar allows next; the end alone
-    after `numbers` of them.
+    """Forbids tokens that the grammar does not allow next; after `numbers` numbers, all but END.
+
+    starts: the grammar states from which rows go on whose answers have already begun.
     """
 
     def __init__(
@@ -24,7 +25,6 @@ class GrammarLogits(LogitsProcessor):
         numbers: int,
         starts: Sequence[tuple[int, str]] = (),
     ):
-        """starts: of rows whose answers have begun, the state that they go on from."""
         self.grammar, self.symbol_ids, self.numbers, self.starts = (
             grammar,
             symbol_ids,
@@ -35,7 +35,7 @@ class GrammarLogits(LogitsProcessor):
         self.states: list[tuple[int, str]] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Scores (B, V) with everything forbidden at -inf; rows that have ended may end again."""
+        """Return (B, V) scores, -inf for forbidden tokens; a row that has ended may end again."""
         if not self.states:
             self.states = list(self.starts) or [self.grammar.start for _ in input_ids]
         else:
@@ -52,7 +52,7 @@ class GrammarLogits(LogitsProcessor):
 
 
 class GreedyDecoder:
-    """The decoder for every model, with the interface of the fast one: guesses help it nothing."""
+    """Decodes with any model. It has the interface of the fast decoder and ignores guesses."""
 
     def __init__(self, model: Any, prompt: Prompt):
         self.model, self.prompt = model, prompt
@@ -64,7 +64,7 @@ class GreedyDecoder:
         guesses: Sequence[np.ndarray | None] | None = None,
         prefixes: Sequence[np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Levels (B, H, D) int64; the first `num_steps` steps of them where given."""
+        """Return (B, H, D) int64 levels, or only the first `num_steps` steps of them."""
         return decode(self.model, batch, self.prompt, num_steps, prefixes)
 
     def stream(
@@ -74,7 +74,7 @@ class GreedyDecoder:
         guesses: Sequence[np.ndarray | None] | None = None,
         prefixes: Sequence[np.ndarray] | None = None,
     ) -> Iterator[list[np.ndarray]]:
-        """The steps of each row, all at once."""
+        """Yield once: the steps of each row."""
         yield list(self.decode(batch, num_steps, guesses, prefixes))
 
 
@@ -86,15 +86,14 @@ def decode(
     num_steps: int | None = None,
     prefixes: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
-    """Levels (B, H, D) int64 of a batch without labels; the first `num_steps` steps of them, and no
-    more work than that.
+    """Decode a batch without labels into (B, H, D) int64 levels.
 
-    begun: of each row the levels (n, D) that its text in the batch ends with; they come back as the
-    first.
+    With `num_steps`, only that many steps are decoded, and no more work is done. prefixes: for each
+    row, the (n, D) levels with which its text in the batch ends. The result begins with them.
     """
     steps = prompt.spec.chunk_size if num_steps is None else num_steps
     codec = ActionCodec(replace(prompt.spec, chunk_size=steps))
-    # of the whole chunk: where to stop changes no token before it
+    # The grammar of the whole chunk, since stopping early must not change an earlier token.
     grammar = Grammar(codec.bins, prompt.spec.numbers)
     numbers = steps * prompt.spec.dimensions
     starts = [(levels.size, "") for levels in prefixes or ()]
@@ -109,7 +108,7 @@ def decode(
         do_sample=False,
         num_beams=1,
         use_cache=True,
-        # whatever the base model's own file says
+        # These override the generation settings in the base model's own file.
         temperature=None,
         top_p=None,
         top_k=None,

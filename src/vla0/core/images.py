@@ -1,6 +1,6 @@
-"""Frames → the image(s) the model sees: crop, resize, jitter, tile.
+"""Turn frames into the images that the model sees: crop, resize, jitter and tile.
 
-One function for training and acting.
+Training and acting use the same function.
 """
 
 from collections.abc import Sequence
@@ -30,13 +30,24 @@ def compose(
     rng: np.random.Generator | None = None,
     jitter: tuple[float, float, float, float] = JITTER,
 ) -> list[np.ndarray]:
-    """The images (h, w, 3) uint8 the model sees: one of (image_size, image_size * cameras *
-    history, 3), or one each.
+    """Make the images that the model sees.
 
-    rng None: centre crop, no jitter (acting). Else a random crop and jitter for each camera, the
-    same for all its frames (training). Depth maps become grey pictures, near black and far white,
-    and are not jittered: their greys are distances. Raises InputError for a missing camera, or
-    frames that are not uint8 RGB of one size.
+    Depth maps become grey pictures, near black and far white. They are not jittered, because their
+    greys are distances.
+
+    Args:
+        observation: Frames of all cameras of the Spec.
+        spec: The Spec of the checkpoint.
+        rng: None crops the centre and does not jitter, as in acting. A generator draws a crop and a
+            jitter for each camera, the same for all its frames, as in training.
+        jitter: Strengths of brightness, contrast, saturation and hue.
+
+    Returns:
+        One (image_size, image_size * cameras * history, 3) uint8 image if `spec.tile`, else one
+        (image_size, image_size, 3) image for each frame.
+
+    Raises:
+        InputError: When a camera is missing, or its frames are not uint8 RGB of one size.
     """
     frames, spans = [], {camera: span for camera, *span in spec.depth}
     for camera in spec.cameras:
@@ -47,11 +58,10 @@ def compose(
 
 
 def grey(depth: np.ndarray, near: float, far: float) -> np.ndarray:
-    """(..., h, w, 3) uint8 of depth maps (..., h, w): near and nearer 0, far and farther 255; what
-    is not measured is 255.
+    """Turn (..., h, w) depth maps into (..., h, w, 3) uint8 pictures: near is 0 and far is 255.
 
-    depth: metres where they are floats, millimetres where they are integers, as cameras give them
-    (and LeRobot reads them). Sensors write 0, infinity or nothing where they measured nothing.
+    Floats are metres and integers millimetres, as cameras give them and LeRobot reads them. Pixels
+    without a measurement, where sensors write 0, infinity or NaN, become 255.
     """
     metres = depth.astype(np.float64) / (1.0 if np.issubdtype(depth.dtype, np.floating) else 1000.0)
     metres = np.where(np.isfinite(metres) & (metres > 0), metres, far)
@@ -62,9 +72,9 @@ def grey(depth: np.ndarray, near: float, far: float) -> np.ndarray:
 def _frames(
     observation: Observation, camera: str, history: int, span: Sequence[float] | None = None
 ) -> np.ndarray:
-    """(history, h, w, 3) uint8: a camera's frames, checked.
+    """Check a camera's frames and return them as (history, h, w, 3) uint8.
 
-    span: near and far of depth maps, in metres.
+    span: near and far in metres, if the frames are depth maps.
     """
     if camera not in observation.images:
         got = f"cameras {sorted(observation.images)}"
@@ -98,7 +108,7 @@ def _frames(
 
 
 def _depths(frames: np.ndarray, camera: str, history: int) -> np.ndarray:
-    """Depth maps (h, w) or (history, h, w), checked."""
+    """Check depth maps and return them as (h, w), or (history, h, w) with a history."""
     if frames.ndim > 2 and frames.shape[-1] == 1:
         frames = frames[..., 0]
     wide = np.issubdtype(frames.dtype, np.floating) or frames.dtype in (np.uint16, np.int32)
@@ -112,7 +122,7 @@ def _depths(frames: np.ndarray, camera: str, history: int) -> np.ndarray:
 
 
 def _draw(rng, jitter):
-    """Where to crop (two fractions of the free room) and which adjustments to make, in order."""
+    """Draw where to crop (two fractions of the free room) and the adjustments, in their order."""
     if rng is None:
         return (0.5, 0.5), []
     place = tuple(rng.random(2))
@@ -122,12 +132,12 @@ def _draw(rng, jitter):
 
 
 def _square(frame: np.ndarray, spec: Spec, place, adjust) -> np.ndarray:
-    """(image_size, image_size, 3) uint8: one frame cropped at `place`, resized, adjusted."""
+    """Crop one frame at `place`, resize it to (image_size, image_size, 3) uint8 and adjust it."""
     height, width = frame.shape[:2]
     crop_h, crop_w = max(1, round(height * spec.crop)), max(1, round(width * spec.crop))
     top, left = round((height - crop_h) * place[0]), round((width - crop_w) * place[1])
-    # In one piece first: Pillow would copy it byte by byte, ten times as slowly, and hold up every
-    # other thread meanwhile.
+    # Pillow copies an array that is not contiguous byte by byte: ten times as slowly, and it holds
+    # up every other thread meanwhile.
     image = Image.fromarray(np.ascontiguousarray(frame[top : top + crop_h, left : left + crop_w]))
     image = image.resize((spec.image_size, spec.image_size), Image.Resampling.BILINEAR)
     for function, strength in adjust:

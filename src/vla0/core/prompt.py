@@ -1,6 +1,4 @@
-"""The words: system text, chat turns, the answer's tokens, the label mask, masked action
-augmentation.
-"""
+"""Build the model's text: chat turns, answer tokens, labels, and masked action augmentation."""
 
 import re
 from collections.abc import Sequence
@@ -16,15 +14,15 @@ from vla0.core.relative import state_of
 from vla0.core.spec import JITTER, Observation, Spec
 from vla0.errors import InputError
 
-# images, the text before the answer, and of it what somebody said
+# Images, the text before the answer, and the part of that text that a user wrote.
 Seen = tuple[Sequence[np.ndarray], str, str]
-IGNORE = -100  # a label that the loss leaves out
-PLACE = "\x00"  # where somebody's words stand in a chat
-HIDDEN = "?"  # an answer's character that the model may not see and need not write
+IGNORE = -100  # label of tokens that the loss leaves out
+PLACE = "\x00"  # stands for the user's words in a chat
+HIDDEN = "?"  # stands for a character that the model does not see and need not write
 
 
 def words(observation: Observation, spec: Spec) -> str:
-    """The user's text: the instruction, after the state's levels where the Spec has a state."""
+    """Return the user's text: the instruction, with the state's levels before it if used."""
     if not isinstance(observation.instruction, str) or not observation.instruction.strip():
         raise InputError(
             "an instruction in words", repr(observation.instruction), "say what the robot shall do"
@@ -36,13 +34,18 @@ def words(observation: Observation, spec: Spec) -> str:
     return f"State: {' '.join(map(str, levels.tolist()))}\n{observation.instruction}"
 
 
-MARKS = 20  # tokens of the model's that words may spell: each is cut in two, which takes time
+MARKS = 20  # special tokens that a user's words may spell: cutting each in two takes time
 
 
 class Prompt:
-    """Observations (and answers) → what the model takes.
+    """Turns observations, and answers in training, into the inputs of the model.
 
-    `processor` is that of a Qwen2.5-VL style model.
+    Args:
+        spec: The Spec of the checkpoint.
+        processor: The processor of a model of the Qwen2.5-VL family.
+
+    Raises:
+        InputError: When the image size or the tokenizer does not fit the method.
     """
 
     def __init__(self, spec: Spec, processor: Any):
@@ -69,15 +72,13 @@ class Prompt:
                 )
             self.ids[character] = ids[0]
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        # overlapping ones, too
+        # A lookahead, so that overlapping tokens are found too.
         self.marks = re.compile(f"(?=({'|'.join(map(re.escape, added))}))" if added else r"(?!)")
-        # by symbol of vla0.core.codec
+        # Token ids in the order of the symbols of vla0.core.codec.
         self.symbol_ids = [self.ids[character] for character in SYMBOLS] + [self.end_id]
 
     def chat(self, count: int, words: str) -> str:
-        """The text before the answer: system turn, user turn with `count` images, the assistant's
-        opening.
-        """
+        """Return the text before the answer, for a user's words and `count` images."""
         content = [{"type": "image"}] * count + [{"type": "text", "text": words}]
         system = [{"type": "text", "text": self.spec.system_text()}]
         messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
@@ -87,27 +88,27 @@ class Prompt:
 
     def gather(
         self,
-        seen: Sequence[Seen],
+        prepared: Sequence[Seen],
         answers: Sequence[str] | None = None,
         prefixes: Sequence[str] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The batch of what `see` gave, of Prompts of several Specs too: they need one processor in
-        common.
+        """Collate results of `see` into a batch, also of Prompts of several Specs.
 
-        begun: how each answer begins, when acting: the model goes on from there.
+        Those Prompts must share one processor. prefixes: in acting, the text with which each answer
+        begins; the model goes on from there.
         """
-        images = [own for own, *_ in seen]
-        # What `processor(text, images)` does, without the validator that it builds anew at each
-        # call: 5.0 → 1.6 ms.
+        images = [chat_images for chat_images, *_ in prepared]
+        # `processor(text, images)` does the same but builds a validator in each call, which makes
+        # it slower: 5.0 ms instead of 1.6 ms.
         pictures = self.processor.image_processor(
-            [image for own in images for image in own], do_resize=False
+            [image for chat_images in images for image in chat_images], do_resize=False
         )
         grids = torch.as_tensor(np.asarray(pictures["image_grid_thw"]))
-        prompts = self._read(seen, (grids.prod(1) // self.merged).tolist())
+        prompts = self._read(prepared, (grids.prod(1) // self.merged).tolist())
         if prefixes is not None:
             prompts = [
-                prompt + self.answer_ids(own)[:-1]
-                for prompt, own in zip(prompts, prefixes, strict=True)
+                prompt + self.answer_ids(prefix)[:-1]
+                for prompt, prefix in zip(prompts, prefixes, strict=True)
             ]
         image = self.processor.image_token_id
         tails = (
@@ -133,31 +134,31 @@ class Prompt:
             batch["labels"] = _left_padded(labels, IGNORE)
         return batch
 
-    def _read(self, seen: Sequence[Seen], sizes: Sequence[int]) -> list[list[int]]:
-        """Tokens of chats; the mark of an image comes as often as the image has tokens.
+    def _read(self, prepared: Sequence[Seen], sizes: Sequence[int]) -> list[list[int]]:
+        """Tokenize chats and repeat the mark of each image once per token of the image.
 
-        sizes: tokens of each image, of all chats one after another. Words are read as words: what
-        looks like a token of the chat in them (an end of a turn, an image) is none.
+        sizes: tokens of each image, over all chats in order. Special tokens (an end of a turn, an
+        image) that a user's words spell out are read as plain text.
         """
         mark, left, parts = self.processor.image_token, iter(sizes), []
-        for images, chat, said in seen:
-            cuts = [found.start() + 1 for found in self.marks.finditer(said)]
-            own = [chat]
-            if cuts:  # cut in two, none of them is a token
+        for images, chat, user_text in prepared:
+            cuts = [match.start() + 1 for match in self.marks.finditer(user_text)]
+            pieces = [chat]
+            if cuts:  # a special token that is cut in two is plain text
                 before, _, after = self.chat(len(images), PLACE).partition(PLACE)
-                if chat != before + said + after:
+                if chat != before + user_text + after:
                     raise InputError(
                         "words without tokens of the model's",
-                        repr(said),
+                        repr(user_text),
                         "leave them out of the instruction",
                     )
-                bounds = [0, *cuts, len(said)]
-                own = [said[first:last] for first, last in pairwise(bounds)]
-                own[0], own[-1] = before + own[0], own[-1] + after
-            first, *others = own[0].split(mark)
-            parts.append([first + "".join(mark * next(left) + part for part in others), *own[1:]])
-        rows = iter(self.processor.tokenizer([part for own in parts for part in own])["input_ids"])
-        return [[token for _ in own for token in next(rows)] for own in parts]
+                bounds = [0, *cuts, len(user_text)]
+                pieces = [user_text[first:last] for first, last in pairwise(bounds)]
+                pieces[0], pieces[-1] = before + pieces[0], pieces[-1] + after
+            head, *tails = pieces[0].split(mark)
+            parts.append([head + "".join(mark * next(left) + part for part in tails), *pieces[1:]])
+        rows = iter(self.processor.tokenizer([part for row in parts for part in row])["input_ids"])
+        return [[token for _ in pieces for token in next(rows)] for pieces in parts]
 
     def observe(
         self,
@@ -167,15 +168,29 @@ class Prompt:
         jitter: tuple[float, float, float, float] = JITTER,
         prefixes: Sequence[str] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The batch of observations: both flows come through here, and differ in answers and
-        generators only.
+        """Turn observations into a batch for the model, in training and in acting.
+
+        Args:
+            observations: B observations.
+            answers: The text of each chunk, in training. None makes a batch without labels.
+            rngs: Generators of the random crop and jitter, in training.
+            jitter: Strengths of brightness, contrast, saturation and hue.
+            prefixes: In acting, the text with which each answer begins.
+
+        Returns:
+            The model's inputs by name, padded on the left; with answers also "labels".
+
+        Raises:
+            InputError: When an observation does not fit the Spec.
         """
         pairs = zip(observations, rngs or [None] * len(observations), strict=True)
-        seen = [
-            self.see(own, rng, jitter) if own.seen is None or rng is not None else own.seen
-            for own, rng in pairs
+        prepared = [
+            self.see(observation, rng, jitter)
+            if observation.seen is None or rng is not None
+            else observation.seen
+            for observation, rng in pairs
         ]
-        return self.gather(seen, answers, prefixes)
+        return self.gather(prepared, answers, prefixes)
 
     def see(
         self,
@@ -183,20 +198,18 @@ class Prompt:
         rng: np.random.Generator | None = None,
         jitter: tuple[float, float, float, float] = JITTER,
     ) -> Seen:
-        """(images, text before the answer, of it the words of the observation)."""
-        images, said = compose(observation, self.spec, rng, jitter), words(observation, self.spec)
-        if sum(1 for _ in self.marks.finditer(said)) > MARKS:
+        """Return the images, the text before the answer, and the user's part of that text."""
+        images, text = compose(observation, self.spec, rng, jitter), words(observation, self.spec)
+        if sum(1 for _ in self.marks.finditer(text)) > MARKS:
             raise InputError(
                 f"words with at most {MARKS} tokens of the model's in them",
                 "more",
                 "say it in words",
             )
-        return images, self.chat(len(images), said), said
+        return images, self.chat(len(images), text), text
 
     def answer_ids(self, answer: str) -> list[int]:
-        """The tokens of an answer and its end: one a character, so that hiding some never merges
-        others.
-        """
+        """Return an answer's tokens and the end: one per character, so hiding never merges any."""
         return [self.ids[character] for character in answer] + [self.end_id]
 
 
@@ -204,18 +217,17 @@ def hide(
     answer: str,
     rng: np.random.Generator | None,
     by: str = "character",
-    most: float = 0.4,
+    max_share: float = 0.4,
     none: float = 0.1,
 ) -> str:
-    """Masked action augmentation: the answer with a share ~ U(0, most) hidden; with probability
-    `none` nothing is.
+    """Apply masked action augmentation: hide a share ~ U(0, max_share) of the answer.
 
-    by: "character" (published: digits and spaces alike), "number" (whole numbers, spaces stay) or
-    "none".
+    With probability `none` nothing is hidden. by: "character" (as published: digits and spaces
+    alike), "number" (whole numbers; spaces stay) or "none".
     """
     if by == "none" or rng is None or rng.random() < none:
         return answer
-    share = rng.uniform(0, most)
+    share = rng.uniform(0, max_share)
     if by == "character":
         hidden = rng.random(len(answer)) < share
         return "".join(HIDDEN if h else c for h, c in zip(hidden, answer, strict=True))
@@ -224,16 +236,16 @@ def hide(
 
 
 def hide_numbers(answer: str, hidden: Sequence[bool] | np.ndarray) -> str:
-    """The answer with the digits of those numbers hidden whose entry is True."""
+    """Hide the digits of those numbers of the answer whose entry in `hidden` is True."""
     return " ".join(
         HIDDEN * len(w) if h else w for h, w in zip(hidden, answer.split(" "), strict=True)
     )
 
 
 def _left_padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
-    """(B, L) int64.
+    """Pad rows on the left to (B, L) int64.
 
-    On the left, so that answers end together: acting appends there, the loss cuts there.
+    All rows then end at the same place, where acting appends and the loss cuts.
     """
     longest = max(len(row) for row in rows)
     return torch.tensor([[fill] * (longest - len(row)) + list(row) for row in rows])

@@ -1,6 +1,4 @@
-"""Actions relative to where the robot is, and dimensions that wrap: what is written of an action,
-and back.
-"""
+"""Convert actions to the values that are written, for relative and periodic dimensions."""
 
 from collections.abc import Sequence
 
@@ -13,9 +11,10 @@ Turns = Sequence[tuple[int, float, float]]  # (dimension, low, high) of Spec.per
 
 
 def state_of(observation: Observation, spec: Spec, needed: int) -> np.ndarray:
-    """(S,) float64: the observation's state.
+    """Return the observation's state as (S,) float64.
 
-    Raises InputError where it is missing, not finite or of another length.
+    Raises InputError when it is missing, not finite or of another length than `needed`. Where the
+    Spec has no state of its own, it may be longer.
     """
     if observation.state is None:
         raise InputError(
@@ -37,7 +36,7 @@ def state_of(observation: Observation, spec: Spec, needed: int) -> np.ndarray:
 
 
 def offset(observation: Observation, spec: Spec) -> np.ndarray:
-    """(D,) float64: what relative dimensions are relative to, zero elsewhere."""
+    """Return the (D,) float64 state in relative dimensions and zero in all others."""
     zero = np.zeros(spec.dimensions)
     if spec.relative_dims:
         dims = list(spec.relative_dims)
@@ -47,24 +46,21 @@ def offset(observation: Observation, spec: Spec) -> np.ndarray:
 
 
 def to_written(actions: np.ndarray, observation: Observation, spec: Spec) -> np.ndarray:
-    """(..., D) float64 of actions (..., D): relative dimensions as differences from the state, by
-    the shorter way round.
+    """Turn (..., D) actions into the (..., D) float64 values that are written.
+
+    Relative dimensions become differences from the state; periodic ones go the shorter way round.
     """
     values = actions - offset(observation, spec)
     return shortest(values, [turn for turn in spec.periodic if turn[0] in spec.relative_dims])
 
 
 def from_written(values: np.ndarray, observation: Observation, spec: Spec) -> np.ndarray:
-    """(..., D) float64: the actions that `to_written` made the values of; periodic dimensions
-    between their low and high.
-    """
+    """Undo `to_written`; periodic dimensions come back between their low and high."""
     return wrapped(values + offset(observation, spec), spec.periodic)
 
 
 def shortest(differences: np.ndarray, periodic: Turns) -> np.ndarray:
-    """(..., D) of differences (..., D): those of periodic dimensions between minus and plus half a
-    turn.
-    """
+    """Bring (..., D) differences in periodic dimensions between minus and plus half a turn."""
     return _each(
         differences,
         periodic,
@@ -73,23 +69,20 @@ def shortest(differences: np.ndarray, periodic: Turns) -> np.ndarray:
 
 
 def wrapped(values: np.ndarray, periodic: Turns) -> np.ndarray:
-    """(..., D) of values (..., D): those of periodic dimensions between their low, included, and
-    their high.
-    """
+    """Bring (..., D) values in periodic dimensions between their low (included) and their high."""
     return _each(values, periodic, lambda values, low, high: (values - low) % (high - low) + low)
 
 
 def beside(values: np.ndarray, near: np.ndarray, periodic: Turns) -> np.ndarray:
-    """(..., D) of values (..., D): periodic dimensions turned to where they are nearest to `near`,
-    to be averaged with it.
-    """
+    """Turn periodic dimensions of (..., D) values as close as possible to `near`, for averaging."""
     return near + shortest(values - near, periodic) if len(periodic) else values
 
 
 def _each(values: np.ndarray, periodic: Turns, change) -> np.ndarray:
+    """Apply change(values, low, high) to each periodic dimension of a copy of the values."""
     if not len(periodic):
         return values
-    found = np.array(values, np.float64)
+    changed = np.array(values, np.float64)
     for dimension, low, high in periodic:
-        found[..., dimension] = change(found[..., dimension], low, high)
-    return found
+        changed[..., dimension] = change(changed[..., dimension], low, high)
+    return changed

@@ -1,4 +1,4 @@
-"""The one loop that simulator and robot share, and what it asks of a world and of a policy."""
+"""The loop that simulators and robots share, and its protocols for a world and a policy."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,39 +13,43 @@ from vla0.errors import InputError
 
 
 class Env(Protocol):
-    """A world that can be acted in: simulator or robot."""
+    """A world in which a policy acts: a simulator or a robot."""
 
     fps: float
     max_steps: int
 
     def reset(self, seed: int) -> Observation:
-        """Starts the episode that the seed names."""
+        """Start the episode with this seed and return its first observation."""
         ...
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
-        """Executes an action (D,) for one tick: what is seen then, and whether the task is done."""
+        """Execute a (D,) action for a tick; return the observation and whether the task is done."""
         ...
 
     def close(self) -> None:
-        """Gives back what the world holds."""
+        """Release what the world holds."""
         ...
 
 
 class Policy(Protocol):
-    """Whatever decides: the model, a scripted expert, a remote one."""
+    """Chooses actions: the model, a scripted expert or a remote policy."""
 
     def reset(self) -> None:
-        """Forgets the episode."""
+        """Forget the episode."""
         ...
 
     def act(self, observation: Observation) -> np.ndarray:
-        """The action (D,) for this instant."""
+        """Return the (D,) action for the present step."""
         ...
 
 
 class ChunkPolicy:
-    """A Policy out of `predict`: asks for a chunk every `n_action_steps` steps and executes the
-    ensemble of all it has.
+    """A Policy that calls `predict` every `n_action_steps` steps and averages its chunks.
+
+    `TemporalEnsemble` describes the arguments after the first.
+
+    Args:
+        predict: Returns an (H, D) chunk for an observation.
     """
 
     def __init__(
@@ -62,20 +66,18 @@ class ChunkPolicy:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the episode."""
+        """Forget the episode."""
         self.ensemble.reset()
         self.step = 0
         self.chunks: list[tuple[int, np.ndarray]] = []
 
     @property
     def looked(self) -> bool:
-        """Whether the last action came with a query: whether its observation's pictures were looked
-        at.
-        """
+        """Whether the last action came with a query, so that its observation's images were used."""
         return self.step % self.n_action_steps == 1 % self.n_action_steps
 
     def act(self, observation: Observation) -> np.ndarray:
-        """The action (D,) for this instant."""
+        """Return the (D,) action for the present step and advance by one step."""
         if self.step % self.n_action_steps == 0:
             if self.chunks:
                 observation = replace(
@@ -90,9 +92,7 @@ class ChunkPolicy:
 
 
 def rest(chunk: np.ndarray, n_action_steps: int) -> np.ndarray:
-    """(n, D): what a chunk says of the steps after the `n_action_steps` that were executed; its end
-    where it says nothing.
-    """
+    """Return the (n, D) rows of a chunk after its executed steps, at least its last row."""
     return chunk[min(n_action_steps, len(chunk) - 1) :]
 
 
@@ -102,11 +102,18 @@ def rollout(
     seed: int,
     on_step: Callable[[Observation, np.ndarray], None] = lambda observation, action: None,
 ) -> Episode:
-    """One episode: until the task is done or `env.max_steps` have passed.
+    """Run one episode until the task is done or `env.max_steps` have passed.
 
-    on_step sees each observation with the action (D,) that answered it. An action that is not
-    finite is an error, and so is any exception of the world or the policy: they rise to the caller
-    and never count as a failed episode.
+    Errors of the world or the policy reach the caller and never count as a failed episode.
+
+    Args:
+        env: The world.
+        policy: The policy, which is reset first.
+        seed: Seed of the episode.
+        on_step: Called with each observation and the (D,) action that answered it.
+
+    Raises:
+        InputError: When the policy returns an action that is not finite.
     """
     policy.reset()
     observation, actions, success = env.reset(seed), [], False

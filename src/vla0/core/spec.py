@@ -1,6 +1,4 @@
-"""The nouns of vla0: what training and acting must agree on (`Spec`), and what flows through the
-rooms.
-"""
+"""The data types of vla0: the Spec of a checkpoint, observations, samples and episodes."""
 
 import dataclasses
 import json
@@ -17,12 +15,12 @@ from vla0.errors import InputError, refuse_unknown
 SPEC_FILE = "vla0.json"
 MAIN = ""  # the embodiment whose Spec is `vla0.json`; that of another one is `vla0.NAME.json`
 SPEC_VERSION = 2
-# names of then → now
+# Keys of version 1 of the file, and what they are called now.
 VERSION_1 = {"horizon": "chunk_size", "relative": "relative_dims", "most_change": "max_step_change"}
-# of training's pictures: brightness, contrast, saturation, hue; the published strengths
+# Published strengths of the jitter in training: brightness, contrast, saturation and hue.
 JITTER = (0.2, 0.2, 0.2, 0.05)
 
-SYSTEM = (  # VLA-0, arXiv 2510.13054, section 3; the four names are filled in from the Spec
+SYSTEM = (  # VLA-0, arXiv 2510.13054, section 3; the Spec fills in the four names
     "Analyze the input image and predict robot actions for the next {chunk_size} timesteps. "
     "Each action has {dimensions} dimensions. Output a single sequence of {numbers} integers "
     "(0-{bins} each), "
@@ -32,43 +30,45 @@ SYSTEM = (  # VLA-0, arXiv 2510.13054, section 3; the four names are filled in f
 
 
 def tupled(value: Any) -> Any:
-    """Lists turned into tuples, all the way down: what frozen dataclasses hold."""
+    """Turn lists, also nested ones, into tuples, which frozen dataclasses can hold."""
     return tuple(tupled(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """Everything that a checkpoint's training and its acting must agree on; saved beside the
-    weights as `vla0.json`.
+    """What training and acting with a checkpoint must agree on.
+
+    It is saved beside the weights as `vla0.json`. The page "Configuration reference" describes its
+    fields. A value out of range raises InputError.
     """
 
-    low: tuple[float, ...]  # (D,) action units of the dataset; written as level 0
+    low: tuple[float, ...]  # (D,) in the dataset's action units; written as level 0
     high: tuple[float, ...]  # (D,) written as level `bins`
-    fps: float  # control rate of the data, Hz
-    cameras: tuple[str, ...]  # in the order the model sees them
+    fps: float  # control rate of the data in Hz
+    cameras: tuple[str, ...]  # in the order in which the model sees them
     base_model: str  # the model that was fine-tuned: Hub id, path or "tiny"
-    chunk_size: int = 8  # H, steps that a chunk predicts
-    bins: int = 1000  # levels are 0..bins inclusive
+    chunk_size: int = 8  # H, the number of steps in a chunk
+    bins: int = 1000  # levels are 0..bins, both included
     image_size: int = 224  # side in pixels of one camera's square, after crop and resize
-    crop: float = 0.875  # side of the crop, as a fraction of the frame's
-    tile: bool = True  # all cameras side by side in one image, or one image each
+    crop: float = 0.875  # side of the crop as a fraction of the frame's side
+    tile: bool = True  # whether all cameras stand side by side in one image; else one image each
     history: int = 1  # frames per camera, oldest first
-    vision_id: bool = False  # "Picture 1: " before an image
-    # (low, high) of a state written into the prompt
+    vision_id: bool = False  # whether "Picture 1: " precedes an image
+    # (low, high) bounds of the state that is written into the prompt; None: no state
     state: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    # action dimensions given as differences from the same dimension of the state
+    # action dimensions that are written as differences from the same dimension of the state
     relative_dims: tuple[int, ...] = ()
-    # (dimension, low, high): an angle that is at `low` again at `high`
+    # (dimension, low, high): an angle for which `low` and `high` are the same position
     periodic: tuple[tuple[int, float, float], ...] = ()
-    # (camera, near, far): a camera of depth maps, black to white, metres
+    # (camera, near, far): a camera of depth maps; near (black) and far (white) are metres
     depth: tuple[tuple[str, float, float], ...] = ()
-    system: str = SYSTEM  # the system turn; names in braces are filled in
-    # the newest chunks that acting averages; None: all that reach the instant
+    system: str = SYSTEM  # text of the system turn; the Spec fills in names in braces
+    # how many of the newest chunks acting averages; None: all that reach the present step
     ensemble_k: int | None = None
-    # (D,) as the dataset calls them, e.g. shoulder_pan.pos; None: not known
+    # (D,) names of the dataset, e.g. shoulder_pan.pos; None: not known
     action_names: tuple[str, ...] | None = None
-    state_names: tuple[str, ...] | None = None  # (S,)
-    # (D,) from one action of the data to the next; None: not known
+    state_names: tuple[str, ...] | None = None  # (S,) names of the dataset; None: not known
+    # (D,) largest change from one action of the data to the next; None: not known
     max_step_change: tuple[float, ...] | None = None
 
     def __post_init__(self):
@@ -135,9 +135,9 @@ class Spec:
             for turn in self.periodic
             if isinstance(turn, tuple) and len(turn) == 3
         }
-        whole = [d for d in turns if _whole(d, 0) and d < len(self.low)]
+        dimensions = [d for d in turns if _whole(d, 0) and d < len(self.low)]
         _check(
-            len(turns) == len(self.periodic) == len(whole)
+            len(turns) == len(self.periodic) == len(dimensions)
             and all(
                 math.isfinite(low) and math.isfinite(high) and low < high
                 for low, high in turns.values()
@@ -167,11 +167,11 @@ class Spec:
             ("action_names", self.dimensions),
             ("state_names", self.state and len(self.state[0])),
         ):
-            given = getattr(self, name)
-            fine = given is None or (
-                len(given) == len(set(given)) and len(given) == (count or len(given))
+            names = getattr(self, name)
+            fine = names is None or (
+                len(names) == len(set(names)) and len(names) == (count or len(names))
             )
-            _check(fine, f"{name}: {count} names, each once", given, "take the dataset's, or null")
+            _check(fine, f"{name}: {count} names, each once", names, "take the dataset's, or null")
         change = self.max_step_change
         fine = change is None or (
             len(change) == self.dimensions and all(math.isfinite(c) and c >= 0 for c in change)
@@ -198,16 +198,16 @@ class Spec:
 
     @property
     def dimensions(self) -> int:
-        """D, numbers in one action."""
+        """D, the number of values in one action."""
         return len(self.low)
 
     @property
     def numbers(self) -> int:
-        """H * D, numbers in one chunk."""
+        """H * D, the number of values in one chunk."""
         return self.chunk_size * self.dimensions
 
     def system_text(self) -> str:
-        """The system turn, with this Spec's numbers filled in."""
+        """Return the system turn with this Spec's numbers filled in."""
         return self.system.format(
             chunk_size=self.chunk_size,
             dimensions=self.dimensions,
@@ -216,14 +216,15 @@ class Spec:
         )
 
     def text(self) -> str:
-        """JSON of it, which `parse` reads."""
+        """Return the Spec as JSON, which `parse` reads."""
         return json.dumps({"version": SPEC_VERSION, **dataclasses.asdict(self)}, indent=2) + "\n"
 
     @classmethod
     def parse(cls, text: str, source: str = SPEC_FILE) -> Self:
-        """The Spec of a JSON text.
+        """Read a Spec from JSON.
 
-        Raises InputError, naming the source, where it is not understood.
+        Raises:
+            InputError: When the text is not a Spec. The message names `source`.
         """
         again = "fetch the checkpoint again"
         try:
@@ -250,14 +251,15 @@ class Spec:
             raise InputError(f"a complete {SPEC_FILE}", str(error), again) from None
 
     def save(self, folder: str | Path, embodiment: str = MAIN) -> None:
-        """Writes `vla0.json` into the folder, or that of another embodiment."""
+        """Write `vla0.json` into the folder, or the file of another embodiment."""
         (Path(folder) / spec_file(embodiment)).write_text(self.text(), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path, embodiment: str = MAIN) -> Self:
-        """The Spec of a checkpoint folder.
+        """Read the Spec of a checkpoint folder.
 
-        Raises InputError where there is none, or one that is not understood.
+        Raises:
+            InputError: When the folder has no Spec of this embodiment, or not a valid one.
         """
         file = Path(folder) / spec_file(embodiment)
         if not file.is_file() and embodiment != MAIN:
@@ -283,63 +285,61 @@ class Spec:
 
 
 def spec_file(embodiment: str = MAIN) -> str:
-    """The name of the file that holds an embodiment's Spec."""
+    """Return the name of the file that holds an embodiment's Spec."""
     return SPEC_FILE if embodiment == MAIN else f"vla0.{embodiment}.json"
 
 
 def embodiments(folder: str | Path) -> list[str]:
-    """The embodiments of a checkpoint folder, MAIN first."""
+    """List the embodiments of a checkpoint folder, MAIN first."""
     return [
         MAIN,
-        *(found.name.split(".")[1] for found in sorted(Path(folder).glob(spec_file("*")))),
+        *(file.name.split(".")[1] for file in sorted(Path(folder).glob(spec_file("*")))),
     ]
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the policy is given at one instant."""
+    """What a policy sees at one step."""
 
-    # camera → (h, w, 3) uint8 RGB, upright; (history, h, w, 3) where Spec.history > 1;
+    # camera → (h, w, 3) uint8 RGB, upright; (history, h, w, 3) if Spec.history > 1. A camera in
+    # Spec.depth has (h, w) or (h, w, 1): metres as floats, or millimetres as integers.
     images: Mapping[str, np.ndarray]
-    # of a camera in Spec.depth (h, w) or (h, w, 1): metres as floats, millimetres as integers
     instruction: str
     state: np.ndarray | None = None  # (S,) in the dataset's units
-    captured_at: float | None = None  # monotonic seconds of the oldest frame
-    draft_actions: np.ndarray | None = (
-        None  # (n, D) actions thought to come, of the last chunk: decodes faster, changes nothing
-    )
-    action_prefix: np.ndarray | None = (
-        None  # (n, D) actions that will have been executed: the chunk begins with them, and goes on
-    )
-    seen: Any = None  # what VLA0.see made of it
+    captured_at: float | None = None  # monotonic time of the oldest frame in seconds
+    # (n, D) expected actions, from the last chunk: they speed up decoding and change no result
+    draft_actions: np.ndarray | None = None
+    # (n, D) actions that will have been executed by then: the chunk begins with them
+    action_prefix: np.ndarray | None = None
+    seen: Any = None  # what VLA0.see prepared from the images and the words
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A row of a dataset before any text: what was seen, and the actions that followed."""
+    """A row of a dataset before it becomes text: an observation and the actions that followed."""
 
     observation: Observation
-    actions: np.ndarray  # (H, D) float32; after the episode's end the last action repeated
+    actions: np.ndarray  # (H, D) float32; the last action is repeated after the end
     valid: np.ndarray  # (H,) bool; False after the episode's end
 
 
 @dataclass(frozen=True)
 class Episode:
-    """What came of one rollout."""
+    """The result of one rollout."""
 
     seed: int
     success: bool
     actions: np.ndarray  # (T, D) as executed
-    chunks: tuple[tuple[int, np.ndarray], ...] = ()  # (step, (H, D)) for each query of the policy
+    chunks: tuple[tuple[int, np.ndarray], ...] = ()  # step and (H, D) chunk of each query
 
     @property
     def steps(self) -> int:
-        """T, control ticks executed."""
+        """T, the number of executed control ticks."""
         return len(self.actions)
 
 
-def _whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _whole(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def _check(holds: bool, expected: str, got: Any, remedy: str) -> None:

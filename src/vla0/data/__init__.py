@@ -1,1 +1,1 @@
-"""A LeRobot dataset on the disk, to batches."""
+"""Read LeRobot datasets from disk and make batches of them."""

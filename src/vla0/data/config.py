@@ -1,6 +1,4 @@
-"""What a config may say of data and augmentation, apart from what does it: read before anything
-heavy.
-"""
+"""Settings of data and augmentation. This module imports nothing heavy, so that it loads fast."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -12,25 +10,25 @@ from vla0.errors import InputError, refuse_unknown
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which dataset, and what its columns are called; others to learn from beside it."""
+    """Names the dataset and its columns, and further datasets to train on beside it."""
 
     dataset: str  # folder of a LeRobot dataset v3.0, or Hub id
-    # camera of the Spec → key of the dataset; None: all that have colours
+    # camera of the Spec → key of the dataset; None: all colour cameras of the dataset
     cameras: Mapping[str, str] | None = None
     action: str = "action"  # key of the actions
-    state: str | None = None  # key of a state, which is written into the prompt
-    # action dimensions written as differences from the same dimension of the state
+    state: str | None = None  # key of a state that is written into the prompt
+    # action dimensions that are written as differences from the same dimension of the state
     relative_dims: tuple[int, ...] = ()
-    # action dimensions that wrap → low and high
+    # action dimension that wraps → its low and high, which are the same position
     periodic: Mapping[int, tuple[float, float]] = field(default_factory=dict)
-    # camera of depth maps → near and far, metres
+    # camera of depth maps → near and far in metres
     depth: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    # bounds of actions and state: "minmax", or "quantiles" for 1 % and 99 %
+    # how the bounds of actions and state are computed: "minmax", or "quantiles" for 1 % and 99 %
     statistics: str = "minmax"
-    held_out: int = 0  # episodes kept from training, the last ones, for the loss on unseen data
+    held_out: int = 0  # how many of the last episodes are kept for the loss on unseen data
     revision: str | None = None  # branch, tag or commit on the Hub
-    weight: float = 1.0  # how often a row comes in an epoch of a mixture
-    # name → fields that differ for another dataset
+    weight: float = 1.0  # how often each row comes in an epoch of a mixture
+    # name → the fields in which another dataset differs from this one
     mixture: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     num_workers: int = 0  # processes that prepare batches
 
@@ -48,10 +46,10 @@ class DataConfig:
         object.__setattr__(
             self, "depth", {camera: tupled(span) for camera, span in self.depth.items()}
         )
+        # Keys from the command line are text, also where they are numbers.
         turns = {
             int(d) if str(d).isdecimal() else d: tupled(turn) for d, turn in self.periodic.items()
         }
-        # a number that is a key of the command line comes as a word
         object.__setattr__(self, "periodic", turns)
         if self.statistics not in ("minmax", "quantiles"):
             raise InputError(
@@ -82,21 +80,23 @@ class DataConfig:
                 f"'{unknown[0]}'",
                 "name it under cameras too",
             )
-        for name, other in self.mixture.items():
-            self._other(name, other)
+        for name, changes in self.mixture.items():
+            self._other(name, changes)
 
     def all(self) -> dict[str, "DataConfig"]:
-        """{name: the dataset's own}, the first of them MAIN; what an entry of the mixture leaves
-        out is as here.
+        """Return {name: config} of all datasets, MAIN first.
+
+        Fields that an entry of the mixture leaves out are taken from this config.
         """
         return {
             MAIN: self,
-            **{name: self._other(name, other) for name, other in self.mixture.items()},
+            **{name: self._other(name, changes) for name, changes in self.mixture.items()},
         }
 
     def _other(self, name: str, changes: Mapping[str, Any]) -> "DataConfig":
+        """Return the config of one dataset of the mixture."""
         common = ("mixture", "num_workers")
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in common}
+        inherited = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in common}
         if not isinstance(changes, Mapping) or "dataset" not in changes:
             raise InputError(
                 f"a dataset in mixture.{name}",
@@ -109,28 +109,29 @@ class DataConfig:
                 f"'{name}'",
                 "it becomes part of a file's name",
             )
-        refuse_unknown(changes, own, f"mixture.{name}")
-        # a revision is of one dataset
-        other = DataConfig(**{**own, "weight": 1.0, "revision": None, **changes})
-        if self.cameras is None or other.cameras is None:
-            return other
-        if set(other.cameras) != set(self.cameras):
-            refuse_other_views(name, other.cameras, self.cameras)
-        # one order for all
-        return replace(other, cameras={camera: other.cameras[camera] for camera in self.cameras})
+        refuse_unknown(changes, inherited, f"mixture.{name}")
+        # A revision belongs to one dataset only.
+        config = DataConfig(**{**inherited, "weight": 1.0, "revision": None, **changes})
+        if self.cameras is None or config.cameras is None:
+            return config
+        if set(config.cameras) != set(self.cameras):
+            refuse_other_views(name, config.cameras, self.cameras)
+        # All datasets list their cameras in the same order.
+        return replace(config, cameras={camera: config.cameras[camera] for camera in self.cameras})
 
 
-def _check_mapping(name: str, given: Any, example: str, pairs: bool = False) -> None:
-    """Raises InputError for what is no mapping, or of pairs one to something else."""
-    if not (isinstance(given, Mapping) and (not pairs or all(map(_pair, given.values())))):
+def _check_mapping(name: str, value: Any, example: str, pairs: bool = False) -> None:
+    """Raise InputError unless the value is a mapping, with `pairs` to two numbers each."""
+    if not (isinstance(value, Mapping) and (not pairs or all(map(_pair, value.values())))):
         raise InputError(
             f"{name}, a mapping{' to two numbers each' * pairs}",
-            f"{given}",
+            f"{value}",
             f"e.g. data.{name}={example}",
         )
 
 
 def _pair(value: Any) -> bool:
+    """Return whether the value is a list or tuple of two numbers."""
     return (
         isinstance(value, list | tuple)
         and len(value) == 2
@@ -139,23 +140,25 @@ def _pair(value: Any) -> bool:
 
 
 def refuse_other_views(
-    name: str, found: Sequence[str] | Mapping[str, str], expected: Sequence[str] | Mapping[str, str]
+    name: str,
+    cameras: Sequence[str] | Mapping[str, str],
+    expected: Sequence[str] | Mapping[str, str],
 ) -> None:
-    """Raises InputError: datasets of a mixture have other cameras."""
+    """Raise InputError, because a dataset of the mixture has other cameras than the first."""
     remedy = (
         "give each dataset the same views under the same names: data.cameras and "
         "data.mixture.NAME.cameras"
     )
-    raise InputError(f"the cameras {list(expected)} in mixture.{name}", f"{list(found)}", remedy)
+    raise InputError(f"the cameras {list(expected)} in mixture.{name}", f"{list(cameras)}", remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What training adds at random; acting has none of it."""
+    """Settings of the random changes that training makes; acting makes none of them."""
 
-    # masked action augmentation by "character" (published), "number", or "none"
+    # unit of masked action augmentation: "character" (published), "number" or "none"
     mask: str = "character"
-    mask_most: float = 0.4  # the share hidden is uniform in 0..mask_most
+    mask_most: float = 0.4  # the hidden share is uniform in 0..mask_most
     mask_none: float = 0.1  # probability that nothing is hidden
     # strengths of brightness, contrast, saturation and hue
     jitter: tuple[float, float, float, float] = JITTER

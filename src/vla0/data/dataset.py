@@ -1,4 +1,4 @@
-"""Samples → Batch: which row comes when, what is added at random, and the collation of both."""
+"""Draw samples in order, augment them at random and collate them into batches."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -16,17 +16,22 @@ from vla0.core.spec import Sample, Spec
 from vla0.data.config import Augmentation
 from vla0.data.lerobot import Source
 
-# A Sample, the seed of its augmentation (None: it only fills a batch), and its dataset's place in a
-# mixture.
+# A Sample, the seed of its augmentation, and the index of its dataset in a mixture. Without a seed
+# the Sample only fills a batch.
 Drawn = tuple[Sample, Sequence[int] | None, int]
 
 
 class Samples(torch.utils.data.Dataset):
-    """The rows of a Source, those to train on or those held out, each with the seed of its
-    augmentation.
+    """The rows of a Source that are trained on or held out, each with its augmentation seed.
 
-    The seed is made of the run's, the epoch's and the row's number, so that a batch is the same
-    whichever process makes it, and a resumed run sees what an uninterrupted one sees.
+    The seed combines the run's seed, the epoch and the row. A batch is therefore the same whichever
+    process makes it, and a resumed run sees what an uninterrupted one sees.
+
+    Args:
+        source: The dataset.
+        spec: The Spec of the checkpoint that is trained.
+        seed: Seed of the run.
+        held_out: Whether to take the episodes that are held out instead of the others.
     """
 
     epoch = 0
@@ -44,18 +49,18 @@ class Samples(torch.utils.data.Dataset):
         return self.sample(index), seed, 0
 
     def sample(self, index: int) -> Sample:
-        """The Sample of one of the rows."""
+        """Return the Sample of one of the rows."""
         return self.source.sample(self.rows[index], self.spec.chunk_size, self.spec.history)
 
     @cached_property
     def remarks(self) -> list[str]:
-        """What the Spec's bounds lose of the rows; all of them are gone through, once."""
+        """What the Spec's bounds lose of the data. All rows are read, but only the first time."""
         return self.source.remarks(self.spec)
 
     def outside(self) -> np.ndarray:
-        """(D,): how many of the actions clip.
+        """Count the actions that clip in each dimension: (D,) int64.
 
-        Relative ones are not counted: their bounds are over chunks.
+        Relative dimensions count 0, because their bounds are computed over chunks.
         """
         absolute = [d for d in range(self.spec.dimensions) if d not in self.spec.relative_dims]
         counts = np.zeros(self.spec.dimensions, np.int64)
@@ -65,11 +70,17 @@ class Samples(torch.utils.data.Dataset):
 
 
 class Mixture(torch.utils.data.Dataset):
-    """Several Samples as one: each row of a part comes `weight` times in an epoch, whatever the
-    sizes of the others.
+    """Several Samples as one dataset, in which each row of a part comes `weight` times per epoch.
 
-    Of a weight that is not whole, the rows that come once more are drawn anew each epoch, from the
-    run's seed.
+    If a weight is not a whole number, the rows that come once more are drawn anew in each epoch
+    from the run's seed.
+
+    Args:
+        parts: The datasets.
+        weights: One weight for each part.
+        seed: Seed of the run.
+        places: The index of each part's prompt among those of the collator. None means that every
+            prompt has a part here, in the same order.
     """
 
     epoch = 0
@@ -81,9 +92,6 @@ class Mixture(torch.utils.data.Dataset):
         seed: int = 0,
         places: Sequence[int] | None = None,
     ):
-        """places: of the parts among the prompts of the collator, where not all of those have a
-        part here.
-        """
         self.parts, self.seed, self.places = parts, seed, places or range(len(parts))
         self.counts = [
             max(1, round(weight * len(part))) for part, weight in zip(parts, weights, strict=True)
@@ -104,18 +112,18 @@ class Mixture(torch.utils.data.Dataset):
 
 
 class Order(torch.utils.data.Sampler[int]):
-    """An epoch's rows, each once and in an order of its own, filled up to whole batches of all
-    processes.
+    """Yields the rows of an epoch in random order, then -1 until all processes have full batches.
 
-    What fills is numbered -1: a row whose answer counts nothing. accelerate would repeat rows
-    instead, and count them.
+    The answer of a row numbered -1 does not count in the loss. accelerate would instead repeat rows
+    and count them.
+
+    Args:
+        rows: The dataset; only its length matters.
+        batch: Rows that all processes together take in one pass; 1 for a single process.
+        seed: Seed of the run.
     """
 
     def __init__(self, rows: Any, batch: int, seed: int = 0):
-        """rows: of a length.
-
-        batch: what all processes together take in one pass; 1 where there is one process.
-        """
         self.rows = SeedableRandomSampler(rows, generator=torch.Generator(), data_seed=seed)
         self.fill = -len(rows) % batch
 
@@ -127,22 +135,24 @@ class Order(torch.utils.data.Sampler[int]):
         yield from [-1] * self.fill
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the order of this epoch."""
         self.rows.set_epoch(epoch)
 
 
 @lru_cache(maxsize=16)
 def _order(count: int, *seed: int) -> np.ndarray:
+    """Return a random order of `count` rows."""
     return np.random.default_rng(seed).permutation(count)
 
 
 def collator(
     prompts: Sequence[Prompt], augmentation: Augmentation | None
 ) -> Callable[[Sequence[Drawn]], dict[str, torch.Tensor]]:
-    """Drawn Samples → Batch with labels.
+    """Return a function that collates drawn Samples into a batch with labels.
 
-    augmentation None: as when acting, for the loss on held-out episodes.
-
-    prompts: one for each dataset of a mixture.
+    Args:
+        prompts: One for each dataset of a mixture.
+        augmentation: None changes nothing, as in acting; the loss on held-out episodes uses it.
     """
     return partial(_collate, prompts=prompts, augmentation=augmentation)
 
@@ -150,8 +160,9 @@ def collator(
 def _collate(
     drawn: Sequence[Drawn], prompts: Sequence[Prompt], augmentation: Augmentation | None
 ) -> dict[str, torch.Tensor]:
+    """Write, augment and collate the Samples."""
     settings = augmentation or Augmentation()
-    seen, answers = [], []
+    prepared, answers = [], []
     for sample, seed, which in drawn:
         prompt = prompts[which]
         codec = ActionCodec(prompt.spec)
@@ -159,10 +170,10 @@ def _collate(
         text = codec.write(
             codec.encode(to_written(sample.actions, sample.observation, prompt.spec))
         )
-        # nothing to learn after the end
+        # There is nothing to learn after the end of an episode.
         text = hide_numbers(text, np.repeat(~sample.valid, prompt.spec.dimensions))
         answers.append(hide(text, rng, settings.mask, settings.mask_most, settings.mask_none))
-        seen.append(prompt.see(sample.observation, rng, settings.jitter))
-    batch = prompts[0].gather(seen, answers)
+        prepared.append(prompt.see(sample.observation, rng, settings.jitter))
+    batch = prompts[0].gather(prepared, answers)
     batch["labels"][[seed is None for _, seed, _ in drawn]] = IGNORE
     return batch

@@ -1,4 +1,4 @@
-"""One camera's frames out of a dataset: what a picture is, is known and not guessed."""
+"""Read one camera's frames from a dataset; its format is always known and never guessed."""
 
 import importlib
 import logging
@@ -14,71 +14,103 @@ from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# modes of Pillow with 8 bits a channel or fewer
+# Modes of Pillow with at most 8 bits per channel.
 COLOURS = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
-# formats of FFmpeg that colours of 8 bits would cut off
+# Pixel formats of FFmpeg that do not fit into colours of 8 bits.
 WIDE = re.compile(r"(gray|ya)(f|9|10|12|14|16|32)")
-TOLERANCE_S = 1e-4  # between a row's time and its video frame's, as LeRobot's
+TOLERANCE_S = 1e-4  # between the times of a row and of its video frame, as in LeRobot
 
 
 class Pictures:
-    """Frames that are stored as pictures in the rows of a table."""
+    """Frames that are stored as pictures in the rows of a table.
+
+    Args:
+        key: The camera's column.
+        feature: What the dataset declares of the column.
+        table: The rows.
+    """
 
     def __init__(self, key: str, feature: Mapping[str, Any], table: Any):
         self.key, self.unit = key, (feature.get("info") or {}).get("depth_unit")
-        # A column of its own: asked for a row, the reader decodes all the pictures of its columns.
+        # Select this column alone, since reading a row decodes the pictures of all its columns.
         self.column = table.with_format(None).select_columns([key])
 
     def read(self, rows: np.ndarray, depth: bool = False) -> np.ndarray:
-        """(n, h, w, 3) uint8 at some rows of one episode; depth maps (n, h, w), metres as floats or
-        millimetres as integers.
+        """Read the frames of some rows of one episode.
 
-        Raises InputError for pictures of more than 8 bits that are not said to be depth maps: as
-        colours they saturate.
+        Args:
+            rows: (n,) row numbers.
+            depth: Whether the pictures are depth maps.
+
+        Returns:
+            (n, h, w, 3) uint8 colours, or (n, h, w) depth maps, which are metres as floats or
+            millimetres as integers.
+
+        Raises:
+            InputError: When pictures that are not declared as depth maps have more than 8 bits per
+                channel, since they would saturate as colours.
         """
-        found = []
+        frames = []
         for row in rows:
             picture = self.column[int(row)][self.key]
             if depth:
-                found.append(in_metres(np.asarray(picture), self.unit))
+                frames.append(in_metres(np.asarray(picture), self.unit))
             elif picture.mode in COLOURS:
-                found.append(np.asarray(picture.convert("RGB")))
+                frames.append(np.asarray(picture.convert("RGB")))
             else:
                 refuse_depth(
                     self.key, f"pictures of more than 8 bits, Pillow's mode {picture.mode}"
                 )
-        return np.stack(found)
+        return np.stack(frames)
 
 
 class Videos:
-    """Frames that are stored as videos of one or more episodes each."""
+    """Frames that are stored as videos of one or more episodes each.
+
+    Args:
+        key: The camera's key.
+        feature: What the dataset declares of the camera.
+        places: Episode → its file, and the time in seconds at which the episode begins there.
+        episode_of: (N,) episode of each row.
+        times: (N,) time of each row in its episode, in seconds.
+
+    Raises:
+        InputError: When a file is missing.
+    """
 
     def __init__(
         self, key: str, feature: Mapping[str, Any], places: Mapping[int, tuple[Path, float]],
         episode_of: np.ndarray, times: np.ndarray,
     ):  # fmt: skip
-        """places: episode → its file and where in it the episode begins, seconds.
-
-        episode_of, times: (N,) of the rows.
-        """
         self.key, self.places, self.episode_of, self.times = key, places, episode_of, times
         self.info = feature.get("info") or feature.get("video_info") or {}
         for file in dict.fromkeys(places[int(number)][0] for number in np.unique(episode_of)):
             if not file.is_file():
-                lacking = [number for number, (own, _) in places.items() if own == file]
+                lacking = [number for number, (path, _) in places.items() if path == file]
                 got = f"no '{file}', which holds episodes {some(lacking)}"
                 raise InputError(f"the videos of '{key}'", got, "fetch the dataset again")
 
     def read(self, rows: np.ndarray, depth: bool = False) -> np.ndarray:
-        """(n, h, w, 3) uint8 at some rows of one episode; depth maps (n, h, w) in metres."""
+        """Read the frames of some rows of one episode.
+
+        Args:
+            rows: (n,) row numbers.
+            depth: Whether the video holds depth maps.
+
+        Returns:
+            (n, h, w, 3) uint8 colours, or (n, h, w) depth maps in metres.
+
+        Raises:
+            InputError: When a video that is not declared as depth maps has more than 8 bits.
+        """
         from lerobot.datasets.video_utils import decode_video_frames
 
         if not depth and WIDE.match(kind := str(self.info.get("video.pix_fmt"))):
             refuse_depth(self.key, f"a video of more than 8 bits, FFmpeg's format {kind}")
         file, first = self.places[int(self.episode_of[rows[-1]])]
         times = [first + float(self.times[row]) for row in rows]
-        # Rows' times are float32, and LeRobot compares them so: beyond 17 minutes of a file its
-        # steps are wider than 1e-4 s.
+        # LeRobot compares times as float32. After 17 minutes of a file, neighbouring float32 values
+        # are more than 1e-4 s apart.
         tolerance = TOLERANCE_S + 2 * float(np.spacing(np.float32(max(times))))
         frames = decode_video_frames(
             file, times, tolerance, video_backend(),
@@ -89,20 +121,21 @@ class Videos:
         from lerobot.configs import DepthEncoderConfig
         from lerobot.datasets.depth_utils import dequantize_depth
 
-        own = DepthEncoderConfig.from_video_info(self.info)
+        encoder = DepthEncoderConfig.from_video_info(self.info)
         spread = {
-            "depth_min": own.depth_min,
-            "depth_max": own.depth_max,
-            "shift": own.shift,
-            "use_log": own.use_log,
+            "depth_min": encoder.depth_min,
+            "depth_max": encoder.depth_max,
+            "shift": encoder.shift,
+            "use_log": encoder.use_log,
         }
         metres = np.asarray(dequantize_depth(frames, **spread, output_unit="m"))
         return metres.reshape(len(rows), *metres.shape[-2:])
 
 
 def in_metres(depths: np.ndarray, unit: str | None) -> np.ndarray:
-    """Depths as vla0.core.images takes them, whatever unit a dataset declares: metres are floats,
-    millimetres integers.
+    """Return depths as `vla0.core.images` takes them: metres as floats, millimetres as integers.
+
+    unit: the unit that the dataset declares, "m" or "mm"; None: not declared.
     """
     floating = np.issubdtype(depths.dtype, np.floating)
     if unit == "mm" and floating:
@@ -111,7 +144,7 @@ def in_metres(depths: np.ndarray, unit: str | None) -> np.ndarray:
 
 
 def refuse_depth(key: str, got: str) -> None:
-    """Raises InputError: a camera that is used as one of colours gives something else."""
+    """Raise InputError, because a camera that is used for colours holds something else."""
     remedy = (
         "name near and far in metres under data.depth, e.g. data.depth={top: [0.2, 1.5]}, "
         "or leave that camera out"
@@ -120,7 +153,7 @@ def refuse_depth(key: str, got: str) -> None:
 
 
 def some(numbers: Sequence[int]) -> str:
-    """The first of many numbers, in words."""
+    """List the first eight numbers, and how many more there are, in words."""
     return ", ".join(map(str, numbers[:8])) + (
         f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
     )
@@ -128,8 +161,10 @@ def some(numbers: Sequence[int]) -> str:
 
 @cache
 def video_backend() -> str:
-    """torchcodec where it loads (it needs FFmpeg's shared libraries), else PyAV, which brings its
-    own.
+    """Return the name of the library that decodes videos.
+
+    It is torchcodec if that loads, which needs FFmpeg's shared libraries; else PyAV, which brings
+    its own.
     """
     try:
         importlib.import_module("torchcodec")

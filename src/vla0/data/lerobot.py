@@ -1,4 +1,7 @@
-"""LeRobot rows → Sample. No dataset key and no frame rate is known above this file."""
+"""Turn rows of LeRobot datasets into Samples.
+
+No module above this one knows the keys or the frame rate of a dataset.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,10 +19,16 @@ from vla0.errors import InputError
 
 
 class Source:
-    """A LeRobot dataset as arrays: the narrow columns in memory, pictures one row at a time.
+    """A LeRobot dataset as arrays, with all columns in memory except pictures.
 
-    A chunk query of LeRobot's own reader decodes the pictures of all its rows; slicing the columns
-    here does not.
+    Pictures are read row by row. When LeRobot's own reader is asked for a chunk of actions, it
+    decodes the pictures of all the chunk's rows; slicing the columns here does not.
+
+    Args:
+        config: Names the dataset and its columns.
+
+    Raises:
+        InputError: When the dataset does not exist, is incomplete or does not fit the config.
     """
 
     def __init__(self, config: DataConfig):
@@ -48,7 +57,7 @@ class Source:
         starts = self.dataset.starts
         ends = np.r_[starts[1:], len(self.episode_of)]
         lengths = ends - starts
-        # (N,) of each row's episode
+        # (N,) first row of each row's episode, and the row after its last.
         self.start, self.end = np.repeat(starts, lengths), np.repeat(ends, lengths)
         if config.held_out >= len(starts):
             raise InputError(
@@ -59,7 +68,7 @@ class Source:
         )
         numbers = sorted(self.dataset.instructions)
         self.tasks = [self.dataset.instructions[number] for number in numbers]
-        # (N,) places in `tasks`
+        # (N,) index of each row's instruction in `tasks`.
         self.task_of = np.searchsorted(numbers, self.dataset.sentence_numbers())
         if blank := [
             task for task in np.unique(self.task_of).tolist() if not self.tasks[task].strip()
@@ -79,46 +88,53 @@ class Source:
         return len(self.actions)
 
     def problems(self, spec: Spec | None = None) -> list[str]:
-        """What training can live with, and a user should know; with the Spec, what its bounds lose
-        too.
+        """Describe problems of the data that a user should know but that do not stop training.
+
+        Args:
+            spec: With a Spec, the result includes its `remarks`.
+
+        Returns:
+            One sentence for each problem.
         """
-        found = []
+        sentences = []
         still = np.flatnonzero(self.actions.min(axis=0) == self.actions.max(axis=0)).tolist()
         if still:
-            found.append(f"actions {still} never change: they cost their tokens and say nothing")
+            sentences.append(
+                f"actions {still} never change: they cost their tokens and say nothing"
+            )
         gaps = np.diff(self.dataset.times)[self.start[1:] == self.start[:-1]]
         if len(gaps) and abs(np.median(gaps) * self.fps - 1) > 0.02:
-            found.append(
+            sentences.append(
                 f"frames are {np.median(gaps):.4g} s apart, which is not the {self.fps:g} frames "
                 f"a second it declares"
             )
         elif jumps := int((gaps * self.fps > 1.5).sum()):
-            found.append(
+            sentences.append(
                 f"frames are missing at {jumps} places inside of episodes: a chunk goes on there "
                 f"as if they were not"
             )
         listed, held = len(self.dataset.places), len(np.unique(self.episode_of))
         if listed != held:
-            found.append(f"{listed - held} of {listed} episodes are empty")
+            sentences.append(f"{listed - held} of {listed} episodes are empty")
         for dimension, (low, high) in self.config.periodic.items():
-            least, most = (float(end(self.actions[:, dimension])) for end in (np.min, np.max))
-            if min(least - low, high - most) < -1e-3 * (high - low):
-                found.append(
-                    f"action {dimension} goes from {least:g} to {most:g}, outside of its "
+            lowest, highest = (float(end(self.actions[:, dimension])) for end in (np.min, np.max))
+            if min(lowest - low, high - highest) < -1e-3 * (high - low):
+                sentences.append(
+                    f"action {dimension} goes from {lowest:g} to {highest:g}, outside of its "
                     f"data.periodic, {low:g} to {high:g}, "
                     "between which a policy gives it back: give the low and high that the dataset "
                     "has"
                 )
-        return found if spec is None else found + self.remarks(spec)
+        return sentences if spec is None else sentences + self.remarks(spec)
 
     def remarks(self, spec: Spec) -> list[str]:
-        """What a Spec's bounds lose of the rows that are trained on."""
+        """Describe what the bounds of a Spec lose of the rows that are trained on."""
         actions, states = (
             self._written(spec.chunk_size, spec.relative_dims, spec.periodic),
             self.states,
         )
         names = [f"action {name}" for name in spec.action_names or range(spec.dimensions)]
-        found = remarks(
+        sentences = remarks(
             actions,
             (spec.low, spec.high),
             self.config.statistics,
@@ -128,19 +144,32 @@ class Source:
         )
         if spec.state is not None and states is not None:
             names = [f"state {name}" for name in spec.state_names or range(states.shape[1])]
-            found += remarks(
+            sentences += remarks(
                 states[: self.first_held_out], spec.state, self.config.statistics, spec.bins, names
             )
-        return found
+        return sentences
 
     def spec_fields(self, chunk_size: int) -> dict[str, Any]:
-        """What a Spec takes from data: bounds of actions over all chunks and of the state, names,
-        fps, cameras, depth.
+        """Return the fields of a Spec that come from data.
+
+        The bounds of relative actions are computed over all chunks of the rows trained on.
+
+        Args:
+            chunk_size: H, steps in a chunk.
+
+        Returns:
+            A dict with fps, cameras, depth, bounds, relative and periodic dimensions, names and the
+            largest changes.
+
+        Raises:
+            InputError: When relative_dims or periodic names a dimension that does not exist.
         """
         dims = list(self.config.relative_dims)
         if dims:
-            most = min(len(self.actions[0]), 0 if self.states is None else len(self.states[0]))
-            if not all(isinstance(d, int) and 0 <= d < most for d in dims):
+            shared_dimensions = min(
+                len(self.actions[0]), 0 if self.states is None else len(self.states[0])
+            )
+            if not all(isinstance(d, int) and 0 <= d < shared_dimensions for d in dims):
                 got = (
                     "no state"
                     if self.states is None
@@ -192,8 +221,9 @@ class Source:
         relative_dims: Sequence[int],
         periodic: Sequence[tuple[int, float, float]],
     ) -> np.ndarray:
-        """(M, D): the values that chunks of the rows to train on hold; of no relative dimension
-        each action once.
+        """Return the (M, D) values that are written for all chunks of the rows trained on.
+
+        Without relative dimensions each action appears only once.
         """
         trained, dims = self.actions[: self.first_held_out], list(relative_dims)
         if not dims:
@@ -208,8 +238,9 @@ class Source:
         return shortest(np.concatenate(chunks), [turn for turn in periodic if turn[0] in dims])
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a run has to go on with: rows, episodes, instructions, and the actions, states and
-        cameras themselves.
+        """Return what must be the same when a run resumes, as {name: value}.
+
+        It covers rows, episodes, instructions and cameras, and a digest of the actions and states.
         """
         digest = hashlib.sha256()
         for column in (self.actions, self.states, self.episode_of, self.task_of):
@@ -227,8 +258,15 @@ class Source:
         }
 
     def sample(self, row: int, chunk_size: int, history: int) -> Sample:
-        """The Sample of a row: pictures (and their history), state, task, and the chunk that
-        follows.
+        """Return the Sample of a row.
+
+        Args:
+            row: Row number.
+            chunk_size: H, steps of the chunk that begins at the row.
+            history: Frames per camera, of which the row's is the last.
+
+        Raises:
+            InputError: When a picture cannot be read.
         """
         ahead = np.arange(row, row + chunk_size)
         actions = self.actions[np.minimum(ahead, self.end[row] - 1)].astype(np.float32)
@@ -240,7 +278,7 @@ class Source:
             except InputError:
                 raise
             except Exception as error:
-                # decoders raise dozens of kinds; each means that this episode cannot be used
+                # Decoders raise dozens of types; each means that this episode cannot be used.
                 reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
                 where = (
                     f"episode {int(self.episode_of[row])}, frame "
@@ -259,21 +297,36 @@ class Source:
 
 
 def sources_of(config: DataConfig) -> dict[str, Source]:
-    """{name: Source} of a config's datasets, MAIN first.
+    """Open all datasets of a config.
 
-    Raises InputError where they have other cameras.
+    Returns:
+        The Source of each dataset by name, MAIN first.
+
+    Raises:
+        InputError: When the datasets do not all have the same cameras.
     """
-    found = {name: Source(own) for name, own in config.all().items()}
-    for name, source in found.items():
-        if set(source.cameras) != set(found[MAIN].cameras):
-            refuse_other_views(name, source.cameras, found[MAIN].cameras)
-        # one order for all
-        source.cameras = {camera: source.cameras[camera] for camera in found[MAIN].cameras}
-    return found
+    sources = {name: Source(dataset_config) for name, dataset_config in config.all().items()}
+    for name, source in sources.items():
+        if set(source.cameras) != set(sources[MAIN].cameras):
+            refuse_other_views(name, source.cameras, sources[MAIN].cameras)
+        # All datasets list their cameras in the same order.
+        source.cameras = {camera: source.cameras[camera] for camera in sources[MAIN].cameras}
+    return sources
 
 
 def named(keys: Sequence[str], dataset: str) -> dict[str, str]:
-    """{camera: key} of keys of pictures: each by its last word, where those are all different."""
+    """Name the cameras of a dataset after the last words of their keys.
+
+    Args:
+        keys: The dataset's keys of pictures.
+        dataset: Its name, for the error.
+
+    Returns:
+        A dict of camera and key. If two last words are equal, every camera has its key as its name.
+
+    Raises:
+        InputError: When there is no key.
+    """
     if not keys:
         raise InputError(
             "a dataset with pictures of colours",

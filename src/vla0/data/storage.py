@@ -1,6 +1,4 @@
-"""A LeRobot dataset on the disk: everything in it is looked up by its key, never by its place in a
-table.
-"""
+"""Read a LeRobot dataset from disk, looking everything up by key, never by position in a table."""
 
 import json
 from collections.abc import Mapping
@@ -18,11 +16,18 @@ CONVERTER = "python -m lerobot.scripts.convert_dataset_v21_to_v30"
 
 
 class Stored:
-    """A dataset's folder: `meta` as LeRobot reads it, the rows as `table`, instructions and
-    episodes by their numbers.
+    """A LeRobot dataset as it is stored.
 
-    instructions: {task_index: instruction}. Raises InputError where there is no such dataset, or
-    one that is not whole: a table that names what the files do not hold, or the other way round.
+    `meta` is what LeRobot reads of its metadata, `table` holds the rows, and `instructions` maps
+    each task_index to its instruction.
+
+    Args:
+        dataset: Folder, or id of a dataset on the Hub.
+        revision: Branch, tag or commit on the Hub.
+
+    Raises:
+        InputError: When there is no such dataset, or it is incomplete, because a table names
+            something that the files do not hold or the files hold something that no table names.
     """
 
     def __init__(self, dataset: str | Path, revision: str | None = None):
@@ -37,7 +42,7 @@ class Stored:
             features = get_hf_features_from_features(self.meta.features)
             self.table: Any = load_nested_dataset(self.root / "data", features=features)
         except Exception as error:
-            # of half a dozen libraries; each means that the files are not what they should be
+            # Half a dozen libraries raise here; each error means that the files are not valid.
             raise InputError(
                 f"a LeRobot dataset v3.0 in '{self.name}'",
                 _reason(error),
@@ -46,7 +51,7 @@ class Stored:
         self.fps, self.features = float(self.meta.fps), self.meta.features
         self.narrow = self.table.with_format("numpy")
         self.episode_of = self._whole("episode_index").astype(np.int64)
-        # each episode's first row
+        # The first row of each episode.
         self.starts = np.flatnonzero(np.r_[True, self.episode_of[1:] != self.episode_of[:-1]])
         self.times = self._whole("timestamp")
         if lacking := [
@@ -63,9 +68,16 @@ class Stored:
         self._compare_episodes()
 
     def column(self, key: str) -> np.ndarray:
-        """(N, D) float32: a narrow column, checked.
+        """Read a column of numbers.
 
-        Raises InputError for what is no column of numbers, as many in each row.
+        Args:
+            key: Key of the column.
+
+        Returns:
+            (N, D) float32.
+
+        Raises:
+            InputError: When the rows do not hold finite numbers, the same count in each.
         """
         expected = f"numbers in '{key}', as many in each row"
         if key in self.meta.camera_keys:
@@ -87,10 +99,7 @@ class Stored:
         return values
 
     def _whole(self, key: str) -> np.ndarray:
-        """(N,) float64: a column that LeRobot itself writes in each row.
-
-        Raises InputError where it is not there.
-        """
+        """Read a column that LeRobot writes, as (N,) float64; InputError if a row lacks it."""
         values = (
             np.asarray(self.narrow[key], np.float64) if key in self.features else np.full(1, np.nan)
         )
@@ -100,9 +109,13 @@ class Stored:
         return values
 
     def sentence_numbers(self) -> np.ndarray:
-        """(N,): each row's task_index.
+        """Return the task_index of each row.
 
-        Raises InputError for one that the table of instructions does not have.
+        Returns:
+            (N,) int64.
+
+        Raises:
+            InputError: When the table of instructions lacks a task_index.
         """
         numbers = self._whole("task_index").astype(np.int64)
         if unknown := sorted(set(map(int, numbers)) - set(self.instructions)):
@@ -119,15 +132,22 @@ class Stored:
         return numbers
 
     def colour_keys(self) -> list[str]:
-        """The keys of pictures that are no depth maps."""
+        """List the keys of cameras that do not hold depth maps."""
         return [key for key in self.meta.camera_keys if key not in self.meta.depth_keys]
 
     def pictures(self, key: str) -> Pictures | Videos:
-        """What reads one camera's frames."""
+        """Return the reader of one camera's frames.
+
+        Args:
+            key: Key of the camera.
+
+        Raises:
+            InputError: When the metadata does not say where the videos are, or one is missing.
+        """
         feature = self.features[key]
         if key not in self.meta.video_keys:
             return Pictures(key, feature, self.table)
-        table, base, found = self.meta.episodes, f"videos/{key}", {}
+        table, base, videos = self.meta.episodes, f"videos/{key}", {}
         try:
             columns = [
                 table[f"{base}/{name}"] for name in ("chunk_index", "file_index", "from_timestamp")
@@ -137,18 +157,19 @@ class Stored:
                 path = self.meta.video_path.format(
                     video_key=key, chunk_index=chunk, file_index=file
                 )
-                found[number] = (self.root / path, float(first))
+                videos[number] = (self.root / path, float(first))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             expected = (
                 f"where the videos of '{key}' lie, in meta/episodes and video_path of "
                 f"meta/info.json"
             )
             raise InputError(expected, _reason(error), WRITE) from None
-        return Videos(key, feature, found, self.episode_of, self.times)
+        return Videos(key, feature, videos, self.episode_of, self.times)
 
     def _compare_episodes(self) -> None:
-        """The rows' episodes and the table's are the same, each in one stretch and in the order of
-        time.
+        """Raise InputError unless rows and meta/episodes hold the same episodes.
+
+        The rows of each episode must also be contiguous and in the order of time.
         """
         order = self.episode_of[self.starts].tolist()
         if len(order) != len(set(order)):
@@ -165,17 +186,19 @@ class Stored:
         held = dict(
             zip(order, np.diff(np.r_[self.starts, len(self.episode_of)]).tolist(), strict=True)
         )
-        told = dict(zip(self.places, self.meta.episodes["length"], strict=True))
-        if lacking := [number for number, length in told.items() if length and number not in held]:
+        listed = dict(zip(self.places, self.meta.episodes["length"], strict=True))
+        if lacking := [
+            number for number, length in listed.items() if length and number not in held
+        ]:
             got = f"none for episodes {some(lacking)} of '{self.name}'"
             raise InputError("rows in data/ for each episode of meta/episodes", got, WRITE)
-        if strange := [number for number in held if number not in told]:
+        if strange := [number for number in held if number not in listed]:
             got = f"none for episodes {some(strange)} of '{self.name}'"
             raise InputError("an entry in meta/episodes for each episode of data/", got, WRITE)
-        if other := [number for number in held if held[number] != told[number]]:
-            number = other[0]
+        if unequal := [number for number in held if held[number] != listed[number]]:
+            number = unequal[0]
             raise InputError(
-                f"{told[number]} rows of episode {number}, as meta/episodes says",
+                f"{listed[number]} rows of episode {number}, as meta/episodes says",
                 f"{held[number]}",
                 WRITE,
             )
@@ -188,8 +211,14 @@ class Stored:
 
 
 def names_of(feature: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """What a dataset calls the numbers of a column, where it says so for each: a list, groups of
-    lists, or {name: place}.
+    """Return the names of the numbers in a column.
+
+    Args:
+        feature: What the dataset declares of the column. Its names may be a list, groups of lists,
+            or {name: index}.
+
+    Returns:
+        One name for each number, or None where the dataset does not name each of them once.
     """
     names = _flat(feature.get("names"))
     count = int(np.prod(feature["shape"]))
@@ -197,24 +226,29 @@ def names_of(feature: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def _flat(names: Any) -> list[str]:
+    """Flatten declared names, whatever their form, into a list."""
     if isinstance(names, Mapping):
         if names and all(isinstance(place, int) for place in names.values()):
             return sorted(names, key=names.__getitem__)
         names = list(names.values())
     if isinstance(names, list | tuple):
-        return [name for own in names for name in _flat(own)]
+        return [name for group in names for name in _flat(group)]
     return [] if names is None else [str(names)]
 
 
 def refuse_missing(dataset: str | Path) -> None:
-    """Raises InputError for what is no folder here and cannot be a dataset of the Hub.
+    """Check, without importing anything heavy, that a dataset may exist.
 
-    Imports nothing heavy.
+    Args:
+        dataset: Folder, or id of a dataset on the Hub.
+
+    Raises:
+        InputError: When it is neither a local folder nor an id that the Hub could know.
     """
-    given = Path(dataset).expanduser()
-    if given.is_dir() or (of_the_hub(dataset) and not given.exists()):
+    folder = Path(dataset).expanduser()
+    if folder.is_dir() or (of_the_hub(dataset) and not folder.exists()):
         return
-    if given.exists():
+    if folder.exists():
         raise InputError(
             "the folder of a LeRobot dataset",
             f"'{dataset}', a file",
@@ -226,7 +260,7 @@ def refuse_missing(dataset: str | Path) -> None:
 
 
 def _folder(dataset: str | Path, revision: str | None) -> Path:
-    """Where a dataset lies: a folder here, LeRobot's own, or one that is fetched from the Hub."""
+    """Return a dataset's folder: a local one, one in LeRobot's home, or one from the Hub."""
     refuse_missing(dataset)
     try:
         from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -236,16 +270,16 @@ def _folder(dataset: str | Path, revision: str | None) -> Path:
         raise InputError(
             "lerobot to read datasets", str(error), "pip install 'vla0[lerobot]'"
         ) from None
-    given = Path(dataset).expanduser()
-    if given.is_dir() and revision is not None:
+    local = Path(dataset).expanduser()
+    if local.is_dir() and revision is not None:
         raise InputError(
             "a dataset of the Hub for data.revision",
             f"the folder '{dataset}'",
             "leave the revision out",
         )
-    own = HF_LEROBOT_HOME / dataset  # what was recorded here
-    if given.is_dir() or (revision is None and (own / "meta" / "info.json").is_file()):
-        folder = given if given.is_dir() else own
+    recorded = HF_LEROBOT_HOME / dataset  # where LeRobot puts what is recorded on this machine
+    if local.is_dir() or (revision is None and (recorded / "meta" / "info.json").is_file()):
+        folder = local if local.is_dir() else recorded
         _refuse_part(folder, str(dataset))
         return folder
     try:
@@ -255,7 +289,7 @@ def _folder(dataset: str | Path, revision: str | None) -> Path:
     except BackwardCompatibilityError:
         raise _old(f"--repo-id={dataset}") from None
     except Exception as error:
-        # the Hub client raises a dozen kinds; each means that the dataset cannot be had
+        # The Hub client raises a dozen types; each means that the dataset is not available.
         got = f"no folder '{dataset}' here, and of the Hub: {_reason(error)}"
         raise InputError(
             "a LeRobot dataset: folder or Hub id",
@@ -265,13 +299,16 @@ def _folder(dataset: str | Path, revision: str | None) -> Path:
 
 
 def _refuse_part(folder: Path, name: str) -> None:
-    """Raises InputError for a folder that is no whole dataset of v3.0.
+    """Raise InputError for a folder without a complete dataset of v3.0.
 
-    LeRobot would ask the Hub for what is missing.
+    LeRobot would ask the Hub for the missing files.
     """
-    info, whole = folder / "meta" / "info.json", "give the folder that holds meta/ and data/"
+    info, folder_remedy = (
+        folder / "meta" / "info.json",
+        "give the folder that holds meta/ and data/",
+    )
     if not info.is_file():
-        raise InputError(f"a LeRobot dataset in '{name}'", "no meta/info.json", whole)
+        raise InputError(f"a LeRobot dataset in '{name}'", "no meta/info.json", folder_remedy)
     try:
         version = str(json.loads(info.read_text(encoding="utf-8"))["codebase_version"])
     except (ValueError, TypeError, KeyError) as error:
@@ -293,6 +330,7 @@ def _refuse_part(folder: Path, name: str) -> None:
 
 
 def _old(words: str) -> InputError:
+    """Return the error for a dataset of an older format; words: options of LeRobot's converter."""
     return InputError(
         "a LeRobot dataset v3.0",
         "an older format",
@@ -301,7 +339,7 @@ def _old(words: str) -> InputError:
 
 
 def _sentences(root: Path) -> dict[int, str]:
-    """{task_index: instruction} of meta/tasks.parquet, whose rows may lie in any order."""
+    """Read {task_index: instruction} from meta/tasks.parquet, whose rows may be in any order."""
     import pandas
     from pyarrow import ArrowException
 
@@ -327,7 +365,7 @@ def _sentences(root: Path) -> dict[int, str]:
     if not (np.isfinite(numbers).all() and (numbers % 1 == 0).all()):
         got = f"{table['task_index'].tolist()[:8]}"
         raise InputError(f"whole numbers as task_index in '{file}'", got, "write that table again")
-    found: dict[int, str] = {}
+    instructions: dict[int, str] = {}
     for number, text in zip(numbers.astype(int).tolist(), texts, strict=True):
         try:
             instruction = text.decode() if isinstance(text, bytes) else text
@@ -335,17 +373,17 @@ def _sentences(root: Path) -> dict[int, str]:
             raise InputError(
                 f"instructions in UTF-8 in '{file}'", f"{text!r}: {error}", "write that table again"
             ) from None
-        if found.setdefault(number, instruction) != instruction:
+        if instructions.setdefault(number, instruction) != instruction:
             raise InputError(
                 f"one instruction for task_index {number} in '{file}'",
                 "two",
                 "write that table again",
             )
-    return found
+    return instructions
 
 
 def _reason(error: BaseException) -> str:
-    """Its first line; where the libraries say no more than that it failed, what it comes of."""
+    """Return an error's first line, and more of it where that line only says that it failed."""
     while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines() or [""]
