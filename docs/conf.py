@@ -5,7 +5,7 @@ import importlib.metadata
 project = "vla0"
 author = "the vla0 authors"
 release = importlib.metadata.version("vla0")
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"vla0 {release}"
