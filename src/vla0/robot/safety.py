@@ -74,8 +74,8 @@ class SafetyGuard:
         now: The clock, in seconds.
 
     Raises:
-        InputError: Not 0 < hold_s < stop_s, `start` is missing although the limits restrict
-            changes, or `start` is not finite.
+        InputError: `hold_s` is not between 0 and `stop_s`, `start` is not finite, or it is missing
+            although the limits restrict changes.
     """
 
     def __init__(

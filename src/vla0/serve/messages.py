@@ -45,7 +45,9 @@ def request(
     depth = {camera for camera, *_ in spec.depth}
     images = {}
     for camera in spec.cameras:
-        images[camera] = _picture(_found(message, camera, keys), camera, camera in depth, most_side)
+        images[camera] = _picture(
+            _raw_picture(message, camera, keys), camera, camera in depth, most_side
+        )
     instruction = next((message[name] for name in INSTRUCTION if name in message), None)
     if not isinstance(instruction, str) or len(instruction) > 2000:
         got = (
@@ -105,7 +107,7 @@ def names(camera: str) -> Iterator[str]:
         yield pattern.format(camera)
 
 
-def _found(message: Mapping[str, Any], camera: str, keys: Mapping[str, str]) -> Any:
+def _raw_picture(message: Mapping[str, Any], camera: str, keys: Mapping[str, str]) -> Any:
     """Returns a camera's picture from a message, or raises InputError if there is none."""
     nested = message.get("images")
     if camera not in keys and isinstance(nested, Mapping) and camera in nested:
