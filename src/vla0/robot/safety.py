@@ -153,6 +153,7 @@ class SafetyGuard:
             return None
 
     def _send(self, action: np.ndarray, deadline: float) -> np.ndarray | None:
+        """Checks an action and passes it on, while the robot is acquired."""
         action = np.asarray(action, np.float64)
         if action.shape != (len(self.limits.low),) or not np.isfinite(action).all():
             raise InputError(

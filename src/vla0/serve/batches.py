@@ -59,12 +59,12 @@ class Batches:
     Args:
         policy: The policy.
         steps: Steps of a chunk that are decoded; None decodes all.
-        most: Observations in a batch, at most.
+        max_batch: Observations in a batch, at most.
         metrics: The server's counters.
     """
 
-    def __init__(self, policy: TextPolicy, steps: int | None, most: int, metrics: Metrics):
-        self.policy, self.steps, self.most, self.metrics = policy, steps, most, metrics
+    def __init__(self, policy: TextPolicy, steps: int | None, max_batch: int, metrics: Metrics):
+        self.policy, self.steps, self.max_batch, self.metrics = policy, steps, max_batch, metrics
         self.waiting: list[Asked] = []
         self.asked = asyncio.Event()  # set while a request waits
         self.thread = ThreadPoolExecutor(1, "model")
@@ -119,9 +119,9 @@ class Batches:
             single = [asked for asked in self.waiting if asked.alone]
             batch = [asked for asked in self.waiting if not asked.alone]
             batch, single, self.waiting = (
-                batch[: self.most],
+                batch[: self.max_batch],
                 single[:1],
-                batch[self.most :] + single[1:],
+                batch[self.max_batch :] + single[1:],
             )
             if not self.waiting:
                 self.asked.clear()
