@@ -65,7 +65,7 @@ class SafetyGuard:
         limits: The limits that each command is brought within.
         period_s: Seconds from one command to the next.
         start: (D,), where the robot is, in units of actions. Limits of change begin from it.
-        live: Whether to move the robot. If False (a dry run), nothing reaches it, not even a stop.
+        live: Whether to move the robot. If False (a dry run), it is only observed, not even stopped.
         hold_s: Seconds without a fresh command after which the robot holds. `watch` enforces it.
         stop_s: Seconds without a fresh command after which the robot is stopped. `watch` enforces
             it.
@@ -120,7 +120,7 @@ class SafetyGuard:
         self.once, self.ended = threading.Lock(), threading.Lock()
         self.stopped: str | None = None  # the reason, once a stop was requested
         self.stopped_at = 0.0
-        self.over = False  # whether the robot was stopped while a command hung
+        self.over = False  # whether the robot was stopped while a call to it hung
         self.holding = False
         self.last = None if start is None else np.asarray(start, np.float64)
         self.fresh_at: float | None = None  # time of the last command, or of the first attempt
