@@ -65,7 +65,7 @@ class SafetyGuard:
         limits: The limits that each command is brought within.
         period_s: Seconds from one command to the next.
         start: (D,), where the robot is, in units of actions. Limits of change begin from it.
-        live: Whether to move the robot. If False (a dry run), it is only observed, not even stopped.
+        live: Whether to move the robot. A dry run (False) only observes it, without even a stop.
         hold_s: Seconds without a fresh command after which the robot holds. `watch` enforces it.
         stop_s: Seconds without a fresh command after which the robot is stopped. `watch` enforces
             it.
