@@ -1,9 +1,10 @@
-"""A policy on an arm of your own: fill in MyRobot, and run it against `vla0 serve`.
+"""Runs a policy on your own arm: fill in MyRobot, and run this against `vla0 serve`.
 
     vla0 serve --checkpoint runs/mine/best                       # where the GPU is
     python examples/my_robot.py --policy-url ws://127.0.0.1:8000 # here; moves nothing until --live
 
-Ctrl-C stops the arm. What is sent is within limits, on time, and never after the stop (vla0/robot).
+Ctrl-C stops the arm. Commands are within limits, on time, and never sent after the stop
+(vla0/robot/safety.py).
 """
 
 import time
@@ -21,14 +22,14 @@ from vla0.serve.client import RemotePolicy
 
 
 class MyRobot:
-    """Your arm. This one is made up: it goes at once where it is told, and its cameras see grey."""
+    """Your arm. This one is made up: it reaches each goal at once, and its cameras see grey."""
 
     def __init__(self, cameras: list[str], dimensions: int, state: int, instruction: str):
         self.cameras, self.state, self.instruction = cameras, state, instruction
         self.position = np.zeros(dimensions)
 
     def observe(self) -> Observation:
-        """Read your cameras, RGB and upright, and your joints, in the dataset's units and order."""
+        """Reads your cameras, RGB and upright, and joints, in the dataset's units and order."""
         images = {camera: np.full((240, 320, 3), 128, np.uint8) for camera in self.cameras}
         return Observation(
             images,
@@ -38,16 +39,14 @@ class MyRobot:
         )
 
     def send(self, action: np.ndarray) -> None:
-        """Command your joints. `action` is within your limits already."""
+        """Commands your joints; `action` (D,) is within your limits already."""
         self.position = action
 
     def hold(self) -> None:
-        """Stay where you are, under power: for most position-controlled arms there is nothing to
-        do.
-        """
+        """Stays in place, under power; most position-controlled arms need to do nothing."""
 
     def stop(self) -> None:
-        """The safest end that your arm has; nothing is sent after it."""
+        """Brings your arm to the safest end that it has; nothing is sent after it."""
         print("stopped")
 
 
@@ -62,16 +61,18 @@ def run(
 ) -> None:
     """Act for some seconds."""
     policy = RemotePolicy(policy_url, timeout_s=1.0)
-    told = policy.metadata  # what the checkpoint says of itself
-    robot = MyRobot(list(told["cameras"]), told["dimensions"], told["state"] or 0, instruction)
-    # What the demonstrations did; add step=... or velocity=... where actions are positions. Narrow
-    # it at first.
-    limits = ActionLimits(low=told["low"], high=told["high"])
-    guard = SafetyGuard(robot, limits, 1 / told["fps"], start=robot.position, live=live)
+    metadata = policy.metadata  # of the checkpoint: cameras, sizes, rate and bounds
+    robot = MyRobot(
+        list(metadata["cameras"]), metadata["dimensions"], metadata["state"] or 0, instruction
+    )
+    # The bounds of the demonstrations; narrow them at first. Add step=... or velocity=... if
+    # actions are positions.
+    limits = ActionLimits(low=metadata["low"], high=metadata["high"])
+    guard = SafetyGuard(robot, limits, 1 / metadata["fps"], start=robot.position, live=live)
     watchdog = guard.watch()
-    pace = Pacer(fps=told["fps"], chunk_size=told["chunk_size"], mode=mode)
+    pace = Pacer(fps=metadata["fps"], chunk_size=metadata["chunk_size"], mode=mode)
     try:
-        report = drive(RealWorld(policy.predict), guard, pace, round(seconds * told["fps"]))
+        report = drive(RealWorld(policy.predict), guard, pace, round(seconds * metadata["fps"]))
     finally:
         watchdog.set()
         policy.close()

@@ -1,4 +1,4 @@
-"""Errors that teach: what was expected, what came, how to mend it."""
+"""Errors for wrong input, which say what was expected, what came, and how to correct it."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -6,14 +6,21 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Input that cannot be used: says what was expected, what came, and how to mend it."""
+    """Raised for input that cannot be used.
+
+    Args:
+        expected: What was expected; or, without the others, the whole text of an error that came
+            from another process or machine.
+        got: What came instead.
+        remedy: What the user can do.
+    """
 
     def __init__(self, expected: str, got: str | None = None, remedy: str | None = None):
         super().__init__(expected, got, remedy)
 
     def __str__(self) -> str:
         expected, got, remedy = self.args
-        # one text: another machine's error, or a worker's, which torch hands on behind its
+        # a single text is the error of another machine, or of a worker, which torch puts behind a
         # traceback
         if got is None:
             return expected.rpartition("InputError: ")[2].strip()
@@ -43,9 +50,16 @@ def refuse_unknown(
     where: str,
     elsewhere: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises InputError for the first key that is not known, naming the nearest known one.
+    """Raises InputError for the first key that is not known, and names the nearest known key.
 
-    elsewhere: keys that are known in another place → their full names.
+    Args:
+        keys: The keys to check.
+        known: The keys that are known.
+        where: The place of the keys, for the error.
+        elsewhere: Keys that are known in another place → their full names.
+
+    Raises:
+        InputError: A key is not known.
     """
     known = list(known)
     for key in keys:
@@ -56,8 +70,15 @@ def refuse_unknown(
 
 
 def nearest(word: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
-    """The remedy for a word that is not known: what it is called now, or the nearest of those that
-    are.
+    """Returns the remedy for an unknown word: its new name, or the nearest known word.
+
+    Args:
+        word: The unknown word.
+        known: The words that are known.
+        elsewhere: Words that are known in another place → their full names.
+
+    Returns:
+        The remedy, for an InputError.
     """
     known, places = list(known), elsewhere or {}
     known += [name for name in places if name not in known]
@@ -68,13 +89,19 @@ def nearest(word: str, known: Iterable[str], elsewhere: Mapping[str, str] | None
 
 
 def given(**settings: Any) -> dict[str, Any]:
-    """The settings that are not None: for the others whoever is called has a default of his own."""
+    """Returns the settings that are not None; for the others the called function has a default."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def refuse_idle(settings: Mapping[str, Any], needed: str) -> None:
-    """Raises InputError for the first setting that was given although it does nothing without what
-    is needed.
+    """Raises InputError for the first setting that is given although it would do nothing.
+
+    Args:
+        settings: The settings. None, False and an empty list count as not given.
+        needed: What they need to have an effect.
+
+    Raises:
+        InputError: A setting is given.
     """
     for name, value in settings.items():
         if not (value is None or value is False or value == []):

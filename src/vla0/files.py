@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process has to itself."""
+"""Files that are written completely or not at all, and folders that one process locks."""
 
 import json
 import os
@@ -13,11 +13,11 @@ from filelock import FileLock, Timeout
 
 from vla0.errors import InputError
 
-ASIDE = ".partial-"
+ASIDE = ".partial-"  # prefix of files that are still being written
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Writes a file that is never half there."""
+    """Writes a file so that no reader ever sees a part of it."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(file)
@@ -25,10 +25,16 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 @contextmanager
 def set_aside(file: Path) -> Iterator[Path]:
-    """A name to write to, of this process alone; what is written there stands at `file` once all of
-    it is.
+    """Yields a temporary path to write to, and renames it to `file` once the writing has ended.
 
-    Ended before, by an error, it leaves nothing; by a kill, a file that `clear_aside` removes.
+    After an error nothing is left. After a kill a temporary file is left, which `clear_aside`
+    removes.
+
+    Args:
+        file: Where the file will be.
+
+    Yields:
+        The path to write to, which no other process uses.
     """
     partial = file.with_name(f"{ASIDE}{os.getpid()}-{file.name}")
     try:
@@ -39,29 +45,38 @@ def set_aside(file: Path) -> Iterator[Path]:
 
 
 def settle(folder: Path) -> None:
-    """Waits until a folder is on the disk, so that a power cut cannot take what is about to be
-    named as whole.
+    """Waits until a folder's content is on the disk.
+
+    After that, a power cut cannot damage what is about to be marked as complete.
     """
     for place in [*folder.rglob("*"), folder]:
         if place.is_file() or place.is_dir():
             number = os.open(place, os.O_RDONLY)
             try:
-                with suppress(OSError):  # of file systems that know no such thing of a folder
+                with suppress(OSError):  # some file systems cannot sync a folder
                     os.fsync(number)
             finally:
                 os.close(number)
 
 
 def clear_aside(folder: Path) -> None:
-    """Removes what kills have left half-written in a folder."""
+    """Removes the temporary files that killed processes have left in a folder."""
     for file in folder.glob(f"{ASIDE}*"):
         file.unlink(missing_ok=True)
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object that a file holds.
+    """Reads a JSON object from a file.
 
-    Raises InputError where it holds none: cut off, empty, or something else.
+    Args:
+        file: The file.
+        remedy: What the user can do if it holds no JSON object.
+
+    Returns:
+        The object.
+
+    Raises:
+        InputError: The file is missing, empty or cut off, or it holds something else.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -74,9 +89,16 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
 
 @contextmanager
 def held(folder: Path, job: str) -> Iterator[None]:
-    """A folder for oneself; given back however the process ends.
+    """Locks a folder for this process; the lock ends however the process ends.
 
-    Raises InputError where another process has it.
+    The folder is made if need be, and removed if nothing was written to it.
+
+    Args:
+        folder: The folder.
+        job: What the process does there, for the error that another process gets.
+
+    Raises:
+        InputError: Another process has locked the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(folder / ".lock"), folder / ".owner"
@@ -93,6 +115,6 @@ def held(folder: Path, job: str) -> Iterator[None]:
         write_whole(owner, f"process {os.getpid()} on {socket.gethostname()}, a {job}")
         yield
     finally:
-        if {own.name for own in folder.iterdir()} <= {".lock", ".owner"}:  # nothing came of it
+        if {entry.name for entry in folder.iterdir()} <= {".lock", ".owner"}:  # nothing was written
             shutil.rmtree(folder, ignore_errors=True)
         lock.release()

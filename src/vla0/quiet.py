@@ -1,4 +1,4 @@
-"""What other libraries say that helps nobody who uses this one."""
+"""Silences messages of other libraries that do not help a user of vla0."""
 
 import importlib.util
 import logging
@@ -7,23 +7,21 @@ import warnings
 
 
 def hush() -> None:
-    """Silences what libraries say of themselves as they are imported, here and in processes that
-    are started from here.
-    """
-    # of torchao and robosuite, wherever bytecode is not kept
+    """Silences messages that libraries write when they are imported, also in child processes."""
+    # of torchao and robosuite, whenever they are compiled because no bytecode is kept
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     os.environ.setdefault("PYTHONWARNINGS", "ignore::SyntaxWarning")
-    # of a model that has no name
+    # of peft, for a model without a name
     warnings.filterwarnings("ignore", message="Could not find a config file", module="peft")
-    # bitsandbytes, which peft imports wherever it is installed, asks for one more package: for
-    # speed on a CPU.
+    # bitsandbytes, which peft imports if it is installed, asks for one more package, for speed on a
+    # CPU
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # of times of files, when checkpoints make room
+    # of the Trainer, about the times of files when old checkpoints are removed
     logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
 
 
 def quiet() -> None:
-    """No progress bars of other libraries for what takes a moment; the Trainer's own stays."""
+    """Hides progress bars of other libraries for short tasks; the Trainer's own bar stays."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

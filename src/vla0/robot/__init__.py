@@ -1,4 +1,4 @@
-"""Acting in real time, safely: pacing, limits, watchdog, stop.
+"""Acts in real time and safely: pacing, limits, watchdog, stop.
 
-Imports no torch: the model may be elsewhere.
+This package imports no torch: the model may run on another machine.
 """

@@ -1,4 +1,4 @@
-"""Time and answers: of the real world, or of one that is simulated."""
+"""The clock of a loop and the policy that it asks: real, or simulated for tests."""
 
 import time
 from collections.abc import Callable
@@ -13,41 +13,42 @@ from vla0.core.spec import Observation
 class Answer(Protocol):
     """A chunk that is on its way."""
 
-    done_at: float  # seconds, once it is there
+    done_at: float  # seconds; set once the answer has arrived
 
     def done(self) -> bool:
-        """Whether it is there, or failed."""
+        """Tells whether the chunk has arrived, or the query failed."""
         ...
 
     def result(self) -> np.ndarray:
-        """The chunk (H, D), or the error that it became."""
+        """Returns the chunk (H, D), or raises the error of the query."""
         ...
 
 
 class LoopWorld(Protocol):
-    """What time is, and how answers come."""
+    """What a loop needs: a clock, and a policy that answers later."""
 
     def now(self) -> float:
-        """Seconds."""
+        """Returns the time, in seconds."""
         ...
 
     def sleep_until(self, moment: float) -> None:
-        """Lets time pass."""
+        """Sleeps until a time, in seconds of `now`."""
         ...
 
     def ask(self, observation: Observation) -> Answer:
-        """Begins to ask the policy."""
+        """Asks the policy, and returns without waiting for the answer."""
         ...
 
     def wait(self, answer: Answer, until: float) -> None:
-        """Lets time pass until the answer is there, or the moment."""
+        """Waits until the answer has arrived, or until a time in seconds of `now`."""
         ...
 
 
 class RealWorld:
-    """Monotonic seconds, and a policy asked from a thread of its own.
+    """The real clock, and a policy that is asked from another thread.
 
-    predict: (observation) → chunk (H, D).
+    Args:
+        predict: Takes an observation and returns a chunk (H, D).
     """
 
     def __init__(self, predict: Callable[[Observation], np.ndarray]):
@@ -55,28 +56,32 @@ class RealWorld:
         self.thread = ThreadPoolExecutor(1, "policy")
 
     def now(self) -> float:
-        """Seconds of time.monotonic."""
+        """Returns the seconds of `time.monotonic`."""
         return time.monotonic()
 
     def sleep_until(self, moment: float) -> None:
-        """Sleeps."""
+        """Sleeps until a time, in seconds of `now`."""
         time.sleep(max(0.0, moment - time.monotonic()))
 
     def ask(self, observation: Observation) -> Any:
-        """Begins to ask."""
+        """Asks the policy, and returns without waiting for the answer."""
         answer: Any = self.thread.submit(self.predict, observation)
         answer.add_done_callback(lambda answer: setattr(answer, "done_at", time.monotonic()))
         return answer
 
     def wait(self, answer: Any, until: float) -> None:
-        """Waits."""
+        """Waits until the answer has arrived, or until a time in seconds of `now`."""
         wait([answer], max(0.0, until - time.monotonic()))
 
 
 class SimulatedWorld:
-    """Time that passes only here, and a policy that takes `latency_s(query)` of it.
+    """A simulated clock, and a policy whose answers take simulated time.
 
-    check: called as time passes.
+    Args:
+        predict: Takes an observation and returns a chunk (H, D).
+        latency_s: Takes a query's number, from 0, and returns the seconds that its answer takes.
+        grain_s: Seconds by which the time advances at once, at most.
+        check: Called each time the time advances.
     """
 
     def __init__(
@@ -90,22 +95,22 @@ class SimulatedWorld:
         self.time, self.queries = 0.0, 0
 
     def now(self) -> float:
-        """Seconds since it began."""
+        """Returns the simulated seconds since the world was made."""
         return self.time
 
     def sleep_until(self, moment: float) -> None:
-        """Lets time pass, a grain at a time."""
+        """Advances the time in steps of `grain_s`."""
         while self.time < moment:
             self.time = min(moment, self.time + self.grain_s)
             self.check()
 
     def ask(self, observation: Observation) -> "Later":
-        """The answer, which is there when its time has come."""
+        """Returns an answer that arrives after the latency of this query."""
         self.queries += 1
         return Later(self, self.time + self.latency_s(self.queries - 1), observation)
 
     def wait(self, answer: Answer, until: float) -> None:
-        """Lets time pass."""
+        """Advances the time until the answer has arrived, or until a time in seconds."""
         while not answer.done() and self.time < until:
             self.sleep_until(min(until, self.time + self.grain_s))
 
@@ -117,9 +122,9 @@ class Later:
         self.world, self.done_at, self.observation = world, ready_at, observation
 
     def done(self) -> bool:
-        """Whether its time has come."""
+        """Tells whether the answer has arrived."""
         return self.world.time >= self.done_at - 1e-9
 
     def result(self) -> np.ndarray:
-        """The chunk."""
+        """Returns the chunk (H, D)."""
         return self.world.predict(self.observation)

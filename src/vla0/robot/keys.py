@@ -1,4 +1,4 @@
-"""What stops a robot from where its operator sits: keys, Ctrl-C, a hang-up."""
+"""Keys and signals with which an operator stops a robot: keys, Ctrl-C, a hang-up."""
 
 import contextlib
 import signal
@@ -12,27 +12,28 @@ KEYS = "space, esc or q stops the robot; right ends the episode; left ends it an
 
 
 class Flag:
-    """What a signal's handler may set: threading.Event waits there for a lock that it may itself
-    have interrupted.
+    """An event that a signal handler may set.
+
+    threading.Event is not safe there: its `set` may wait for a lock that the signal interrupted.
     """
 
     def __init__(self):
         self.up = False
 
     def set(self) -> None:
-        """Puts it up."""
+        """Sets the flag."""
         self.up = True
 
     def clear(self) -> None:
-        """Takes it down."""
+        """Clears the flag."""
         self.up = False
 
     def is_set(self) -> bool:
-        """Whether it is up."""
+        """Tells whether the flag is set."""
         return self.up
 
     def wait(self, seconds: float) -> bool:
-        """Waits until it is up, or so long; whether it is up."""
+        """Waits until the flag is set, at most some seconds; returns whether it is set."""
         until = time.monotonic() + seconds
         while not self.up and time.monotonic() < until:
             time.sleep(min(0.02, seconds))
@@ -41,7 +42,13 @@ class Flag:
 
 @contextlib.contextmanager
 def listening(session: Any) -> Iterator[None]:
-    """Keys, where there is a terminal; and a hang-up or SIGTERM is as good as Ctrl-C."""
+    """Passes keys and signals to a session, for as long as the context lasts.
+
+    Keys are read if there is a terminal. SIGTERM and a hang-up do the same as Ctrl-C.
+
+    Args:
+        session: The RobotSession; its `key` and `stop` are called.
+    """
     from lerobot.utils.keyboard_input import create_key_listener
 
     pressed: list[float] = []
@@ -50,7 +57,7 @@ def listening(session: Any) -> Iterator[None]:
         pressed.append(time.monotonic())
         session.stop(signal.Signals(number).name)
         if session.saving and len(pressed) < 4:
-            # it may have interrupted who was writing to the same stream
+            # the signal may have interrupted a write to the same stream
             with contextlib.suppress(RuntimeError):
                 session.told(
                     f"the robot has stopped, and the episode is being saved; {4 - len(pressed)} "

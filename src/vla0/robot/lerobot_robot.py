@@ -1,5 +1,6 @@
-"""A LeRobot Robot as a RobotInterface, once it is shown to be the one that a checkpoint was trained
-for.
+"""Adapts a LeRobot Robot to RobotInterface.
+
+It checks that the robot is one that the checkpoint was trained for.
 """
 
 import contextlib
@@ -23,15 +24,23 @@ INSTALL = "pip install 'vla0[robot]'"
 
 
 def make_robot(words: Sequence[str]) -> Any:
-    """LeRobot's Robot of `--robot.type=...` and the other words that its own commands take; not
-    connected yet.
+    """Makes a LeRobot Robot, not connected yet, from the words of a command line.
 
     Third-party robots (`lerobot_robot_*`) are found as LeRobot finds them; `--robot.type=sim` is
     vla0's simulated arm.
+
+    Args:
+        words: `--robot.type=...` and the other words that LeRobot's own commands take.
+
+    Returns:
+        The Robot.
+
+    Raises:
+        InputError: LeRobot is not installed, or it cannot make a robot from these words.
     """
     try:
         import draccus
-        from lerobot.cameras import opencv, realsense, zmq  # noqa: F401  their names become known
+        from lerobot.cameras import opencv, realsense, zmq  # noqa: F401  registers them
         from lerobot.robots import RobotConfig, make_robot_from_config
         from lerobot.utils.import_utils import register_third_party_plugins
     except ImportError as error:
@@ -42,11 +51,11 @@ def make_robot(words: Sequence[str]) -> Any:
     import lerobot.robots
 
     if "--robot.type=sim" in words:
-        simulator("arm")  # says what it needs
+        simulator("arm")  # raises an error that says what to install
     with contextlib.suppress(ImportError):
         import vla0.robot.simulatedarm  # noqa: F401
     for module in pkgutil.iter_modules(lerobot.robots.__path__):
-        with contextlib.suppress(ImportError):  # one whose driver is not installed cannot be chosen
+        with contextlib.suppress(ImportError):  # a robot without its driver cannot be chosen
             importlib.import_module(f"lerobot.robots.{module.name}")
     register_third_party_plugins()
 
@@ -59,13 +68,13 @@ def make_robot(words: Sequence[str]) -> Any:
             "a robot", "none", "give --robot sim, or --robot.type=... as for lerobot-record"
         )
     words = [_whole_type(word, RobotConfig.get_known_choices()) for word in words]
-    told = io.StringIO()
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told):
+        with contextlib.redirect_stderr(stderr):
             config = draccus.parse(Command, args=words).robot
         return make_robot_from_config(config)
     except SystemExit:
-        reason = told.getvalue().strip().splitlines()[-1:] or ["not understood"]
+        reason = stderr.getvalue().strip().splitlines()[-1:] or ["not understood"]
         raise InputError(
             "--robot.type=... and what that robot needs, as for lerobot-record",
             reason[0],
@@ -76,14 +85,14 @@ def make_robot(words: Sequence[str]) -> Any:
         raise InputError(
             "a robot that LeRobot can make", text, f"correct --robot.*, or {INSTALL}"
         ) from None
-    except Exception as error:  # draccus has errors of its own kinds
+    except Exception as error:  # draccus raises types of its own
         raise InputError(
             "--robot.* as for lerobot-record", " ".join(str(error).split())[:300], "correct it"
         ) from None
 
 
 def _whole_type(word: str, known: Mapping[str, Any]) -> str:
-    """so101 → so101_follower; an unknown type is refused with the nearest."""
+    """Completes a robot's type, as so101 → so101_follower; refuses an unknown type."""
     name, _, kind = word.partition("=")
     if name != "--robot.type" or kind in known:
         return word
@@ -93,11 +102,20 @@ def _whole_type(word: str, known: Mapping[str, Any]) -> str:
 
 
 class LeRobotBody:
-    """A LeRobot Robot.
+    """A LeRobot Robot as a RobotInterface.
 
-    spec: of the checkpoint. cameras: {camera of the checkpoint: the robot's name for it} where they
-    differ. Raises InputError where the robot lacks a camera, a joint or an action, or has others. A
-    camera that is silent gives the last picture with its old time: the loop does not ask about it.
+    If a camera sends nothing, the last observation is returned with its old time, so that the loop
+    does not send it to the policy.
+
+    Args:
+        robot: The LeRobot Robot.
+        spec: The Spec of the checkpoint.
+        instruction: What the robot shall do.
+        cameras: camera of the checkpoint → the robot's name for it, where they differ.
+
+    Raises:
+        InputError: The robot lacks a camera, a joint or an action of the checkpoint, or has other
+            actions.
     """
 
     def __init__(
@@ -126,7 +144,7 @@ class LeRobotBody:
         self.frames = {camera: deque(maxlen=spec.history) for camera in spec.cameras}
         self.last: Observation | None = None
         self.command: dict[str, float] = {}
-        self.seen: dict[str, Any] = {}  # as LeRobot gave it
+        self.seen: dict[str, Any] = {}  # the last observation as LeRobot returned it
 
     @property
     def absolute(self) -> bool:
@@ -134,7 +152,10 @@ class LeRobotBody:
         return all(name in self.numbers for name in self.actions)
 
     def position(self) -> np.ndarray | None:
-        """(D,) where it is, in the terms of actions; None where it reports no such thing."""
+        """Returns where the robot is, in units of actions (D,).
+
+        It is None before the first observation, and for a robot that does not report positions.
+        """
         return (
             np.array([float(self.seen[name]) for name in self.actions])
             if self.absolute and self.seen
@@ -142,9 +163,14 @@ class LeRobotBody:
         )
 
     def observe(self) -> Observation:
-        """What it sees and feels now.
+        """Reads the cameras and the state.
 
-        Raises TimeoutError where a camera has never given a picture.
+        Returns:
+            The observation, its `captured_at` in seconds of `time.monotonic`.
+
+        Raises:
+            InputError: A camera's times are of a clock that is not known.
+            TimeoutError: A camera has never sent a picture.
         """
         try:
             self.seen = self.robot.get_observation()
@@ -167,10 +193,7 @@ class LeRobotBody:
         return self.last
 
     def _captured_at(self) -> float:
-        """Monotonic seconds of the oldest picture, where its camera says.
-
-        Raises InputError for a clock that is not known.
-        """
+        """Returns the time of the oldest picture whose camera tells one, in monotonic seconds."""
         now = time.monotonic()
         held = (getattr(self.robot, "cameras", None) or {}).items()
         ages = [
@@ -181,14 +204,17 @@ class LeRobotBody:
         return now - max(ages, default=0.0)
 
     def send(self, action: np.ndarray) -> None:
-        """Executes an action (D,)."""
+        """Executes an action (D,), in the dataset's units."""
         self.command = {
             name: float(value) for name, value in zip(self.actions, action, strict=True)
         }
         self.robot.send_action(dict(self.command))
 
     def hold(self) -> None:
-        """Position-controlled joints keep the last position by themselves; velocities become 0."""
+        """Holds the robot where it is: sets velocities to 0.
+
+        Position-controlled joints keep their last position by themselves.
+        """
         if any(name.endswith(".vel") for name in self.actions):
             still = {
                 name: 0.0 if name.endswith(".vel") else value
@@ -199,8 +225,13 @@ class LeRobotBody:
             )
 
     def went_itself(self, goal: np.ndarray) -> bool:
-        """Whether it went to a position (D,) by itself: a simulated arm does, where its servos can;
-        a real one never.
+        """Lets a simulated arm go to a position by itself; a real arm never does.
+
+        Args:
+            goal: (D,), in units of actions.
+
+        Returns:
+            Whether the arm is there now.
         """
         go = getattr(self.robot, "go_by_itself", None)
         return go is not None and go(
@@ -208,12 +239,13 @@ class LeRobotBody:
         )
 
     def stop(self) -> None:
-        """As `hold`: under power it does not fall. `release` ends that."""
+        """Holds the robot: under power it does not fall. `release` ends that."""
         self.hold()
 
     def release(self) -> None:
-        """Disconnects; whether the motors then go limp, the robot's own setting says
-        (disable_torque_on_disconnect).
+        """Disconnects the robot.
+
+        Its setting disable_torque_on_disconnect decides whether the motors lose their power.
         """
         if self.robot.is_connected:
             self.robot.disconnect()
@@ -222,7 +254,7 @@ class LeRobotBody:
 def _cameras(
     pictures: Mapping[str, tuple], spec: Spec, renamed: Mapping[str, str]
 ) -> dict[str, str]:
-    """{camera of the checkpoint: the robot's name of it}."""
+    """Returns camera of the checkpoint → the robot's name for it."""
     if unknown := [camera for camera in renamed if camera not in spec.cameras]:
         raise InputError(
             f"cameras of the checkpoint, {spec.cameras}",
@@ -230,8 +262,8 @@ def _cameras(
             nearest(unknown[0], spec.cameras),
         )
     depth = {camera for camera, *_ in spec.depth}
-    found = {camera: renamed.get(camera, camera) for camera in spec.cameras}
-    for camera, name in found.items():
+    names = {camera: renamed.get(camera, camera) for camera in spec.cameras}
+    for camera, name in names.items():
         if name not in pictures:
             remedy = "name it in --robot.cameras as in the dataset, or give --camera CAMERA=NAME"
             raise InputError(
@@ -242,12 +274,13 @@ def _cameras(
             raise InputError(
                 f"{kinds[0]} from '{name}'", kinds[1], "name the camera that the dataset had"
             )
-    return found
+    return names
 
 
 def _age(camera: str, taken: float) -> float:
-    """Seconds since a picture was taken: LeRobot's cameras count in perf_counter, others in
-    time.time.
+    """Returns the seconds since a picture was taken, by whichever clock its camera uses.
+
+    LeRobot's cameras use time.perf_counter, others time.time.
     """
     for clock in (time.perf_counter, time.time):
         if (age := clock() - taken) > -0.5:
@@ -261,25 +294,27 @@ def _age(camera: str, taken: float) -> float:
 
 
 def _names(
-    what: str, trained: Sequence[str] | None, given: list[str], count: int | None
+    what: str, trained: Sequence[str] | None, reported: list[str], count: int | None
 ) -> list[str]:
-    """The robot's names of the numbers, in the order of the checkpoint."""
+    """Returns the robot's names of the numbers, in the order of the checkpoint."""
     if trained is not None and count is not None:
-        if missing := [name for name in trained if name not in given]:
+        if missing := [name for name in trained if name not in reported]:
             raise InputError(
                 f"{what} {list(trained)} of the checkpoint",
-                f"no '{missing[0]}' in {given}",
+                f"no '{missing[0]}' in {reported}",
                 "use the dataset's robot",
             )
         return list(trained)
-    if count is not None and len(given) != count:
+    if count is not None and len(reported) != count:
         raise InputError(
-            f"{what} of {count} numbers", f"{len(given)}: {given}", "use the robot of the dataset"
+            f"{what} of {count} numbers",
+            f"{len(reported)}: {reported}",
+            "use the robot of the dataset",
         )
     if count is not None:
         logger.warning(
             "the checkpoint does not name the numbers of its %s: taken in the robot's order, %s",
             what,
-            given,
+            reported,
         )
-    return given
+    return reported

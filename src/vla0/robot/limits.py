@@ -1,4 +1,4 @@
-"""What a command may be: positions, and how much they may change."""
+"""The limits of commands: bounds, and how much a command may change."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,21 +9,26 @@ from vla0.core.relative import beside, shortest, wrapped
 from vla0.core.spec import Spec, tupled
 from vla0.errors import InputError
 
-NEVER = 1e9  # a limit that is none
+NEVER = 1e9  # a limit that no command reaches
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActionLimits:
-    """What a command may be, for each dimension of the action, in its units."""
+    """The limits of commands, for each dimension of the action, in its units.
+
+    Raises:
+        InputError: A limit does not have one finite number for each dimension, a `low` is above its
+            `high`, or a `step` or `velocity` is not positive.
+    """
 
     low: tuple[float, ...]
     high: tuple[float, ...]
-    # most change from one command to the next, of absolute actions
+    # the largest change from one command to the next, for absolute actions
     step: tuple[float, ...] | None = None
-    velocity: tuple[float, ...] | None = None  # the same, a second
+    velocity: tuple[float, ...] | None = None  # the largest change in a second
     # dimensions that wrap: (dimension, low, high) of the Spec
     periodic: tuple[tuple[int, float, float], ...] = ()
-    # the nearest allowed action, by whatever you know
+    # your own rule: takes an action (D,) and returns the nearest that is allowed
     workspace: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __post_init__(self):
@@ -51,9 +56,10 @@ class ActionLimits:
 
     @classmethod
     def of(cls, spec: Spec) -> "ActionLimits":
-        """What the demonstrations did and no more.
+        """Returns the limits within which the demonstrations stayed.
 
-        Relative dimensions have no bounds of their own there: give them.
+        Raises:
+            InputError: The checkpoint has relative dimensions, for which it knows no bounds.
         """
         if spec.relative_dims:
             raise InputError(
@@ -64,22 +70,32 @@ class ActionLimits:
         return cls(low=spec.low, high=spec.high, periodic=spec.periodic)
 
     def safe(self, action: np.ndarray, last: np.ndarray | None, period_s: float) -> np.ndarray:
-        """The nearest action within all limits; last: the command before, if there was one."""
+        """Returns the nearest action within all limits.
+
+        Args:
+            action: (D,), what the policy wants.
+            last: (D,), the command before; None if there was none, which leaves changes unlimited.
+            period_s: Seconds since that command.
+
+        Returns:
+            The command (D,), float64.
+        """
         safe = np.clip(self._turned(np.asarray(action, np.float64)), self.low, self.high)
         if self.workspace is not None:
             safe = np.clip(self.workspace(safe), self.low, self.high)
         if last is not None:
-            most = np.full(len(safe), np.inf)
+            change = np.full(len(safe), np.inf)
             if self.step is not None:
-                most = np.minimum(most, self.step)
+                change = np.minimum(change, self.step)
             if self.velocity is not None:
-                most = np.minimum(most, np.array(self.velocity) * period_s)
-            safe = self._changed(safe, last, most)
+                change = np.minimum(change, np.array(self.velocity) * period_s)
+            safe = self._changed(safe, last, change)
         return safe
 
     def _turned(self, action: np.ndarray) -> np.ndarray:
-        """(D,): what lies outside of its bounds in a periodic dimension, by whole turns to where it
-        is nearest to them.
+        """Moves a value outside of its bounds by whole turns, to where it is nearest to them.
+
+        Only periodic dimensions are moved.
         """
         low, high = np.array(self.low), np.array(self.high)
         return np.where(
@@ -88,16 +104,17 @@ class ActionLimits:
             beside(action, (low + high) / 2, self.periodic),
         )
 
-    def _changed(self, safe: np.ndarray, last: np.ndarray, most: np.ndarray) -> np.ndarray:
-        """(D,): from `last` towards `safe` by `most`; of a periodic dimension over the seam, where
-        its bounds meet there.
+    def _changed(self, safe: np.ndarray, last: np.ndarray, change: np.ndarray) -> np.ndarray:
+        """Returns the command (D,) that goes from `last` towards `safe` by at most `change`.
+
+        A periodic dimension goes over its seam if its bounds meet there.
         """
-        near = np.clip(safe, last - most, last + most)
-        goal = last + np.clip(shortest(safe - last, self.periodic), -most, most)
+        near = np.clip(safe, last - change, last + change)
+        goal = last + np.clip(shortest(safe - last, self.periodic), -change, change)
         around = wrapped(goal, self.periodic)
         for d, low, high in self.periodic:
-            if (high - self.high[d]) + (self.low[d] - low) > most[d]:
-                continue  # what lies between the bounds cannot be crossed
+            if (high - self.high[d]) + (self.low[d] - low) > change[d]:
+                continue  # the gap between the bounds is too wide to cross in one command
             within = self.low[d] <= around[d] <= self.high[d]
             near[d] = around[d] if within else np.clip(goal[d], self.low[d], self.high[d])
         return near

@@ -1,4 +1,4 @@
-"""The robot's loop: a steady pace, chunks that come when they come, nothing executed late."""
+"""The control loop: it keeps a steady pace, takes chunks as they arrive, executes nothing late."""
 
 import logging
 import math
@@ -17,31 +17,38 @@ from vla0.robot.safety import SafetyGuard
 logger = logging.getLogger(__name__)
 
 MODES = ("sync", "async", "ensemble")
-# Of a chunk of H steps whose answer takes d, asked for while another is executed, H - d are left,
-# in d ticks; asked for when nothing is left, all H, in H + d. From this d / H on the robot moves
-# more of the time if it waits.
+# A chunk has H steps and an answer takes d ticks. Asked for while another chunk is executed, it
+# leaves H - d steps for each d ticks; asked for when no step is left, all H for each H + d ticks.
+# From this d / H on, the robot moves for more of the time if it waits.
 SLOW = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pacer:
-    """How a policy is executed.
+    """How the loop executes a policy's chunks.
 
-    mode: "sync" observes, waits, executes `n_action_steps` steps of the chunk, again. "async" asks
-    for the next chunk while it executes, committed to the steps that will have passed when it
-    comes: the model goes on from them; what comes when the robot had to wait begins when it comes,
-    and an answer that takes most of a chunk is waited for. "ensemble" asks as often as answers come
-    and averages all chunks that reach an instant.
+    The modes are:
+
+    - "sync" observes, waits for the chunk, executes `n_action_steps` steps of it, and repeats.
+    - "async" asks for the next chunk while it executes one. It sends the steps that will be
+      executed until the answer arrives (the action prefix), and the model continues from them. A
+      chunk for which the robot had to wait begins when it arrives. If an answer takes most of a
+      chunk, the robot waits for it.
+    - "ensemble" asks as often as answers arrive, and averages all chunks that reach an instant.
+
+    Raises:
+        InputError: The mode is unknown, or a number is out of its range.
     """
 
-    fps: float  # of the checkpoint
-    chunk_size: int
-    mode: str = "async"
-    # steps executed of a chunk before the next is asked for; None: half of them
+    fps: float  # control rate of the checkpoint, Hz
+    chunk_size: int  # steps of a chunk
+    mode: str = "async"  # sync, async or ensemble
+    # steps of a chunk that are executed before the next is asked for; None: half of them
     n_action_steps: int | None = None
     weights: str = "v1"  # of the ensemble, by age
-    periodic: tuple[tuple[int, float, float], ...] = ()  # of the checkpoint
-    # age of an observation above which it is not asked about: a camera that froze
+    # dimensions that wrap: (dimension, low, high) of the checkpoint
+    periodic: tuple[tuple[int, float, float], ...] = ()
+    # seconds; an older observation, of a camera that froze, is not sent to the policy
     oldest_s: float = 0.5
 
     def __post_init__(self):
@@ -62,33 +69,33 @@ class Pacer:
 
     @property
     def executed(self) -> int:
-        """Steps of a chunk before the next is asked for."""
+        """Steps of a chunk that are executed before the next is asked for."""
         return self.n_action_steps or max(1, self.chunk_size // 2)
 
 
 @dataclass(kw_only=True)
 class Report:
-    """What happened."""
+    """What happened in one run of the loop."""
 
-    steps: int = 0  # ticks that the loop took part in
-    idle: int = 0  # of them without an action
-    queries: int = 0
-    failures: int = 0  # answers that became an error
-    stale: int = 0  # observations too old to ask about
-    latency_s: list[float] = field(default_factory=list)
-    stopped: str | None = None
+    steps: int = 0  # ticks that the loop executed
+    idle: int = 0  # ticks of these without an action
+    queries: int = 0  # observations sent to the policy
+    failures: int = 0  # queries whose answer was an error
+    stale: int = 0  # observations that were too old to be sent
+    latency_s: list[float] = field(default_factory=list)  # seconds from each query to its chunk
+    stopped: str | None = None  # the reason, if the guard was stopped
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tick:
-    """One step of the loop, as whoever records or shows it is told."""
+    """One step of the loop, for whatever records or shows it."""
 
-    step: int
+    step: int  # ticks since the run began
     observation: Observation
-    action: np.ndarray | None  # (D,) what the policy wants; None where it says nothing of this step
-    command: np.ndarray | None  # (D,) what was passed on of it, within the limits
+    action: np.ndarray | None  # (D,) what the policy wants; None if no chunk reaches this step
+    command: np.ndarray | None  # (D,) what the guard passed on, within the limits
     chunk: np.ndarray | None  # (H, D) the newest prediction
-    age: int  # steps since the chunk's first
+    age: int  # steps since the first of that chunk
 
 
 def drive(
@@ -99,9 +106,20 @@ def drive(
     on_step: Callable[[Tick], None] = lambda tick: None,
     finished: Callable[[], bool] = lambda: False,
 ) -> Report:
-    """Acts for `max_steps` ticks, until `finished`, or until the guard is stopped.
+    """Acts for `max_steps` ticks, until `finished` is true, or until the guard is stopped.
 
-    An error of the body or a KeyboardInterrupt stops the body and rises.
+    An error of the robot or a KeyboardInterrupt stops the robot and is raised again.
+
+    Args:
+        world: The clock, and the policy that answers observations.
+        guard: The guard of the robot.
+        pace: How chunks are executed.
+        max_steps: Ticks of 1 / `pace.fps` seconds.
+        on_step: Called after each tick.
+        finished: Called before each tick; the run ends once it returns True.
+
+    Returns:
+        The counts and latencies of the run, and the reason if the guard was stopped.
     """
     loop = _Loop(world, guard, pace)
     try:
@@ -119,23 +137,25 @@ def drive(
 
 
 class _Loop:
-    """One run."""
+    """The state of one run."""
 
     def __init__(self, world: LoopWorld, guard: SafetyGuard, pace: Pacer):
         self.world, self.guard, self.pace, self.period = world, guard, pace, 1 / pace.fps
         averaged = pace.mode == "ensemble"
         steps, weights = (1, pace.weights) if averaged else (pace.chunk_size, NONE)
         self.plan = TemporalEnsemble(pace.chunk_size, steps, weights, periodic=pace.periodic)
+        # the query that is under way: its answer, step, and time in seconds
         self.asked: tuple[Answer, int, float] | None = None
         self.chunk: np.ndarray | None = None  # the newest
-        self.latest = -pace.chunk_size  # step that its first action is of
-        self.delays: deque[int] = deque(maxlen=8)  # steps that answers took
-        self.delay = 1  # that the next may take
+        self.latest = -pace.chunk_size  # the step of its first action
+        self.delays: deque[int] = deque(maxlen=8)  # steps that the last answers took
+        self.delay = 1  # steps that the next answer may take
         self.report = Report()
         self.began, self.step = world.now(), 0
         self.acted = -1  # the last step with an action
 
     def tick(self, on_step) -> None:
+        """Observes, asks if a query is due, sends an action if there is one, and reports."""
         self.world.sleep_until(self.began + self.step * self.period)
         self._take()
         observation = self.guard.observe()
@@ -162,12 +182,13 @@ class _Loop:
             )
         )
         self.report.steps += 1
-        # A tick that has passed by now is not made up for: what was meant for it would come late.
+        # A tick that has passed by now is skipped: its command would come late.
         self.step = max(
             self.step + 1, math.ceil((self.world.now() - self.began) / self.period - 1e-6)
         )
 
     def _due(self) -> bool:
+        """Tells whether the next chunk should be asked for at this step."""
         if self.pace.mode == "ensemble":
             return True
         if self.pace.mode == "async" and self.delay > SLOW * self.pace.chunk_size:
@@ -175,9 +196,9 @@ class _Loop:
         return self.step - self.latest >= self.pace.executed or not self.plan.reaches(self.step)
 
     def _ask(self, observation: Observation) -> None:
+        """Sends an observation to the policy, unless it is too old."""
         now = self.world.now()
-        # One from the future tells that its camera counts in another clock: how old it is, nobody
-        # knows.
+        # A time in the future means that the camera uses another clock, so the age is unknown.
         if (
             observation.captured_at is not None
             and not -self.period <= now - observation.captured_at <= self.pace.oldest_s
@@ -190,14 +211,14 @@ class _Loop:
         self.report.queries += 1
 
     def _action_prefix(self) -> list[np.ndarray]:
-        """What will be executed, from now until the answer is there."""
-        most = min(self.delay, self.pace.chunk_size - 1)
-        ahead = [self.step + i for i in range(most)]
-        reached = next((i for i, step in enumerate(ahead) if not self.plan.reaches(step)), most)
+        """Returns the actions that will be executed from now until the answer arrives."""
+        steps = min(self.delay, self.pace.chunk_size - 1)
+        ahead = [self.step + i for i in range(steps)]
+        reached = next((i for i, step in enumerate(ahead) if not self.plan.reaches(step)), steps)
         return [self.plan.action(step) for step in ahead[:reached]]
 
     def _wait(self) -> None:
-        """Of the synchronous way: the chunk begins when it is there, not when it was asked for."""
+        """Waits for the chunk, in mode "sync"; it begins when it arrives, not when it was asked."""
         while self.asked is not None and self.guard.stopped is None:
             self.world.wait(self.asked[0], self.world.now() + self.period)
             self.guard.check()
@@ -207,10 +228,7 @@ class _Loop:
             self._take()
 
     def _checked(self, chunk: np.ndarray) -> np.ndarray:
-        """The chunk.
-
-        Raises InputError for one that could not be executed: it came from elsewhere.
-        """
+        """Returns the chunk, or raises InputError for one that could not be executed."""
         chunk, dimensions = np.asarray(chunk), len(self.guard.limits.low)
         shape = chunk.shape
         if (
@@ -228,7 +246,7 @@ class _Loop:
         return chunk
 
     def _take(self) -> None:
-        """Puts an answer that has come where it belongs on the axis of time."""
+        """Takes an answer that has arrived, and places its chunk at the steps that it is for."""
         if self.asked is None or not self.asked[0].done():
             return
         answer, step, at = self.asked
@@ -236,13 +254,12 @@ class _Loop:
         try:
             chunk = self._checked(answer.result())
         except (InputError, OSError) as error:
-            # refused, or lost on the way: the next may come through
+            # refused, or lost on the network: the next query may succeed
             self.report.failures += 1
             logger.warning("no chunk: %s", error)
             return
         self.report.latency_s.append(getattr(answer, "done_at", self.world.now()) - at)
-        # The most of the last few, so that what is committed reaches as far as the answer will
-        # need.
+        # The maximum of the last few, so that the action prefix lasts until the next answer.
         self.delays.append(self.step - step)
         self.delay = max(1, *self.delays)
         if (
@@ -255,8 +272,8 @@ class _Loop:
                 "comes; use another way"
             )
             logger.warning(text, self.delay, self.pace.chunk_size)
-        # Where nothing was executed since the observation, the robot has waited: the chunk begins
-        # now, and is not late.
+        # If nothing was executed since the observation, the robot has waited: the chunk begins now
+        # and is not late.
         waited = self.pace.mode == "sync" or (self.pace.mode == "async" and self.acted < step)
         self.latest = self.step if waited else step
         self.chunk = chunk

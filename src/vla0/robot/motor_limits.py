@@ -1,6 +1,4 @@
-"""The limits of a robot under a checkpoint: what its demonstrations did, and what a user makes of
-that.
-"""
+"""The limits of a robot under a checkpoint: from its demonstrations, and from the user."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,45 +13,54 @@ from vla0.robot.limits import NEVER, ActionLimits
 
 
 def limits_of(
-    spec: Spec, body: LeRobotBody, given: Mapping[str, Any] | None = None
+    spec: Spec, body: LeRobotBody, overrides: Mapping[str, Any] | None = None
 ) -> ActionLimits:
-    """What commands may be: what the demonstrations did, and of that what `given` narrows or
-    widens.
+    """Returns the limits of commands: those of the demonstrations, narrowed or widened by the user.
 
-    given: low, high, step or velocity, each a number for all, a list, or {name of the action:
-    number}.
+    Args:
+        spec: The Spec of the checkpoint, with the bounds of its demonstrations.
+        body: The robot.
+        overrides: low, high, step or velocity, each a number for all actions, a list, or a mapping
+            of actions' names to numbers.
+
+    Returns:
+        The limits.
+
+    Raises:
+        InputError: A key or name is not known, a number is missing, a `low` is above its `high`, or
+            there is a limit of change although the actions are not positions of the robot.
     """
-    if not isinstance(given or {}, Mapping):
+    if not isinstance(overrides or {}, Mapping):
         raise InputError(
-            "limits: low, high, step, velocity", f"{given!r}", "see `vla0 robot --help`"
+            "limits: low, high, step, velocity", f"{overrides!r}", "see `vla0 robot --help`"
         )
-    given = dict(given or {})
-    refuse_unknown(given, ("low", "high", "step", "velocity"), "the limits")
-    found: dict[str, Any] = {
+    overrides = dict(overrides or {})
+    refuse_unknown(overrides, ("low", "high", "step", "velocity"), "the limits")
+    bounds: dict[str, Any] = {
         "low": list(spec.low),
         "high": list(spec.high),
         "periodic": spec.periodic,
     }
-    # bounds of differences say nothing of positions: those of the state do
+    # relative actions are differences, so the bounds of positions are those of the state
     for d in spec.relative_dims:
-        bounds = spec.state or ((-math.inf,) * (d + 1), (math.inf,) * (d + 1))
-        found["low"][d], found["high"][d] = bounds[0][d], bounds[1][d]
+        state_bounds = spec.state or ((-math.inf,) * (d + 1), (math.inf,) * (d + 1))
+        bounds["low"][d], bounds["high"][d] = state_bounds[0][d], state_bounds[1][d]
     if body.absolute and spec.max_step_change is not None:
-        found["step"] = [max(change, 1e-6) for change in spec.max_step_change]
-    for name, value in given.items():
-        found[name] = _each(name, value, body.actions, found.get(name))
-    if not np.isfinite([*found["low"], *found["high"]]).all():
+        bounds["step"] = [max(change, 1e-6) for change in spec.max_step_change]
+    for name, value in overrides.items():
+        bounds[name] = _each(name, value, body.actions, bounds.get(name))
+    if not np.isfinite([*bounds["low"], *bounds["high"]]).all():
         raise InputError(
             "limits",
             f"relative actions {spec.relative_dims} and no state's bounds",
             "give low and high with --limits",
         )
-    for action, low, high in zip(body.actions, found["low"], found["high"], strict=True):
+    for action, low, high in zip(body.actions, bounds["low"], bounds["high"], strict=True):
         if low > high:
             raise InputError(
                 f"low <= high of '{action}'", f"{low:g} and {high:g}", "correct --limits"
             )
-    limits = ActionLimits(**found)
+    limits = ActionLimits(**bounds)
     if (limits.step or limits.velocity) and not body.absolute:
         raise InputError(
             "no step or velocity",
@@ -64,6 +71,7 @@ def limits_of(
 
 
 def _each(name: str, value: Any, actions: list[str], before: list[float] | None) -> list[float]:
+    """Returns a limit's number for each action; a mapping changes those of `before`."""
     if isinstance(value, Mapping):
         refuse_unknown(value, actions, f"the limits' {name}")
         before = before or [math.inf if name in ("step", "velocity") else math.nan] * len(actions)
@@ -82,13 +90,23 @@ def _each(name: str, value: Any, actions: list[str], before: list[float] | None)
 
 
 def start_of(
-    body: LeRobotBody, limits: ActionLimits, told: Callable[[str], None]
+    body: LeRobotBody, limits: ActionLimits, report: Callable[[str], None]
 ) -> np.ndarray | None:
-    """(D,) where a body that has been looked at begins, in the terms of actions; None where it
-    reports no such thing.
+    """Returns where a robot begins.
 
-    Raises InputError where it stands far outside of its limits. Only an arm that nobody can move by
-    hand, a simulated one, goes to the nearest place within them first, and `told` gets a line.
+    A simulated arm, which nobody can move by hand, first goes to the nearest place within its
+    limits, and `report` is called with a line.
+
+    Args:
+        body: The robot, which has been observed once.
+        limits: Its limits.
+        report: Called with lines for the operator.
+
+    Returns:
+        The position (D,) in units of actions; None if the robot does not report it.
+
+    Raises:
+        InputError: The robot is far outside of its limits.
     """
     start = body.position()
     if start is None:
@@ -101,18 +119,24 @@ def start_of(
         if not body.went_itself(start):
             raise
         expected, got, _ = error.args
-        told(f"the simulated arm went to its limits by itself: expected {expected}; got {got}")
+        report(f"the simulated arm went to its limits by itself: expected {expected}; got {got}")
         body.observe()
-        # as it was asked to go; where it weighs down on its servos, it stands a little beside
+        # the commanded position; its weight draws the arm a little away from it
         return start
 
 
 def refuse_elsewhere(start: np.ndarray, limits: ActionLimits, actions: Sequence[str]) -> None:
-    """Raises InputError where a robot stands far outside of what was demonstrated: most likely
-    other units or calibration.
+    """Raises InputError if a robot stands far outside of its limits.
+
+    The reason is most likely other units or another calibration.
+
+    Args:
+        start: (D,), where the robot is, in units of actions.
+        limits: Its limits.
+        actions: The names of its actions.
     """
     low, high = np.array(limits.low), np.array(limits.high)
-    # A demonstration may begin outside of where its actions led, by a step or so.
+    # A demonstration may begin about a step outside of where its actions led.
     beyond = (
         np.maximum(low - start, start - high)
         > 0.5 * (high - low) + np.array(limits.step or 0.0) + 1e-6
@@ -128,13 +152,11 @@ def refuse_elsewhere(start: np.ndarray, limits: ActionLimits, actions: Sequence[
 
 
 def refuse_unlimited(limits: ActionLimits, actions: Sequence[str]) -> None:
-    """Raises InputError where nothing limits how much a position may change at once: neither data
-    nor --limits.
-    """
+    """Raises InputError if neither the data nor --limits bounds how much a position may change."""
     none = np.full(len(actions), NEVER)
-    most = np.minimum(limits.step or none, limits.velocity or none)
-    if (most >= NEVER).any():
-        d = int(np.argmax(most))
+    change = np.minimum(limits.step or none, limits.velocity or none)
+    if (change >= NEVER).any():
+        d = int(np.argmax(change))
         got = f"none of '{actions[d]}': the checkpoint does not say how much its data changed"
         remedy = (
             "--limits FILE with a line `step: {NAME: NUMBER}` or `velocity: ...`, or train "

@@ -1,4 +1,4 @@
-"""What a robot did, as a LeRobot dataset, with what the policy had wanted beside it."""
+"""Records what a robot did, and what the policy had wanted, as a LeRobot dataset."""
 
 import os
 from pathlib import Path
@@ -12,13 +12,24 @@ from vla0.robot.loop import Tick
 
 
 class Recorder:
-    """A LeRobotDataset v3.0 at `folder`, which must be new: the robot's own features, and of each
-    step
+    """Writes a LeRobotDataset v3.0 with the robot's own features and these of each step.
 
-    prediction (D,): what the policy wanted before the limits. chunk (H * D,): its newest chunk.
-    chunk_age (1,): steps since that chunk's first. `action` is the command that was passed on, or,
-    where none was, the one that the robot keeps. An episode begins with its first command; steps
-    that the loop slept through are filled with the one before.
+    - `action` (D,): the command that was passed on, or the last one, which the robot keeps.
+    - `prediction` (D,): what the policy wanted, before the limits.
+    - `chunk` (H * D,): the policy's newest chunk.
+    - `chunk_age` (1,): steps since the first of that chunk.
+
+    An episode begins with its first command. A step that the loop skipped is a copy of the step
+    before.
+
+    Args:
+        folder: Where the dataset is written; it must not exist.
+        body: The robot.
+        fps: Steps a second, a whole number.
+        chunk_size: Steps of a chunk.
+
+    Raises:
+        InputError: The folder exists or cannot be made, or `fps` is not a whole number.
     """
 
     def __init__(self, folder: Path, body: LeRobotBody, fps: float, chunk_size: int):
@@ -28,7 +39,7 @@ class Recorder:
 
         from vla0.data.frames import video_backend
 
-        os.environ.setdefault("SVT_LOG", "1")  # the video encoder's greetings
+        os.environ.setdefault("SVT_LOG", "1")  # hides the video encoder's greeting
         disable_progress_bar()
         if folder.exists():
             raise InputError(
@@ -72,7 +83,7 @@ class Recorder:
         self.step = self.frames = self.episodes = 0
 
     def tick(self, tick: Tick) -> None:
-        """Takes a step in."""
+        """Records a step, and copies of the last one for steps that the loop skipped."""
         if tick.command is None and self.frame is None:
             return
         for _ in range(tick.step - self.step - 1 if self.frame is not None else 0):
@@ -81,6 +92,7 @@ class Recorder:
         self._add(self.frame)
 
     def _frame(self, tick: Tick) -> dict[str, Any]:
+        """Returns the dataset's frame of a step."""
         from lerobot.utils.feature_utils import build_dataset_frame
 
         frame: dict[str, Any] = build_dataset_frame(self.features, self.body.seen, "observation")
@@ -109,7 +121,11 @@ class Recorder:
         self.frames += 1
 
     def save(self) -> int:
-        """Ends an episode; its frames. One without a command leaves no trace."""
+        """Ends the episode, and saves it if it has any frames.
+
+        Returns:
+            The number of its frames; 0 for an episode without a command.
+        """
         count, self.frame, self.frames = self.frames, None, 0
         if count:
             self.dataset.save_episode()
@@ -117,10 +133,10 @@ class Recorder:
         return count
 
     def discard(self) -> None:
-        """Forgets the episode."""
+        """Ends the episode without saving it."""
         self.dataset.clear_episode_buffer()
         self.frame, self.frames = None, 0
 
     def close(self) -> None:
-        """Ends the dataset: it can be read from now on."""
+        """Completes the dataset, so that it can be read."""
         self.dataset.finalize()

@@ -1,4 +1,4 @@
-"""A policy of one control rate, executed by a loop of another."""
+"""Converts a policy's chunks from its control rate to that of the loop."""
 
 import math
 from collections.abc import Callable
@@ -11,12 +11,18 @@ from vla0.core.spec import Observation
 
 
 class Resampled:
-    """predict: (observation) → chunk (H, D) at `fps`; called, it gives the chunk at `loop_fps`,
-    between the actions linear.
+    """A policy at the loop's control rate: it interpolates between actions linearly.
 
-    For actions that are positions: those that are changes would be executed more often, or less.
-    The last one is kept for as long as it was meant to last. What is committed is asked about at
-    the policy's own instants.
+    Actions must be positions: changes would be executed more or fewer times than they should. The
+    last action is kept for its full period. An action prefix is sampled at the policy's own rate
+    before it is passed on.
+
+    Args:
+        predict: Takes an observation and returns a chunk (H, D) at `fps`.
+        fps: Control rate of the policy, Hz.
+        loop_fps: Control rate of the loop, Hz.
+        chunk_size: Steps of the policy's chunk.
+        periodic: Dimensions that wrap, of the Spec.
     """
 
     def __init__(
@@ -27,14 +33,13 @@ class Resampled:
         chunk_size: int,
         periodic: Turns = (),
     ):
-        """periodic: of the Spec."""
         self.periodic = periodic
         self.predict, self.fps, self.loop_fps = predict, fps, loop_fps
-        # steps of the loop that a chunk lasts
+        # steps of the loop for which a chunk lasts
         self.chunk_size = max(1, math.ceil(chunk_size * loop_fps / fps - 1e-6))
 
     def __call__(self, observation: Observation) -> np.ndarray:
-        """(chunk_size, D) at the loop's rate."""
+        """Returns the chunk (chunk_size, D) at the loop's rate."""
         if observation.action_prefix is not None and len(observation.action_prefix):
             held = (
                 math.floor((len(observation.action_prefix) - 1) * self.fps / self.loop_fps + 1e-6)
@@ -52,8 +57,17 @@ class Resampled:
 def sampled(
     actions: np.ndarray, fps: float, other_fps: float, count: int, periodic: Turns = ()
 ) -> np.ndarray:
-    """(count, D): actions (T, D) of one rate as they are at the instants of another; after the
-    last, the last.
+    """Samples actions at the instants of another rate, linearly; the last one is repeated.
+
+    Args:
+        actions: (T, D).
+        fps: Their rate, Hz.
+        other_fps: The other rate, Hz.
+        count: Instants of the other rate, from the first action on.
+        periodic: Dimensions that wrap, of the Spec.
+
+    Returns:
+        The actions (count, D), of the same dtype.
     """
     place = np.minimum(np.arange(count) * fps / other_fps, len(actions) - 1)
     before = np.minimum(np.floor(place + 1e-6).astype(int), len(actions) - 1)

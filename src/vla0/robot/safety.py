@@ -1,5 +1,6 @@
-"""The only way to a robot: what passes here is finite, within limits, on time, and never after the
-stop.
+"""The safety guard, through which every command to a robot passes.
+
+A command that passes the guard is finite, within the limits, on time, and never after the stop.
 """
 
 import contextlib
@@ -20,43 +21,66 @@ logger = logging.getLogger(__name__)
 
 
 class RobotInterface(Protocol):
-    """A robot: yours, LeRobot's, or a simulated one."""
+    """What the guard needs of a robot: your own, one of LeRobot's, or a simulated one."""
 
     def observe(self) -> Observation:
-        """What it sees and feels now, `captured_at` in the seconds of time.monotonic."""
+        """Reads the cameras and the state.
+
+        Returns:
+            The observation, its `captured_at` in seconds of `time.monotonic`.
+        """
         ...
 
     def send(self, action: np.ndarray) -> None:
-        """Executes an action (D,), in the dataset's units."""
+        """Executes an action.
+
+        Args:
+            action: (D,), in the dataset's units.
+        """
         ...
 
     def hold(self) -> None:
-        """Stays where it is, under power."""
+        """Keeps the robot where it is, under power."""
         ...
 
     def stop(self) -> None:
-        """The safest end there is. Nothing is sent after it."""
+        """Brings the robot to the safest end that it has; nothing is sent after it."""
         ...
 
 
 class SafetyGuard:
-    """Passes commands on to a body, or does not; the body is touched through it alone, by one
-    thread at a time.
+    """Checks each command and passes it on to the robot, or refuses it.
 
-    start: (D,) where the body is, for limits of change to begin from. live: without it nothing
-    reaches the body, not even a stop: a dry run. hold_s: without a fresh command for so long the
-    body holds; after stop_s it is stopped. Both are looked after by `watch`, whatever else hangs.
+    All access to the robot goes through the guard, by one thread at a time.
 
-    Who stops it (a signal's handler, a key, the watchdog) sets a flag, and stops the body if nobody
-    is in the middle of something with it; else who is does so on his way out, so that nothing comes
-    after the stop. A look that takes longer than grace_s is not waited for; a command is, up to
-    slow_s, since its wire may still come: after that the body is stopped over its head, and once
-    more when the command is through.
+    A caller of `stop` (a signal handler, a key, the watchdog) sets a flag. If no other thread is
+    using the robot, the caller also stops it. Otherwise the thread that is using the robot stops it
+    as soon as its call returns, so that nothing is sent after the stop. When the robot hangs, the
+    watchdog stops it from its own thread: during an observation after `grace_s`, during a command
+    after `slow_s`, because that command may still reach the robot. If a command returns after such
+    a stop, the robot is stopped a second time.
+
+    Args:
+        robot: The robot. Nothing else may use it.
+        limits: The limits that each command is brought within.
+        period_s: Seconds from one command to the next.
+        start: (D,), where the robot is, in units of actions. Limits of change begin from it.
+        live: Whether to move the robot. A dry run (False) only observes it, without even a stop.
+        hold_s: Seconds without a fresh command after which the robot holds. `watch` enforces it.
+        stop_s: Seconds without a fresh command after which the robot is stopped. `watch` enforces
+            it.
+        grace_s: Seconds for which an observation that hangs delays a hold or a stop.
+        slow_s: Seconds for which a command that hangs delays a stop.
+        now: The clock, in seconds.
+
+    Raises:
+        InputError: `hold_s` is not between 0 and `stop_s`, `start` is not finite, or it is missing
+            although the limits restrict changes.
     """
 
     def __init__(
         self,
-        body: RobotInterface,
+        robot: RobotInterface,
         limits: ActionLimits,
         period_s: float,
         start: np.ndarray | None = None,
@@ -79,47 +103,57 @@ class SafetyGuard:
             )
         if start is not None and not np.isfinite(start).all():
             raise InputError("a finite start", f"{start}", "look at the robot's sensors")
-        self.body, self.limits, self.period_s, self.live, self.now = (
-            body,
+        self.robot, self.limits, self.period_s, self.live, self.now = (
+            robot,
             limits,
             period_s,
             live,
             now,
         )
         self.hold_s, self.stop_s, self.grace_s, self.slow_s = hold_s, stop_s, grace_s, slow_s
-        # one at a time talks to the body; a signal's handler never waits for it
+        # held by the one thread that uses the robot; a signal handler never waits for it
         self.touching = threading.Lock()
-        self.doing: tuple[str, float] | None = None  # what, since when
-        self.apart = threading.Lock()  # a hold over the head of a look that hangs, and the stop
-        # taken for good: by who asks for the stop, by who does it
+        self.doing: tuple[str, float] | None = None  # "look" or "command", since when
+        # keeps a stop apart from a hold that is sent while an observation hangs
+        self.apart = threading.Lock()
+        # acquired once and never released: by the first request for a stop, by the stop itself
         self.once, self.ended = threading.Lock(), threading.Lock()
-        self.stopped: str | None = None  # why
+        self.stopped: str | None = None  # the reason, once a stop was requested
         self.stopped_at = 0.0
-        self.over = False  # whether it was stopped over the head of a command
+        self.over = False  # whether the robot was stopped while a call to it hung
         self.holding = False
         self.last = None if start is None else np.asarray(start, np.float64)
-        self.fresh_at: float | None = None  # of the last command, or of the try at the first
+        self.fresh_at: float | None = None  # time of the last command, or of the first attempt
         self.sent = self.clipped = self.late = self.holds = 0
 
     def observe(self) -> Observation:
-        """What the body sees and feels."""
-        with self._body("look"):
-            return self.body.observe()
+        """Reads the robot's cameras and state."""
+        with self._acquired("look"):
+            return self.robot.observe()
 
     def send(self, action: np.ndarray, deadline: float) -> np.ndarray | None:
-        """The command that was passed on; None where it came too late, or after the stop.
+        """Brings an action within the limits and passes it on to the robot.
 
-        A broken one stops the body.
+        An action that is not D finite numbers, or an error of the robot, stops the robot.
+
+        Args:
+            action: (D,), what the policy wants, in the dataset's units.
+            deadline: Time by `now`, in seconds, after which the action is not executed.
+
+        Returns:
+            The command (D,) float64 that was passed on; None if the action came after the deadline
+            or the stop, or caused the stop.
         """
         self.fresh_at = self.now() if self.fresh_at is None else self.fresh_at
         try:
-            with self._body("command"):
+            with self._acquired("command"):
                 return self._send(action, deadline)
-        except Exception as error:  # half-way in a command there is one safe thing to do
+        except Exception as error:  # how much of the command was sent is unknown
             self.stop(f"{type(error).__name__}: {error}")
             return None
 
     def _send(self, action: np.ndarray, deadline: float) -> np.ndarray | None:
+        """Checks an action and passes it on, while the robot is acquired."""
         action = np.asarray(action, np.float64)
         if action.shape != (len(self.limits.low),) or not np.isfinite(action).all():
             raise InputError(
@@ -133,10 +167,10 @@ class SafetyGuard:
         if self.now() > deadline:
             self.late += self.stopped is None
             return None
-        if self.stopped is not None:  # nothing stands between this look and the command
+        if self.stopped is not None:  # checked last, immediately before the command
             return None
         if self.live:
-            self.body.send(command)
+            self.robot.send(command)
         self.clipped += bool(np.any(np.abs(command - action) > 1e-9))
         self.sent, self.last, self.fresh_at, self.holding = (
             self.sent + 1,
@@ -147,21 +181,27 @@ class SafetyGuard:
         return command
 
     def stop(self, reason: str) -> None:
-        """Ends it, once and for all.
+        """Stops the robot for good; later calls do nothing.
 
-        Never waits: it may be called where a signal has interrupted anything.
+        It never waits, so a signal handler may call it at any point.
+
+        Args:
+            reason: Why, for the log and the report. The first caller's reason is kept.
         """
         if not self.once.acquire(blocking=False):
             return
         self.stopped_at = self.now()
         self.stopped = reason
         self._finish()
-        # a signal may have interrupted who was writing to the same stream
+        # the signal may have interrupted a write to the same stream
         with contextlib.suppress(RuntimeError):
             logger.warning("stopped: %s", reason)
 
     def check(self) -> None:
-        """Holds, and later stops, where no fresh command has come; stops what hangs."""
+        """Holds the robot after `hold_s` without a fresh command, and stops it after `stop_s`.
+
+        After a stop was requested, it stops a robot that hangs.
+        """
         if self.stopped is not None:
             self._overdue()
             return
@@ -174,7 +214,14 @@ class SafetyGuard:
             self._hold()
 
     def watch(self, every_s: float = 0.005) -> threading.Event:
-        """Checks from a thread of its own, until the event is set that it gives."""
+        """Calls `check` regularly from a daemon thread.
+
+        Args:
+            every_s: Seconds between two checks.
+
+        Returns:
+            An event. Setting it ends the thread.
+        """
         done = threading.Event()
 
         def work() -> None:
@@ -185,10 +232,8 @@ class SafetyGuard:
         return done
 
     @contextmanager
-    def _body(self, what: str) -> Iterator[None]:
-        """The body for oneself; stopped on the way out, where somebody has asked for it
-        meanwhile.
-        """
+    def _acquired(self, what: str) -> Iterator[None]:
+        """Acquires the robot, and stops it on release if a stop was requested meanwhile."""
         with self.touching:
             self.doing = (what, self.now())
             try:
@@ -197,20 +242,21 @@ class SafetyGuard:
                 self.doing = None
                 if self.stopped is not None:
                     self._end(again=self.over and what == "command")
-        # asked for after the look above: nobody had the body to himself then
+        # a stop that was requested after the check above, while the lock was still held
         if self.stopped is not None:
             self._finish()
 
     def _hold(self) -> None:
+        """Holds the robot; after `grace_s` it proceeds even though an observation hangs."""
         free = self.touching.acquire(timeout=self.grace_s)
         if not free and (self.doing or ("", 0.0))[0] != "look":
-            return  # a command is on its way: that is no silence
+            return  # a command is on its way, so there is nothing to hold for
         try:
             with self.apart:
                 if self.stopped is None and self.now() - (self.fresh_at or 0.0) > self.hold_s:
                     self.holding, self.holds = True, self.holds + 1
                     if self.live:
-                        self.body.hold()
+                        self.robot.hold()
         except Exception as error:
             self.stop(f"cannot hold: {type(error).__name__}: {error}")
         finally:
@@ -220,9 +266,7 @@ class SafetyGuard:
             self._finish()
 
     def _finish(self) -> None:
-        """Stops the body, if nobody is in the middle of something with it: he does so
-        himself then.
-        """
+        """Stops the robot unless another thread is using it; that thread stops it afterwards."""
         if self.touching.acquire(blocking=False):
             try:
                 self._end()
@@ -230,7 +274,7 @@ class SafetyGuard:
                 self.touching.release()
 
     def _overdue(self) -> None:
-        """Stops the body over the head of who does not come back."""
+        """Stops the robot although another thread's call to it has not returned in time."""
         doing = self.doing
         if doing is None:
             self._finish()
@@ -248,11 +292,12 @@ class SafetyGuard:
                 self._end()
 
     def _end(self, again: bool = False) -> None:
+        """Stops the robot, once, or a second time with `again`."""
         if not self.ended.acquire(blocking=False) and not again:
             return
         if self.live:
             try:
                 with self.apart:
-                    self.body.stop()
+                    self.robot.stop()
             except Exception:
                 logger.exception("the robot could not be stopped: switch its power off")

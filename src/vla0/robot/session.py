@@ -1,4 +1,4 @@
-"""Episodes on a LeRobot Robot: connected, limited, watched, stoppable, recorded."""
+"""Runs episodes on a LeRobot Robot: limited, watched, stoppable and recorded."""
 
 import contextlib
 import logging
@@ -29,38 +29,51 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SessionConfig:
-    """How episodes are run. None: as the checkpoint was trained."""
+    """How episodes are run.
 
-    instruction: str
-    live: bool = False
-    mode: str = "async"
-    n_action_steps: int | None = None
-    weights: str = "v1"
-    fps: float | None = None
-    resample: bool = False
+    Raises:
+        InputError: There is no instruction, or a number is out of its range.
+    """
+
+    instruction: str  # what the robot shall do
+    live: bool = False  # whether to move the robot; False is a dry run
+    mode: str = "async"  # sync, async or ensemble, as for Pacer
+    n_action_steps: int | None = None  # steps of a chunk that are executed; None: half of them
+    weights: str = "v1"  # of the ensemble, by age
+    fps: float | None = None  # control rate of the loop, Hz; None: that of the checkpoint
+    resample: bool = False  # whether to interpolate chunks if `fps` is not the checkpoint's
     episodes: int = 1
-    seconds: float = 30.0  # an episode at most
-    reset_s: float = 10.0  # between episodes
-    hold_s: float = 0.2
-    stop_s: float = 2.0
-    out: Path | None = None  # where episodes are recorded
-    view: str | None = None
+    seconds: float = 30.0  # of an episode, at most
+    reset_s: float = 10.0  # seconds between two episodes
+    hold_s: float = 0.2  # seconds without a command after which the robot holds
+    stop_s: float = 2.0  # seconds without a command after which it is stopped
+    out: Path | None = None  # folder for the recording; None records nothing
+    view: str | None = None  # where to show the episodes, as for View; None shows nothing
 
     def __post_init__(self):
         if not self.instruction.strip():
             raise InputError(
                 "an instruction that says what the robot shall do", "none", "give --instruction"
             )
-        for name, least in {"episodes": 1, "seconds": 0.1, "reset_s": 0, "fps": 0.1}.items():
+        for name, minimum in {"episodes": 1, "seconds": 0.1, "reset_s": 0, "fps": 0.1}.items():
             value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
-                raise InputError(f"{name} of {least:g} or more", f"{value:g}", "correct it")
+            if value is not None and not minimum <= value < math.inf:
+                raise InputError(f"{name} of {minimum:g} or more", f"{value:g}", "correct it")
 
 
 class RobotSession:
-    """One robot and one policy; `run` does the episodes.
+    """One robot and one policy; `run` runs the episodes.
 
-    told: called with lines for whoever watches.
+    Args:
+        config: How episodes are run.
+        robot: The LeRobot Robot, not connected yet.
+        policy: The policy, at a server that sends whole chunks.
+        cameras: camera of the checkpoint → the robot's name for it, where they differ.
+        limits: low, high, step or velocity, as for `limits_of`.
+        told: Called with lines for the operator.
+
+    Raises:
+        InputError: Robot, policy and config do not fit together.
     """
 
     def __init__(
@@ -124,13 +137,13 @@ class RobotSession:
         self.world = RealWorld(predict)
         self.chunk_size = chunk_size
         self.guard: SafetyGuard | None = None
-        self.why: str | None = None  # stopped before or between episodes
+        self.why: str | None = None  # the reason of the first stop, which may come between episodes
         self.saving = False
         self.ends, self.forgets = Flag(), Flag()
         self.reports: list[Report] = []
 
     def key(self, name: str) -> None:
-        """What a key does."""
+        """Handles a key: it stops the robot, ends the episode, or ends and forgets it."""
         if name in STOP_KEYS:
             self.stop(f"key '{name}'")
         elif name in ("left", "right", "enter"):
@@ -139,21 +152,32 @@ class RobotSession:
             self.ends.set()
 
     def stop(self, reason: str) -> None:
-        """Ends the session, at once."""
+        """Stops the robot and ends the session, at once.
+
+        Args:
+            reason: Why, for the log and the report.
+        """
         self.why = self.why or reason
         if self.guard is not None:
             self.guard.stop(reason)
         self.ends.set()
 
     def run(self) -> list[Report]:
-        """Connects, runs the episodes, disconnects. What stopped it is in the last report."""
+        """Connects the robot, runs the episodes, and disconnects it.
+
+        Returns:
+            A report for each episode. If a stop ended the session, the last one has the reason.
+
+        Raises:
+            InputError: The robot does not connect or fails, or a camera sends no picture.
+        """
         config = self.config
         began = time.monotonic()
         with contextlib.ExitStack() as stack:
             recorder = view = None
             if config.view is not None:
                 view = View(config.view, self.body, self.fps)
-                # after the robot is released, whatever a viewer takes its time for
+                # entered first, so that a slow viewer does not delay the robot's release
                 stack.callback(view.close)
             stack.enter_context(self._connected())
             if config.out is not None and config.live:
@@ -177,12 +201,13 @@ class RobotSession:
                     self.reports.append(self._episode(on_step))
                 finally:
                     self._keep(recorder)
-                    self._tell(commands)
+                    self._summarise(commands)
                 if self.reports[-1].stopped is not None:
                     break
         return self.reports
 
     def _episode(self, on_step: Callable[[Tick], None]) -> Report:
+        """Runs one episode."""
         config, spec = self.config, self.body.spec
         self.ends.clear()
         self.forgets.clear()
@@ -191,13 +216,13 @@ class RobotSession:
             camera: frames.__class__(maxlen=spec.history)
             for camera, frames in self.body.frames.items()
         }
-        self._look()
+        self._first_observation()
         start = start_of(self.body, self.limits, self.told)
         guard = SafetyGuard(
             self.body, self.limits, 1 / self.fps, start, config.live, config.hold_s, config.stop_s
         )
         self.guard = guard
-        # looked at once the guard can be found: what came before has found none
+        # checked after `self.guard` is set: an earlier stop found no guard
         if self.why is not None:
             guard.stop(self.why)
         watchdog = guard.watch()
@@ -220,7 +245,7 @@ class RobotSession:
             return report
         except InputError:
             raise
-        except Exception as error:  # of a bus, a camera, a full disk: the body is stopped by now
+        except Exception as error:  # a bus, a camera, a full disk; the robot is stopped by now
             text = f"{type(error).__name__}: {str(error).strip()[:300]}"
             raise InputError(
                 "a robot, cameras and a disk that go on", text, "see to it; the robot was stopped"
@@ -233,20 +258,20 @@ class RobotSession:
                 f"{guard.late} late, {guard.holds} holds"
             )
 
-    def _tell(self, commands: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """What a dry run would have sent."""
+    def _summarise(self, commands: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Tells the operator what a dry run would have sent."""
         if commands:
             wanted, sent = (np.array(each) for each in zip(*commands, strict=True))
             clipped = (np.abs(wanted - sent) > 1e-9).sum(axis=0)
             for d, name in enumerate(self.body.actions):
-                least, most = sent[:, d].min(), sent[:, d].max()
+                low, high = sent[:, d].min(), sent[:, d].max()
                 self.told(
-                    f"  {name} would have gone {least:.4g}..{most:.4g}, {clipped[d]} of "
+                    f"  {name} would have gone {low:.4g}..{high:.4g}, {clipped[d]} of "
                     f"{len(sent)} clipped"
                 )
 
-    def _look(self, patience_s: float = 5.0) -> None:
-        """The first look; cameras take a while to wake up."""
+    def _first_observation(self, patience_s: float = 5.0) -> None:
+        """Observes the robot once, and waits for cameras that have just been switched on."""
         until = time.monotonic() + patience_s
         while True:
             with contextlib.suppress(TimeoutError):
@@ -260,6 +285,7 @@ class RobotSession:
             time.sleep(0.05)
 
     def _keep(self, recorder: Recorder | None) -> None:
+        """Saves or discards the recording of an episode."""
         if recorder is None:
             return
         self.saving = True
@@ -273,12 +299,12 @@ class RobotSession:
                     f"{self.config.out}"
                 )
         except Exception as error:
-            # the robot comes first: it is released whatever becomes of the recording
+            # the robot must be released even if the recording fails
             self.told(f"the episode could not be recorded: {type(error).__name__}: {error}")
         self.saving = False
 
     def _between(self, episode: int) -> bool:
-        """Time to put things back; whether to go on."""
+        """Waits while the operator puts things back; tells whether to go on."""
         self.ends.clear()
         self.told(
             f"episode {episode + 1} of {self.config.episodes} begins in {self.config.reset_s:g} "
@@ -289,6 +315,7 @@ class RobotSession:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
+        """Connects the robot, and releases it at the end."""
         try:
             self.robot.connect()
         except (ConnectionError, ImportError, TimeoutError, OSError) as error:
@@ -304,7 +331,7 @@ class RobotSession:
             self._release()
 
     def _release(self) -> None:
-        """Ends the power, when somebody is there to catch what falls."""
+        """Releases the robot, after the operator has confirmed that somebody supports it."""
         with contextlib.suppress(KeyboardInterrupt, EOFError, OSError):
             if self.config.live and sys.stdin is not None and sys.stdin.isatty():
                 input(

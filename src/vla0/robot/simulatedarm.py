@@ -1,8 +1,7 @@
-"""A simulated arm in real time, as a LeRobot Robot: `vla0 robot --robot sim`, where no real one is
-at hand.
+"""A simulated arm in real time, as a LeRobot Robot: `vla0 robot --robot sim`.
 
-The world of vla0.sim.arm, whose physics and cameras run here in a thread of their own, whatever the
-program does.
+It stands in for a real robot. The physics and cameras of vla0.sim.arm run in a thread of their own,
+whatever the program does meanwhile.
 """
 
 import logging
@@ -20,33 +19,35 @@ from vla0.sim.arm import ACTIONS, CAMERAS, TASKS, ArmPhysics, within
 
 logger = logging.getLogger(__name__)
 
-# how long it may go by itself, and how often it looks whether it is there
+# seconds in which `go_by_itself` has to reach its goal, and between two checks of that
 GOING_S, LOOK_S = 5.0, 0.1
-# degrees between two looks; from the goal, below which its own weight draws it
+# degrees: movement between two checks below which the arm rests; distance from the goal that its
+# own weight may cause
 STILL, THERE = 0.05, 3.0
 
 
 @RobotConfig.register_subclass("sim")
 @dataclass(kw_only=True)
 class SimulatedArmConfig(RobotConfig):
-    """`--robot.width`, `--robot.height`: of the pictures.
+    """The settings of the simulated arm, which are given as `--robot.width` and so on."""
 
-    `--robot.camera_fps`: how often there are new ones.
-
-    `--robot.seed`: of where arm, cube and mark are at the start, as in `vla0 eval --env arm`; none:
-    upright.
-    """
-
-    width: int = 112
+    width: int = 112  # of pictures, pixels
     height: int = 112
-    camera_fps: float = 20.0
+    camera_fps: float = 20.0  # new pictures a second
+    # places arm, cube and mark as in `vla0 eval --env arm`; None: the arm begins upright
     seed: int | None = None
 
 
 class SimulatedArm(Robot):
-    """The arm.
+    """The simulated arm.
 
-    For tests: `frozen` keeps the cameras at their last picture, `silent` makes them say nothing.
+    For tests, a camera's `frozen` keeps it at its last picture, and `silent` makes it send none.
+
+    Args:
+        config: The size and rate of the pictures, and the seed.
+
+    Raises:
+        InputError: The size or rate of the pictures is out of its range.
     """
 
     config_class = SimulatedArmConfig
@@ -68,13 +69,13 @@ class SimulatedArm(Robot):
         self.lock, self.goal, self.joints = threading.Lock(), np.zeros(6), np.zeros(6)
         self.thread: threading.Thread | None = None
         self.ended, self.ready, self.error = threading.Event(), threading.Event(), None
-        # (monotonic seconds, command), of the last connection
+        # (monotonic seconds, command (D,)) of each command since the arm was connected
         self.diary: list[tuple[float, np.ndarray]] = []
         self.touched: set[str] = set()  # the tasks that are done at this instant
 
     @property
     def observation_features(self) -> dict[str, Any]:
-        """Joints, then cameras."""
+        """The joints, then the cameras."""
         return {
             **self.action_features,
             **dict.fromkeys(self.cameras, (self.config.height, self.config.width, 3)),
@@ -82,27 +83,31 @@ class SimulatedArm(Robot):
 
     @property
     def action_features(self) -> dict[str, Any]:
-        """Goal positions."""
+        """The goal positions of the joints."""
         return dict.fromkeys(ACTIONS, float)
 
     @property
     def is_connected(self) -> bool:
-        """Whether its world runs."""
+        """Whether the simulation runs."""
         return self.thread is not None and self.thread.is_alive()
 
     @property
     def is_calibrated(self) -> bool:
-        """Always."""
+        """Always true: there is nothing to calibrate."""
         return True
 
     def calibrate(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def configure(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def connect(self, calibrate: bool = True) -> None:
-        """Starts the world. Raises InputError where MuJoCo cannot draw."""
+        """Starts the simulation.
+
+        Raises:
+            InputError: The simulation fails, for example because MuJoCo cannot draw.
+        """
         self.ended.clear()
         self.ready.clear()
         self.diary.clear()
@@ -115,26 +120,27 @@ class SimulatedArm(Robot):
             ) from self.error
 
     def disconnect(self) -> None:
-        """Ends the world."""
+        """Ends the simulation."""
         self.ended.set()
         if self.thread is not None:
             self.thread.join(5)
             self.thread = None
 
     def get_observation(self) -> dict[str, Any]:
-        """Joints and the newest pictures.
+        """Returns the joints' positions and the newest pictures.
 
-        Raises TimeoutError as LeRobot's cameras do: nothing for half a second.
+        Raises:
+            TimeoutError: A camera has sent nothing for half a second, as with LeRobot's cameras.
         """
         self._awake()
         with self.lock:
-            seen: dict[str, Any] = {
+            joints: dict[str, Any] = {
                 name: float(v) for name, v in zip(ACTIONS, self.joints, strict=True)
             }
-            return seen | {name: eye.read_latest() for name, eye in self.cameras.items()}
+            return joints | {name: eye.read_latest() for name, eye in self.cameras.items()}
 
     def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
-        """Goal positions, clipped to what the servos can do."""
+        """Sets the goal positions, clipped to what the servos can do, and returns them."""
         self._awake()
         wanted = np.array([float(action[name]) for name in ACTIONS])
         goal = within(wanted)
@@ -144,10 +150,16 @@ class SimulatedArm(Robot):
         return {name: float(v) for name, v in zip(ACTIONS, goal, strict=True)}
 
     def go_by_itself(self, goal: dict[str, float]) -> bool:
-        """Goes to these positions, as fast as its servos do, and rests there; False, and still,
-        where they cannot.
+        """Goes to a position as fast as the servos can, and rests there.
 
-        What nobody can carry to where an episode may begin: real arms have no such method.
+        Nobody can move a simulated arm by hand to where an episode may begin. Real arms have no
+        such method.
+
+        Args:
+            goal: The positions, by the names of the actions.
+
+        Returns:
+            Whether the arm is there now. It does not move if its servos cannot reach the goal.
         """
         self._awake()
         wanted = np.array([goal[name] for name in ACTIONS])
@@ -165,18 +177,19 @@ class SimulatedArm(Robot):
         return False
 
     def _awake(self) -> None:
+        """Raises ConnectionError unless the arm is connected."""
         if not self.is_connected:
             raise ConnectionError("the simulated arm is not connected")
 
     def _live(self) -> None:
-        """The thread: physics that follows the clock, and pictures at the cameras' rate."""
+        """Runs the physics in real time and takes pictures at the cameras' rate, in the thread."""
         try:
-            # here: OpenGL wants to be used where it was made
+            # made in this thread, because OpenGL must be used in the thread that made its context
             world = ArmPhysics(self.config.height, self.config.width)
             if self.config.seed is not None:
                 world.place(self.config.seed)
             self.goal = world.joints()
-            began, drawn, told = time.monotonic(), -math.inf, set()
+            began, drawn, announced = time.monotonic(), -math.inf, set()
             while not self.ended.is_set():
                 with self.lock:
                     world.command(self.goal)
@@ -188,13 +201,13 @@ class SimulatedArm(Robot):
                 with self.lock:
                     self.joints = world.joints()
                     self.touched = set(filter(world.touched, TASKS))
-                for task in self.touched - told:
+                for task in self.touched - announced:
                     logger.info(
                         "%s: done %.1f s after the arm was connected",
                         task,
                         time.monotonic() - began,
                     )
-                told |= self.touched
+                announced |= self.touched
                 self.ready.set()
                 time.sleep(0.002)
             world.close()
@@ -204,18 +217,18 @@ class SimulatedArm(Robot):
 
 
 class Eye:
-    """A camera's newest picture."""
+    """A camera of the simulated arm, with its newest picture."""
 
     def __init__(self):
         self.frame, self.latest_timestamp, self.frozen, self.silent = None, None, False, False
 
     def see(self, frame: np.ndarray) -> None:
-        """A new picture, but where it is frozen or silent."""
+        """Takes a new picture, unless the camera is frozen or silent."""
         if not (self.frozen or self.silent):
             self.frame, self.latest_timestamp = frame, time.perf_counter()
 
     def read_latest(self, max_age_ms: float = 500) -> np.ndarray:
-        """The newest; TimeoutError where it is older, as with LeRobot's cameras."""
+        """Returns the newest picture; raises TimeoutError if there is none or it is too old."""
         if self.frame is None or (
             self.silent and (time.perf_counter() - (self.latest_timestamp or 0)) * 1e3 > max_age_ms
         ):

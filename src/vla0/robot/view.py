@@ -1,6 +1,4 @@
-"""The robot as rerun shows it: what the cameras see, where the joints are, what was predicted and
-what was sent.
-"""
+"""Shows a robot in rerun: camera pictures, joint positions, predicted actions, sent commands."""
 
 import atexit
 import logging
@@ -22,17 +20,23 @@ from vla0.robot.loop import Tick
 logger = logging.getLogger(__name__)
 
 LINES = {"is": (140, 140, 140), "predicted": (80, 160, 255), "sent": (255, 150, 40)}
-PORT = 9876  # of rerun's viewer
+PORT = 9876  # default port of rerun's viewer
 
 
 class View:
-    """to: "window" opens rerun's viewer, FILE.rrd is written, rerun+http://...
+    """Sends the steps of a loop to rerun.
 
-    is a viewer elsewhere.
+    rerun waits without end for a viewer that is slow, gone or closed. A thread of its own therefore
+    calls it, so that the loop and the end of a session do not wait.
 
-    rerun waits for a viewer that is slow, gone or closed, without end. So it is talked to from a
-    thread of its own: the loop and the end of a session wait for it no longer than it takes to say
-    so.
+    Args:
+        to: "window" opens rerun's viewer, FILE.rrd is a file to write, rerun+http://... is the
+            address of a viewer elsewhere.
+        body: The robot.
+        fps: Steps a second.
+
+    Raises:
+        InputError: rerun is not installed, `to` is none of these, or no viewer answers.
     """
 
     def __init__(self, to: str, body: LeRobotBody, fps: float):
@@ -44,7 +48,7 @@ class View:
         self.waiting: Queue[Any] = Queue(64)
         self.missed = 0
         self.stream = rerun.RecordingStream("vla0 robot")
-        atexit.unregister(rerun.rerun_shutdown)  # which waits without end too
+        atexit.unregister(rerun.rerun_shutdown)  # it would also wait without end
         layout = self._layout()
         if to.endswith(".rrd"):
             Path(to).parent.mkdir(parents=True, exist_ok=True)
@@ -63,9 +67,11 @@ class View:
         self.thread.start()
 
     def tick(self, tick: Tick, began: float = 0.0) -> None:
-        """Shows a step, or passes over it where the viewer is behind.
+        """Shows a step, or skips it if the viewer is behind.
 
-        began: seconds at which its episode started.
+        Args:
+            tick: The step.
+            began: Seconds at which its episode started.
         """
         try:
             self.waiting.put_nowait((tick, began + tick.step / self.fps, self.body.position()))
@@ -73,7 +79,7 @@ class View:
             self.missed += 1
 
     def close(self, patience_s: float = 5.0) -> None:
-        """Everything is out, or is given up."""
+        """Waits until every step is sent, at most some seconds; the rest is given up."""
         until = time.monotonic() + patience_s
         while self.thread.is_alive() and time.monotonic() < until:
             try:
@@ -88,6 +94,7 @@ class View:
             )
 
     def _work(self) -> None:
+        """Sends the steps that wait, in the thread, until the view is closed."""
         for name in self.body.actions:
             for line, colour in LINES.items():
                 self.stream.log(
@@ -105,6 +112,7 @@ class View:
             logger.debug("rerun: %s", error)
 
     def _show(self, tick: Tick, at: float, position: np.ndarray | None) -> None:
+        """Sends one step to rerun."""
         rerun, stream = self.rerun, self.stream
         stream.set_time("time", duration=at)
         for camera, frame in tick.observation.images.items():
@@ -122,6 +130,7 @@ class View:
                 stream.log(f"joint/{name}/{line}", rerun.Scalars(float(value)))
 
     def _layout(self) -> Any:
+        """Returns the layout of the viewer: cameras on the left, joints on the right."""
         from rerun import blueprint
 
         cameras = [
@@ -138,6 +147,7 @@ class View:
         return blueprint.Blueprint(parts, collapse_panels=True)
 
     def _open(self) -> None:
+        """Opens rerun's viewer."""
         beside = Path(sys.executable).with_name("rerun")
         path = str(beside) if beside.exists() else None
         try:
@@ -155,7 +165,7 @@ class View:
 
 
 def _refuse_absent(address: str, patience_s: float) -> None:
-    """Raises InputError where nobody listens."""
+    """Raises InputError if no viewer listens at an address within some seconds."""
     parts, until = urlsplit(address), time.monotonic() + patience_s
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The policy over the network, in openpi's websocket protocol.
+"""Serves a policy over the network, in openpi's websocket protocol.
 
-The client's side imports no torch.
+The client imports no torch.
 """

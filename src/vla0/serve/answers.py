@@ -1,4 +1,4 @@
-"""What a server says, looked at before anything is done with it: of itself, and of the actions."""
+"""Checks of what a server sends, its metadata and its actions, before anything is done with it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,53 +15,73 @@ def _count(value: Any) -> bool:
 
 
 def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(own, str) for own in value)
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _renamed(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        isinstance(own, str) for own in (*value, *value.values())
+        isinstance(name, str) for name in (*value, *value.values())
     )
 
 
-KINDS = {  # what is said → what it must be, where it is said
+KINDS = {  # key of the metadata → what its value must be, if it is there
     "chunk_size": (_count, "a number from 1"), "dimensions": (_count, "a number from 1"),
     "extensions": (_names, "a list of names"), "cameras": (_renamed, "a mapping of names"),
 }  # fmt: skip
-# by which a policy is known, as far as acting goes
+# the metadata that must not change while a robot acts
 SAME = ("spec", "ensemble", "n_action_steps", *KINDS)
 
 
-def metadata_of(found: dict[str, Any], before: Mapping[str, Any], url: str) -> dict[str, Any]:
-    """What a server says of itself as a client comes; before: what it said the last time, empty at
-    the first.
+def metadata_of(metadata: dict[str, Any], previous: Mapping[str, Any], url: str) -> dict[str, Any]:
+    """Checks the metadata that a server sends as a client connects.
 
-    Raises InputError for what cannot be, and where the policy is another one: the robot's limits
-    and pace are of the first.
+    Args:
+        metadata: What the server sent.
+        previous: What it sent at the connection before; empty at the first.
+        url: The server's address, for error messages.
+
+    Returns:
+        The same metadata.
+
+    Raises:
+        InputError: A value is not of its kind, or the policy is not the one of the connection
+            before: the robot's limits and pace belong to that one.
     """
     for name, (fits, words) in KINDS.items():
-        if (value := found.get(name)) is not None and not fits(value):
+        if (value := metadata.get(name)) is not None and not fits(value):
             raise InputError(f"'{name}' of {url}: {words}", f"{str(value)[:60]!r}", REMEDY)
-    if before and (other := [name for name in SAME if found.get(name) != before.get(name)]):
+    if previous and (
+        changed := [name for name in SAME if metadata.get(name) != previous.get(name)]
+    ):
         remedy = "begin anew: limits and pace were those of the policy before"
         raise InputError(
             f"the policy that was at {url}",
-            f"another, by its {other[0]}, since the connection was lost",
+            f"another, by its {changed[0]}, since the connection was lost",
             remedy,
         )
-    return found
+    return metadata
 
 
-def actions_of(found: Any, metadata: Mapping[str, Any], url: str, step: bool) -> np.ndarray:
-    """(T, D) float32, or of a step (D,).
+def actions_of(content: Any, metadata: Mapping[str, Any], url: str, step: bool) -> np.ndarray:
+    """Checks the actions that a server sends.
 
-    Raises InputError, naming the server, for what could not be executed.
+    Args:
+        content: What the server sent.
+        metadata: The server's metadata, which may tell `chunk_size` and `dimensions`.
+        url: The server's address, for error messages.
+        step: Whether it is a single step of a stream.
+
+    Returns:
+        The actions (T, D), float32; for a single step (D,).
+
+    Raises:
+        InputError: The shape is wrong, or a number is not finite.
     """
     chunk_size, dimensions = metadata.get("chunk_size"), metadata.get("dimensions")
     try:
-        # what is too large becomes infinite, and is refused as that
+        # a number too large for float32 becomes infinite, and is refused as such
         with np.errstate(over="ignore"):
-            actions = np.asarray(found, np.float32)
+            actions = np.asarray(content, np.float32)
     except (TypeError, ValueError):
         actions = np.zeros(0, np.float32)
     fits = (
@@ -74,9 +94,9 @@ def actions_of(found: Any, metadata: Mapping[str, Any], url: str, step: bool) ->
         or (dimensions and list(actions.shape)[-1:] != [dimensions])
         or not np.isfinite(actions).all()
     ):
-        most = f"at most {chunk_size} actions" if chunk_size else "actions"
+        count = f"at most {chunk_size} actions" if chunk_size else "actions"
         expected = (
-            f"{'an action' if step else most} of {dimensions or 'some'} finite numbers from {url}"
+            f"{'an action' if step else count} of {dimensions or 'some'} finite numbers from {url}"
         )
         got = (
             f"shape {actions.shape}"

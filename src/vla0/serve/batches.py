@@ -1,5 +1,6 @@
-"""What waits for the model goes to it together; what would hold up others goes alone, one at a
-time.
+"""The queue in front of the model: requests are decoded together.
+
+A request that would hold up the others is decoded alone, one at a time.
 """
 
 import asyncio
@@ -21,17 +22,21 @@ from vla0.serve.session import LATELY_S, ClientSession
 
 logger = logging.getLogger(__name__)
 
-LONG = 300  # bytes of an instruction: with a longer one, all that are decoded with it are as long
-# Who takes more of the server's time than others do has the share of one of them, a tenth at least:
-# after an answer it waits as long as reading and decoding took, times the others, at most a second.
+LONG = 300  # bytes of an instruction; a longer one would pad all that are decoded with it
+# A client that lately used more of the server's time than LEAST seconds, and than MORE times the
+# mean of the other clients, waits after an answer: for as long as reading and decoding took, times
+# the number of the others (at most OTHERS), at most MOST_S seconds. So it gets the share of one
+# client, and a tenth at least.
 LEAST, MORE, OTHERS, MOST_S = 0.1, 2.0, 9, 1.0
-READING = 2.0  # times that its seconds count: it holds the interpreter, which all others need, too
+READING = 2.0  # weight of a second of reading: it holds the interpreter lock, which all need
 
 
 @dataclass(eq=False)
 class Asked:
-    """A question on its way to the model, and where its answer goes: steps (int, action), and then
-    a chunk or an error.
+    """A request on its way to the model, with the queue that takes its answer.
+
+    The queue gets a pair (step, action (D,)) for each step of a stream, and then a chunk (T, D) or
+    an error.
     """
 
     session: ClientSession
@@ -41,7 +46,7 @@ class Asked:
 
     @property
     def alone(self) -> bool:
-        """Whether it would hold up who is decoded with it."""
+        """Whether it would hold up the requests that are decoded with it."""
         return (
             self.request.stream
             or len(self.observation.instruction.encode("utf-8", "replace")) > LONG
@@ -49,33 +54,52 @@ class Asked:
 
 
 class Batches:
-    """One model, asked by one thread. steps: of a chunk, that are decoded.
+    """The requests that wait for one model, which a single thread runs.
 
-    most: observations at once.
+    Args:
+        policy: The policy.
+        steps: Steps of a chunk that are decoded; None decodes all.
+        max_batch: Observations in a batch, at most.
+        metrics: The server's counters.
     """
 
-    def __init__(self, policy: TextPolicy, steps: int | None, most: int, metrics: Metrics):
-        self.policy, self.steps, self.most, self.metrics = policy, steps, most, metrics
+    def __init__(self, policy: TextPolicy, steps: int | None, max_batch: int, metrics: Metrics):
+        self.policy, self.steps, self.max_batch, self.metrics = policy, steps, max_batch, metrics
         self.waiting: list[Asked] = []
-        self.asked = asyncio.Event()  # whether anybody waits
+        self.asked = asyncio.Event()  # set while a request waits
         self.thread = ThreadPoolExecutor(1, "model")
-        self.sessions: list[ClientSession] = []  # of the clients that are here
+        self.sessions: list[ClientSession] = []  # of the clients that are connected
 
-    async def aside[T](self, session: ClientSession, read: Callable[..., T], *given: Any) -> T:
-        """What `read` makes of a message, in a thread of its own: megabytes, which others need not
-        wait for.
+    async def aside[T](self, session: ClientSession, read: Callable[..., T], *arguments: Any) -> T:
+        """Runs `read` in another thread, because reading megabytes would hold up other clients.
+
+        Args:
+            session: The client, which is charged for the time.
+            read: The function.
+            arguments: Its arguments.
+
+        Returns:
+            What `read` returns.
         """
         began = time.monotonic()
-        found = await asyncio.to_thread(read, *given)
+        result = await asyncio.to_thread(read, *arguments)
         self.charge(session, READING * (time.monotonic() - began))
-        return found
+        return result
 
     async def ask(
         self, asked: Asked, step: Callable[[int, np.ndarray], Awaitable[None]] | None = None
     ) -> np.ndarray:
-        """(T, D): the chunk. step: called with each action of a stream.
+        """Waits until a request is decoded.
 
-        Raises the error that is its own.
+        Args:
+            asked: The request.
+            step: Called with the index and the action (D,) of each step of a stream.
+
+        Returns:
+            The chunk (T, D).
+
+        Raises:
+            InputError: The observation cannot be decoded, or the model failed.
         """
         with self.metrics.request():
             self.waiting.append(asked)
@@ -88,55 +112,60 @@ class Batches:
             return part
 
     async def run(self) -> None:
-        """Forever."""
+        """Decodes requests as they arrive, until the task is cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             await self.asked.wait()
-            alone = [own for own in self.waiting if own.alone]
-            whole = [own for own in self.waiting if not own.alone]
-            whole, alone, self.waiting = (
-                whole[: self.most],
-                alone[:1],
-                whole[self.most :] + alone[1:],
+            single = [asked for asked in self.waiting if asked.alone]
+            batch = [asked for asked in self.waiting if not asked.alone]
+            batch, single, self.waiting = (
+                batch[: self.max_batch],
+                single[:1],
+                batch[self.max_batch :] + single[1:],
             )
             if not self.waiting:
                 self.asked.clear()
-            if whole:
-                self.metrics.batches.observe(len(whole))
+            if batch:
+                self.metrics.batches.observe(len(batch))
                 began = time.monotonic()
-                found = await loop.run_in_executor(
+                chunks = await loop.run_in_executor(
                     self.thread,
                     together,
                     self.policy,
-                    [own.observation for own in whole],
+                    [asked.observation for asked in batch],
                     self.steps,
                 )
-                each = (time.monotonic() - began) / len(whole)
-                for own, chunk in zip(whole, found, strict=True):
-                    self.charge(own.session, each)
-                    own.answers.put_nowait(chunk)
-            for own in alone:
+                each = (time.monotonic() - began) / len(batch)
+                for asked, chunk in zip(batch, chunks, strict=True):
+                    self.charge(asked.session, each)
+                    asked.answers.put_nowait(chunk)
+            for asked in single:
                 self.metrics.batches.observe(1)
                 began = time.monotonic()
-                await loop.run_in_executor(self.thread, self._stream, own, loop)
-                self.charge(own.session, time.monotonic() - began)
+                await loop.run_in_executor(self.thread, self._stream, asked, loop)
+                self.charge(asked.session, time.monotonic() - began)
 
-    def charge(self, own: ClientSession, seconds: float) -> None:
-        """Who makes the model, or who reads for it, work more than others do waits before he is
-        heard again.
+    def charge(self, session: ClientSession, seconds: float) -> None:
+        """Adds to the time that a client used, and delays it if it uses more than the others.
+
+        Args:
+            session: The client.
+            seconds: Seconds of reading or decoding.
         """
         now = time.monotonic()
-        own.used = own.lately(now) + seconds
-        own.used_at = now
+        session.used = session.lately(now) + seconds
+        session.used_at = now
         others = [
             other.lately(now)
             for other in self.sessions
-            if other is not own and now - other.heard_at < LATELY_S
+            if other is not session and now - other.heard_at < LATELY_S
         ]
-        if others and own.used > max(LEAST, MORE * sum(others) / len(others)):
-            own.charge(min(min(len(others), OTHERS) * seconds, MOST_S))
+        if others and session.used > max(LEAST, MORE * sum(others) / len(others)):
+            session.charge(min(min(len(others), OTHERS) * seconds, MOST_S))
 
     def _stream(self, asked: Asked, loop: asyncio.AbstractEventLoop) -> None:
+        """Decodes a single request, in the model's thread."""
+
         def put(value: Any) -> None:
             loop.call_soon_threadsafe(asked.answers.put_nowait, value)
 
@@ -156,18 +185,31 @@ class Batches:
 def together(
     policy: TextPolicy, observations: Sequence[Observation], steps: int | None
 ) -> list[np.ndarray | InputError]:
-    """A chunk for each, decoded together, or the error that is its own."""
+    """Decodes observations together.
+
+    Args:
+        policy: The policy.
+        observations: The observations.
+        steps: Steps of a chunk that are decoded; None decodes all.
+
+    Returns:
+        For each observation its chunk (T, D), or its own error.
+    """
     try:
         return list(policy.predict_batch(observations, steps))
     except Exception as error:
         if len(observations) == 1:
             return [told(error)]
-    # one of them is at fault
+    # one of them caused the error: decode each by itself
     return [together(policy, [observation], steps)[0] for observation in observations]
 
 
 def told(error: Exception) -> InputError:
-    """What a client is told of an error: its own fault in full, ours in a word."""
+    """Returns the error that a client is sent.
+
+    An InputError, which the client caused, is sent in full; any other error is logged here, and the
+    client is sent its type.
+    """
     if isinstance(error, InputError):
         return error
     logger.error("the model failed", exc_info=error)

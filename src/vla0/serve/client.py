@@ -1,4 +1,4 @@
-"""RemotePolicy: the robot's side. numpy, msgpack and websockets, no torch."""
+"""The client of a policy server. It needs numpy, msgpack and websockets, and no torch."""
 
 import logging
 import ssl
@@ -22,21 +22,29 @@ from vla0.serve.msgpack_numpy import pack, unpack
 
 logger = logging.getLogger(__name__)
 
-LARGEST = 16 * 2**20  # bytes of a server's message: chunks are kilobytes
+LARGEST = 16 * 2**20  # bytes of a server's message at most; chunks are kilobytes
 
 
 class NoAnswerError(TimeoutError):
-    """No fresh answer before the deadline. What comes later is dropped."""
+    """No answer arrived before the deadline. One that arrives later is dropped."""
 
 
 class RemotePolicy:
-    """A policy on another machine: Observation in, chunk out.
+    """A policy on another machine: it takes an Observation and returns a chunk.
 
-    Late answers are dropped, lost connections made again.
+    Late answers are dropped, and a lost connection is opened again. Servers of openpi work too,
+    without streaming.
 
-    url: ws://host:port or wss://. certificate: to trust where nobody known has signed it.
-    timeout_s: from an observation to its chunk. patience_s: for the first connection. Works with
-    openpi's servers too, but for streaming. Raises InputError where the server refuses.
+    Args:
+        url: Address of the server, ws://host:port or wss://host:port.
+        key: The key of the server, if it has one.
+        timeout_s: Seconds from an observation to its chunk, at most.
+        patience_s: Seconds for the first connection, at most.
+        certificate: PEM file to trust, if no known authority has signed the server's certificate.
+
+    Raises:
+        InputError: An argument cannot be used, or the server refuses the client.
+        NoAnswerError: No server answers within `patience_s`.
     """
 
     def __init__(
@@ -77,16 +85,20 @@ class RemotePolicy:
         self.lock, self.held = Lock(), ExitStack()
         self.connection: ClientConnection | None = None
         self.metadata: dict[str, Any] = {}
-        # of observations that were sent; of answers that were to none of them, or too late
+        # number of the last observation sent; count of answers that were unasked for or too late
         self.number = self.dropped = 0
-        # numbers of observations that have not been answered, the oldest first
+        # numbers of the observations without an answer, the oldest first
         self.owed: deque[int] = deque()
         self.reset_next = True
         self._connect(time.monotonic() + patience_s)
 
     @property
     def spec(self) -> Spec:
-        """What the checkpoint says of itself. Raises InputError for a server that does not tell."""
+        """The Spec of the server's checkpoint.
+
+        Raises:
+            InputError: The server does not send one.
+        """
         if not isinstance(text := self.metadata.get("spec"), str):
             raise InputError(
                 "a server that tells its checkpoint's Spec", self.url, "serve with `vla0 serve`"
@@ -94,9 +106,18 @@ class RemotePolicy:
         return Spec.parse(text, self.url)
 
     def predict(self, observation: Observation, timeout_s: float | None = None) -> np.ndarray:
-        """(T, D) float32: the next actions.
+        """Returns the next actions.
 
-        Raises NoAnswerError after the deadline, InputError for what is refused.
+        Args:
+            observation: What the robot's cameras and sensors say.
+            timeout_s: Seconds to wait for the answer; None takes the policy's `timeout_s`.
+
+        Returns:
+            The actions (T, D), float32.
+
+        Raises:
+            InputError: The server refuses the observation, or its answer could not be executed.
+            NoAnswerError: The answer did not arrive in time.
         """
         *_, (_, actions) = self._ask(observation, False, timeout_s)
         return actions
@@ -104,29 +125,41 @@ class RemotePolicy:
     def predict_stream(
         self, observation: Observation, timeout_s: float | None = None
     ) -> Iterator[np.ndarray]:
-        """The actions (D,), each as it is certain."""
+        """Yields the actions of `predict` one by one, each as soon as it is certain.
+
+        A server that does not stream sends all of them at once.
+
+        Args:
+            observation: What the robot's cameras and sensors say.
+            timeout_s: Seconds to wait for the whole answer; None takes the policy's `timeout_s`.
+
+        Yields:
+            The next action (D,), float32.
+
+        Raises:
+            InputError: The server refuses the observation, or its answer could not be executed.
+            NoAnswerError: The answer was not complete in time.
+        """
         if "stream" not in self.metadata.get("extensions", ()):
             yield from self.predict(observation, timeout_s)
             return
-        for whole, part in self._ask(observation, True, timeout_s):
-            if not whole:
-                yield part
+        for is_chunk, actions in self._ask(observation, True, timeout_s):
+            if not is_chunk:
+                yield actions
 
     def reset(self) -> None:
-        """A new episode: the server forgets this client's chunks with the next observation."""
+        """Begins a new episode: the server forgets this client's chunks at the next observation."""
         self.reset_next = True
 
     def close(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         self.held.close()
         self.connection = None
 
     def _ask(
         self, observation: Observation, stream: bool, timeout_s: float | None
     ) -> Iterator[tuple[bool, np.ndarray]]:
-        """The parts of the answer: (False, a step (D,)) as it comes, and in the end (True, all of
-        them (T, D)).
-        """
+        """Yields (False, action (D,)) for each step of a stream, then (True, actions (T, D))."""
         if not isinstance(observation, Observation):
             raise InputError(
                 "an Observation (vla0.core.spec)",
@@ -134,17 +167,17 @@ class RemotePolicy:
                 "Observation(images, instruction, state)",
             )
         deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
-        given = False
+        started = False
         with self.lock:
             while True:
                 try:
                     self._send(observation, stream, deadline)
                     for part in self._receive(deadline):
-                        given = True
+                        started = True
                         yield part
                     return
                 except ConnectionClosed as lost:
-                    # the observation is still fresh: once more, until the deadline
+                    # until the deadline the observation is fresh enough to be sent again
                     self.connection = None
                     if (
                         lost.sent is not None
@@ -161,13 +194,14 @@ class RemotePolicy:
                             "a larger one",
                             "send smaller pictures",
                         ) from None
-                    if given:  # half a stream has been used: another would not continue it
+                    if started:  # a second answer would not continue the stream
                         raise NoAnswerError(
                             f"{self.url} was lost in the middle of an answer"
                         ) from None
                     time.sleep(0.02)
 
     def _send(self, observation: Observation, stream: bool, deadline: float) -> None:
+        """Sends an observation, over a new connection if the last one was lost."""
         if self.connection is None:
             self._connect(deadline)
         assert self.connection is not None
@@ -210,17 +244,14 @@ class RemotePolicy:
         self.owed.append(self.number)
 
     def _receive(self, deadline: float) -> Iterator[tuple[bool, np.ndarray]]:
-        """The parts of the answer to the last observation.
-
-        Those to others, and a second one to the same, are dropped.
-        """
+        """Yields the parts of the answer to the last observation, and drops all other answers."""
         assert self.connection is not None
-        while (left := deadline - time.monotonic()) > 0:  # however much comes that is not asked for
+        while (left := deadline - time.monotonic()) > 0:  # also if unasked messages keep arriving
             try:
-                found = self.connection.recv(timeout=left)
+                received = self.connection.recv(timeout=left)
             except TimeoutError:
                 break
-            answer = None if isinstance(found, str) else unpack(found)
+            answer = None if isinstance(received, str) else unpack(received)
             if answer is not None and "vla0/step" in answer:
                 number = answer.get("vla0/number")
                 if type(number) is int and number == self.number:
@@ -238,17 +269,16 @@ class RemotePolicy:
                 )
                 continue
             if answer is None:
-                raise InputError(f"{self.url} refuses: {str(found)[-500:]}")
+                raise InputError(f"{self.url} refuses: {str(received)[-500:]}")
             yield True, actions_of(answer.get("actions"), self.metadata, self.url, step=False)
             return
         raise NoAnswerError(f"no answer of {self.url} in time")
 
     def _is_ours(self, answer: Mapping[str, Any] | None) -> bool:
-        """Whether an answer is that to the last observation; those before it are not waited for any
-        more.
+        """Tells whether an answer belongs to the last observation, and forgets the ones before it.
 
-        Errors (None), which are text, and what servers say that know no numbers, come in the order
-        of the observations.
+        Errors (None), which are text, and answers of servers that send no numbers are matched by
+        their order, which is that of the observations.
         """
         if answer is not None and self.metadata.get("extensions"):
             number = answer.get("vla0/number")
@@ -261,8 +291,9 @@ class RemotePolicy:
         return number == self.number
 
     def _drop_unasked(self) -> None:
-        """Where nothing is owed, what has come all the same would be taken for the answer to what
-        is about to be asked.
+        """Drops messages that arrived although no answer is due.
+
+        They would be taken for the answer to the next observation.
         """
         assert self.connection is not None
         while not self.owed and not self.metadata.get("extensions"):
@@ -274,12 +305,12 @@ class RemotePolicy:
             logger.warning("%s answers what it was not asked: dropped (%d)", self.url, self.dropped)
 
     def _connect(self, deadline: float) -> None:
-        """Tries again, each time after twice the wait, until the deadline."""
+        """Connects, and until the deadline tries again, each time after twice the wait."""
         wait_s, reason = 0.02, "no time left"
         self.close()
         while (left := deadline - time.monotonic()) > 0:
             try:
-                own = connect(
+                opened = connect(
                     self.url,
                     compression=None,
                     max_size=LARGEST,
@@ -288,9 +319,11 @@ class RemotePolicy:
                     close_timeout=1,
                     ssl=self.context,
                 )
-                connection = self.held.enter_context(own)
-                told = connection.recv(timeout=max(0.0, deadline - time.monotonic()), decode=False)
-                self.metadata = metadata_of(unpack(bytes(told)), self.metadata, self.url)
+                connection = self.held.enter_context(opened)
+                greeting = connection.recv(
+                    timeout=max(0.0, deadline - time.monotonic()), decode=False
+                )
+                self.metadata = metadata_of(unpack(bytes(greeting)), self.metadata, self.url)
                 self.connection, self.reset_next = connection, True
                 self.owed.clear()
                 return

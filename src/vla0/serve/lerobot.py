@@ -1,10 +1,9 @@
-"""LeRobot's asynchronous inference (gRPC), for its own `robot_client`: one checkpoint, the very
-pixels that it was trained on.
+"""A server of LeRobot's asynchronous inference (gRPC), for LeRobot's own `robot_client`.
 
 LeRobot's server resizes pictures before the policy sees them, loads whatever model a client names,
-and unpickles what anybody sends. Here the checkpoint is the server's, pictures go through the
-spine, and of a pickle only arrays and LeRobot's own messages are taken. The protocol knows no key:
-it is for this machine, or the end of a tunnel.
+and unpickles whatever a client sends. This server has one checkpoint, gives it pictures prepared
+exactly as in training, and takes only arrays and LeRobot's own messages from a pickle. The protocol
+has no key: use it on this machine, or at the end of a tunnel.
 """
 
 import contextlib
@@ -37,7 +36,7 @@ from vla0.serve.listen import ServerLimits, not_free, refuse_open
 from vla0.serve.messages import refuse_other_cameras, request
 
 logger = logging.getLogger(__name__)
-messages: Any = services_pb2  # generated: its names are not in its text
+messages: Any = services_pb2  # generated code, whose names a type checker cannot see
 
 MESSAGES = {
     ("lerobot.async_inference.helpers", "RemotePolicyConfig"),
@@ -45,30 +44,36 @@ MESSAGES = {
     ("lerobot.configs.types", "PolicyFeature"),
     ("lerobot.configs.types", "FeatureType"),
 }
-STREAM_S = 10.0  # that a message may take to come
-PARTS = 10_000  # of a message
-IDLE_S = 60.0  # without a word, after which a client may have gone
-PATIENCE_S = 2.0  # that a client waits for actions before it hears that there are none
+STREAM_S = 10.0  # seconds in which a message has to arrive
+PARTS = 10_000  # parts of a message, at most
+IDLE_S = 60.0  # seconds without a message after which a client may be replaced
+PATIENCE_S = 2.0  # seconds that GetActions waits for an observation
 
 
 @dataclass(kw_only=True)
 class Client:
-    """What is remembered of one."""
+    """The state of one client."""
 
-    features: Mapping[str, Any]
-    renamed: Mapping[str, str]
-    steps: int
+    features: Mapping[str, Any]  # of its robot, as LeRobot describes them
+    renamed: Mapping[str, str]  # the robot's name → the checkpoint's name
+    steps: int  # actions that it wants in a chunk
     waiting: Queue = field(default_factory=lambda: Queue(1))  # the newest observation
-    answered: deque[int] = field(default_factory=lambda: deque(maxlen=1000))  # steps
+    answered: deque[int] = field(default_factory=lambda: deque(maxlen=1000))  # steps answered
     last: tuple[int, np.ndarray] | None = None  # step and chunk of the last answer
-    changing: Any = field(default_factory=threading.Lock)
-    heard_at: float = field(default_factory=time.monotonic)
+    changing: Any = field(default_factory=threading.Lock)  # held while `waiting` is changed
+    heard_at: float = field(default_factory=time.monotonic)  # monotonic seconds, last message
 
 
 class LeRobotServer:
-    """The service, LeRobot's AsyncInference.
+    """The gRPC service AsyncInference of LeRobot.
 
-    policy: of a checkpoint; keys: camera → the robot's name of it.
+    Args:
+        policy: The policy of a checkpoint.
+        limits: What a client may ask for.
+        keys: camera → the robot's name for it.
+
+    Raises:
+        InputError: `keys` names a camera that the checkpoint does not have.
     """
 
     def __init__(
@@ -84,17 +89,17 @@ class LeRobotServer:
         self.guests = threading.Lock()
 
     def Ready(self, message: Any, context: Any) -> Any:  # noqa: N802
-        """A client begins anew."""
+        """Forgets a client, which begins anew."""
         with self.guests:
             self.clients.pop(context.peer(), None)
         return messages.Empty()
 
     def SendPolicyInstructions(self, message: Any, context: Any) -> Any:  # noqa: N802
-        """What the client's robot calls its parts, and how many actions it wants.
+        """Takes the names of the client's robot, and how many actions it wants.
 
-        The model is ours, whatever it asks for.
+        The model stays the server's own, whatever the client asks for.
         """
-        with self._told(context):
+        with self._reported(context):
             wanted = _unpacked(message.data, RemotePolicyConfig)
             renamed = {
                 str(old).rpartition(".")[2]: str(new).rpartition(".")[2]
@@ -108,34 +113,34 @@ class LeRobotServer:
         return messages.Empty()
 
     def SendObservations(self, parts: Iterator[Any], context: Any) -> Any:  # noqa: N802
-        """Takes the newest observation; one that nobody has asked about yet makes room for it."""
-        with self._told(context):
-            seen, client = (
+        """Takes the newest observation, which replaces one that still waits."""
+        with self._reported(context):
+            observed, client = (
                 _unpacked(self._whole(parts, context), TimedObservation),
                 self._client(context),
             )
-            if not seen.must_go and seen.timestep in client.answered:
+            if not observed.must_go and observed.timestep in client.answered:
                 return messages.Empty()
             with client.changing:
                 with contextlib.suppress(Empty):
                     client.waiting.get_nowait()
-                client.waiting.put_nowait(seen)
+                client.waiting.put_nowait(observed)
         return messages.Empty()
 
     def GetActions(self, message: Any, context: Any) -> Any:  # noqa: N802
-        """A chunk for the newest observation, nothing where none comes."""
-        with self._told(context):
+        """Answers the newest observation with a chunk, or with nothing if no observation comes."""
+        with self._reported(context):
             client = self._client(context)
             try:
-                seen = client.waiting.get(timeout=PATIENCE_S)
+                observed = client.waiting.get(timeout=PATIENCE_S)
             except Empty:
                 return messages.Empty()
-            chunk = self._chunk(client, seen)
+            chunk = self._chunk(client, observed)
             period = 1 / self.policy.spec.fps
             timed = [
                 TimedAction(
-                    seen.timestamp + step * period,
-                    seen.timestep + step,
+                    observed.timestamp + step * period,
+                    observed.timestep + step,
                     torch.from_numpy(action.copy()),
                 )
                 for step, action in enumerate(chunk[: client.steps])
@@ -144,15 +149,16 @@ class LeRobotServer:
         return messages.Empty()
 
     def _admit(self, peer: str, client: Client) -> None:
-        """Raises InputError where as many are here as may be: nobody who is active makes room for a
-        newcomer.
+        """Adds a client, in place of an idle one if there are too many.
+
+        Raises InputError if all of them are active.
         """
         with self.guests:
             self.clients.pop(peer, None)
             idle = [
                 name
-                for name, own in self.clients.items()
-                if time.monotonic() - own.heard_at > IDLE_S
+                for name, guest in self.clients.items()
+                if time.monotonic() - guest.heard_at > IDLE_S
             ]
             while len(self.clients) >= self.limits.clients and idle:
                 del self.clients[idle.pop(0)]
@@ -165,9 +171,9 @@ class LeRobotServer:
             self.clients[peer] = client
 
     def _whole(self, parts: Iterator[Any], context: Any) -> bytes:
-        """A message of its parts.
+        """Joins the parts of a message.
 
-        A stream that does not end is ended: it would hold one of a few threads for ever.
+        A stream that does not end is cancelled: it would occupy one of a few threads for ever.
         """
         held, clock = io.BytesIO(), threading.Timer(STREAM_S, context.cancel)
         clock.start()
@@ -184,8 +190,9 @@ class LeRobotServer:
             clock.cancel()
         return held.getvalue()
 
-    def _chunk(self, client: Client, seen: TimedObservation) -> np.ndarray:
-        spec, raw = self.policy.spec, dict(seen.observation)
+    def _chunk(self, client: Client, observed: TimedObservation) -> np.ndarray:
+        """Returns the chunk (T, D) for a client's observation."""
+        spec, raw = self.policy.spec, dict(observed.observation)
         message: dict[str, Any] = {
             client.renamed.get(str(name), str(name)): value for name, value in raw.items()
         }
@@ -197,16 +204,19 @@ class LeRobotServer:
                 )
             message["state"] = np.array([float(raw[name]) for name in names])
         observation = request(message, spec, self.keys, self.limits.side).observation
-        if client.last is not None and seen.timestep > client.last[0]:
-            # What the last chunk said of it decodes faster and changes nothing.
-            expected = rest(client.last[1], min(seen.timestep - client.last[0], spec.chunk_size))
+        if client.last is not None and observed.timestep > client.last[0]:
+            # A draft from the last chunk makes decoding faster and does not change its result.
+            expected = rest(
+                client.last[1], min(observed.timestep - client.last[0], spec.chunk_size)
+            )
             observation = replace(observation, draft_actions=expected)
         chunk = self.policy.predict_batch([observation])[0]
-        client.answered.append(seen.timestep)
-        client.last = seen.timestep, chunk
+        client.answered.append(observed.timestep)
+        client.last = observed.timestep, chunk
         return chunk
 
     def _client(self, context: Any) -> Client:
+        """Returns the state of the client that calls, or raises InputError for a stranger."""
         with self.guests:
             if (client := self.clients.get(context.peer())) is None:
                 raise InputError(
@@ -218,8 +228,8 @@ class LeRobotServer:
             return client
 
     @contextlib.contextmanager
-    def _told(self, context: Any) -> Iterator[None]:
-        """An error becomes the client's answer, in words, and hurts nobody else."""
+    def _reported(self, context: Any) -> Iterator[None]:
+        """Reports an error to the client that caused it, as the answer to its call."""
         try:
             yield
         except Exception as error:
@@ -229,30 +239,35 @@ class LeRobotServer:
 
 
 def _unpacked(data: bytes, kind: type) -> Any:
-    """A message of LeRobot's, of which nothing was run. Raises InputError for any other."""
-    found = load_arrays(io.BytesIO(data), "a message", MESSAGES)
-    if not isinstance(found, Record) or found.name != kind.__name__:
-        got = found.name if isinstance(found, Record) else type(found).__name__
+    """Reads one of LeRobot's messages without running anything of its pickle.
+
+    Raises InputError for anything else.
+    """
+    record = load_arrays(io.BytesIO(data), "a message", MESSAGES)
+    if not isinstance(record, Record) or record.name != kind.__name__:
+        got = record.name if isinstance(record, Record) else type(record).__name__
         raise InputError(f"a {kind.__name__}", got, "use the robot_client of LeRobot 0.6.1")
-    own = SimpleNamespace(**{name: found.get(name) for name in (f.name for f in fields(kind))})
+    message = SimpleNamespace(**{name: record.get(name) for name in (f.name for f in fields(kind))})
     if kind is TimedObservation:
-        own.must_go = bool(own.must_go)
+        message.must_go = bool(message.must_go)
         fine = (
-            isinstance(own.observation, Mapping)
-            and type(own.timestep) is int
-            and isinstance(own.timestamp, int | float)
+            isinstance(message.observation, Mapping)
+            and type(message.timestep) is int
+            and isinstance(message.timestamp, int | float)
         )
-        if not fine or not math.isfinite(own.timestamp):
+        if not fine or not math.isfinite(message.timestamp):
             raise InputError(
                 "an observation with its step and time",
-                f"{type(own.observation).__name__}",
+                f"{type(message.observation).__name__}",
                 "use LeRobot's client",
             )
-    elif not (isinstance(own.lerobot_features, Mapping) and isinstance(own.rename_map, Mapping)):
+    elif not (
+        isinstance(message.lerobot_features, Mapping) and isinstance(message.rename_map, Mapping)
+    ):
         raise InputError(
             "features and a rename_map", "none", "use the robot_client of LeRobot 0.6.1"
         )
-    return own
+    return message
 
 
 def serve_lerobot(
@@ -264,7 +279,15 @@ def serve_lerobot(
 ) -> None:
     """Serves until SIGINT or SIGTERM, or until `stop` is set.
 
-    Raises InputError where it cannot, or must not, listen.
+    Args:
+        server: The service.
+        host: The address to listen on; it must be local.
+        port: The port to listen on; 0 takes a free one.
+        ready: Called with the port that was bound.
+        stop: The event that ends the server, instead of the signals.
+
+    Raises:
+        InputError: The host is not local, or the port is not free.
     """
     refuse_open(host, protocol="lerobot")
     workers = ThreadPoolExecutor(4 + 2 * min(server.limits.clients, 16), "lerobot")

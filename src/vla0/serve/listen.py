@@ -1,4 +1,4 @@
-"""Where a server listens, and whom it lets in."""
+"""The address that a server listens on, and which clients it admits."""
 
 import asyncio
 import logging
@@ -15,9 +15,9 @@ from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-NEEDED = -1  # bytes of a message: as many as a checkpoint needs
+NEEDED = -1  # as `message_bytes`: as many bytes as the checkpoint's pictures need
 LOCAL = ("127.0.0.1", "localhost", "::1")
-KEYLESS = {  # protocols that know no key → how to do without another address
+KEYLESS = {  # protocol without a key → how to reach the server although it listens locally
     "lerobot": "leave --host out, and reach it by a tunnel: ssh -L PORT:127.0.0.1:PORT "
     "this-machine",
     "vla-eval": "leave --host out: vla-eval's containers share this machine's network",
@@ -26,13 +26,18 @@ KEYLESS = {  # protocols that know no key → how to do without another address
 
 @dataclass(frozen=True, kw_only=True)
 class ServerLimits:
-    """What a client may ask for."""
+    """What clients may ask for.
 
-    message_bytes: int = NEEDED  # a picture of 1920 x 1080 of each camera and frame, and a MiB
-    side: int = 4096  # pixels of a picture
-    clients: int = 128
-    rate: float = 200.0  # messages a second of one client, over a second
-    bytes_s: float = 64 * 2**20  # of one client: what comes faster is not read yet
+    Raises:
+        InputError: A limit is below 1.
+    """
+
+    # by default 1920 x 1080 pixels for each camera and frame, and 1 MiB
+    message_bytes: int = NEEDED
+    side: int = 4096  # pixels of a picture's longer side
+    clients: int = 128  # connected at once
+    rate: float = 200.0  # messages of one client in any second
+    bytes_s: float = 64 * 2**20  # bytes a second of one client; more is read later
     batch: int = 64  # observations decoded together
 
     def __post_init__(self):
@@ -41,13 +46,13 @@ class ServerLimits:
             raise InputError("limits of one at least", f"{asdict(self)}", "give numbers from 1")
 
     def of(self, spec: Spec) -> "ServerLimits":
-        """These, with the size of a message that a checkpoint needs where none was given."""
+        """Returns these limits; a `message_bytes` that is not set becomes what the Spec needs."""
         needed = 2**20 + len(spec.cameras) * spec.history * 1920 * 1080 * 3
         return replace(self, message_bytes=needed) if self.message_bytes == NEEDED else self
 
 
 def shown(spec: Spec) -> str:
-    """What is served, in a line."""
+    """Describes in one line what is served."""
     return (
         f"{spec.chunk_size} steps of {spec.dimensions} numbers at {spec.fps:g} Hz from "
         f"{', '.join(spec.cameras)}"
@@ -55,7 +60,16 @@ def shown(spec: Spec) -> str:
 
 
 def refuse_open(host: str, key: str | None = None, protocol: str = "openpi") -> None:
-    """Raises InputError where strangers could move the robot."""
+    """Refuses an address at which strangers could move the robot.
+
+    Args:
+        host: The address to listen on.
+        key: The key that clients have to send, if any.
+        protocol: The server's protocol.
+
+    Raises:
+        InputError: The host is not local and there is no key, or no key in this protocol.
+    """
     if host not in LOCAL and protocol in KEYLESS:
         raise InputError(
             f"{LOCAL[0]}, as {protocol}'s protocol knows no key", f"'{host}'", KEYLESS[protocol]
@@ -67,7 +81,7 @@ def refuse_open(host: str, key: str | None = None, protocol: str = "openpi") -> 
 
 
 def refuse_taken(host: str, port: int) -> None:
-    """Raises InputError where nobody can listen, before a large model is loaded."""
+    """Raises InputError if the port is not free, before a large model is loaded."""
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
@@ -75,14 +89,24 @@ def refuse_taken(host: str, port: int) -> None:
 
 
 def not_free(host: str, port: int, error: Exception) -> InputError:
-    """The error of a port that somebody else has."""
+    """Returns the InputError for a port that cannot be listened on."""
     return InputError(
         f"'{host}' port {port} to listen on", str(error), "choose another --port, or end who has it"
     )
 
 
 def secret_of(file: Path | None) -> str | None:
-    """The key that a file holds. Raises InputError for none, or one that could be guessed."""
+    """Reads the key from a file.
+
+    Args:
+        file: The file; None gives no key.
+
+    Returns:
+        The key, without spaces and line ends around it.
+
+    Raises:
+        InputError: The file cannot be read, or its key is shorter than 16 ASCII characters.
+    """
     if file is None:
         return None
     try:
@@ -106,9 +130,18 @@ def served(
     private: Path | None = None,
     ready: Callable[[int], None] | None = None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM, and ends what was begun.
+    """Serves until SIGINT or SIGTERM, and answers the requests that have begun by then.
 
-    Raises InputError where it cannot listen.
+    Args:
+        server: The server, whose `run` is called.
+        host: The address to listen on.
+        port: The port to listen on.
+        cert: Certificate (PEM) for TLS; None serves without TLS.
+        private: Private key (PEM) of the certificate, if it is in another file.
+        ready: Called with the port that was bound.
+
+    Raises:
+        InputError: The server cannot listen there, or the certificate cannot be read.
     """
     context = None
     if cert is not None:

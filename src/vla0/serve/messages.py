@@ -1,4 +1,4 @@
-"""What a client sends → an Observation, and what else it asks for."""
+"""Turns a client's message into a Request: an Observation, and what else the client asks for."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from vla0.errors import InputError
 
 INSTRUCTION = ("prompt", "instruction", "task")
 STATE = ("state", "observation/state", "observation.state")
-OWN = "vla0/"  # names of what openpi's protocol does not know
+OWN = "vla0/"  # prefix of the keys that extend openpi's protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,25 +19,35 @@ class Request:
     """One message of a client."""
 
     observation: Observation
-    stream: bool = False  # each step as soon as it is certain
+    stream: bool = False  # whether to send each step as soon as it is certain
     reset: bool | None = None  # whether a new episode begins; None: the client does not say
-    number: int | None = None  # given back with the answer
+    number: int | None = None  # sent back with the answer
 
 
 def request(
     message: Mapping[str, Any], spec: Spec, keys: Mapping[str, str], most_side: int
 ) -> Request:
-    """The Request of a message.
+    """Reads the Request from a message.
 
-    keys: camera → its name in messages, where that is none of the usual ones.
+    Args:
+        message: The message, unpacked.
+        spec: The Spec of the checkpoint.
+        keys: camera → its name in messages, where that is none of the usual ones.
+        most_side: Pixels of a picture's longer side, at most.
 
-    Raises InputError for a camera that is missing or too large, no instruction, or an extension
-    that there is not.
+    Returns:
+        The request.
+
+    Raises:
+        InputError: A picture is missing or too large, there is no instruction, the state is not
+            numbers, or an extension is not known.
     """
     depth = {camera for camera, *_ in spec.depth}
     images = {}
     for camera in spec.cameras:
-        images[camera] = _picture(_found(message, camera, keys), camera, camera in depth, most_side)
+        images[camera] = _picture(
+            _raw_picture(message, camera, keys), camera, camera in depth, most_side
+        )
     instruction = next((message[name] for name in INSTRUCTION if name in message), None)
     if not isinstance(instruction, str) or len(instruction) > 2000:
         got = (
@@ -56,27 +66,29 @@ def request(
             state = np.atleast_1d(np.asarray(state, np.float64))
         except (TypeError, ValueError):
             raise InputError("a state of numbers", type(state).__name__, "send an array") from None
-    own = {name.removeprefix(OWN): value for name, value in message.items() if name.startswith(OWN)}
+    extensions = {
+        name.removeprefix(OWN): value for name, value in message.items() if name.startswith(OWN)
+    }
     known = {"stream": bool, "reset": bool, "number": int, "action_prefix": np.ndarray}
-    for name, value in own.items():
+    for name, value in extensions.items():
         if name not in known or not isinstance(value, known[name]):
             raise InputError(
                 f"one of {[OWN + n for n in known]}, of its kind",
                 f"'{OWN}{name[:40]}'",
                 "leave it out",
             )
-    action_prefix = own.pop("action_prefix", None)
-    seen = Observation(
+    action_prefix = extensions.pop("action_prefix", None)
+    observation = Observation(
         images,
         instruction,
         state if spec.state or spec.relative_dims else None,
         action_prefix=action_prefix,
     )
-    return Request(observation=seen, **own)
+    return Request(observation=observation, **extensions)
 
 
 def refuse_other_cameras(keys: Mapping[str, str], spec: Spec) -> None:
-    """Raises InputError where `keys` names a camera that the checkpoint does not have."""
+    """Raises InputError if `keys` names a camera that the checkpoint does not have."""
     if unknown := [camera for camera in keys if camera not in spec.cameras]:
         raise InputError(
             f"cameras of {spec.cameras}", f"'{unknown[0]}'", "name those of the checkpoint"
@@ -84,7 +96,7 @@ def refuse_other_cameras(keys: Mapping[str, str], spec: Spec) -> None:
 
 
 def names(camera: str) -> Iterator[str]:
-    """What a camera's picture may be called in a message."""
+    """Yields the names that a camera's picture may have in a message."""
     for pattern in (
         "observation/{}",
         "observation/{}_image",
@@ -95,7 +107,8 @@ def names(camera: str) -> Iterator[str]:
         yield pattern.format(camera)
 
 
-def _found(message: Mapping[str, Any], camera: str, keys: Mapping[str, str]) -> Any:
+def _raw_picture(message: Mapping[str, Any], camera: str, keys: Mapping[str, str]) -> Any:
+    """Returns a camera's picture from a message, or raises InputError if there is none."""
     nested = message.get("images")
     if camera not in keys and isinstance(nested, Mapping) and camera in nested:
         return nested[camera]
@@ -117,7 +130,7 @@ def _found(message: Mapping[str, Any], camera: str, keys: Mapping[str, str]) -> 
 
 
 def _picture(value: Any, camera: str, depth: bool, most_side: int) -> np.ndarray:
-    """(h, w, 3) or (history, h, w, 3); openpi's clients send channels first too."""
+    """Checks a picture (h, w, 3) or (history, h, w, 3); channels may come first, as in openpi."""
     if not isinstance(value, np.ndarray) or value.ndim not in ((2, 3) if depth else (3, 4)):
         got = f"shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
         raise InputError(f"a picture (h, w, 3) of '{camera}'", got, "send an array")

@@ -1,4 +1,4 @@
-"""Messages: msgpack with numpy arrays, as openpi's clients write them.
+"""Packs and unpacks messages: msgpack with numpy arrays, as openpi's clients write them.
 
 What a stranger sends is checked before it is used.
 """
@@ -14,12 +14,22 @@ from vla0.errors import InputError
 
 KINDS = "biuf"  # of dtypes: booleans, integers, floats; never objects
 DEEPEST = 4  # mappings and lists inside each other
-MOST = 10_000  # entries of mappings and lists, all together: pictures are arrays, of one entry each
+MOST = 10_000  # entries of all mappings and lists together; an array is one entry
 _REMEDY = "send what openpi-client packs, or use vla0.serve.client"
 
 
 def pack(content: Any) -> Any:
-    """A message, bytes, of a mapping of numbers, strings, arrays, lists and mappings."""
+    """Packs a message.
+
+    Args:
+        content: Numbers, strings, numpy arrays, lists and mappings.
+
+    Returns:
+        The message, bytes.
+
+    Raises:
+        InputError: The content holds anything else, or an array of a dtype that is no number.
+    """
     return msgpack.packb(content, default=_array)
 
 
@@ -28,12 +38,18 @@ def unpack(
     most_bytes: int | None = None,
     read: Callable[[dict[Any, Any]], Any] | None = None,
 ) -> dict[str, Any]:
-    """The mapping that a message holds.
+    """Unpacks a message, without running anything of it.
 
-    Raises InputError for everything else, having run nothing of it.
+    Args:
+        message: The message. A text is an error that a server sends; it is raised.
+        most_bytes: Bytes of the message at most; None for no limit.
+        read: For another protocol: turns each mapping in the message into what it stands for.
 
-    A text is what a server says of an error: it rises as one. read: {...} → what it stands for, of
-    another protocol.
+    Returns:
+        The mapping that the message holds.
+
+    Raises:
+        InputError: The message is a text, too large, too deep, damaged, or no mapping.
     """
     if isinstance(message, str):
         raise InputError(message[-2000:])
@@ -67,13 +83,11 @@ def unpack(
 
 
 def _bounded(message: bytes) -> None:
-    """Raises InputError for a message of too many or too deep entries, before anything is built of
-    it.
+    """Raises InputError for too many or too deep entries, before any object is built.
 
-    Thirty megabytes of empty lists are thirty million objects, which hold up whoever builds them
-    for half a minute.
+    Thirty megabytes of empty lists are thirty million objects, which take half a minute to build.
     """
-    # entries that are still to come, of each list or mapping that is open
+    # for each list or mapping that is open, the number of entries still to come
     place, count, open_ = 0, 0, [1]
     while open_:
         if open_[-1] == 0:
@@ -84,18 +98,19 @@ def _bounded(message: bytes) -> None:
         if count > MOST or len(open_) > DEEPEST + 3:  # an array is a mapping with a list in it
             raise InputError(f"at most {MOST} entries, {DEEPEST} levels deep", "more", _REMEDY)
         if place >= len(message):
-            return  # cut off, which msgpack says
+            return  # the message is cut off; msgpack raises an error for that
         entries, place = _skipped(message, place)
         if entries:
             open_.append(entries)
 
 
 def _skipped(message: bytes, place: int) -> tuple[int, int]:
-    """(entries that follow, where the next thing begins) of what stands at a place, by msgpack's
-    specification.
+    """Returns (entries that follow, where the next object begins) for the object at a place.
+
+    It follows msgpack's specification.
     """
     kind = message[place]
-    # small numbers, nothing, true and false
+    # small numbers, nil, true and false
     if kind < 0x80 or kind >= 0xE0 or kind in (0xC0, 0xC1, 0xC2, 0xC3):
         return 0, place + 1
     if kind < 0x90:
@@ -115,8 +130,8 @@ FIXED = {  # kind → bytes that follow: numbers and extensions of fixed size
     0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8, 0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8,
     0xD4: 2, 0xD5: 3, 0xD6: 5, 0xD7: 9, 0xD8: 17,
 }  # fmt: skip
-# kind → bytes of its size, entries for each of that, bytes besides: texts, bytes, extensions,
-# lists, mappings
+# kind → (bytes of its size, entries for each unit of the size, further bytes): texts, bytes,
+# extensions, lists, mappings
 SIZED = {
     0xC4: (1, 0, 0),
     0xC5: (2, 0, 0),
@@ -135,6 +150,7 @@ SIZED = {
 
 
 def _array(value: Any) -> Any:
+    """Returns the mapping that stands for an array or a numpy scalar in a message."""
     if isinstance(value, np.ndarray | np.generic):
         if value.dtype.kind not in KINDS:
             raise InputError("arrays of numbers", f"{value.dtype}", "convert it")
@@ -151,19 +167,24 @@ def _array(value: Any) -> Any:
     )
 
 
-def _read(found: dict[Any, Any]) -> Any:
-    if b"__ndarray__" not in found and b"__npgeneric__" not in found:
-        return found
-    name, data = found.get(b"dtype"), found.get(b"data")
-    if b"__npgeneric__" in found:
+def _read(mapping: dict[Any, Any]) -> Any:
+    """Returns the array or numpy scalar that a mapping stands for, or else the mapping."""
+    if b"__ndarray__" not in mapping and b"__npgeneric__" not in mapping:
+        return mapping
+    name, data = mapping.get(b"dtype"), mapping.get(b"data")
+    if b"__npgeneric__" in mapping:
         if not isinstance(data, int | float | bool):
             raise InputError("a number", type(data).__name__, _REMEDY)
         return dtype_of(name).type(data)
-    return array_of(name, found.get(b"shape"), data)
+    return array_of(name, mapping.get(b"shape"), data)
 
 
 def dtype_of(name: Any) -> np.dtype:
-    """The dtype of numbers that a name tells. Raises InputError for any other."""
+    """Returns the dtype of numbers that has a name.
+
+    Raises:
+        InputError: No dtype of booleans, integers or floats of at most 8 bytes has that name.
+    """
     try:
         dtype = np.dtype(name if isinstance(name, str) and len(name) <= 16 else "O")
     except (TypeError, ValueError):
@@ -174,9 +195,18 @@ def dtype_of(name: Any) -> np.dtype:
 
 
 def array_of(name: Any, shape: Any, data: Any) -> np.ndarray:
-    """The array of a dtype's name, a shape and its bytes.
+    """Builds an array from the parts that a message holds.
 
-    Raises InputError where they do not agree.
+    Args:
+        name: The name of its dtype.
+        shape: Its shape, at most 5 dimensions.
+        data: Its bytes.
+
+    Returns:
+        The array, read-only.
+
+    Raises:
+        InputError: The parts do not agree.
     """
     dtype = dtype_of(name)
     fine = (
@@ -198,6 +228,7 @@ def array_of(name: Any, shape: Any, data: Any) -> np.ndarray:
 
 
 def _shallow(content: Any, left: int) -> None:
+    """Raises InputError if the content has more levels than are left."""
     if left < 0:
         raise InputError(f"a message at most {DEEPEST} levels deep", "a deeper one", _REMEDY)
     inside = (
@@ -207,5 +238,5 @@ def _shallow(content: Any, left: int) -> None:
         if isinstance(content, list | tuple)
         else ()
     )
-    for own in inside:
-        _shallow(own, left - 1)
+    for value in inside:
+        _shallow(value, left - 1)

@@ -1,4 +1,4 @@
-"""A policy behind a websocket: openpi's protocol, many clients, one model."""
+"""A websocket server in openpi's protocol: many clients share one policy."""
 
 import asyncio
 import hmac
@@ -31,22 +31,23 @@ from vla0.serve.session import ClientSession
 
 logger = logging.getLogger(__name__)
 
-# Who sends what is refused is not heard for a while: REFUSED_S, or the longer, the more there was
-# to read in vain.
+# After a refused message the client's next one is not read for REFUSED_S seconds, or for as many
+# seconds as the message has REFUSED_BYTES_S bytes, whichever is longer.
 REFUSED_S, REFUSED_BYTES_S = 0.1, 2**20
-COMING_S = 0.05  # between clients that come
-PATIENCE = 10  # messages in a row that nobody can read, and then the client is asked to go
+COMING_S = 0.05  # seconds between two clients that connect
+PATIENCE = 10  # refused messages in a row after which a connection is closed
 
 
 class Connection(ServerConnection):
-    """A connection that reads no further where a message is refused for its size: else all of it
-    would be read in vain.
+    """A connection that stops reading once a message is refused for its size.
+
+    Otherwise all of that message would be read in vain.
     """
 
     shut = False
 
     def data_received(self, data: bytes) -> None:
-        """Of asyncio's protocols."""
+        """Receives bytes, as asyncio's protocols do."""
         super().data_received(data)
         if (
             not self.shut
@@ -55,21 +56,33 @@ class Connection(ServerConnection):
         ):
             self.shut = True
             self.transport.pause_reading()
-            self.loop.call_later(1.0, self.transport.abort)  # by then the client has read why
+            self.loop.call_later(1.0, self.transport.abort)  # the client has read why by then
 
 
 class Server:
-    """Answers observations with chunks, decoding together what arrives together, in openpi's
-    protocol; others build on it.
+    """Answers observations with chunks, in openpi's protocol.
 
-    ensemble: none, and a client gets whole chunks; else `n_action_steps` ensembled steps for each
-    observation, whose chunks are remembered for each connection by itself. keys: camera → its name
-    in messages. key: what clients have to know. origins: web pages that may talk to it, as
-    "https://lab.example"; a browser says whose page asks, others say nothing.
+    Observations that arrive together are decoded together. Servers of other protocols are
+    subclasses.
+
+    Args:
+        policy: The policy of a checkpoint.
+        limits: What a client may ask for.
+        keys: camera → its name in messages, where that is none of the usual ones.
+        key: The key that a client has to send as `Authorization: Api-Key KEY`. None admits all.
+        n_action_steps: Steps sent for each observation, with an ensemble.
+        ensemble: "none" sends whole chunks. Otherwise `n_action_steps` averaged steps are sent for
+            each observation, and each connection has an ensemble of its own.
+        origins: Web pages that may connect, as "https://lab.example". Clients that are no browsers
+            send no origin and may connect.
+
+    Raises:
+        InputError: `keys` names a camera that the checkpoint does not have, or `n_action_steps` is
+            given without an ensemble.
     """
 
     protocol = "openpi"
-    ping_s: float | None = 20.0  # between two looks whether a client is still there
+    ping_s: float | None = 20.0  # seconds between two checks whether a client is still there
 
     def __init__(
         self,
@@ -87,7 +100,7 @@ class Server:
             keys or {},
             key,
         )
-        self.origins: list[Any] = [None, *origins]  # None: no browser
+        self.origins: list[Any] = [None, *origins]  # None: a client that is no browser
         self.n_action_steps, self.weights = n_action_steps, ensemble
         spec = policy.spec
         refuse_other_cameras(self.keys, spec)
@@ -95,16 +108,16 @@ class Server:
             refuse_idle(
                 {"n_action_steps": n_action_steps if n_action_steps != 1 else None}, "an ensemble"
             )
-        self._session()  # refuses what it must before anybody comes
+        self._session()  # raises for a wrong ensemble before any client connects
         steps = None if ensemble == NONE else steps_used(spec.chunk_size, n_action_steps, ensemble)
-        # a policy of one's own need not have it
+        # a user's own policy need not have `see`
         self.see = getattr(policy, "see", lambda observation: observation)
         self.metrics = Metrics()
         self.batches = Batches(policy, steps, self.limits.batch, self.metrics)
         self.clients, self.stopping, self.next_at = 0, False, 0.0
 
     def metadata(self) -> dict[str, Any]:
-        """What a client is told as it comes."""
+        """Returns what a client is sent as it connects: cameras, sizes, rate, limits and Spec."""
         spec = self.policy.spec
         return {
             "server": f"vla0 {vla0.__version__}",
@@ -125,9 +138,17 @@ class Server:
     async def run(
         self, host: str, port: int, stop: asyncio.Event, context: Any = None, ready: Any = None
     ) -> None:
-        """Serves until `stop`, and then ends what was begun. context: of TLS.
+        """Serves until `stop` is set, then answers the requests that it has begun, and ends.
 
-        ready: called with the port that was bound.
+        Args:
+            host: Address to listen on.
+            port: Port to listen on; 0 takes a free one.
+            stop: The event that ends the server.
+            context: The ssl.SSLContext for TLS, if any.
+            ready: Called with the port that was bound.
+
+        Raises:
+            InputError: The host is not local and there is no key, or no key in this protocol.
         """
         refuse_open(host, self.key, self.protocol)
         batches = asyncio.create_task(self.batches.run())
@@ -162,6 +183,7 @@ class Server:
         self.batches.thread.shutdown()
 
     def _session(self) -> ClientSession:
+        """Returns the state of a new client."""
         spec = self.policy.spec
         acting = (
             spec.chunk_size,
@@ -179,11 +201,13 @@ class Server:
     async def _handshake(
         self, connection: ServerConnection, handshake: Handshake
     ) -> Response | None:
-        """Health and metrics for whoever may ask; a key from whoever wants to talk."""
+        """Answers requests for health and metrics, and refuses clients without the key."""
         if handshake.path in ("/healthz", "/health"):
             return connection.respond(HTTPStatus.OK, "OK\n")
-        given = handshake.headers.get("Authorization", "").encode("utf-8", "replace")
-        if self.key is not None and not hmac.compare_digest(given, f"Api-Key {self.key}".encode()):
+        authorization = handshake.headers.get("Authorization", "").encode("utf-8", "replace")
+        if self.key is not None and not hmac.compare_digest(
+            authorization, f"Api-Key {self.key}".encode()
+        ):
             return connection.respond(
                 HTTPStatus.UNAUTHORIZED, "an Authorization: Api-Key header is needed\n"
             )
@@ -196,7 +220,7 @@ class Server:
             return connection.respond(
                 HTTPStatus.SERVICE_UNAVAILABLE, f"{self.limits.clients} clients are here already\n"
             )
-        # As many as may be here may come at once; who comes again and again waits at the door.
+        # As many clients as the limit allows may connect at once; beyond that they are delayed.
         self.next_at = (
             max(self.next_at, time.monotonic() - self.limits.clients * COMING_S) + COMING_S
         )
@@ -204,6 +228,7 @@ class Server:
         return None
 
     async def _talk(self, connection: ServerConnection) -> None:
+        """Answers one client until it disconnects or the server ends."""
         self.clients += 1
         self.metrics.clients.set(self.clients)
         session, wrong = self._session(), 0
@@ -220,7 +245,7 @@ class Server:
                     wrong = 0
                 except ConnectionClosed:
                     raise
-                except Exception as error:  # whatever a message does, it does to its sender alone
+                except Exception as error:  # an error concerns only its own client
                     self.metrics.errors.inc()
                     wrong += 1
                     session.charge(max(REFUSED_S, len(message) / REFUSED_BYTES_S))
@@ -229,7 +254,7 @@ class Server:
                         await connection.close(
                             CloseCode.POLICY_VIOLATION, "too many messages that cannot be read"
                         )
-                # its next message stays where it is
+                # the next message is not read before `free_at`
                 if (left := session.free_at - time.monotonic()) > 0:
                     with suppress(TimeoutError):
                         await asyncio.wait_for(connection.wait_closed(), left)
@@ -241,6 +266,7 @@ class Server:
             self.metrics.clients.set(self.clients)
 
     def _not_too_fast(self, session: ClientSession) -> None:
+        """Raises InputError if a client sends more messages a second than the limit."""
         now = session.heard_at = time.monotonic()
         session.arrivals = [at for at in session.arrivals if now - at < 1.0] + [now]
         if len(session.arrivals) > self.limits.rate:
@@ -251,17 +277,17 @@ class Server:
             )
 
     async def _greet(self, connection: ServerConnection) -> None:
-        """What a client hears as it comes."""
+        """Sends a client the metadata as it connects."""
         await connection.send(pack(self.metadata()))
 
     def _refusal(self, session: ClientSession, error: InputError) -> str | bytes:
-        """What a client hears of an error."""
+        """Returns the message that tells a client of an error."""
         return str(error)
 
     async def _answer(
         self, connection: ServerConnection, session: ClientSession, message: Any
     ) -> None:
-        """Answers one message, or raises."""
+        """Answers one message, or raises InputError if it cannot be answered."""
         if not isinstance(message, bytes):
             raise InputError("binary messages", "text", "send what openpi-client packs")
         arrived = time.monotonic()
@@ -281,18 +307,23 @@ class Server:
     async def _decoded(
         self, session: ClientSession, asked: Request, arrived: float, step: Any = None
     ) -> np.ndarray:
-        """(T, D): what the model says to a request, decoded with others.
+        """Returns the chunk (T, D) for a request, decoded together with others.
 
-        step: called with each action of a stream.
+        Args:
+            session: The client's state.
+            asked: The request.
+            arrived: Monotonic seconds at which its message arrived.
+            step: Called with the index and the action (D,) of each step of a stream.
         """
         return await self.batches.ask(
             Asked(session, asked, session.expecting(asked.observation, arrived)), step
         )
 
     def _read(self, message: bytes) -> Request:
+        """Returns the request that a packed message holds."""
         return self._request(unpack(message, self.limits.message_bytes))
 
     def _request(self, content: Mapping[str, Any]) -> Request:
-        """What a message asks for, its pictures made small already."""
+        """Returns the request of a message, with its pictures already resized for the model."""
         asked = request(content, self.policy.spec, self.keys, self.limits.side)
         return replace(asked, observation=self.see(asked.observation))

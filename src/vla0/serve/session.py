@@ -1,4 +1,4 @@
-"""What a server remembers of one client."""
+"""The state that a server keeps for one client."""
 
 import logging
 import math
@@ -14,35 +14,41 @@ from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-LATELY_S = 1.0  # how long it is remembered who made the model work
-# without a question, after which what was predicted before is not averaged with what comes
+LATELY_S = 1.0  # time constant, in seconds, with which a client's use of the model is forgotten
+# seconds without an observation after which old chunks are not averaged with new ones
 PAUSE_S = 10.0
 
 
 @dataclass(eq=False, kw_only=True)
 class ClientSession:
-    """What one client's connection remembers. Nobody else's chunks ever come here."""
+    """The state of one client's connection; the chunks of other clients never enter it.
 
-    ensemble: TemporalEnsemble | None
-    n_action_steps: int
-    fps: float
-    step: int = 0
-    chunk: np.ndarray | None = None
-    asked_at: float = 0.0
-    arrivals: list[float] = field(default_factory=list)
-    heard_at: float = 0.0  # monotonic seconds, of its last message
-    free_at: float = 0.0  # before which its next is not read
-    used: float = 0.0  # seconds of the model's, lately, at `used_at`
+    All times are monotonic seconds.
+    """
+
+    ensemble: TemporalEnsemble | None  # None: whole chunks are sent
+    n_action_steps: int  # steps that an answer has with an ensemble
+    fps: float  # control rate of the checkpoint, Hz
+    step: int = 0  # of the episode, of the next answer's first action
+    chunk: np.ndarray | None = None  # (T, D), the last
+    asked_at: float = 0.0  # when the observation of that chunk arrived
+    arrivals: list[float] = field(default_factory=list)  # of the messages in the last second
+    heard_at: float = 0.0  # when the last message arrived
+    free_at: float = 0.0  # the next message is not read before
+    used: float = 0.0  # seconds of the model's time used lately, as of `used_at`
     used_at: float = 0.0
     resets: bool = False  # whether the client says where episodes begin
 
     def begin(self, reset: bool | None, now: float) -> None:
-        """Before an observation: forgets all chunks where an episode begins, or after a pause.
+        """Forgets all chunks if an episode begins with this observation, or after a pause.
 
-        reset: what the client says.
+        Args:
+            reset: Whether the client says that an episode begins; None if it does not say.
+            now: When the observation arrived, monotonic seconds.
 
-        Raises InputError for an ensemble and a client that never says it: its next episode would be
-        averaged with this one.
+        Raises:
+            InputError: There is an ensemble and the client never says where an episode begins, so
+                its next episode would be averaged with this one.
         """
         self.resets |= reset is not None
         if self.ensemble is not None and not self.resets:
@@ -65,22 +71,33 @@ class ClientSession:
             self.reset()
 
     def lately(self, now: float) -> float:
-        """Seconds that the model worked for it, those of long ago forgotten."""
+        """Returns the seconds that the model worked for this client lately.
+
+        Seconds of long ago are forgotten exponentially, with the time constant `LATELY_S`.
+        """
         return self.used * math.exp((self.used_at - now) / LATELY_S)
 
     def charge(self, seconds: float) -> None:
-        """For what it has made others wait, it waits itself."""
+        """Delays the client's next message by some seconds."""
         self.free_at = max(self.free_at, time.monotonic()) + seconds
 
     def reset(self) -> None:
-        """A new episode: forgets all chunks."""
+        """Begins a new episode: forgets all chunks."""
         self.step, self.chunk = 0, None
         if self.ensemble is not None:
             self.ensemble.reset()
 
     def expecting(self, observation: Observation, now: float) -> Observation:
-        """The observation with what the last chunk said of it, which decodes faster and changes
-        nothing.
+        """Adds the last chunk's prediction to an observation, as a draft of the next chunk.
+
+        The draft makes decoding faster and does not change its result.
+
+        Args:
+            observation: The observation.
+            now: When it arrived, monotonic seconds.
+
+        Returns:
+            The observation with `draft_actions`; without a last chunk the observation itself.
         """
         if self.chunk is None:
             return observation
@@ -92,7 +109,15 @@ class ClientSession:
         return replace(observation, draft_actions=rest(self.chunk, max(1, steps)))
 
     def answer(self, chunk: np.ndarray, now: float) -> np.ndarray:
-        """(T, D): what is sent of a chunk."""
+        """Returns the actions to send for a chunk.
+
+        Args:
+            chunk: (T, D), the chunk that the model decoded.
+            now: When its observation arrived, monotonic seconds.
+
+        Returns:
+            The chunk; with an ensemble the averaged actions (n_action_steps, D).
+        """
         self.chunk, self.asked_at = chunk, now
         if self.ensemble is None:
             return chunk

@@ -1,9 +1,8 @@
-"""vla-eval's protocol (AllenAI's harness over LIBERO, SimplerEnv, RoboTwin and more): the policy as
-one of its model servers.
+"""A model server for vla-eval, AllenAI's harness over LIBERO, SimplerEnv, RoboTwin and more.
 
-A harness asks for one action at a time. With an ensemble each is averaged here, as in vla0's own
-evaluation. Of vla-eval the messages are used, its server is not: that takes messages of any size
-from any web page, and lets it change settings.
+The harness asks for one action at a time. With an ensemble the server averages each action, as
+vla0's own evaluation does. It uses the messages of vla-eval but not its server, which takes
+messages of any size from any web page and lets that page change settings.
 """
 
 import io
@@ -34,22 +33,31 @@ REMEDY = "use vla-eval's client"
 
 @dataclass(eq=False)
 class Episodes(ClientSession):
-    """What one client's connection remembers, and the actions that it has not asked for yet."""
+    """The state of one client's connection, with the actions that it has not asked for yet."""
 
-    actions: deque[np.ndarray] = field(default_factory=deque)
-    seq: int = 0  # of its last message
-    begun: bool = False  # an episode
+    actions: deque[np.ndarray] = field(default_factory=deque)  # (D,) each
+    seq: int = 0  # number of its last message
+    begun: bool = False  # whether an episode has begun
 
     def reset(self) -> None:
-        """A new episode: forgets all chunks."""
+        """Begins a new episode: forgets all chunks and the actions that are left."""
         super().reset()
         self.actions.clear()
 
 
 class VlaEvalServer(Server):
-    """policy: of a checkpoint. keys: camera → the benchmark's name of it.
+    """Answers vla-eval's observations with one action each.
 
-    n_action_steps, ensemble: as for vla0.core.ensemble.
+    Args:
+        policy: The policy of a checkpoint.
+        keys: camera → the benchmark's name for it.
+        n_action_steps: Steps of a chunk that are executed before the next is decoded.
+        ensemble: How chunks are averaged, as in `vla0.core.ensemble`.
+        limits: What a client may ask for; its `rate` is not used.
+
+    Raises:
+        InputError: `keys` names a camera that the checkpoint does not have, or the ensemble would
+            do nothing with these `n_action_steps`.
     """
 
     protocol = "vla-eval"
@@ -63,10 +71,10 @@ class VlaEvalServer(Server):
         ensemble: str = NONE,
         limits: ServerLimits | None = None,
     ):
-        # actions that are there cost nothing
+        # no rate: an action that is already decoded costs nothing
         super().__init__(policy, replace(limits or ServerLimits(), rate=math.inf), keys)
         self.n_action_steps, self.weights = n_action_steps, ensemble
-        self._session()  # refuses what it must before anybody comes
+        self._session()  # raises for a wrong ensemble before any client connects
         self.batches.steps = steps_used(policy.spec.chunk_size, n_action_steps, ensemble)
 
     def _session(self) -> Episodes:
@@ -77,15 +85,18 @@ class VlaEvalServer(Server):
         return Episodes(ensemble=ensemble, n_action_steps=self.n_action_steps, fps=spec.fps)
 
     def hello(self) -> dict[str, Any]:
-        """What a benchmark is told: cameras by its own names, the instruction, and the dataset's
-        own dimensions and units.
+        """Returns what a benchmark is sent at first: which observations and actions are used.
+
+        Cameras have the benchmark's names; dimensions and units are those of the dataset.
         """
         spec = self.policy.spec
-        seen: dict[str, DimSpec] = {"language": LANGUAGE} | ({"state": RAW} if spec.state else {})
-        seen |= {self.keys.get(camera) or camera: IMAGE_RGB for camera in spec.cameras}
-        # LIBERO's rotation of the hand as the datasets and vla0 have it: without quat_no_antipodal
-        # its sign differs at times.
-        asked = {
+        observation_spec: dict[str, DimSpec] = {"language": LANGUAGE} | (
+            {"state": RAW} if spec.state else {}
+        )
+        observation_spec |= {self.keys.get(camera) or camera: IMAGE_RGB for camera in spec.cameras}
+        # With quat_no_antipodal, LIBERO's rotation of the hand is the one of the datasets and of
+        # vla0; without it the sign differs at times.
+        observation_params = {
             "send_wrist_image": len(spec.cameras) > 1,
             "send_state": spec.state is not None,
             "quat_no_antipodal": True,
@@ -93,13 +104,13 @@ class VlaEvalServer(Server):
         return make_hello_payload(
             model_server=type(self).__name__,
             capabilities={},
-            observation_params=asked,
+            observation_params=observation_params,
             action_spec={"actions": DimSpec("actions", spec.dimensions, "raw").to_dict()},
-            observation_spec={name: own.to_dict() for name, own in seen.items()},
+            observation_spec={name: dims.to_dict() for name, dims in observation_spec.items()},
         )
 
     async def _greet(self, connection: ServerConnection) -> None:
-        """Here the client says the first word."""
+        """Sends nothing: in this protocol the client sends the first message."""
 
     def _refusal(self, session: Any, error: InputError) -> bytes:
         return pack_message(Message(MessageType.ERROR, {"error": str(error)}, session.seq))
@@ -108,7 +119,7 @@ class VlaEvalServer(Server):
         if not isinstance(message, bytes):
             raise InputError("binary messages", "text", REMEDY)
         arrived = time.monotonic()
-        kind, payload, session.seq = await self.batches.aside(session, self._told, message)
+        kind, payload, session.seq = await self.batches.aside(session, self._parsed, message)
         if kind is MessageType.HELLO:
             await connection.send(pack_message(Message(kind, self.hello(), session.seq)))
         elif kind in (MessageType.EPISODE_START, MessageType.EPISODE_END):
@@ -122,7 +133,7 @@ class VlaEvalServer(Server):
                     f"send episode_start first, or {REMEDY}",
                 )
             if not session.actions:
-                asked = await self.batches.aside(session, self._seen, payload)
+                asked = await self.batches.aside(session, self._observed, payload)
                 session.actions.extend(
                     session.answer(await self._decoded(session, asked, arrived), arrived)[
                         : self.n_action_steps
@@ -131,20 +142,21 @@ class VlaEvalServer(Server):
             action = {"actions": np.asarray(session.actions.popleft(), np.float32)}
             await connection.send(pack_message(Message(MessageType.ACTION, action, session.seq)))
 
-    def _told(self, message: bytes) -> tuple[MessageType, dict[str, Any], int]:
-        left = self.limits.message_bytes  # that pictures may become, all together
+    def _parsed(self, message: bytes) -> tuple[MessageType, dict[str, Any], int]:
+        """Returns the type, the payload and the number of a message."""
+        left = self.limits.message_bytes  # bytes that all its pictures may still take
 
-        def read(found: dict[Any, Any]) -> Any:
+        def read(mapping: dict[Any, Any]) -> Any:
             nonlocal left
-            if "__image__" not in found:
+            if "__image__" not in mapping:
                 return (
-                    array_of(found.get("dtype"), found.get("shape"), found.get("data"))
-                    if "__ndarray__" in found
-                    else found
+                    array_of(mapping.get("dtype"), mapping.get("shape"), mapping.get("data"))
+                    if "__ndarray__" in mapping
+                    else mapping
                 )
-            if found.get("format") == "raw":
-                return array_of(found.get("dtype"), found.get("shape"), found.get("data"))
-            picture = picture_of(found.get("data"), left)
+            if mapping.get("format") == "raw":
+                return array_of(mapping.get("dtype"), mapping.get("shape"), mapping.get("data"))
+            picture = picture_of(mapping.get("data"), left)
             left -= picture.nbytes
             return picture
 
@@ -160,7 +172,8 @@ class VlaEvalServer(Server):
             )
         return MessageType(kind), payload, seq
 
-    def _seen(self, payload: Mapping[str, Any]) -> Request:
+    def _observed(self, payload: Mapping[str, Any]) -> Request:
+        """Returns the request that an observation's payload holds."""
         images = payload.get("images")
         if not isinstance(images, Mapping):
             raise InputError("images, a mapping", type(images).__name__, REMEDY)
@@ -173,17 +186,27 @@ class VlaEvalServer(Server):
         return self._request(message)
 
 
-def picture_of(data: Any, most: int) -> np.ndarray:
-    """A PNG's or JPEG's pixels.
+def picture_of(data: Any, most_bytes: int) -> np.ndarray:
+    """Decodes a PNG or JPEG.
 
-    Raises InputError before it makes more than `most` bytes of them.
+    Args:
+        data: The file's bytes.
+        most_bytes: Bytes of the decoded picture, at most.
+
+    Returns:
+        The pixels (h, w) or (h, w, channels).
+
+    Raises:
+        InputError: The picture is damaged, or too large; a large one is not decoded.
     """
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
             needed = picture.width * picture.height * len(picture.getbands())
-            if needed > most:
+            if needed > most_bytes:
                 raise InputError(
-                    f"pictures of at most {most} bytes", f"{needed}", "make them smaller first"
+                    f"pictures of at most {most_bytes} bytes",
+                    f"{needed}",
+                    "make them smaller first",
                 )
             return np.array(picture)
     except InputError:
