@@ -141,6 +141,7 @@ def test_the_benchmark_needs_neither_lerobot_nor_mujoco():
 ROW = {"way", "samples_per_s", "tokens_per_s", "mfu", "peak_gib"}
 
 
+@pytest.mark.slow
 def test_training_is_timed_beside_the_plain_way(tmp_path, dataset):
     settings = training.Settings("tiny", str(dataset), 2, 2, 0, False)
     rows = training.bench(settings, ["plain", "vla0"], 1)
