@@ -41,7 +41,7 @@ def test_chunk_size_gives_the_first_steps(policy, observation):
         num_steps=2,
     )
     np.testing.assert_array_equal(part, whole[:2])
-    for size in (0, 4):
+    for size in (0, 4, 1.0, True, "2"):
         with pytest.raises(InputError, match="num_steps"):
             policy.predict(
                 observation.images, observation.instruction, observation.state, num_steps=size
@@ -221,3 +221,14 @@ def _streamed(policy, observation):
         if "one stream at a time" not in str(error):
             raise
         return None
+
+
+def test_acting_averages_where_chunks_overlap_and_not_where_they_cannot(policy):
+    try:
+        assert policy.acting(1).settings == (1, "v1")
+        assert policy.acting(policy.spec.chunk_size).settings == (policy.spec.chunk_size, "none")
+        for steps in (0, policy.spec.chunk_size + 1):
+            with pytest.raises(InputError, match="n_action_steps in"):
+                policy.acting(steps)
+    finally:
+        policy.acting()

@@ -54,8 +54,7 @@ class TextPolicy:
         self.warned = False  # whether the log has said that a state changes nothing
         # All decodes share one cache of keys and values: this lock is held for a pass at least.
         self.alone = threading.RLock()
-        reaching = min(-(-spec.chunk_size // n_action_steps), spec.ensemble_k or spec.chunk_size)
-        self.acting(n_action_steps, weights or ("v1" if reaching > 1 else ensemble.NONE))
+        self.acting(n_action_steps, weights)
 
     def predict(
         self,
@@ -168,7 +167,7 @@ class TextPolicy:
             chunks, k or self.spec.ensemble_k, weights, self.spec.periodic
         )
 
-    def acting(self, n_action_steps: int = 1, weights: str | Sequence[float] = "v1") -> Self:
+    def acting(self, n_action_steps: int = 1, weights: str | Sequence[float] | None = None) -> Self:
         """Set how `act` executes and averages chunks.
 
         Both arguments mean what they mean for the class.
@@ -179,6 +178,12 @@ class TextPolicy:
         Raises:
             InputError: When n_action_steps is outside the chunk, or leaves nothing to average.
         """
+        if weights is None:
+            overlapping = min(
+                -(-self.spec.chunk_size // max(1, n_action_steps)),
+                self.spec.ensemble_k or self.spec.chunk_size,
+            )
+            weights = "v1" if overlapping > 1 else ensemble.NONE
         steps = ensemble.steps_used(self.spec.chunk_size, n_action_steps, weights)
         predict = lambda observation: self.predict_batch([observation], steps)[0]  # noqa: E731
         self._acting = ChunkPolicy(
@@ -211,7 +216,8 @@ class TextPolicy:
 
     def _check(self, num_steps: int | None) -> None:
         """Raise InputError unless num_steps is None or within the chunk."""
-        if num_steps is not None and not 1 <= num_steps <= self.spec.chunk_size:
+        whole = isinstance(num_steps, int | np.integer) and not isinstance(num_steps, bool)
+        if num_steps is not None and not (whole and 1 <= num_steps <= self.spec.chunk_size):
             raise InputError(
                 f"num_steps in 1..{self.spec.chunk_size} (the chunk's size)",
                 f"{num_steps}",
@@ -263,7 +269,7 @@ class TextPolicy:
             or not 1 <= len(expected) <= chunk_size
         ):
             raise InputError(
-                f"expected: 1 to {chunk_size} actions of {dimensions}",
+                f"draft_actions: 1 to {chunk_size} actions of {dimensions}",
                 f"shape {expected.shape}",
                 "give the rest of the last chunk",
             )
