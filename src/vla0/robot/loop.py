@@ -269,7 +269,7 @@ class _Loop:
         ):
             text = (
                 "an answer takes %d steps and a chunk has %d: all of it is past when it "
-                "comes; use another way"
+                "comes; use another mode"
             )
             logger.warning(text, self.delay, self.pace.chunk_size)
         # If nothing was executed since the observation, the robot has waited: the chunk begins now
