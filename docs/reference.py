@@ -117,24 +117,33 @@ def told(node: ast.expr, names: dict[str, str]) -> str:
     return "…"
 
 
+def messages(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """(expected, remedy) of each InputError, names resolved where they were last assigned."""
+    scopes = [tree, *(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))]
+    inner = {id(n): scope for scope in scopes for n in ast.walk(scope)}  # the innermost comes last
+    assigned: dict[int, list[tuple[int, str, str]]] = {id(scope): [] for scope in scopes}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            text = told(node.value, {})
+            assigned[id(inner[id(node)])].append((node.lineno, node.targets[0].id, text))
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and len(node.args) >= 3):
+            continue
+        if (called := ast.unparse(node.func)) in ("InputError", "_check"):
+            own = [entry for entry in assigned[id(inner[id(node)])] if entry[0] <= node.lineno]
+            names = {name: text for _, name, text in sorted(assigned[id(tree)])}
+            names |= {name: text for _, name, text in sorted(own)}
+            yield told(node.args[called == "_check"], names), told(node.args[-1], names)
+
+
 def errors() -> str:
     """The page of all errors: what is expected, and what to do."""
     found: dict[str, list[tuple[str, str]]] = {room: [] for room in ROOMS}
     for file in sorted(SOURCE.rglob("*.py")):
         room, tree = file.relative_to(SOURCE).parts[0], ast.parse(file.read_text(encoding="utf-8"))
-        names: dict[str, str] = {}
-        for node in ast.walk(tree):
-            if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
-                continue
-            if (text := told(node.value, names)) != "…":
-                names[node.targets[0].id] = text
-        for node in ast.walk(tree):
-            if not (isinstance(node, ast.Call) and len(node.args) >= 3):
-                continue
-            if (called := ast.unparse(node.func)) in ("InputError", "_check"):
-                row = told(node.args[called == "_check"], names), told(node.args[-1], names)
-                if re.search(r"[a-z]{3}", row[0]) and row not in found[room]:
-                    found[room].append(row)
+        for row in messages(tree):
+            if re.search(r"[a-z]{3}", row[0]) and row not in found[room]:
+                found[room].append(row)
     parts = [
         "# Every error, by its text\n\nAn error reads `vla0: expected A; got B; C`: what was "
         "expected, what came, and what to "
