@@ -168,9 +168,7 @@ class TextPolicy:
         )
 
     def acting(self, n_action_steps: int = 1, weights: str | Sequence[float] | None = None) -> Self:
-        """Set how `act` executes and averages chunks.
-
-        Both arguments mean what they mean for the class.
+        """Set how `act` executes and averages chunks; the arguments are those of the class.
 
         Returns:
             This policy.
@@ -179,11 +177,8 @@ class TextPolicy:
             InputError: When n_action_steps is outside the chunk, or leaves nothing to average.
         """
         if weights is None:
-            overlapping = min(
-                -(-self.spec.chunk_size // max(1, n_action_steps)),
-                self.spec.ensemble_k or self.spec.chunk_size,
-            )
-            weights = "v1" if overlapping > 1 else ensemble.NONE
+            overlapping = n_action_steps < self.spec.chunk_size and self.spec.ensemble_k != 1
+            weights = "v1" if overlapping else ensemble.NONE
         steps = ensemble.steps_used(self.spec.chunk_size, n_action_steps, weights)
         predict = lambda observation: self.predict_batch([observation], steps)[0]  # noqa: E731
         self._acting = ChunkPolicy(
