@@ -20,10 +20,10 @@ from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-BUCKET = 64  # slots
+BUCKET = 64  # the slots of a fixed pass are a multiple of this
 # picks (B, N), and the probabilities of all symbols (B, N, 12)
 Verdict = tuple[list[list[int]], np.ndarray]
-Grid = tuple[int, ...]  # 1, rows and columns of an image's patches
+Grid = tuple[int, ...]  # 1, and the rows and columns of patches of an image
 
 
 class Engine:

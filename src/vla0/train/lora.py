@@ -57,7 +57,7 @@ def merged(model: Any) -> dict[str, torch.Tensor] | None:
     layers = {name: part for name, part in base.named_modules() if isinstance(part, LoraLayer)}
     weights = {}
     for name, weight in base.state_dict().items():
-        if ".lora_" in name or ".weight." in name:  # ".weight." has how 4 bits are read
+        if ".lora_" in name or ".weight." in name:  # ".weight." says how to read 4 bits
             continue
         layer = layers.get(name.removesuffix(".base_layer.weight"))
         if layer is not None:

@@ -38,9 +38,9 @@ from vla0.train.trainer import VLA0Trainer, arguments
 logger = logging.getLogger(__name__)
 
 SEVERAL = "several GPUs, a process each, for training.shard"
-# how errors about a file that was cut off read
+# words of errors about a file that was cut off
 CUT = ("PytorchStreamReader", "unexpected EOF", "not a ZIP archive", "Invalid magic number")
-# how errors about a full disk read
+# words of errors about a full disk
 FULL = ("No space left", "PytorchStreamWriter failed", "Disk quota")
 
 

@@ -18,7 +18,7 @@ from vla0.data.dataset import Order
 from vla0.errors import InputError
 from vla0.train.config import TrainConfig
 
-SHARDED = {  # weights, gradients and moments over the processes: FSDP2
+SHARDED = {  # FSDP2 splits weights, gradients and moments over the processes
     "fsdp": "full_shard auto_wrap",
     "fsdp_config": {
         "version": 2,
