@@ -1,6 +1,6 @@
-"""Batch → levels.
+"""Decode batches into levels.
 
-Every decoder returns exactly (H, D) levels, the ones that `core.greedy.decode` returns.
+For each row, every decoder returns exactly the (H, D) levels that `core.greedy.decode` returns.
 """
 
 import logging
@@ -17,8 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 def decoder(model: Any, prompt: Prompt) -> SpeculativeDecoder | GreedyDecoder:
-    """The fastest decoder for a model; the plain one, and a line in the log, where the engine
-    cannot drive it.
+    """Return the fastest decoder for a model.
+
+    Where the engine cannot run the model, that is the plain decoder, and the log says why.
     """
     reason = supported(model)
     if reason is None:

@@ -1,5 +1,6 @@
-"""Decoding that may write other tokens than the plain one: faster or smaller, never used unless
-asked for by name.
+"""Decode faster or in less memory, with tokens that may differ from those of plain decoding.
+
+None of this is used unless it is asked for by name.
 """
 
 from copy import deepcopy
@@ -12,7 +13,7 @@ from vla0.decode.speculative import SpeculativeDecoder
 from vla0.decode.support import supported
 from vla0.errors import InputError
 
-ENOUGH = 0.5
+ENOUGH = 0.5  # acceptance ratio of "relaxed"
 MODES = {
     "relaxed": f"a guess passes that the model finds {ENOUGH} times as likely as its own choice: "
     f"reacts later",
@@ -24,9 +25,18 @@ MODES = {
 
 
 def approximate(model: Any, prompt: Prompt, mode: str) -> tuple[Any, SpeculativeDecoder]:
-    """(model, decoder) of a mode of MODES; the given model is not changed.
+    """Make a model and a decoder for a mode of MODES.
 
-    Raises InputError where it cannot run here.
+    Args:
+        model: The model. It is not changed.
+        prompt: The prompt that makes the batches.
+        mode: A key of MODES.
+
+    Returns:
+        The model, which may be a smaller copy, and its decoder.
+
+    Raises:
+        InputError: When the mode is unknown or cannot run here.
     """
     if mode not in MODES:
         raise InputError(f"a mode of {tuple(MODES)}", f"'{mode}'", "choose one of those")
@@ -39,8 +49,12 @@ def approximate(model: Any, prompt: Prompt, mode: str) -> tuple[Any, Speculative
 
 
 def in_4_bits(model: Any) -> Any:
-    """A copy of a model whose language model's weights are of 4 bits (NF4); its embedding and
-    output layer stay as they are.
+    """Copy a model with the weights of its language model in 4 bits (NF4).
+
+    The embedding and the output layer stay as they are.
+
+    Raises:
+        InputError: When bitsandbytes is not installed.
     """
     try:
         from bitsandbytes.nn import Linear4bit, Params4bit
@@ -51,19 +65,23 @@ def in_4_bits(model: Any) -> Any:
         for name, layer in list(part.named_children()):
             if type(layer) is torch.nn.Linear:
                 sizes = layer.in_features, layer.out_features, layer.bias is not None
-                fewer: Any = Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4")
+                quantised: Any = Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4")
                 settings: Any = {"requires_grad": False, "quant_type": "nf4"}
-                fewer.weight, fewer.bias = (
+                quantised.weight, quantised.bias = (
                     Params4bit(layer.weight.data.cpu(), **settings),
                     layer.bias,
                 )
-                setattr(part, name, fewer.to(device))  # where it is quantised
+                setattr(part, name, quantised.to(device))  # `to` quantises the weight
     return model
 
 
 def in_8_bits(model: Any) -> Any:
-    """A copy of a model whose language model's weights are of 8 bits; its embedding and output
-    layer stay as they are.
+    """Copy a model with the weights of its language model in 8 bits.
+
+    The embedding and the output layer stay as they are.
+
+    Raises:
+        InputError: When torchao is not installed.
     """
     try:
         from torchao import quantization

@@ -1,4 +1,4 @@
-"""A language model whose layers are compiled: few kernels where there were many.
+"""Compile the layers of a language model, so that a pass needs fewer kernels.
 
 One compilation serves all layers.
 """
@@ -10,8 +10,14 @@ import torch
 
 
 class Own:
-    """What a layer needs of a cache: its own keys and values, so that no layer's number is compiled
-    into it.
+    """A cache of one layer's keys and values.
+
+    With it, the compiled code does not depend on the layer's number and serves all layers.
+
+    Args:
+        keys: (B, heads, slots, width).
+        values: (B, heads, slots, width).
+        at: (N,) slots that the pass writes.
     """
 
     is_compileable = False
@@ -20,7 +26,7 @@ class Own:
         self.keys, self.values, self.at = keys, values, at
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any):
-        """Writes keys and values (B, heads, N, width), and gives all there are."""
+        """Write keys and values (B, heads, N, width), and return those of all slots."""
         return self.keys.index_copy_(2, self.at, keys), self.values.index_copy_(2, self.at, values)
 
 
@@ -31,35 +37,42 @@ def _layer(
     keys: torch.Tensor,
     values: torch.Tensor,
     at: torch.Tensor,
-    told: Any,
+    arguments: Any,
 ):
-    return layer(hidden, **told, **{cache: Own(keys, values, at)})
+    """Call a layer with its own cache; this function is what torch.compile compiles."""
+    return layer(hidden, **arguments, **{cache: Own(keys, values, at)})
 
 
 class Layer(torch.nn.Module):
-    """A decoder layer, compiled when it is called; its weights are the layer's own."""
+    """A decoder layer that is compiled at its first call and shares the weights of the original.
+
+    Args:
+        layer: The original layer.
+        number: Its place in the cache.
+        run: The compiled `_layer`.
+    """
 
     def __init__(self, layer: torch.nn.Module, number: int, run: Any):
         super().__init__()
         self.layer, self.number, self.run = layer, number, run
 
-    def forward(self, hidden: torch.Tensor, **told: Any) -> torch.Tensor:
-        """What the layer gives; the cache is of slots that the pass names (KVCache.at)."""
-        name = "cache" if "cache" in told else "past_key_values"
-        cache = told.pop(name)
+    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """Compute what the layer computes; the cache must be a KVCache whose `at` is set."""
+        name = "cache" if "cache" in arguments else "past_key_values"
+        cache = arguments.pop(name)
         keys, values = cache.content[self.number]
-        return self.run(self.layer, hidden, name, keys, values, cache.at, told)
+        return self.run(self.layer, hidden, name, keys, values, cache.at, arguments)
 
 
 def layered(model: Any) -> Any:
-    """A language model that does the same by compiled layers.
+    """Return a language model that computes the same with compiled layers.
 
-    It shares the weights; the model itself is not touched.
+    It shares the weights of the model, which is not changed.
     """
     run = torch.compile(_layer, fullgraph=True, dynamic=False)
-    other = copy.copy(model)
-    other._modules = dict(model._modules)
-    other.layers = torch.nn.ModuleList(
+    compiled_model = copy.copy(model)
+    compiled_model._modules = dict(model._modules)
+    compiled_model.layers = torch.nn.ModuleList(
         Layer(layer, number, run) for number, layer in enumerate(model.layers)
     )
-    return other
+    return compiled_model

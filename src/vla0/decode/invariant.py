@@ -1,11 +1,11 @@
-# ruff: noqa: N803 - what a kernel is compiled for is written in capitals, as Triton's users do
-"""Attention of a tree's nodes that rounds the same whatever else is in the tree.
+# ruff: noqa: N803 - constants of a Triton kernel are in capitals, as is usual
+"""Compute attention of a tree's nodes that rounds the same, whatever else is in the tree.
 
 In bf16 a sum depends on the order of its terms. Where a node's ancestors lie scattered among other
-guesses, SDPA adds them up in other groups than where they lie side by side, and a choice between
-two likely symbols may fall the other way. Here each node reads its own path in the order in which
-it would be written, so that a guess that was right leaves what no guess at all would have left, bit
-for bit. The rest of a pass rounds row by row as long as its shape is the same.
+guesses, SDPA groups the terms differently than where they lie side by side, and a choice between
+two likely symbols may change. Here each node reads the keys of its path in the order in which they
+would be written. A right guess therefore gives, bit for bit, what decoding without guesses gives.
+The rest of a pass rounds each row by itself as long as the shape of the pass is the same.
 """
 
 import math
@@ -25,22 +25,32 @@ BLOCK = 64  # keys at a time
 
 
 class Trees(NamedTuple):
-    """Where nodes of trees find their keys and values. It goes in place of a mask."""
+    """Where the nodes of trees find their keys and values. It is passed in place of a mask."""
 
-    base: torch.Tensor  # (1,) slot of each row's node 0; node n lies n slots behind
-    first: torch.Tensor  # (B,) slots before it are padding
-    # (B,) slots of the row's own before node 0; those between it and base are nobody's
+    base: torch.Tensor  # (1,) slot of node 0 in each row; node n lies n slots behind it
+    first: torch.Tensor  # (B,) the first slot that is not padding
+    # (B,) the first slot after the row's accepted tokens; slots from there to base are unused
     accepted: torch.Tensor
     depths: torch.Tensor  # (B, N)
-    paths: torch.Tensor  # (B, N, N): a node's ancestors from node 0 on, at its depth itself
+    paths: torch.Tensor  # (B, N, N): a node's ancestors from node 0 on, and then the node itself
 
 
 def attend(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Trees,
     scaling: float | None = None, **_: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """((B, N, heads, width), None) of queries (B, heads, N, width), keys and values (B, key heads,
-    slots, width).
+    """Let each node attend to its path and to what was accepted before it.
+
+    Args:
+        module: The attention module; it is not read.
+        query: (B, heads, N, width).
+        key: (B, key heads, slots, width).
+        value: (B, key heads, slots, width).
+        attention_mask: Where the nodes find their keys and values.
+        scaling: The factor of the scores. None means width ** -0.5.
+
+    Returns:
+        (B, N, heads, width), and None for the weights.
     """
     factor: float = scaling or query.shape[-1] ** -0.5
     if query.device.type == "cuda":
@@ -50,8 +60,10 @@ def attend(
 
 @lru_cache
 def broken(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot be used on a device, tried on a few numbers; None where it does what
-    copying does.
+    """Try the kernel on a few numbers, and compare it with `gathered`.
+
+    Returns:
+        Why the kernel cannot be used on this device, or None where it can.
     """
     draw = torch.Generator(device).manual_seed(0)
     query, key, value = (
@@ -63,21 +75,23 @@ def broken(device: torch.device, dtype: torch.dtype) -> str | None:
     base, first, accepted = (torch.tensor([n], **numbers) for n in (70, 2, 68))
     trees = Trees(base, first, accepted, torch.tensor([[0, 1, 1]], **numbers), paths)
     try:
-        one, other = (way(query, key, value, trees, 0.2).float() for way in (launched, gathered))
+        result, expected = (
+            attention(query, key, value, trees, 0.2).float() for attention in (launched, gathered)
+        )
     except Exception as error:
-        # no compiler for what Triton writes, a card that it does not know, ...
+        # e.g. there is no compiler for Triton's code, or Triton does not know the GPU
         return (
             f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
             if str(error).strip()
             else repr(error)
         )
-    off = float((one - other).abs().max())
+    off = float((result - expected).abs().max())
     return None if off < 0.05 else f"it is off by {off:.2g}"
 
 
 @contextmanager
 def attending(config: Any) -> Iterator[None]:
-    """A language model's attention by `attend`, for a pass. config: the language model's."""
+    """Let a language model with this config use `attend` while the context is open."""
     before, config._attn_implementation = config._attn_implementation, NAME
     try:
         yield
@@ -88,24 +102,25 @@ def attending(config: Any) -> Iterator[None]:
 def gathered(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, trees: Trees, scaling: float
 ) -> torch.Tensor:
-    """The same by copying each node's keys: slow, for machines without Triton and as its
-    measure.
+    """Compute attention by copying each node's keys.
+
+    This is slow. It serves machines without Triton, and the kernel is compared with it.
     """
     rows, heads, nodes, width = query.shape
     slots, groups = key.shape[2], heads // key.shape[1]
     place = torch.arange(slots, device=query.device).expand(rows, nodes, slots)
     accepted = trees.accepted[:, None, None]
-    own = trees.base + trees.paths.gather(2, (place - accepted).clamp(0, nodes - 1))
-    slot = torch.where(place < accepted, place, own).clamp(max=slots - 1)
+    path_slot = trees.base + trees.paths.gather(2, (place - accepted).clamp(0, nodes - 1))
+    slot = torch.where(place < accepted, place, path_slot).clamp(max=slots - 1)
     seen = (place >= trees.first[:, None, None]) & (place <= accepted + trees.depths[..., None])
     out = query.new_empty(rows, nodes, heads, width)
     for row in range(rows):
         # (N, key heads, slots, width)
         keys, values = (content[row][:, slot[row]].transpose(0, 1) for content in (key, value))
         keys, values = (content.repeat_interleave(groups, 1) for content in (keys, values))
-        told = query[row].transpose(0, 1)[:, :, None]  # (N, heads, 1, width)
+        queries = query[row].transpose(0, 1)[:, :, None]  # (N, heads, 1, width)
         out[row] = scaled_dot_product_attention(
-            told, keys, values, seen[row][:, None, None], scale=scaling
+            queries, keys, values, seen[row][:, None, None], scale=scaling
         )[:, :, 0]
     return out
 
@@ -113,7 +128,7 @@ def gathered(
 def launched(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, trees: Trees, scaling: float
 ) -> torch.Tensor:
-    """By a kernel that reads each node's keys where they lie."""
+    """Compute attention by a kernel that reads each node's keys where they lie."""
     rows, heads, nodes, width = query.shape
     groups = heads // key.shape[1]
     out = torch.empty((rows, nodes, heads, width), dtype=query.dtype, device=query.device)
@@ -139,7 +154,7 @@ def launched(
         HEADS=heads,
         BLOCK=BLOCK,
         PRECISE=query.dtype == torch.float32,
-        # known when it is compiled: torch.compile would hand it over in float64
+        # It is a constant of the kernel, because torch.compile would pass it as float64.
         SCALING=scaling * math.log2(math.e),
         num_warps=4,
         num_stages=2,
@@ -177,18 +192,20 @@ def _attend_tree(
     PRECISE: tl.constexpr,
     SCALING: tl.constexpr,
 ):
-    # One node, the query heads of one key head. Blocks of keys are of places, not of slots: the
-    # same in every tree.
+    # Each program computes one node for the query heads of one key head. Keys are read in blocks of
+    # places on the path, not of slots, so that the blocks are the same in every tree.
     node, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     group, wide = tl.arange(0, PADDED), tl.arange(0, WIDE)
     real, inside = group < GROUPS, wide < WIDTH
     heads = head * GROUPS + group
-    own = query + row * query_row + heads[:, None] * query_head + node * query_node + wide[None, :]
-    asked = tl.load(own, mask=real[:, None] & inside[None, :], other=0.0)
+    query_at = (
+        query + row * query_row + heads[:, None] * query_head + node * query_node + wide[None, :]
+    )
+    queries = tl.load(query_at, mask=real[:, None] & inside[None, :], other=0.0)
     start, before = tl.load(base), tl.load(accepted + row)
     begin = tl.load(first + row)
     end = before + tl.load(depths + row * nodes + node) + 1
-    most = tl.full((PADDED,), -1.0e30, tl.float32)
+    maximum = tl.full((PADDED,), -1.0e30, tl.float32)
     total = tl.zeros((PADDED,), tl.float32)
     sums = tl.zeros((PADDED, WIDE), tl.float32)
     for at in range(0, end, BLOCK):
@@ -206,20 +223,20 @@ def _attend_tree(
         keys = tl.load(key_at, mask=seen[:, None] & inside[None, :], other=0.0)
         values = tl.load(value_at, mask=seen[:, None] & inside[None, :], other=0.0)
         if PRECISE:
-            scores = tl.dot(asked, tl.trans(keys), input_precision="ieee") * SCALING
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * SCALING
         else:
-            scores = tl.dot(asked, tl.trans(keys)) * SCALING
+            scores = tl.dot(queries, tl.trans(keys)) * SCALING
         scores = tl.where(seen[None, :], scores, -1.0e30)
-        higher = tl.maximum(most, tl.max(scores, 1))
-        shrink = tl.exp2(most - higher)
-        shares = tl.where(seen[None, :], tl.exp2(scores - higher[:, None]), 0.0)
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+        shrink = tl.exp2(maximum - new_maximum)
+        shares = tl.where(seen[None, :], tl.exp2(scores - new_maximum[:, None]), 0.0)
         total = total * shrink + tl.sum(shares, 1)
         sums = sums * shrink[:, None]
         if PRECISE:
             sums += tl.dot(shares, values, input_precision="ieee")
         else:
             sums += tl.dot(shares.to(values.dtype), values)
-        most = higher
+        maximum = new_maximum
     result = sums / total[:, None]
     target = out + ((row * nodes + node) * HEADS + heads[:, None]) * WIDTH + wide[None, :]
     tl.store(target, result.to(out.dtype.element_ty), mask=real[:, None] & inside[None, :])

@@ -1,4 +1,4 @@
-"""Where a decode's keys and values lie, and a pass of fixed size as a CUDA graph."""
+"""Hold the keys and values of a decode, and capture a pass of fixed size as a CUDA graph."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,11 +7,17 @@ import torch
 
 
 class KVCache:
-    """Keys and values of all layers in one tensor (layers, 2, B, heads, slots, width), written
-    where it is told.
+    """Keys and values of all layers in one tensor (layers, 2, B, heads, slots, width).
 
-    What the language model needs of a transformers Cache. A tree's nodes lie side by side; the path
-    that turns out true is moved together, all layers at once.
+    It has what the language model needs of a transformers Cache. The nodes of a tree lie side by
+    side; the accepted path is then moved together in all layers at once. Before each pass, `span`
+    or `at` must name the slots that the pass writes.
+
+    Args:
+        config: The configuration of the language model.
+        rows: B.
+        slots: Slots of each row.
+        like: A tensor whose number format and device the cache takes.
     """
 
     is_compileable = False
@@ -19,66 +25,74 @@ class KVCache:
     def __init__(self, config: Any, rows: int, slots: int, like: torch.Tensor):
         heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
         self.content = like.new_zeros((config.num_hidden_layers, 2, rows, heads, slots, width))
-        # the slots that the next pass writes; it sees all up to the last of them
+        # the slots that the next pass writes; the pass sees the slots up to the last of them
         self.span = slice(0, 0)
-        # or (N,) their numbers; then it sees all slots there are
+        # (N,) numbers of these slots, instead of `span`; the pass then sees all slots
         self.at: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.content.shape[4]
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any):
-        """Writes a layer's keys and values (B, heads, L, width), and gives what the pass sees."""
-        own = self.content[layer]
+        """Write a layer's keys and values (B, heads, L, width), and return what the pass sees."""
+        content = self.content[layer]
         if self.at is not None:
-            return own[0].index_copy_(2, self.at, keys), own[1].index_copy_(2, self.at, values)
-        own[0, :, :, self.span] = keys
-        own[1, :, :, self.span] = values
-        return own[0, :, :, : self.span.stop], own[1, :, :, : self.span.stop]
+            return (
+                content[0].index_copy_(2, self.at, keys),
+                content[1].index_copy_(2, self.at, values),
+            )
+        content[0, :, :, self.span] = keys
+        content[1, :, :, self.span] = values
+        return content[0, :, :, : self.span.stop], content[1, :, :, : self.span.stop]
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """How many slots come before the next pass."""
+        """Return how many slots lie before those that the next pass writes."""
         return self.span.start
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies slots source (B, n) to target (B, n) of the same row."""
+        """Copy slots `source` (B, n) to slots `target` (B, n) of the same row."""
         rows = torch.arange(len(source), device=source.device)[:, None]
-        # Indices apart by slices: the result has them in front, (B, n, layers, 2, heads, width),
-        # and so has what is assigned.
+        # The two indices are separated by a slice, so both sides have their dimensions in front:
+        # (B, n, layers, 2, heads, width).
         self.content[:, :, rows, :, target] = self.content[:, :, rows, :, source]
 
 
 def below(paths: torch.Tensor) -> torch.Tensor:
-    """(B, N, N): which nodes a node sees, of the paths to them that vla0.decode.draft.drawn
-    gives.
-    """
+    """Return which nodes each node sees, (B, N, N) bool, from the paths of `draft.drawn`."""
     return torch.zeros_like(paths, dtype=torch.bool).scatter(2, paths, True)
 
 
 class CudaGraph:
     """A function of tensors, captured as a CUDA graph: the same kernels, launched at once.
 
-    Its result is overwritten.
+    The function is called twice before the capture, because what kernels do at their first call
+    cannot be captured.
 
-    The function is called before: what kernels do at their first call cannot be captured. pool:
-    memory that graphs share, of which one runs at a time.
+    Args:
+        function: The function to capture.
+        pool: Memory that graphs share if only one of them runs at a time.
+        inputs: Tensors of the shapes that the function takes.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor], pool: Any, *inputs: torch.Tensor):
         self.inputs = [tensor.clone() for tensor in inputs]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        side_stream = torch.cuda.Stream()
+        side_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side_stream):
             for _ in range(2):
                 function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(side_stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
             self.result = function(*self.inputs)
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """The function of inputs of the same shapes, on any device."""
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
+        """Call the function on inputs of the same shapes, which may be on any device.
+
+        Returns:
+            The result, which the next call overwrites.
+        """
+        for captured, tensor in zip(self.inputs, inputs, strict=True):
+            captured.copy_(tensor)
         self.graph.replay()
         return self.result

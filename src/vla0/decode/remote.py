@@ -1,9 +1,8 @@
-"""A decoder that is somebody else's server: any that speaks OpenAI's chat API and keeps to a
-regular expression.
+"""Decode on another server that has OpenAI's chat API and can be held to a regular expression.
 
-vLLM, SGLang and llama.cpp do. The model being unmodified, they need nothing of vla0; the picture is
-sent as the model was trained on it, without loss, and what comes back is read as strictly as
-everything else.
+vLLM, SGLang and llama.cpp are such servers. They need nothing of vla0, because the model is
+unmodified. The picture is sent losslessly and as the model was trained on it. The answer is read
+with the same strict grammar as everywhere else.
 """
 
 import base64
@@ -33,20 +32,26 @@ REMEDY = "look at the server's log"
 
 @dataclass(frozen=True)
 class Chat:
-    """What is sent for one observation."""
+    """The messages that are sent for one observation."""
 
     messages: list[dict[str, Any]]
-    prefix: str  # of the answer, a space at its end
+    prefix: str  # beginning of the answer, with a space at its end; may be empty
 
 
+# special tokens of the models' templates
 MARK = re.compile(
     r"<\|[^|<>]*\|>|</?(s|bos|eos|pad|image|video|tool_call|(start|end)_of_\w+)>|\[/?INST\]|<\uff5c"
 )
 
 
 class ChatPrompt:
-    """Observations → chats, as `Prompt` makes tokens of them: the same pictures, words and
-    turns.
+    """Turns observations into chats with the pictures, words and turns that `Prompt` tokenises.
+
+    Args:
+        spec: The Spec of the checkpoint that the server has loaded.
+
+    Raises:
+        InputError: When the Spec's pictures are so small that a server would enlarge them.
     """
 
     def __init__(self, spec: Spec):
@@ -61,32 +66,51 @@ class ChatPrompt:
     def observe(
         self, observations: Sequence[Observation], prefixes: Sequence[str] | None = None
     ) -> list[Chat]:
-        """One for each."""
+        """Make a chat for each observation.
+
+        Args:
+            observations: B observations.
+            prefixes: The beginning of each answer, with a space at its end, or "".
+
+        Raises:
+            InputError: When an instruction contains a special token of a model.
+        """
         return [
             self._chat(*pair)
             for pair in zip(observations, prefixes or [""] * len(observations), strict=True)
         ]
 
     def _chat(self, observation: Observation, prefix: str) -> Chat:
+        """Make the chat for one observation."""
         content: list[dict[str, Any]] = []
         for picture in compose(observation, self.spec):
             content.append({"type": "image_url", "image_url": {"url": _url(picture)}})
-        said = words(observation, self.spec)
-        if found := MARK.search(said):  # the server's template and tokenizer would take it for one
+        text = words(observation, self.spec)
+        if mark := MARK.search(text):  # the server would take it for a special token
             raise InputError(
                 "words without tokens of a model's",
-                repr(found[0]),
+                repr(mark[0]),
                 "leave them out of the instruction",
             )
-        content.append({"type": "text", "text": said})
+        content.append({"type": "text", "text": text})
         system = {"role": "system", "content": self.spec.system_text()}
         return Chat([system, {"role": "user", "content": content}], prefix)
 
 
 class Remote:
-    """The decoder.
+    """A decoder that sends each chat to a server.
 
-    engine: whose name for a regular expression is used; extra: further fields of each request.
+    Args:
+        base_url: Where the server is, with or without /v1.
+        spec: The Spec of the checkpoint that the server has loaded.
+        model: The server's name of the model. None takes the first model that it lists.
+        key: The API key, if the server wants one.
+        engine: The kind of server, one of ENGINES. It decides how a request states the grammar.
+        timeout_s: Seconds to wait for the server.
+        extra: Further fields of each request.
+
+    Raises:
+        InputError: When the engine is unknown or there is no such server.
     """
 
     def __init__(
@@ -105,8 +129,8 @@ class Remote:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.url = base_url.rstrip("/").removesuffix("/v1") + "/v1"
         try:
-            # No connection is kept: servers close those after a time or a hundred requests, some in
-            # the middle of the next.
+            # No connection is kept open: servers close a connection after a time or a hundred
+            # requests, some of them in the middle of the next request.
             self.client = httpx.Client(
                 headers=headers, timeout=timeout_s, limits=httpx.Limits(max_keepalive_connections=0)
             )
@@ -126,9 +150,21 @@ class Remote:
         guesses: Sequence[np.ndarray | None] | None = None,
         prefixes: Sequence[np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Levels (B, H, D) int64; the first `num_steps` steps of them where given.
+        """Decode all chats at the same time.
 
-        All are asked for at once.
+        Args:
+            batch: B chats.
+            num_steps: Decode only this many steps. None decodes all H.
+            guesses: Not used.
+            prefixes: Not used; a chat has its own prefix.
+
+        Returns:
+            (B, H, D) int64 levels, or (B, num_steps, D).
+
+        Raises:
+            InputError: When the server refuses a request or does not keep to the grammar.
+            TimeoutError: When the server does not answer in time.
+            ConnectionError: When the connection fails.
         """
         with ThreadPoolExecutor(len(batch)) as threads:
             return np.stack(list(threads.map(lambda chat: self._answer(chat, num_steps), batch)))
@@ -140,9 +176,13 @@ class Remote:
         guesses: Sequence[np.ndarray | None] | None = None,
         prefixes: Sequence[np.ndarray] | None = None,
     ) -> Iterator[list[np.ndarray]]:
-        """The steps so far, whenever there is one more. Of one observation."""
+        """Decode one chat as `decode` does, and yield whenever another step is finished.
+
+        Yields:
+            A list with the levels (H', D) of the finished steps. The last item has all steps.
+        """
         (chat,) = batch
-        steps, told, given = num_steps or self.spec.chunk_size, "", 0
+        steps, answer, steps_yielded = num_steps or self.spec.chunk_size, "", 0
         request = self._request(chat, steps) | {"stream": True}
         with (
             self._explained(),
@@ -155,17 +195,17 @@ class Remote:
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):
-                    told += choice["delta"].get("content") or ""
-                text = _joined(chat.prefix, told)
-                whole = text.count(" ") // self.spec.dimensions
-                if given < whole < steps:
-                    given = whole
-                    yield [
-                        self._read(" ".join(text.split(" ")[: whole * self.spec.dimensions]), whole)
-                    ]
-        yield [self._read(_joined(chat.prefix, told), steps)]
+                    answer += choice["delta"].get("content") or ""
+                text = _joined(chat.prefix, answer)
+                finished = text.count(" ") // self.spec.dimensions
+                if steps_yielded < finished < steps:
+                    steps_yielded = finished
+                    numbers = text.split(" ")[: finished * self.spec.dimensions]
+                    yield [self._read(" ".join(numbers), finished)]
+        yield [self._read(_joined(chat.prefix, answer), steps)]
 
     def _answer(self, chat: Chat, num_steps: int | None) -> np.ndarray:
+        """Ask the server for the answer to one chat, and read its levels (H, D)."""
         steps = num_steps or self.spec.chunk_size
         with self._explained():
             reply = self._json(
@@ -176,12 +216,13 @@ class Remote:
             )
 
     def _request(self, chat: Chat, steps: int) -> dict[str, Any]:
-        """Greedy, nothing of the checkpoint's sampling settings, and exactly the numbers that are
-        missing.
+        """Make a request for greedy decoding of exactly the numbers that are missing.
+
+        It overrides the sampling settings of the checkpoint.
         """
         left = steps * self.spec.dimensions - chat.prefix.count(" ")
-        # What does not end the chunk ends with a space, as if it went on: where one stops changes
-        # no number before.
+        # An answer that does not end the chunk ends with a space, as if it continued, so that an
+        # early stop changes none of its numbers.
         closed = steps == self.spec.chunk_size
         request: dict[str, Any] = {
             "model": self.model,
@@ -213,12 +254,12 @@ class Remote:
         return request | self.extra
 
     def _read(self, text: str, steps: int) -> np.ndarray:
-        """Raises ChunkError where a server did not keep to the expression."""
+        """Read levels, or raise ChunkError where a server did not keep to the grammar."""
         text = text.removesuffix(" ") if steps < self.spec.chunk_size else text
         return ActionCodec(replace(self.spec, chunk_size=steps, ensemble_k=None)).read(text)
 
     def _json(self, response: httpx.Response) -> Any:
-        """What a server says, where it says yes."""
+        """Return the JSON of a response, or raise InputError where its status is not 200."""
         if response.status_code != 200:
             got = f"{response.status_code}: {' '.join(response.text.split())[:300]}"
             raise InputError(f"an answer of {self.url}", got, REMEDY)
@@ -226,10 +267,11 @@ class Remote:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
+        """Turn httpx's errors and malformed replies into errors that name the server."""
         try:
             yield
         except httpx.TimeoutException as error:
-            # a TimeoutError is what the robot's loop goes on after
+            # After a TimeoutError, the robot's loop goes on.
             raise TimeoutError(
                 f"no answer of {self.url} in time ({type(error).__name__})"
             ) from None
@@ -241,44 +283,52 @@ class Remote:
             ) from None
 
 
-def _joined(prefix: str, told: str) -> str:
-    """The whole text; llama.cpp repeats what was begun, where it does not stream."""
-    if not isinstance(told, str):
-        raise TypeError(f"no text but {told!r}")
+def _joined(prefix: str, answer: str) -> str:
+    """Join prefix and answer; llama.cpp repeats the prefix where it does not stream."""
+    if not isinstance(answer, str):
+        raise TypeError(f"no text but {answer!r}")
     prefix = prefix.rstrip(" ")
-    if not prefix or told.startswith(f"{prefix} "):
-        return told
-    if told and not told.startswith(" "):
+    if not prefix or answer.startswith(f"{prefix} "):
+        return answer
+    if answer and not answer.startswith(" "):
         raise InputError(
             f"an answer that goes on after '{prefix}'",
-            f"'{told[:100]}'",
+            f"'{answer[:100]}'",
             "use another version of the server",
         )
-    return prefix + told
+    return prefix + answer
 
 
 def _regex(bins: int, count: int, after: bool, closed: bool) -> str:
-    """Of `count` numbers; after: something stands before them. closed: they end the chunk."""
+    """Return a regular expression for numbers.
+
+    Args:
+        bins: The highest level.
+        count: How many numbers there are.
+        after: Whether other numbers stand before them.
+        closed: Whether they end the chunk. Otherwise a space follows.
+    """
     number = "(" + "|".join("".join(map(_class, digits)) for digits in numerals(bins)) + ")"
-    first, others = ("", count) if after else (number, count - 1)
-    return first + (f"( {number}){{{others}}}" if others else "") + ("" if closed else " ")
+    first, remaining = ("", count) if after else (number, count - 1)
+    return first + (f"( {number}){{{remaining}}}" if remaining else "") + ("" if closed else " ")
 
 
 def _gbnf(bins: int, count: int, after: bool, closed: bool) -> str:
-    """The same as llama.cpp writes grammars."""
+    """Return the grammar of `_regex` in the notation of llama.cpp."""
     number = " | ".join(" ".join(map(_class, digits)) for digits in numerals(bins))
-    first, others = ("", count) if after else ("number ", count - 1)
-    rest = f'(" " number){{{others}}}' if others else ""
+    first, remaining = ("", count) if after else ("number ", count - 1)
+    rest = f'(" " number){{{remaining}}}' if remaining else ""
     end = "" if closed else ' " "'
     return f"root ::= {first}{rest}{end}\nnumber ::= {number}\n"
 
 
 def _class(digit: tuple[int, int]) -> str:
+    """Return a character class for a range of digits."""
     return f"[{digit[0]}-{digit[1]}]" if digit[0] < digit[1] else f"[{digit[0]}]"
 
 
 def _url(picture: np.ndarray) -> str:
-    """A picture without loss, in the message itself."""
-    held = io.BytesIO()
-    Image.fromarray(picture).save(held, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+    """Return a URL that holds a picture itself, as a lossless PNG."""
+    png = io.BytesIO()
+    Image.fromarray(picture).save(png, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()

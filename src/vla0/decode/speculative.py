@@ -1,5 +1,7 @@
-"""Decoding in few passes: guess, check many guesses at once, keep what the model itself would have
-written.
+"""Decode in few passes by speculation.
+
+Each pass checks many guesses at once. Only the guesses that the model itself would have written are
+kept.
 """
 
 import importlib.util
@@ -18,14 +20,12 @@ from vla0.decode.engine import Engine
 from vla0.decode.tree_size import measured_tree_size
 from vla0.errors import InputError
 
-TAIL = 0.75
+TAIL = 0.75  # share of a tree's nodes that prolong its likeliest path
 logger = logging.getLogger(__name__)
 
 
 def _steady(model: Any) -> bool:
-    """Whether attention can be made not to depend on what else is guessed; a line in the log where
-    it cannot.
-    """
+    """Return whether attention can be made independent of the other guesses, and log if not."""
     reason: str | None = "Triton is not installed"
     if importlib.util.find_spec("triton") is not None:
         from vla0.decode.invariant import broken
@@ -42,30 +42,38 @@ def _steady(model: Any) -> bool:
 
 @dataclass
 class Row:
-    """One answer in the making."""
+    """One answer that is being decoded."""
 
     draft: Draft
     state: State
-    last: int = 0  # symbol
+    last: int = 0  # the last symbol that is certain
     symbols: list[int] = field(default_factory=list)
 
     @property
     def done(self) -> bool:
-        """Whether all that is wanted is written."""
+        """Whether all wanted numbers are written."""
         return self.state[0] >= self.draft.numbers
 
 
 class SpeculativeDecoder:
     """A decoder for one model and prompt, which learns how chunks differ from their predecessors.
 
-    tree_size: nodes of a row's tree; None: what was measured on this device, less in a batch.
-    chain_fraction: the share of them that run ahead on the one likeliest path. min_probability: how
-    likely a node has to be. Off, for comparison: `learning` from the model's words at each guess.
-    acceptance_ratio: below 1, a guess passes that the model finds so many times as likely as its
-    own choice: other tokens. plain: no guesses, one token in a pass of the same size: what all else
-    must equal. compiled: layers by torch.compile, seconds at the first decode. invariant: whether
-    no choice may depend on what else is guessed, in any number format; None: where numbers are of
-    16 bits on a GPU.
+    Args:
+        model: The vision-language model. It is not changed.
+        prompt: The prompt that made the batches.
+        tree_size: Nodes of a row's tree. None takes the size that was measured to be fastest on
+            this device, which is smaller in a batch.
+        chain_fraction: Share of these nodes that prolong the likeliest path.
+        min_probability: Least probability of the other nodes.
+        learning: Whether guesses are learned from the model's probabilities at each guess. False
+            serves comparisons.
+        acceptance_ratio: Below 1, a guess is also accepted if the model finds it at least this
+            many times as likely as its own choice. The tokens may then differ.
+        plain: Make no guesses, and decode one token in each pass of the same size. Every other
+            setting must give the result of this one, unless acceptance_ratio is below 1.
+        compiled: Compile the layers with torch.compile, which takes seconds at the first decode.
+        invariant: Whether no choice may depend on the other guesses, in any number format. None
+            means True where numbers have 16 bits on a GPU and the kernel works there.
     """
 
     def __init__(
@@ -103,7 +111,7 @@ class SpeculativeDecoder:
         )
 
     def nodes(self, rows: int) -> int:
-        """Of the tree of each row, of so many that are decoded together."""
+        """Return the nodes of each row's tree when this many rows are decoded together."""
         if rows not in self.chosen:
             self.chosen[rows] = self.tree_size or measured_tree_size(self.engine, rows)
         return self.chosen[rows]
@@ -115,12 +123,21 @@ class SpeculativeDecoder:
         guesses: Sequence[np.ndarray | None] | None = None,
         prefixes: Sequence[np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Levels (B, H, D) int64, the ones that `core.greedy.decode` gives; the first `num_steps`
-        steps of them where given.
+        """Decode a batch into the levels that `core.greedy.decode` gives.
 
-        guesses: for each row levels (H, D) that its chunk is thought to be near, or None. They cost
-        or save time, nothing else. begun: for each row the levels (n, D) that its text in the batch
-        ends with; they come back as the first.
+        Args:
+            batch: The output of `Prompt.observe` for B observations, on the host.
+            num_steps: Decode only this many steps. None decodes all H.
+            guesses: For each row, levels (H, D) that its chunk is expected to be near, or None.
+                Guesses change the time that decoding takes, and nothing else.
+            prefixes: For each row, the levels (n, D) that its text in the batch ends with. They are
+                returned as the first steps.
+
+        Returns:
+            (B, H, D) int64 levels, or (B, num_steps, D).
+
+        Raises:
+            InputError: When a guess has a wrong shape, or a prompt is too long for the model.
         """
         *_, levels = self.stream(batch, num_steps, guesses, prefixes)
         return np.stack(levels)
@@ -133,8 +150,13 @@ class SpeculativeDecoder:
         guesses: Sequence[np.ndarray | None] | None = None,
         prefixes: Sequence[np.ndarray] | None = None,
     ) -> Iterator[list[np.ndarray]]:
-        """After each pass the steps (H', D) that are finished, for each row; the last time all of
-        them.
+        """Decode a batch as `decode` does, and yield after each pass what is finished.
+
+        Yields:
+            For each row, the levels (H', D) of its finished steps. The last item has all steps.
+
+        Raises:
+            InputError: As `decode` does, and when another decode began before this stream ended.
         """
         spec = self.prompt.spec
         count = len(batch["input_ids"])
@@ -155,22 +177,22 @@ class SpeculativeDecoder:
                 (levels.size, ""),
             )
         share = self.nodes(self.engine.held(count))
-        most = share if self.engine.fixed else 4 * share  # nodes of one tree
+        max_nodes = share if self.engine.fixed else 4 * share  # of one tree
         turn = self.turn = object()
         first = True
         while not all(row.done for row in rows):
-            if self.turn is not turn:  # its cache holds another answer by now
+            if self.turn is not turn:  # the cache holds another answer by now
                 raise InputError(
                     "one stream at a time",
                     "a decode that began before this stream had ended",
                     "finish it first",
                 )
-            guessed = min(most, share * count // sum(not row.done for row in rows))
+            guessed = min(max_nodes, share * count // sum(not row.done for row in rows))
             trees = self._trees(
                 rows, 1 if self.plain or (first and self.engine.invariant) else guessed
             )
             picks, probabilities = (
-                self.engine.prefill(batch, trees, most) if first else self.engine.step(trees)
+                self.engine.prefill(batch, trees, max_nodes) if first else self.engine.step(trees)
             )
             first = False
             judged = zip(rows, trees, picks, probabilities, strict=True)
@@ -184,11 +206,11 @@ class SpeculativeDecoder:
 
     @property
     def passes(self) -> int:
-        """Of the last decode."""
+        """Passes that the last decode took."""
         return self.engine.passes
 
     def _trees(self, rows: Sequence[Row], tree_size: int) -> list[Tree]:
-        """A tree for each row. Rows that have ended leave their nodes to the others."""
+        """Return a tree for each row, with node 0 alone for rows that have ended."""
         chain_fraction = round(tree_size * self.chain_fraction)
         return [
             Tree.of(row.last, row.state)
@@ -200,7 +222,7 @@ class SpeculativeDecoder:
         ]
 
     def _levels(self, row: Row, steps: int) -> np.ndarray:
-        """(H', D): the finished steps."""
+        """Return the levels (H', D) of the finished steps."""
         dimensions = self.prompt.spec.dimensions
         finished = min(row.state[0] // dimensions, steps) * dimensions
         words = "".join(SYMBOLS[s] if s < len(SYMBOLS) else " " for s in row.symbols).split(" ")[
@@ -209,7 +231,7 @@ class SpeculativeDecoder:
         return np.array([int(word) for word in words], np.int64).reshape(-1, dimensions)
 
     def _advance(self, row: Row, tree: Tree, picks: Sequence[int], shares: np.ndarray) -> list[int]:
-        """The path of the tree that the row takes; none where it has ended."""
+        """Extend the row and return the path that it takes in the tree, [] where it has ended."""
         if row.done:
             return []
         path, pick = tree.walk(

@@ -1,6 +1,4 @@
-"""Which models the fast decoder drives, and what one version of transformers names otherwise than
-another.
-"""
+"""Say which models the fast decoder can run, and what versions of transformers name differently."""
 
 import inspect
 from typing import Any
@@ -9,7 +7,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 
 def supported(model: Any) -> str | None:
-    """Why the engine cannot drive a model; None where it can."""
+    """Return why the engine cannot run a model, or None where it can."""
     if type(model) is not Qwen2_5_VLForConditionalGeneration:
         return f"{type(model).__name__} is not Qwen2.5-VL as it is"
     text: Any = model.config.text_config
@@ -21,7 +19,8 @@ def supported(model: Any) -> str | None:
 
 
 def cache_argument(model: Any) -> str:
-    """The name under which a language model takes its cache: `past_key_values`, in later
-    transformers `cache`.
+    """Return the name of a language model's argument for its cache.
+
+    It is `past_key_values`, and `cache` in later versions of transformers.
     """
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

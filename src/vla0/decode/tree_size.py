@@ -1,4 +1,4 @@
-"""How many guesses a pass should check: measured on the device at hand, once."""
+"""Measure once per device how many guesses a pass should check."""
 
 import json
 import logging
@@ -19,14 +19,19 @@ from vla0.files import set_aside
 logger = logging.getLogger(__name__)
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-SLOW_MS = 2000.0  # of all sizes together: one round has to do
+SLOW_MS = 2000.0  # if one round over all sizes takes longer than this, there is no second round
 CONTEXT = 256  # slots before the tree, about a prompt and half an answer
 
 
 def measured_tree_size(engine: Engine, rows: int = 1, fresh: bool = False) -> int:
-    """Nodes of each row's tree that decode fastest: measured at first, then read from the cache.
+    """Return the nodes of each row's tree that decode fastest.
 
-    fresh: measured anew.
+    They follow from times that are measured at the first call and read from a file later.
+
+    Args:
+        engine: The engine to measure.
+        rows: Rows that are decoded together.
+        fresh: Measure again.
     """
     key, file = key_of(engine), cache_file()
     known = read(file)
@@ -53,16 +58,21 @@ def measured_tree_size(engine: Engine, rows: int = 1, fresh: bool = False) -> in
 
 
 def best(times: dict[int, float], rows: int = 1) -> int:
-    """Nodes of each row's tree, of times {nodes of a pass: ms}: what a tree wins grows about as the
-    logarithm of its nodes.
+    """Choose the nodes of each row's tree from times.
+
+    The gain of a tree grows about as the logarithm of its nodes.
+
+    Args:
+        times: {nodes of a pass: milliseconds}.
+        rows: Rows that are decoded together.
     """
     last = max(times)
 
     def cost(nodes: int) -> float:
-        whole = rows * nodes
-        beyond = max(1.0, whole / last)  # of what was measured: there no node is free
+        pass_nodes = rows * nodes
+        beyond = max(1.0, pass_nodes / last)  # past what was measured, each node costs its share
         return (
-            float(np.interp(whole, list(times), list(times.values())))
+            float(np.interp(pass_nodes, list(times), list(times.values())))
             * beyond
             / math.log2(1 + nodes)
         )
@@ -72,25 +82,33 @@ def best(times: dict[int, float], rows: int = 1) -> int:
 
 @torch.inference_mode()
 def measure(engine: Engine, rounds: int = 4) -> dict[int, float]:
-    """{nodes: ms} to guess a tree and to check it, the least of some rounds; no more nodes than may
-    pay.
+    """Measure the time to guess a tree and to check it, up to the size where more cannot pay.
+
+    Args:
+        engine: The engine. A fresh copy of it is measured.
+        rounds: How often each size is measured; the shortest time counts.
+
+    Returns:
+        {nodes: milliseconds}.
     """
-    own = engine.fresh()  # whose memory is free again afterwards
+    fresh_engine = engine.fresh()  # its memory is free again afterwards
     times: dict[int, float] = {}
     for nodes in SIZES:
-        if own.capturing:
-            _time(own, nodes)
-        times[nodes] = _time(own, nodes)
+        if fresh_engine.capturing:
+            _time(fresh_engine, nodes)  # captures the pass
+        times[nodes] = _time(fresh_engine, nodes)
         if nodes > 2 * best(times):
             break
-    for _ in range(rounds - 1):  # in turns: what else the machine does hits all sizes alike
+    # Sizes take turns, so that other work of the machine disturbs all of them alike.
+    for _ in range(rounds - 1):
         if sum(times.values()) > SLOW_MS:
             break
-        times = {nodes: min(ms, _time(own, nodes)) for nodes, ms in times.items()}
+        times = {nodes: min(ms, _time(fresh_engine, nodes)) for nodes, ms in times.items()}
     return times
 
 
 def _time(engine: Engine, nodes: int) -> float:
+    """Return the milliseconds that one tree takes, guessed and checked."""
     grammar = Grammar(engine.grammar.bins, 100)  # long enough for all the nodes
     draft = Draft(
         grammar, np.full((grammar.count, grammar.bins + 1), 1 / (grammar.bins + 1)), grammar.count
@@ -104,12 +122,12 @@ def _time(engine: Engine, nodes: int) -> float:
 
 
 def cache_file() -> Path:
-    """Where the measurements are kept."""
+    """Return the file that keeps the measurements."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vla0" / "decode.json"
 
 
 def key_of(engine: Engine) -> str:
-    """What the times of a pass depend on: device, number format and the model's size."""
+    """Describe what the times of a pass depend on: device, number format and model size."""
     model: Any = engine.model
     text, name = model.config.text_config, device_name(model.device)
     return (
@@ -119,7 +137,7 @@ def key_of(engine: Engine) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's; of a CPU also how many threads compute on it."""
+    """Return the name of a GPU, or of a CPU with the number of threads that compute on it."""
     return (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
@@ -128,9 +146,9 @@ def device_name(device: torch.device) -> str:
 
 
 def read(file: Path) -> dict[str, dict[int, float]]:
-    """What was measured: {key: {nodes: ms}}."""
+    """Read what was measured: {key: {nodes: milliseconds}}."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return {name: {int(n): float(ms) for n, ms in row.items()} for name, row in content.items()}
     except (OSError, ValueError, AttributeError):
-        return {}  # none yet, or another version's: measured again
+        return {}  # no file, or one of another version: the times are measured again

@@ -1,5 +1,6 @@
-"""The vision tower for images of known sizes: what depends on sizes alone is asked of the tower
-once.
+"""Run the vision tower for images of known sizes.
+
+What depends on the sizes alone is computed once, by the tower itself.
 """
 
 from typing import Any
@@ -11,12 +12,17 @@ from vla0.decode.window_attention import Ends
 
 
 class VisionTower:
-    """A tower's forward pass for images of these sizes, as a function of tensors alone, so that it
-    can be captured.
+    """The forward pass of a tower for images of these sizes.
 
-    grids: of each image (1, rows, columns) of patches. In which order the tower sees patches, and
-    what it tells each of its blocks of windows and angles, is recorded from its own forward pass:
-    nothing of it is computed a second way here.
+    It is a function of tensors alone, so that it can be captured as a CUDA graph. The order in
+    which the tower sees patches, and the windows and angles that it passes to its blocks, are
+    recorded from its own forward pass. Nothing of this is computed in a second way here.
+
+    Args:
+        tower: The vision tower of the model. It is not changed.
+        grids: (1, rows, columns) of patches of each image.
+        device: Where the tower computes.
+        compiled: Compile the blocks with torch.compile.
     """
 
     def __init__(
@@ -27,9 +33,9 @@ class VisionTower:
         compiled: bool = False,
     ):
         self.tower = tower
-        self.told: list[dict[str, Any]] = [{} for _ in tower.blocks]
+        self.told: list[dict[str, Any]] = [{} for _ in tower.blocks]  # arguments of each block
         self.order = torch.empty(0)  # of patches
-        self.ends: dict[torch.Tensor, Ends] = {}  # tensors are told apart as objects
+        self.ends: dict[torch.Tensor, Ends] = {}  # tensors are compared by identity
         self.block = (
             _block if not compiled else torch.compile(_block, fullgraph=True, dynamic=False)
         )
@@ -62,40 +68,47 @@ class VisionTower:
                 hook.remove()
 
     def _listen(self, number: int, dtype: torch.dtype):
-        """Records what a block is told; of the first also the patches' order, which stands in their
-        place.
+        """Return a hook that records a block's arguments, and at block 0 the order of patches.
+
+        Block 0 then holds the numbers of the patches in place of their features.
         """
 
-        def hook(_: Any, given: tuple[torch.Tensor, ...], told: dict[str, Any]):
-            (hidden,) = given
+        def hook(_: Any, inputs: tuple[torch.Tensor, ...], arguments: dict[str, Any]):
+            (hidden,) = inputs
             if number == 0:
                 self.order, hidden = hidden[:, 0].long(), torch.zeros_like(hidden, dtype=dtype)
-            ends = told["cu_seqlens"]
+            ends = arguments["cu_seqlens"]
             if ends not in self.ends:
                 self.ends[ends] = Ends(ends, hidden.device)
-            self.told[number] = {**told, "cu_seqlens": self.ends[ends]}
-            return (hidden,), told
+            self.told[number] = {**arguments, "cu_seqlens": self.ends[ends]}
+            return (hidden,), arguments
 
         return hook
 
     def __call__(self, patches: torch.Tensor) -> torch.Tensor:
-        """(tokens, width) of patches (N, pixels): what `get_image_features` gives, the images one
-        after another.
+        """Compute the features of images, as `get_image_features` does.
+
+        Args:
+            patches: (N, pixels), the images one after another.
+
+        Returns:
+            (tokens, width), the images one after another.
         """
         tower = self.tower
-        # A convolution whose stride is its kernel is a product of matrices, and faster as one.
+        # A convolution whose stride equals its kernel is a matrix product, and faster as one.
         hidden = linear(patches, tower.patch_embed.proj.weight.flatten(1))[self.order]
-        for block, told in zip(tower.blocks, self.told, strict=True):
-            hidden = self.block(block, hidden, told)
+        for block, arguments in zip(tower.blocks, self.told, strict=True):
+            hidden = self.block(block, hidden, arguments)
         return tower.merger(hidden)[self.back]
 
 
-def _block(block: Any, hidden: torch.Tensor, told: dict[str, Any]) -> torch.Tensor:
-    return block(hidden, **told)
+def _block(block: Any, hidden: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    """Call a block; this function is what torch.compile compiles."""
+    return block(hidden, **arguments)
 
 
 def _numbered(rows: int, width: int, device: torch.device) -> torch.Tensor:
-    """(rows, width) float32: each row its own number, to follow it through a permutation."""
+    """Return (rows, width) float32 whose rows hold their number, to follow a permutation."""
     return (
         torch.arange(rows, dtype=torch.float32, device=device)[:, None]
         .expand(rows, width)

@@ -1,1 +1,1 @@
-"""From a configuration and a dataset to checkpoints."""
+"""Train checkpoints from a configuration and a dataset."""

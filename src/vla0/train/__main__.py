@@ -1,4 +1,4 @@
-"""`torchrun -m vla0.train --config ...` is `vla0 train --config ...`, in each of its processes."""
+"""Run `vla0 train --config ...` in each process of `torchrun -m vla0.train --config ...`."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""`last` and `best`: clean checkpoint folders that are complete whenever they are named so."""
+"""Keep `last` and `best`, links to clean checkpoint folders that are always complete."""
 
 import json
 import re
@@ -19,18 +19,27 @@ from vla0.train.measure import Measurement
 from vla0.train.model_card import card
 from vla0.train.plots import chart
 
-FINISHED = "training.png"  # the last file of a checkpoint: where it is, nothing is left to do
+FINISHED = "training.png"  # the last file of a checkpoint: a folder that has it is finished
 
-# what a kill leaves of a checkpoint that was being written
+# names of what a kill leaves of a checkpoint that was being written
 HALF = re.compile(r"\.step-\d+\.(partial|old)(-\d+)?")
 
 
 class CheckpointCallback(TrainerCallback):
-    """Keeps `last` and `best`: clean checkpoint folders, complete whenever they are named so.
+    """Keeps `last` and `best`, links to clean checkpoint folders that are always complete.
 
-    The Trainer's own folders (state/checkpoint-N) hold optimiser pickles and may be half-written
-    after a kill; `last` moves on only after one is whole, and resuming starts from the one that
-    `last` names.
+    The Trainer's folders (state/checkpoint-N) hold optimiser pickles and may be half-written after
+    a kill. `last` moves on only after such a folder is complete, and a run resumes from the folder
+    that belongs to `last`.
+
+    Args:
+        output: The folder of the run.
+        processor: The processor, saved with each checkpoint.
+        samples: The rows that are trained on.
+        specs: The Spec of each embodiment.
+        measurement: Measures the model.
+        every: Steps between two measurements. 0 measures at each save.
+        keep_last: Checkpoints to keep, besides `best`.
     """
 
     trainer: Trainer
@@ -45,23 +54,20 @@ class CheckpointCallback(TrainerCallback):
         every: int = 0,
         keep_last: int = 1,
     ):
-        """specs: by embodiment.
-
-        every: steps between two measurements, 0 for one at each save.
-        """
         self.output, self.processor, self.samples, self.specs = output, processor, samples, specs
         self.parts = samples.parts if isinstance(samples, Mixture) else [samples]
         self.measurement, self.every, self.keep_last = measurement, every, keep_last
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        """Tells the rows their epoch; resuming starts within one."""
+        """Set the epoch of the rows, also where a run resumes in the middle of one."""
         self.samples.epoch = int((state.epoch or 0) + 1e-6)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """What is measured is saved too: it may be the best."""
+        """Save wherever a measurement is due, because that checkpoint may be the best."""
         control.should_save |= self._due(state) and bool(self.every)
 
     def _due(self, state) -> bool:
+        """Return whether a measurement is due at this step."""
         return (
             not self.every
             or state.global_step % self.every == 0
@@ -69,7 +75,7 @@ class CheckpointCallback(TrainerCallback):
         )
 
     def on_save(self, args, state, control, **kwargs):
-        """Names the new checkpoint `last`, measures it, and names it `best` where it is."""
+        """Save a checkpoint, point `last` to it, measure it, and point `best` to the best one."""
         step = f"step-{state.global_step:06d}"
         gathered: Any = None
         if self.measurement.sharded:  # all processes take part
@@ -88,28 +94,29 @@ class CheckpointCallback(TrainerCallback):
         self._finish(state)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Makes good what a kill left unfinished of the checkpoint that a run goes on from."""
+        """Finish the checkpoint that a run resumes from, if a kill left it unfinished."""
         folder = self.output / f"step-{state.global_step:06d}"
         if state.global_step and folder.is_dir() and not (folder / FINISHED).is_file():
             self._finish(state)
 
     def make_good(self, state: str) -> None:
-        """The same for the last checkpoint of a run whose steps are done; state: the Trainer's
-        folder of it.
+        """Finish the last checkpoint of a run whose steps are all done.
+
+        Args:
+            state: The Trainer's folder of that checkpoint.
         """
         self.trainer.state = TrainerState.load_from_json(f"{state}/trainer_state.json")
         self.trainer.state.is_world_process_zero = self.trainer.is_world_process_zero()
-        # adapters; of others `last` was loaded
+        # Adapters are loaded here; other models were loaded from `last`.
         if plain(self.trainer.model) is not self.trainer.model:
             self.trainer._load_from_checkpoint(state)
         self._finish(self.trainer.state)
 
     def _finish(self, state) -> None:
-        """Measures a checkpoint that is whole, writes its card, ranks it, makes room, and draws how
-        it went: in this order.
-        """
+        """Measure a complete checkpoint, write its card, rank it, prune, and plot, in order."""
         step = f"step-{state.global_step:06d}"
-        with torch.random.fork_rng():  # a run that goes on from here has measured nothing
+        # A run that resumes from here has measured nothing, and must draw the same random numbers.
+        with torch.random.fork_rng():
             folder = self.output / step
             metrics = self.measurement.of(self.trainer, state, folder) if self._due(state) else {}
         if state.is_world_process_zero:
@@ -124,17 +131,19 @@ class CheckpointCallback(TrainerCallback):
             chart(losses, self._metrics(), self.output / step / FINISHED)
 
     def _specs(self) -> dict[str, tuple[str, Spec]]:
-        """{embodiment: (dataset, Spec)}."""
+        """Return {embodiment: (dataset, Spec)}."""
         return {
             n: (part.source.config.dataset, part.spec)
             for n, part in zip(self.specs, self.parts, strict=True)
         }
 
     def _metrics(self) -> list[dict[str, Any]]:
+        """Read the lines of metrics.jsonl."""
         file = self.output / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     def _rank(self, step: str, metrics: dict[str, float]) -> None:
+        """Write the metrics of a checkpoint, and point `best` to it if it is the best one."""
         every = [m for m in self._metrics() if m["step"] < step] + [{"step": step, **metrics}]
         write_whole(self.output / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in every))
         measure = next(
@@ -142,7 +151,7 @@ class CheckpointCallback(TrainerCallback):
         )
         if measure is None:
             best = every[-1]
-        else:  # of equals the later
+        else:  # the later one of equals
             sign = 1 if measure == "success" else -1
             best = max(
                 (m for m in reversed(every) if measure in m), key=lambda m: sign * m[measure]
@@ -151,11 +160,12 @@ class CheckpointCallback(TrainerCallback):
             point(self.output / "best", step)
 
     def _prune(self, step: int) -> None:
-        """Leaves `last`, `best`, the last few, what the last two are gone on with from, and nothing
-        half-written.
+        """Remove old checkpoints, all training states but the newest two, and unfinished folders.
+
+        `last`, `best` and the newest `keep_last` checkpoints stay.
         """
         kept = {(self.output / name).resolve().name for name in ("last", "best")}
-        # A checkpoint's evaluation lies beside it: step-000500-eval
+        # A checkpoint's evaluation lies beside it, as step-000500-eval, and is no checkpoint.
         folders = sorted(
             f for f in self.output.glob("step-*") if f.name.removeprefix("step-").isdecimal()
         )
@@ -166,15 +176,16 @@ class CheckpointCallback(TrainerCallback):
             int(f.name.removeprefix("checkpoint-")): f
             for f in (self.output / "state").glob("checkpoint-*")
         }
-        # a later one is what a kill left
-        two = sorted(number for number in states if number <= step)[-2:]
+        # A state of a later step is what a kill left.
+        kept_states = sorted(number for number in states if number <= step)[-2:]
+        dropped = [folder for number, folder in states.items() if number not in kept_states]
         unfinished = [f for f in self.output.iterdir() if HALF.fullmatch(f.name)]
-        for folder in [*unfinished, *(f for number, f in states.items() if number not in two)]:
+        for folder in [*unfinished, *dropped]:
             shutil.rmtree(folder)
 
 
 def point(link: Path, name: str) -> None:
-    """Makes `link` name a sibling folder, in one instant."""
+    """Make the symbolic link `link` point to a sibling folder, atomically."""
     fresh = link.with_name(f".{link.name}.new")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(name)

@@ -1,6 +1,6 @@
-"""A config: what it may say, and how it is read.
+"""Define what a training config may say, and read it.
 
-Unknown keys are errors that name the nearest known one.
+An unknown key is an error that names the nearest known one.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from vla0.data.lerobot import DataConfig
 from vla0.errors import InputError, refuse_idle, refuse_unknown
 from vla0.train.published_config import ours
 
-# fields of Spec that a config gives by their names
+# fields of Spec that a config may set by name
 LOOKS = ("image_size", "crop", "tile", "history", "vision_id", "system")
 UNITS = ("steps", "epochs")
 PLAIN = (int, float, str, bool, types.NoneType)
@@ -29,12 +29,13 @@ PLAIN = (int, float, str, bool, types.NoneType)
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA (arXiv 2106.09685) of all linear layers: each weight learns the product of two thin
-    matrices.
+    """LoRA (arXiv 2106.09685) of all linear layers.
+
+    For each weight, the product of two thin matrices is learned.
     """
 
     rank: int = 0  # 0: all weights are trained
-    alpha: float | None = None  # the product counts alpha / rank times; None: twice the rank
+    alpha: float | None = None  # the product is scaled by alpha / rank; None: twice the rank
     dropout: float = 0.0  # share of the layers' inputs that training drops
 
     def __post_init__(self):
@@ -54,7 +55,7 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which VLM, and what of it is trained."""
+    """Which VLM is trained, and which of its weights."""
 
     name: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # Hub id, folder, or "tiny"
     freeze_vision_encoder: bool = False  # the vision tower stays as it is
@@ -83,33 +84,33 @@ class ActionConfig:
 
     chunk_size: int = Spec.chunk_size  # H, steps that a chunk predicts
     action_bins: int = Spec.bins  # levels are 0..action_bins inclusive
-    # the newest chunks that acting averages; None: all that reach the instant
+    # how many of the newest chunks acting averages; None: all that reach the current step
     ensemble_k: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """How long, how fast, with what.
+    """How the model is trained.
 
     Defaults are the published ones for one GPU where there is one.
     """
 
-    num_steps: int | None = None  # or
-    num_epochs: float | None = None  # over the rows that are trained on
+    num_steps: int | None = None  # give this or num_epochs
+    num_epochs: float | None = None  # passes over the rows that are trained on
     batch_size: int = 8  # per device
-    gradient_accumulation_steps: int = 1  # batches before a step
-    learning_rate: float = 5e-6  # never scaled by the batch
-    # a name of transformers' schedulers; constant takes a warm-up too
+    gradient_accumulation_steps: int = 1  # batches that make one step
+    learning_rate: float = 5e-6  # never scaled by the batch size
+    # the name of a scheduler of transformers; "constant" may have a warm-up too
     lr_scheduler: str = "constant"
-    warmup_ratio: float = 0.0  # share of the steps
+    warmup_ratio: float = 0.0  # share of the steps that warm up
     weight_decay: float = 1e-10  # of AdamW
-    max_grad_norm: float = 0.0  # 0 leaves the gradient alone
-    # a name of transformers' optimisers; adamw_8bit needs bitsandbytes
+    max_grad_norm: float = 0.0  # 0: gradients are not clipped
+    # the name of an optimiser of transformers; adamw_8bit needs bitsandbytes
     optimizer: str = "adamw_torch_fused"
     gradient_checkpointing: bool = False  # less memory, more time
     # Liger's fused norms and SwiGLU, on GPUs; the loss is computed in parts anyway
     liger: bool = False
-    shard: bool = False  # over the processes of torchrun or accelerate: FSDP2
+    shard: bool = False  # split the weights over the processes of torchrun or accelerate, by FSDP2
     precision: str = "bf16"  # or "fp32"; fp16 diverges
     seed: int = 0  # of the order of rows, augmentation and LoRA's first weights
 
@@ -137,21 +138,21 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where things go, and how often.
+    """Where a run saves and logs, and how often.
 
-    Every N epochs, or every N steps; TensorBoard is always written.
+    Give a number of steps or of epochs. TensorBoard is always written.
     """
 
-    output_dir: str  # folder of the run: checkpoints, last, best, TensorBoard
+    output_dir: str  # folder of the run, for checkpoints, last, best and TensorBoard
     log_every_n_steps: int = 20  # to TensorBoard
-    save_every_n_steps: int | None = None  # steps that a killed run loses at most
-    save_every_n_epochs: float | None = None  # neither: every 500 steps
-    # held-out episodes, and the simulator where the config names one
+    save_every_n_steps: int | None = None  # the most steps that a killed run loses
+    save_every_n_epochs: float | None = None  # with neither, every 500 steps
+    # measures held-out episodes, and success in the simulator where the config names one
     eval_every_n_steps: int | None = None
-    eval_every_n_epochs: float | None = None  # neither: at each save
-    keep_last: int = 1  # checkpoints, beside `best`
+    eval_every_n_epochs: float | None = None  # with neither, at each save
+    keep_last: int = 1  # newest checkpoints to keep, besides `best`
     wandb: bool | str = False  # true, or the name of a project
-    trackio: bool | str = False  # likewise
+    trackio: bool | str = False  # true, or the name of a project
 
     def __post_init__(self):
         for name in (
@@ -167,14 +168,23 @@ class LoggingConfig:
                 )
 
     def steps(self, what: str, per_epoch: float, default: int) -> int:
-        """Steps between two saves or evaluations ("save", "eval"); per_epoch: steps of an epoch."""
+        """Return the steps between two saves or evaluations.
+
+        Args:
+            what: "save" or "eval".
+            per_epoch: Steps of an epoch.
+            default: The result where the config gives neither steps nor epochs.
+        """
         steps, epochs = (getattr(self, f"{what}_every_n_{unit}") for unit in UNITS)
         return steps or (max(1, round(epochs * per_epoch)) if epochs else default)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A config. Keys have the names of the method's public write-up where it has one."""
+    """The config of a training run.
+
+    Keys have the names of the method's public write-up where it has one.
+    """
 
     data: DataConfig
     training: TrainingConfig
@@ -184,7 +194,7 @@ class TrainConfig:
     # further fields of Spec: how pictures and the system text look
     spec: Mapping[str, Any] = field(default_factory=dict)
     augmentation: Augmentation = field(default_factory=Augmentation)
-    # an evaluation (vla0.sim.evaluate.EvalConfig), tried with the held-out episodes
+    # an evaluation (vla0.sim.evaluate.EvalConfig) that runs whenever held-out episodes are measured
     simulator: Mapping[str, Any] | None = None
 
     def __post_init__(self):
@@ -202,11 +212,17 @@ class TrainConfig:
 
 
 def read_config(cls: type, file: str | Path, overrides: Sequence[str] = ()) -> Any:
-    """A config of a YAML file with `key=value` overrides (dots go deeper).
-
-    Raises InputError for an unknown key.
+    """Read a config from a YAML file.
 
     The file may have the spelling of the method's public write-up (vla0.train.published_config).
+
+    Args:
+        cls: The dataclass of the config, e.g. TrainConfig.
+        file: The YAML file.
+        overrides: `key=value` each. Dots in a key go deeper.
+
+    Raises:
+        InputError: When the file cannot be read, or when a key or a value does not fit.
     """
     return build(cls, read_yaml(file, overrides, ours), str(file))
 
@@ -216,17 +232,22 @@ def read_yaml(
     overrides: Sequence[str] = (),
     change: Callable[[Any], Any] = lambda content: content,
 ) -> Any:
-    """What a YAML file says, with `key=value` overrides; a mapping that is given whole replaces the
-    file's.
+    """Read the content of a YAML file.
 
-    change: what is done to the file's content, before the overrides.
-    Raises InputError where it is none.
+    Args:
+        file: The YAML file.
+        overrides: `key=value` each. Dots in a key go deeper. A mapping as a value replaces the
+            file's mapping.
+        change: Changes the file's content before the overrides.
+
+    Raises:
+        InputError: When the file cannot be read, or when it or an override is malformed.
     """
     try:
         merged = OmegaConf.create(change(OmegaConf.to_container(OmegaConf.load(file))))
         for word in overrides:
-            key, given, _ = word.partition("=")
-            if not (key and given):
+            key, equals_sign, _ = word.partition("=")
+            if not (key and equals_sign):
                 raise InputError("key=value", f"'{word}'", "e.g. training.num_steps=500")
             value = OmegaConf.select(OmegaConf.from_dotlist([word]), key)
             section, dot, deeper = key.partition(".")
@@ -246,9 +267,15 @@ def read_yaml(
 
 
 def build(cls: type, content: Any, where: str) -> Any:
-    """A frozen dataclass of a mapping, dataclasses inside it too.
+    """Build a dataclass from a mapping, and the dataclasses inside it from the mappings inside.
 
-    Raises InputError for what does not fit.
+    Args:
+        cls: The dataclass.
+        content: The mapping.
+        where: How errors name the mapping, e.g. the file.
+
+    Raises:
+        InputError: When a key is unknown or missing, or when a value has the wrong type.
     """
     if not isinstance(content, Mapping):
         raise InputError(f"a mapping in {where}", f"{content!r}", f"give keys of {cls.__name__}")
@@ -288,9 +315,11 @@ def build(cls: type, content: Any, where: str) -> Any:
 
 
 def _fields(kind: Any) -> tuple[Any, ...]:
+    """Return the fields of a dataclass, () for any other type."""
     return dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
 
 
 def _positive(name: str, value: float | None) -> None:
+    """Raise InputError unless a number is positive, or None."""
     if value is not None and not (value > 0 if isinstance(value, float) else value >= 1):
         raise InputError(f"{name} > 0", f"{value}", "give a number above nothing")

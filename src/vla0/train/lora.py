@@ -1,4 +1,4 @@
-"""Few weights to train: LoRA, or a frozen vision tower; and the ordinary model that comes of it."""
+"""Train few weights, by LoRA or a frozen vision tower, and merge them into an ordinary model."""
 
 from typing import Any
 
@@ -11,8 +11,15 @@ VISION = r".*visual\.blocks\..*\.(attn\.qkv|attn\.proj|gate_proj|up_proj|down_pr
 
 
 def adapted(model: Any, lora: Lora, freeze_vision: bool) -> Any:
-    """The model, ready to train what a config lets change; in peft's wrapping where that is
-    LoRA.
+    """Prepare a model so that only the weights that a config chooses are trained.
+
+    Args:
+        model: The model; its vision tower may be frozen in place.
+        lora: The LoRA settings. Rank 0 trains all weights.
+        freeze_vision: Leave the weights of the vision tower as they are.
+
+    Returns:
+        The model, inside peft's wrapping where there is LoRA.
     """
     if lora.rank:
         from peft import LoraConfig, get_peft_model
@@ -31,18 +38,17 @@ def adapted(model: Any, lora: Lora, freeze_vision: bool) -> Any:
 
 
 def plain(model: Any) -> Any:
-    """The transformers model inside peft's wrapping; the model itself where there is none."""
+    """Return the transformers model inside peft's wrapping, or the model itself without one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @torch.no_grad()
 def merged(model: Any) -> dict[str, torch.Tensor] | None:
-    """The weights of an ordinary model that does what an adapted one does; None where there is no
-    LoRA to merge.
+    """Merge LoRA into the weights of an ordinary model, or return None where there is no LoRA.
 
-    The model is not touched: taking a product off again would leave other weights than before.
-    Weights of 4 bits are those that the products were learned beside, not the ones that they were
-    made of.
+    The model itself is not changed, because subtracting the products again would not restore its
+    weights exactly. Weights of 4 bits are taken as quantised, which is what the products were
+    trained with, and not as they were before.
     """
     if (base := plain(model)) is model:
         return None
@@ -51,7 +57,7 @@ def merged(model: Any) -> dict[str, torch.Tensor] | None:
     layers = {name: part for name, part in base.named_modules() if isinstance(part, LoraLayer)}
     weights = {}
     for name, weight in base.state_dict().items():
-        if ".lora_" in name or ".weight." in name:  # the latter say how 4 bits are read
+        if ".lora_" in name or ".weight." in name:  # ".weight." says how to read 4 bits
             continue
         layer = layers.get(name.removesuffix(".base_layer.weight"))
         if layer is not None:
@@ -63,7 +69,7 @@ def merged(model: Any) -> dict[str, torch.Tensor] | None:
 
 
 def whole(layer: Any) -> torch.Tensor:
-    """The weight of a linear layer as numbers; of 4 bits what they stand for."""
+    """Return the weight of a linear layer as numbers, dequantised where it has 4 bits."""
     if hasattr(layer.weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 

@@ -1,6 +1,4 @@
-"""What a checkpoint can do: its loss and its actions' errors on held-out episodes, and its success
-in a simulator.
-"""
+"""Measure a checkpoint: loss and action errors on held-out episodes, success in a simulator."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,14 +14,19 @@ from vla0.data.dataset import Mixture, Samples
 from vla0.policy import VLA0
 from vla0.train.lora import plain
 
-# A policy tried in a simulator, with a folder for what it does there: must return "success".
+# Tries a policy in a simulator, with a folder for its results. It must return "success" at least.
 Measure = Callable[[VLA0, Path], Mapping[str, float]]
 
 
 class Measurement:
     """Measures the model that is being trained.
 
-    specs, held_out: by embodiment. sharded: whether no process has the weights whole.
+    Args:
+        processor: The processor of the model.
+        specs: The Spec of each embodiment.
+        held_out: The held-out rows of each embodiment that has some.
+        simulate: Tries a policy in a simulator. None leaves that out.
+        sharded: Whether the weights are spread over the processes, so that none has all of them.
     """
 
     def __init__(
@@ -38,9 +41,17 @@ class Measurement:
         self.simulate, self.sharded = simulate, sharded
 
     def of(self, trainer: Trainer, state: TrainerState, folder: Path) -> dict[str, float]:
-        """{name: value}; all processes take part in the loss, the first one alone in the rest.
+        """Measure the model at a checkpoint.
 
-        folder: of the checkpoint, whose name tells the step.
+        All processes take part in the loss. Only the first one does the rest.
+
+        Args:
+            trainer: The Trainer that has the model.
+            state: The state of that Trainer.
+            folder: The folder of the checkpoint, whose name tells the step.
+
+        Returns:
+            {name: value}.
         """
         metrics: dict[str, float] = {}
         if self.held_out:
@@ -50,7 +61,7 @@ class Measurement:
             metrics["held_out_loss"] = trainer.evaluate(rows)["eval_loss"]
         if not state.is_world_process_zero or not (self.held_out or self.simulate):
             return metrics
-        if self.sharded:  # no process has the weights whole; the checkpoint has
+        if self.sharded:  # no process has all weights, but the checkpoint has
             vlm, _ = models.load(folder)
         else:
             vlm = plain(trainer.accelerator.unwrap_model(trainer.model))
@@ -71,17 +82,24 @@ class Measurement:
         return metrics
 
 
-def action_error(policy: VLA0, held_out: Samples, most: int = 64) -> np.ndarray:
-    """(D,): mean distance, in the dataset's units, of decoded actions from recorded ones, over some
-    rows spread evenly.
+def action_error(policy: VLA0, held_out: Samples, max_rows: int = 64) -> np.ndarray:
+    """Compare decoded with recorded actions on some evenly spread rows.
+
+    Args:
+        policy: The policy to measure.
+        held_out: The recorded rows.
+        max_rows: How many of them to decode at most.
+
+    Returns:
+        (D,) mean absolute error in the dataset's units.
     """
-    rows = np.unique(np.linspace(0, len(held_out) - 1, min(most, len(held_out))).astype(int))
+    rows = np.unique(np.linspace(0, len(held_out) - 1, min(max_rows, len(held_out))).astype(int))
     samples = [held_out.sample(int(row)) for row in rows]
     errors = []
     for first in range(0, len(samples), 16):
-        some = samples[first : first + 16]
-        chunks = policy.predict_batch([sample.observation for sample in some])
-        for chunk, sample in zip(chunks, some, strict=True):
+        batch = samples[first : first + 16]
+        chunks = policy.predict_batch([sample.observation for sample in batch])
+        for chunk, sample in zip(chunks, batch, strict=True):
             errors.append(
                 np.abs(shortest(chunk - sample.actions, policy.spec.periodic))[sample.valid]
             )

@@ -1,4 +1,7 @@
-"""The model card of a checkpoint, on the Hub its page; its words stand in model_card.md."""
+"""Write the model card of a checkpoint, which is its page on the Hub.
+
+The text of the card is in model_card.md.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,9 +19,16 @@ def card(
     metrics: Mapping[str, float],
     remarks: Sequence[str] = (),
 ) -> str:
-    """What a checkpoint was trained on, what it takes and gives, what was measured, how to use it.
+    """Write a card that says what a checkpoint was trained on, what it takes and how to use it.
 
-    specs: {embodiment: (dataset, Spec)}. remarks: on its data.
+    Args:
+        specs: {embodiment: (dataset, Spec)}.
+        step: The training step of the checkpoint.
+        metrics: What was measured, by name.
+        remarks: Sentences about its data.
+
+    Returns:
+        The card, in Markdown.
     """
     dataset, spec = specs[MAIN]
     public = dataset.count("/") == 1 and not Path(dataset).exists()
@@ -48,5 +58,5 @@ def card(
 
 
 def spec_line(spec: Spec) -> str:
-    """What a policy gives."""
+    """Describe in words what a policy predicts."""
     return f"{spec.chunk_size} actions of {spec.dimensions} numbers at {spec.fps:g} a second"

@@ -1,6 +1,4 @@
-"""How a training went, as one picture: loss, share of right tokens, and what was measured on the
-way.
-"""
+"""Plot a training as one picture: loss, share of right tokens, and what was measured."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
@@ -15,10 +13,12 @@ BLUE, GREY = "#3b6fd4", "#9aa5b8"
 def chart(
     losses: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]], file: Path
 ) -> None:
-    """Draws a PNG.
+    """Draw a training as a PNG.
 
-    losses: lines of the log, with step and loss; metrics: lines of metrics.jsonl, "step-N" and
-    numbers.
+    Args:
+        losses: Lines of the log, with step and loss.
+        metrics: Lines of metrics.jsonl, each with "step": "step-N" and numbers.
+        file: Where the PNG is written.
     """
     from matplotlib.figure import Figure
 
@@ -65,13 +65,13 @@ def chart(
         panel(
             "success in the simulator", ("", measured, "success", {"color": BLUE, **dots})
         ).set_ylim(0, 1.05)
-    held = BytesIO()
-    figure.savefig(held, dpi=100)
-    write_whole(file, held.getvalue())
+    png = BytesIO()
+    figure.savefig(png, dpi=100)
+    write_whole(file, png.getvalue())
 
 
 def plain_log(axes: Any) -> None:
-    """A logarithmic y axis of matplotlib axes, with plain numbers."""
+    """Give matplotlib axes a logarithmic y axis with plain numbers."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axes.set_yscale("log")

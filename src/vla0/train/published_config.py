@@ -1,5 +1,6 @@
-"""A config in the spelling of the method's public write-up → ours: sections in capitals,
-DATALOADER, fp16.
+"""Translate a config in the spelling of the method's public write-up into ours.
+
+That spelling has sections in capitals, DATALOADER and fp16.
 """
 
 import logging
@@ -12,13 +13,13 @@ from vla0.errors import InputError
 logger = logging.getLogger(__name__)
 
 SECTIONS = {"dataloader": "data", "dataset": "data"}  # theirs → ours
-# of the data, in ROBOVERSE
+# keys of ROBOVERSE that say where the data are
 PLACES = ("dataset_path", "data_path", "dataset_dir", "data_dir", "path", "root", "repo_id")
-# of ours that may stand in ROBOVERSE
+# keys of our data section that ROBOVERSE may have
 OWN = ("dataset", "cameras", "action", "state", "num_workers", "revision")
-# one of cfg_opts, "IMAGE.crop_img:0.875:IMAGE.img_size:224"
+# one option of cfg_opts, which reads like "IMAGE.crop_img:0.875:IMAGE.img_size:224"
 OPTION = re.compile(r"([A-Z]+\.\w+):(.*?)(?=:[A-Z]+\.\w+:|$)")
-# an option of cfg_opts → section and key of ours, and its kind
+# an option of cfg_opts → our section, our key, and its type
 MEANT: dict[str, tuple[str, str, Any]] = {
     "IMAGE.crop_img": ("spec", "crop", float),
     "IMAGE.img_size": ("spec", "image_size", int),
@@ -29,9 +30,15 @@ MEANT: dict[str, tuple[str, str, Any]] = {
 
 
 def ours(content: Any) -> Any:
-    """The config with our names; the log says what is taken for what, and what has no meaning here.
+    """Translate a config to our names.
 
-    Raises InputError where two sections become one and say different things.
+    The log says which key is taken for which of ours, and which has no meaning here.
+
+    Args:
+        content: The content of the config file. Anything but a mapping is returned as it is.
+
+    Raises:
+        InputError: When two sections become one and contradict each other.
     """
     if not isinstance(content, Mapping):
         return content
@@ -59,7 +66,7 @@ def ours(content: Any) -> Any:
 
 
 def _data(translated: dict[str, Any]) -> None:
-    """What their loader is told, as far as it means something here."""
+    """Translate the settings of their data loader, as far as they mean something here."""
     data = translated.get("data")
     if not isinstance(data, dict) or not ("roboverse" in data or "batch_size" in data):
         return
@@ -81,6 +88,7 @@ def _data(translated: dict[str, Any]) -> None:
 
 
 def _options(translated: dict[str, Any], name: str, options: str) -> None:
+    """Translate the options in the text of cfg_opts."""
     for option, value in OPTION.findall(options):
         if option not in MEANT:
             logger.warning("%s: %s has no meaning here", name, option)
@@ -96,18 +104,18 @@ def _options(translated: dict[str, Any], name: str, options: str) -> None:
 
 
 def _precision(translated: dict[str, Any]) -> None:
-    """fp16 and bf16 as transformers has them."""
+    """Translate the keys fp16 and bf16, which are those of transformers."""
     training = translated.get("training")
     if not isinstance(training, dict):
         return
-    half, brain = training.pop("fp16", None), training.pop("bf16", None)
-    if half:
+    fp16, bf16 = training.pop("fp16", None), training.pop("bf16", None)
+    if fp16:
         logger.warning(
             "training.fp16 is taken as mixed precision, in bf16: with fp16 the method was found "
             "to diverge"
         )
-    if half or brain:
+    if fp16 or bf16:
         training.setdefault("precision", "bf16")
-    elif half is False or brain is False:
+    elif fp16 is False or bf16 is False:
         training.setdefault("precision", "fp32")
         logger.info("training.fp16 or bf16 is off: precision %s", training["precision"])

@@ -1,5 +1,6 @@
-"""Whether, and from where, a run goes on: with the config and the data that it began with, and a
-state that is whole.
+"""Decide whether a run resumes, and from where.
+
+A run resumes only with the config and the data that it began with, and from a complete state.
 """
 
 import dataclasses
@@ -13,8 +14,8 @@ from vla0.errors import InputError
 from vla0.files import read_json
 from vla0.train.config import TrainConfig
 
-FREE = ("logging.", "data.num_workers")  # keys of a config that may change when a run goes on
-DATA = "data that was read"  # key of train_config.json: what it held when the run began
+FREE = ("logging.", "data.num_workers")  # keys of a config that may change when a run resumes
+DATA = "data that was read"  # key of train_config.json: the data when the run began
 DAMAGED = (
     "it is damaged: bring it back, or begin anew in another output_dir, from its weights: "
     "model.name=RUN/last"
@@ -22,16 +23,18 @@ DAMAGED = (
 
 
 def recorded(config: TrainConfig, processes: int) -> dict[str, Any]:
-    """What train_config.json holds."""
+    """Return what train_config.json records of a config."""
     training = config.training
     batch = training.batch_size * training.gradient_accumulation_steps * processes
     return {**json.loads(json.dumps(dataclasses.asdict(config))), "global_batch": batch}
 
 
 def resumable(config: TrainConfig, output: Path, processes: int) -> Path | None:
-    """The Trainer's folder to go on from; None for a new run.
+    """Return the Trainer's folder to resume from, or None for a new run.
 
-    Raises InputError where another config ran there.
+    Raises:
+        InputError: When another config or an earlier version of vla0 ran in the folder, or when the
+            checkpoint or its training state is missing.
     """
     last, file = output / "last", output / "train_config.json"
     if last.is_symlink() and not last.exists():
@@ -68,11 +71,11 @@ def resumable(config: TrainConfig, output: Path, processes: int) -> Path | None:
 
 
 def refuse_other_data(output: Path, sources: Mapping[str, Source]) -> None:
-    """Raises InputError where a run would go on with data that it did not begin with."""
-    before = _read(output / "train_config.json").get(DATA, {})  # none in runs of older versions
+    """Raise InputError where a run would resume with data that it did not begin with."""
+    before = _read(output / "train_config.json").get(DATA, {})  # older versions recorded nothing
     for name, source in sources.items():
         now, dataset = json.loads(json.dumps(source.fingerprint())), source.config.dataset
-        # of older versions by the dataset, not by its name
+        # Older versions recorded the data under the dataset, not under its name in the config.
         for key, value in before.get(name, before.get(dataset, now)).items():
             if now.get(key) != value:
                 remedy = (
@@ -87,11 +90,12 @@ def refuse_other_data(output: Path, sources: Mapping[str, Source]) -> None:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """Read a JSON file, {} where there is none."""
     return read_json(file, DAMAGED) if file.exists() else {}
 
 
 def _flat(nested: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Keys with dots."""
+    """Flatten nested mappings into one whose keys have dots."""
     flat = {}
     for key, value in nested.items():
         flat |= (
@@ -103,13 +107,20 @@ def _flat(nested: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def ended(state: Path) -> bool:
-    """Whether all steps of a run are done; state: the Trainer's folder of its last checkpoint."""
+    """Return whether all steps of a run are done.
+
+    Args:
+        state: The Trainer's folder of the last checkpoint.
+
+    Raises:
+        InputError: When the file of that state is damaged.
+    """
     content = read_json(state / "trainer_state.json", DAMAGED)
-    step, most = content.get("global_step"), content.get("max_steps")
-    if not (isinstance(step, int) and isinstance(most, int)):
+    step, max_steps = content.get("global_step"), content.get("max_steps")
+    if not (isinstance(step, int) and isinstance(max_steps, int)):
         raise InputError(
             f"global_step and max_steps in '{state / 'trainer_state.json'}'",
-            f"{step} and {most}",
+            f"{step} and {max_steps}",
             DAMAGED,
         )
-    return step >= most
+    return step >= max_steps

@@ -1,4 +1,4 @@
-"""Fine-tuning: from a config to the folder `last`, and on from there where it stopped."""
+"""Fine-tune: train from a config to the folder `last`, or resume where a run stopped."""
 
 import errno
 import json
@@ -38,34 +38,43 @@ from vla0.train.trainer import VLA0Trainer, arguments
 logger = logging.getLogger(__name__)
 
 SEVERAL = "several GPUs, a process each, for training.shard"
-# of a file that was cut off
+# words of errors about a file that was cut off
 CUT = ("PytorchStreamReader", "unexpected EOF", "not a ZIP archive", "Invalid magic number")
-# how those who write say that a disk is full
+# words of errors about a full disk
 FULL = ("No space left", "PytorchStreamWriter failed", "Disk quota")
 
 
 def main(config: TrainConfig, measure: Measure | None = None) -> Path:
-    """Trains, or goes on where the same config stopped; the folder `last`.
+    """Train a model, or resume the run where the same config stopped.
 
-    measure: tries a checkpoint when it is due.
+    Args:
+        config: The config of the run.
+        measure: Tries a checkpoint in a simulator when an evaluation is due. None leaves that out.
+
+    Returns:
+        The folder `last`.
+
+    Raises:
+        InputError: When the config does not fit the data, the machine or the folder of the run.
     """
-    # of several processes the first has the folder, for all of them
-    alone = int(os.environ.get("RANK", 0)) == 0
-    with held(Path(config.logging.output_dir), "training") if alone else nullcontext():
+    # The first of several processes locks the folder for all of them.
+    first_process = int(os.environ.get("RANK", 0)) == 0
+    with held(Path(config.logging.output_dir), "training") if first_process else nullcontext():
         return _run(config, measure)
 
 
 def _run(config: TrainConfig, measure: Measure | None) -> Path:
+    """Do what `main` says, without the lock on the folder."""
     training, output = config.training, Path(config.logging.output_dir)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     resume = resumable(config, output, processes)
-    over = resume is not None and ended(resume)
-    if over and (output / "last" / FINISHED).is_file():
+    all_steps_done = resume is not None and ended(resume)
+    if all_steps_done and (output / "last" / FINISHED).is_file():
         logger.info("'%s' has ended already", output)
         return output / "last"
     if training.shard and processes < 2:
         raise InputError(SEVERAL, "one process", "start with torchrun, or leave it out")
-    arguments(config, output, 1, 1)  # refuses before data and a large model are loaded
+    arguments(config, output, 1, 1)  # raises before data and a large model are loaded
     set_seed(training.seed)
     sources = sources_of(config.data)
     if resume is not None:
@@ -107,11 +116,11 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
         data_collator=collator(prompts, config.augmentation),
         callbacks=[checkpoints, TensorBoardCallback(SummaryWriter(str(output / "tensorboard")))],
     )  # fmt: skip
-    if training.shard and not trainer.is_fsdp_enabled:  # accelerate would go on without a word
+    if training.shard and not trainer.is_fsdp_enabled:  # accelerate would silently go on
         raise InputError(SEVERAL, f"{processes} on {trainer.args.device}", "leave it out here")
     trainer.held_out_collator = collator(prompts, None)
     checkpoints.trainer = trainer
-    if over:  # all steps are done, and the last save is not: it was killed in the middle of it
+    if all_steps_done:  # but the run was killed during its last save
         checkpoints.make_good(str(resume))
         return output / "last"
     with _explained(config):
@@ -120,15 +129,13 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
 
 
 def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
-    """Says what is about to be trained, writes the config down, and refuses a disk that is too full
-    for it.
-    """
+    """Log what is about to be trained, write the config, and raise if the disk is too full."""
     trainable, total = (
-        sum(p.numel() for p in vlm.parameters() if p.requires_grad or not only)
-        for only in (True, False)
+        sum(p.numel() for p in vlm.parameters() if p.requires_grad or not only_trainable)
+        for only_trainable in (True, False)
     )
-    # The weights twice, while a new checkpoint is written beside the old; two moments of what is
-    # trained, in both.
+    # A new checkpoint is written beside the old ones. Each has the weights and two moments of each
+    # trained weight.
     needed = (1 + config.logging.keep_last) * (
         sum(p.numel() * p.element_size() for p in vlm.parameters()) + 8 * trainable
     )
@@ -180,7 +187,7 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
 
 @contextmanager
 def _explained(config: TrainConfig) -> Iterator[None]:
-    """Errors of the machine, with what to change: nothing is tried silently."""
+    """Turn errors of the machine into InputErrors that say what to change; retry nothing."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -214,7 +221,7 @@ def _explained(config: TrainConfig) -> Iterator[None]:
 
 
 def spec_of(config: TrainConfig, source: Source) -> Spec:
-    """The Spec of a config and the data that it is trained on."""
+    """Return the Spec of a config and the data that it is trained on."""
     action = config.action
     written: dict[str, Any] = {
         "chunk_size": action.chunk_size,
@@ -232,17 +239,15 @@ def spec_of(config: TrainConfig, source: Source) -> Spec:
 def _start(
     config: TrainConfig, sources: Mapping[str, Source], last: Path | None
 ) -> tuple[Any, Any, dict[str, Spec]]:
-    """(model, processor, Specs) to train: of the run's own `last` where it goes on, else of the
-    config.
-    """
+    """Return (model, processor, Specs) from `last` where a run resumes, else from the config."""
     lora = config.model.lora.rank > 0
-    # Frozen weights learn nothing that bf16 would lose.
+    # Frozen weights do not learn, so bf16 loses nothing.
     dtype = torch.bfloat16 if lora and config.training.precision == "bf16" else torch.float32
     specs = {
         name: spec_of(config, source) if last is None else Spec.load(last, name)
         for name, source in sources.items()
     }
-    # the Trainer brings the adapters, and what they change is as it was
+    # With LoRA, the Trainer loads the adapters, and the weights below them are those of the config.
     if last is not None and not lora:
         return *models.load(last, "cpu", dtype), specs
     bits = config.model.quantization
@@ -264,8 +269,12 @@ def _start(
 def tiny_of(
     config: TrainConfig, specs: Mapping[str, Spec], sources: Mapping[str, Source]
 ) -> tuple[Any, Any]:
-    """(model, processor) of a config whose model is "tiny"; the tokenizer learns the data's
-    words.
+    """Make the model and the processor of a config whose model is "tiny".
+
+    The tokenizer learns the words of the data.
+
+    Returns:
+        The model and the processor.
     """
     systems = dict.fromkeys(spec.system_text() for spec in specs.values())
     words = [

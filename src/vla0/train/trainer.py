@@ -1,5 +1,6 @@
-"""Plain next-token loss, on transformers' Trainer: logits where they are needed, and what a config
-asks of it.
+"""Train with plain next-token loss on transformers' Trainer, as a config says.
+
+Logits are computed only where the loss needs them.
 """
 
 import importlib.util
@@ -17,14 +18,15 @@ from vla0.data.dataset import Order
 from vla0.errors import InputError
 from vla0.train.config import TrainConfig
 
-SHARDED = {  # weights, gradients and moments over the processes: FSDP2
+SHARDED = {  # FSDP2 splits weights, gradients and moments over the processes
     "fsdp": "full_shard auto_wrap",
     "fsdp_config": {
         "version": 2,
         "transformer_layer_cls_to_wrap": ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"],
     },
 }
-# Only what is of one model: another rotary embedding would be that of all models in the process.
+# Liger's rotary embedding would replace that of all models in the process, so it stays off; the
+# loss is computed here.
 LIGER = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
@@ -32,40 +34,41 @@ class VLA0Trainer(Trainer):
     """transformers' Trainer with logits only where there are labels, in fp32."""
 
     held_out_collator: Any = None
-    right: torch.Tensor | int = 0  # tokens, since the last line of the log
-    written: torch.Tensor | int = 0
+    right: torch.Tensor | int = 0  # correctly predicted tokens since the last line of the log
+    written: torch.Tensor | int = 0  # labelled tokens since then
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # Qwen2.5-VL says no, and then nobody counts a step's tokens; the count is used below, the
-        # model never sees it.
+        # Qwen2.5-VL says no, and the Trainer would then not count a step's tokens. The count is
+        # used below; the model never sees it.
         self.model_accepts_loss_kwargs = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Mean cross-entropy over the step's labelled tokens; of held-out rows over each one's,
-        then over rows.
+        """Return the mean cross-entropy over the labelled tokens of the step.
+
+        For held-out rows it is the mean over the tokens of each row, and then over the rows.
         """
         outputs, logits, targets = answered(model, inputs)
         if model.training:
             with torch.no_grad():
                 written = targets != IGNORE
                 self.right = self.right + ((logits.argmax(-1) == targets) & written).sum()
-                # on the device: nothing waits for it before the log
+                # The counts stay on the device: nothing waits for them before the log.
                 self.written = self.written + written.sum()
-        each = summed(logits, targets)
-        loss = each.sum()
-        if not model.training:  # the same however rows are batched
-            loss = (each / (targets != IGNORE).sum(1).clamp(min=1)).mean()
+        row_losses = summed(logits, targets)
+        loss = row_losses.sum()
+        if not model.training:  # the same value, however rows are batched
+            loss = (row_losses / (targets != IGNORE).sum(1).clamp(min=1)).mean()
         elif num_items_in_batch is None:
             loss = loss / (targets != IGNORE).sum()
         else:
-            # The count is that of all processes, whose gradients are then averaged.
+            # The count is of all processes, and their gradients are averaged afterwards.
             share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = loss / num_items_in_batch * share
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
-        """Rows as they come in an epoch."""
+        """Return the order in which the rows of an epoch come."""
         processes = self.args.world_size
         return Order(
             self.train_dataset,
@@ -74,14 +77,14 @@ class VLA0Trainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the share of tokens that the model would have written so, on this process."""
+        """Log, and add the share of labelled tokens that this process predicted correctly."""
         if "loss" in logs and self.written:
             logs = {**logs, "token_accuracy": float(self.right) / float(self.written)}
             self.right, self.written = 0, 0
         super().log(logs, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Held-out rows without augmentation."""
+        """Return batches of held-out rows, without augmentation."""
         loader = DataLoader(
             eval_dataset, self.args.eval_batch_size, collate_fn=self.held_out_collator
         )
@@ -91,8 +94,14 @@ class VLA0Trainer(Trainer):
 def answered(
     model: Any, inputs: Mapping[str, torch.Tensor]
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """(the model's output, logits (B, n, V), targets (B, n)) of a batch with labels: of its answers
-    only.
+    """Run a model on a batch with labels, with logits only for the answers.
+
+    Args:
+        model: The model that is trained.
+        inputs: The batch, with (B, L) `labels`. Rows must be padded on the left.
+
+    Returns:
+        The model's output, the logits (B, n, V) of the answers, and their targets (B, n).
     """
     inputs = dict(inputs)
     labels = inputs.pop("labels")
@@ -104,9 +113,9 @@ def answered(
 
 
 def summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(B,): cross-entropy, summed over the labelled tokens of each row."""
-    # In fp32, a row at a time, and on the way back anew: of 150,000 words fp32 logits would take
-    # gigabytes.
+    """Return the cross-entropy, summed over the labelled tokens of each row: (B,)."""
+    # It is computed in fp32 for one row at a time, and again in the backward pass: fp32 logits of
+    # 150,000 words would take gigabytes.
     rows: Any = [
         checkpoint(_summed, *pair, use_reentrant=False)
         for pair in zip(logits, targets, strict=True)
@@ -115,13 +124,25 @@ def summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the summed cross-entropy of one row, in fp32."""
     return torch.nn.functional.cross_entropy(
         logits.float(), targets, ignore_index=IGNORE, reduction="sum"
     )
 
 
 def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -> TrainingArguments:
-    """What the Trainer is told of a config; per_epoch: steps of an epoch."""
+    """Translate a config into the Trainer's arguments.
+
+    Args:
+        config: The config of the run.
+        output: The folder of the run.
+        steps: Steps of the run.
+        per_epoch: Steps of an epoch.
+
+    Raises:
+        InputError: When a package or a GPU that the config needs is missing, or when transformers
+            refuses a setting.
+    """
     training, logging = config.training, config.logging
     followers = {
         name: chosen for name in ("wandb", "trackio") if (chosen := getattr(logging, name))
@@ -144,7 +165,7 @@ def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -
         )
     projects = [chosen for chosen in followers.values() if isinstance(chosen, str)]
     schedule = training.lr_scheduler
-    # transformers' own of that name passes over the warm-up in silence
+    # The schedule that transformers calls "constant" silently skips the warm-up.
     if schedule == "constant" and training.warmup_ratio:
         schedule = "constant_with_warmup"
     settings = dict(
@@ -170,8 +191,8 @@ def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -
         dataloader_num_workers=config.data.num_workers,
         logging_steps=logging.log_every_n_steps,
         save_steps=logging.steps("save", per_epoch, 500),
-        # the CheckpointCallback makes room: the Trainer goes by times of files, and removed what
-        # `last` stands on
+        # The CheckpointCallback removes old checkpoints. The Trainer would go by the times of
+        # files, and it removed the one that `last` needs.
         save_total_limit=None,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -181,15 +202,15 @@ def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -
         run_name=output.name,
         trackio_space_id=None,  # on this machine, not in a Space of the Hub
         dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),  # else processes on CPUs would not know each other
-        # While the first process tries a checkpoint in a simulator, the others wait: longer than
-        # NCCL's half an hour.
+        use_cpu=not torch.cuda.is_available(),  # else processes on CPUs would not find each other
+        # While the first process tries a checkpoint in a simulator, the others wait for longer
+        # than NCCL's half an hour.
         ddp_timeout=24 * 3600 if config.simulator is not None else 1800,
         **(SHARDED if training.shard else {}),
     )
     try:
         return TrainingArguments(**settings)  # type: ignore[arg-type]
-    except ValueError as error:  # an unknown schedule; bf16 on a machine that has none
+    except ValueError as error:  # e.g. an unknown schedule, or no bf16 on this machine
         reason = str(error).strip().splitlines()[0]
         raise InputError(
             "settings that this machine and transformers take",
