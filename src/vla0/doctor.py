@@ -1,4 +1,4 @@
-"""What works on this machine, and the remedy for what does not."""
+"""Check what works on this machine, and name the remedy for what does not."""
 
 import importlib
 import os
@@ -18,10 +18,11 @@ from vla0.sim import libero_files
 JOBS = ("train", "eval", "serve")
 GIB = 2**30
 MODELS = {"Qwen2.5-VL-3B": 3.75e9, "Qwen2.5-VL-7B": 8.29e9, "Qwen2.5-VL-72B": 73.4e9}  # parameters
-# bytes a parameter: bf16 and what a decode keeps; fp32 with gradient and two moments
+# Bytes per parameter. Acting takes bf16 and what a decode keeps. Training takes fp32 with the
+# gradient and two moments.
 ACTING, TRAINING = 2.4, 17.0
-FRAME = (  # drawn in a process of its own: a broken driver kills it
-    "import os, mujoco; "  # MUJOCO_GL is that of vla0.sim
+FRAME = (  # this draws a frame in another process, because a broken driver kills it
+    "import os, mujoco; "  # MUJOCO_GL is the one that vla0.sim has set
     'model = mujoco.MjModel.from_xml_string(\'<mujoco><worldbody><light pos="0 0 3"/><geom '
     'size=".3" rgba="1 0 0 1"/>'
     "</worldbody></mujoco>'); data = mujoco.MjData(model); mujoco.mj_forward(model, data); "
@@ -33,17 +34,17 @@ FRAME = (  # drawn in a process of its own: a broken driver kills it
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the screen. `jobs` are those that cannot run where it is not fine."""
+    """The result of a check, which is a line on the screen."""
 
     name: str
     fine: bool
     detail: str
     remedy: str = ""
-    jobs: tuple[str, ...] = ()
+    jobs: tuple[str, ...] = ()  # the jobs that cannot run unless this is fine
 
 
 def diagnose() -> list[Finding]:
-    """All findings, in the order of the screen."""
+    """Run all checks and return their findings, in the order of the screen."""
     checks: list[tuple[str, Callable[[], str], str, tuple[str, ...]]] = [
         ("Python", _python, "install Python 3.12 or later", JOBS),
         ("torch", _torch, "pip install vla0", JOBS),
@@ -78,17 +79,17 @@ def diagnose() -> list[Finding]:
             (),
         ),
     ]
-    found = [_try(*check) for check in checks]
-    if not any(line.fine for line in found if line.name in ("Meta-World", "LIBERO")):
+    findings = [_try(*check) for check in checks]
+    if not any(line.fine for line in findings if line.name in ("Meta-World", "LIBERO")):
         remedy = "pip install 'vla0[metaworld]' or 'vla0[libero]'"
-        found.append(Finding("a simulator", False, "none", remedy, ("eval",)))
-    return found
+        findings.append(Finding("a simulator", False, "none", remedy, ("eval",)))
+    return findings
 
 
-def findings_table(found: list[Finding]) -> Table:
-    """The findings as a rich table, remedies below what is not fine."""
+def findings_table(findings: list[Finding]) -> Table:
+    """Return the findings as a rich table, with a remedy below each that is not fine."""
     table = Table("", "", "found", box=None, pad_edge=False)
-    for line in found:
+    for line in findings:
         table.add_row("[green]ok[/green]" if line.fine else "[red]no[/red]", line.name, line.detail)
         if not line.fine:
             table.add_row("", "", f"→ {line.remedy}")
@@ -96,9 +97,13 @@ def findings_table(found: list[Finding]) -> Table:
 
 
 def draw() -> str:
-    """Renders a frame without a screen; the back-end's name.
+    """Render a frame without a screen.
 
-    Raises RuntimeError where that fails.
+    Returns:
+        "MUJOCO_GL=" and the name of the back-end.
+
+    Raises:
+        RuntimeError: When rendering fails.
     """
     done = subprocess.run(
         [sys.executable, "-c", FRAME], capture_output=True, text=True, timeout=120
@@ -111,6 +116,7 @@ def draw() -> str:
 
 
 def _try(name: str, check: Callable[[], str], remedy: str, jobs: tuple[str, ...]) -> Finding:
+    """Run a check and turn what it returns or raises into a finding."""
     try:
         return Finding(name, True, check())
     except metadata.PackageNotFoundError:
@@ -118,17 +124,19 @@ def _try(name: str, check: Callable[[], str], remedy: str, jobs: tuple[str, ...]
     except InputError as error:
         _, got, better = error.args
         return Finding(name, False, f"{got}", better or remedy, jobs)
-    except Exception as error:  # whatever is broken here is a line on the screen
-        # RuntimeErrors are our own words
+    except Exception as error:  # whatever is broken here becomes a line on the screen
+        # A plain RuntimeError has a text of ours, which needs no name of a class before it.
         kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
         return Finding(name, False, f"{kind}{error}".splitlines()[0], remedy, jobs)
 
 
 def _python() -> str:
+    """Return the version of Python."""
     return ".".join(map(str, sys.version_info[:3]))
 
 
 def _torch() -> str:
+    """Return the version of torch and the device that it uses."""
     import torch
 
     place = f"{os.cpu_count()} CPU cores"
@@ -138,6 +146,7 @@ def _torch() -> str:
 
 
 def _lerobot() -> str:
+    """Return the version of LeRobot and what decodes its videos."""
     from vla0.data.frames import video_backend
 
     version = metadata.version("lerobot")
@@ -146,6 +155,7 @@ def _lerobot() -> str:
 
 
 def _mujoco() -> str:
+    """Return the version of MuJoCo, or raise RuntimeError when LIBERO needs another one."""
     version = metadata.version("mujoco")
     if version != libero_files.MUJOCO:
         raise RuntimeError(f"{version}; LIBERO's pictures are darker from 3.3.3 on")
@@ -153,6 +163,7 @@ def _mujoco() -> str:
 
 
 def _meshes() -> str:
+    """Return the folder of LIBERO's meshes, and say how many are stand-ins."""
     count = libero_files.standins()
     return f"{libero_files.assets()}" + (
         f", {count} are stand-ins: no published number compares" if count else ""
@@ -160,6 +171,7 @@ def _meshes() -> str:
 
 
 def _disk() -> str:
+    """Return the free space here, or raise RuntimeError when it is below 5 GiB."""
     free = shutil.disk_usage(Path.cwd()).free
     if free < 5 * GIB:
         raise RuntimeError(f"{free / GIB:.0f} GiB free here")
@@ -167,6 +179,7 @@ def _disk() -> str:
 
 
 def _fits(bytes_each: float) -> str:
+    """Return the largest published model that fits, or raise RuntimeError when none does."""
     import torch
 
     if torch.cuda.is_available():

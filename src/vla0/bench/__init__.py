@@ -1,1 +1,1 @@
-"""How fast this machine is at what matters."""
+"""Measure how fast and how exactly this machine decodes."""

@@ -1,6 +1,4 @@
-"""A certificate: over many chunks of a checkpoint on this device, whether each is the one of one
-token a pass.
-"""
+"""Certify that fast decoding on this device gives the chunks of decoding one token a pass."""
 
 import importlib.metadata
 import math
@@ -29,14 +27,24 @@ def certificate(
     episodes: Episodes | None = None,
     seconds: float = math.inf,
 ) -> dict[str, Any]:
-    """Over so many successive chunks: how many are identical to one token a pass, and of each other
-    one where it parts.
+    """Compare successive chunks with those of decoding one token a pass.
 
-    batch: observations decoded together; they share products of matrices, so that a certificate is
-    of one size. n_action_steps: steps between queries. episodes: of a number its observations;
-    default made-up ones. seconds: after which it ends early. The margin is how far the two
-    likeliest symbols' logits are apart where the chunks part. Raises InputError for a policy whose
-    model the fast decoder does not drive.
+    Args:
+        policy: The policy of a checkpoint.
+        chunks: How many chunks are compared.
+        batch: Observations that are decoded together. They share matrix products, so a certificate
+            is valid for one size of the batch.
+        n_action_steps: Steps between queries.
+        episodes: Gives the observations of an episode by its number. None makes pictures up.
+        seconds: Time after which the comparison ends early.
+
+    Returns:
+        The content of the certificate. For each chunk that differs it holds the margin: the
+        difference between the two largest logits at the place where the chunks part.
+
+    Raises:
+        InputError: When the fast decoder does not drive the policy's model, or a number is out of
+            range.
     """
     if not isinstance(policy.decoder, SpeculativeDecoder):
         raise InputError(
@@ -60,22 +68,22 @@ def certificate(
     with Progress(*columns, transient=True) as progress:
         bar = progress.add_task("certifying", total=chunks)
         while compared < chunks and time.monotonic() - started < seconds:
-            own = next(inputs)
-            expected = plain.decode(own)
+            query = next(inputs)
+            expected = plain.decode(query)
             guesses = (
                 None
                 if last is None
                 else [filled(rest(chunk, n_action_steps), policy.spec.chunk_size) for chunk in last]
             )
-            last = decoder.decode(own, guesses=guesses)
+            last = decoder.decode(query, guesses=guesses)
             passes.append(decoder.passes)
-            for row, (one, other) in enumerate(zip(expected, last, strict=True)):
-                if not np.array_equal(one, other):
-                    margin = parting(policy, own, row, one, other)
+            for row, (plain_levels, fast_levels) in enumerate(zip(expected, last, strict=True)):
+                if not np.array_equal(plain_levels, fast_levels):
+                    margin = parting(policy, query, row, plain_levels, fast_levels)
                     differing.append(
                         {
                             "chunk": compared + row,
-                            "numbers": int((one != other).sum()),
+                            "numbers": int((plain_levels != fast_levels).sum()),
                             "margin": margin,
                         }
                     )
@@ -98,7 +106,8 @@ def certificate(
 
 
 def _version(name: str) -> str | None:
+    """Return the version of a package, or None when it is not installed."""
     try:
         return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # run from a folder of sources
+    except importlib.metadata.PackageNotFoundError:  # vla0 runs from a folder of sources
         return None

@@ -1,6 +1,4 @@
-"""How fast chunks are decoded here, each way, on the same weights and inputs, and whether the
-tokens are the same.
-"""
+"""Time the ways of decoding on the same weights and inputs, and compare their tokens."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -24,9 +22,9 @@ from vla0.errors import InputError
 from vla0.policy import VLA0
 
 BASELINE = "generate"
-WAYS: dict[
-    str, dict[str, Any] | None
-] = {  # arguments of SpeculativeDecoder; None: transformers' generate with a logits processor
+# The arguments of SpeculativeDecoder for each way of decoding. None stands for transformers'
+# generate with a logits processor.
+WAYS: dict[str, dict[str, Any] | None] = {
     BASELINE: None,
     "one token a pass": {"plain": True},
     "forced symbols ride along": {
@@ -41,33 +39,35 @@ WAYS: dict[
     "tree that learns": {"chain_fraction": 0.0},
     "tree that learns, and a tail": {},
 }
-OTHERS: dict[str, dict[str, Any]] = {  # by name only: what they are for, a machine may not have
+# These ways are timed only when they are named, because not every machine has what they need.
+OTHERS: dict[str, dict[str, Any]] = {
     "compiled": {"compiled": True},
     "not invariant": {"invariant": False},
 }
-# nodes of a pass: of many rows each has fewer, or the exhaustive ways would take minutes
-MOST = 1024
-# they guess without a last chunk
+# Most nodes of a pass. In a large batch each row has fewer nodes, because the exhaustive ways would
+# take minutes otherwise.
+MAX_NODES = 1024
+# These ways guess without the last chunk.
 BLIND = ("forced symbols ride along", "all digits, one level", "all digits, two levels")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """A row of the result."""
+    """How a way of decoding performed with one batch size and one n_action_steps."""
 
     way: str
     batch: int
     n_action_steps: int
-    chunks: int  # decoded, each row of a batch counted
-    passes: float  # mean of a decode
-    ms_median: float  # of a decode
-    ms_p95: float
-    # share of the compared chunks with the expected tokens: those of `generate`, or the plainest
-    # way's
+    chunks: int  # decoded chunks, where each row of a batch counts
+    passes: float  # mean number of passes of a decode
+    ms_median: float  # median time of a decode
+    ms_p95: float  # 95th percentile of the time of a decode
+    # share of the compared chunks that have the expected tokens, which are those of `generate` or
+    # of the plainest way
     identical: float
-    # where the first other one parts: how far the two likeliest tokens' logits are apart
+    # difference between the two largest logits where the first differing chunk parts
     margin: float | None = None
-    compared: int = 0  # chunks
+    compared: int = 0  # number of compared chunks
 
 
 def bench(
@@ -78,9 +78,15 @@ def bench(
     ways: Sequence[str] = tuple(WAYS),
     episodes: Episodes | None = None,
 ) -> list[Timing]:
-    """Timings of each way, batch size and n_action_steps. chunks: decodes of each.
+    """Time each way of decoding with each batch size and n_action_steps.
 
-    episodes: of a number its observations.
+    Args:
+        policy: The policy whose model decodes.
+        batches: Numbers of observations that are decoded together.
+        steps_per_query: Numbers of steps between queries.
+        chunks: Decodes of each combination.
+        ways: Names of WAYS, OTHERS or MODES. The baseline is timed even when it is not named.
+        episodes: Gives the observations of an episode by its number. None makes pictures up.
     """
     episodes = episodes or moving_pictures(policy.spec)
     rows = []
@@ -104,7 +110,7 @@ def bench(
 def queries(
     prompt: Prompt, episodes: Episodes, batch: int, n_action_steps: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """The model's inputs of successive queries in `batch` episodes at once, without an end."""
+    """Yield the model's inputs for successive queries in `batch` episodes at once, endlessly."""
     streams = [episodes(number) for number in range(batch)]
     while True:
         yield prompt.observe([next(stream) for stream in streams])
@@ -116,54 +122,66 @@ def queries(
 def inputs_of(
     prompt: Prompt, episodes: Episodes, batch: int, n_action_steps: int, chunks: int
 ) -> list[dict[str, torch.Tensor]]:
-    """Those of the first `chunks` queries."""
+    """Return the model's inputs for the first `chunks` queries."""
     return list(islice(queries(prompt, episodes, batch, n_action_steps), chunks))
 
 
 def measure(
     policy: VLA0, way: str, inputs, n_action_steps: int, expected: list[np.ndarray], tick
 ) -> tuple[Timing, list[np.ndarray]]:
+    """Time a way of decoding.
+
+    Args:
+        policy: The policy whose model decodes.
+        way: A name of WAYS, OTHERS or MODES.
+        inputs: The model's inputs of each query.
+        n_action_steps: Steps between the queries.
+        expected: The (B, H, D) levels to compare with. With an empty list nothing is compared.
+        tick: Called after each decode.
+
+    Returns:
+        The timing, and the (B, H, D) levels of each decode.
+    """
     batch = len(inputs[0]["input_ids"])
     decoder = _decoder(policy, way, batch)
     passes, calls = [], []
-    seconds, found, last = [], [], None
-    for own in {own["input_ids"].shape: own for own in inputs}.values():
-        # What happens once, and once for each size of the inputs, happens here; `generate` has
-        # nothing to prepare.
-        decoder.decode(own, 1 if way == BASELINE else None)
+    seconds, decoded, last = [], [], None
+    for query in {query["input_ids"].shape: query for query in inputs}.values():
+        # This decode does what happens only once, and once for each size of the inputs. `generate`
+        # has nothing to prepare.
+        decoder.decode(query, 1 if way == BASELINE else None)
     hook = policy.model.model.language_model.register_forward_pre_hook(lambda *_: calls.append(1))
-    for own in inputs:
+    for query in inputs:
         guesses = None
         if last is not None and way not in BLIND:
             guesses = [
                 filled(rest(chunk, n_action_steps), policy.spec.chunk_size) for chunk in last
             ]
         started = time.perf_counter()
-        last = decoder.decode(own, guesses=guesses)
+        last = decoder.decode(query, guesses=guesses)
         seconds.append(time.perf_counter() - started)
-        passes.append(
-            decoder.passes if isinstance(decoder, SpeculativeDecoder) else len(calls)
-        )  # what is captured calls no hook
+        # SpeculativeDecoder counts by itself, because a captured graph calls no hook.
+        passes.append(decoder.passes if isinstance(decoder, SpeculativeDecoder) else len(calls))
         calls.clear()
-        found.append(last)
+        decoded.append(last)
         tick()
     hook.remove()
     same = [
         np.array_equal(a, b)
-        # of a slow way there may be fewer
-        for one, other in zip(found, expected or found, strict=False)
-        for a, b in zip(one, other, strict=True)
+        # A slow way may have decoded fewer chunks.
+        for levels, expected_levels in zip(decoded, expected or decoded, strict=False)
+        for a, b in zip(levels, expected_levels, strict=True)
     ]
     margin = None
     if not all(same):
         at, row = divmod(same.index(False), batch)
-        margin = parting(policy, inputs[at], row, expected[at][row], found[at][row])
+        margin = parting(policy, inputs[at], row, expected[at][row], decoded[at][row])
     ms = np.array(seconds) * 1e3
     timing = Timing(
         way=way,
         batch=batch,
         n_action_steps=n_action_steps,
-        chunks=len(found) * batch,
+        chunks=len(decoded) * batch,
         passes=float(np.mean(passes)),
         ms_median=float(np.median(ms)),
         ms_p95=float(np.percentile(ms, 95)),
@@ -171,16 +189,17 @@ def measure(
         margin=margin,
         compared=len(same),
     )
-    return timing, found
+    return timing, decoded
 
 
 def _decoder(policy: VLA0, way: str, batch: int) -> SpeculativeDecoder | GreedyDecoder:
+    """Make the decoder of a way."""
     if way in MODES:
         return approximate(policy.model, policy.prompt, way)[1]
     if (settings := (WAYS | OTHERS)[way]) is None:
         return GreedyDecoder(policy.model, policy.prompt)
     fewer = (
-        {"tree_size": min(settings["tree_size"], max(1, MOST // batch))}
+        {"tree_size": min(settings["tree_size"], max(1, MAX_NODES // batch))}
         if "tree_size" in settings
         else {}
     )
@@ -189,13 +208,19 @@ def _decoder(policy: VLA0, way: str, batch: int) -> SpeculativeDecoder | GreedyD
 
 @torch.inference_mode()
 def parting(
-    policy: VLA0, batch: dict[str, torch.Tensor], row: int, one: np.ndarray, other: np.ndarray
+    policy: VLA0, batch: dict[str, torch.Tensor], row: int, levels: np.ndarray, others: np.ndarray
 ) -> float:
-    """Where two chunks of levels part: the difference of the two largest logits that the grammar
-    allows.
+    """Return the difference between the two largest logits at the place where two chunks part.
+
+    Args:
+        policy: The policy whose model gives the logits.
+        batch: The model's inputs for B observations.
+        row: The observation to which both chunks belong.
+        levels: (H, D) levels of a chunk.
+        others: (H, D) levels of a chunk that differs from it.
     """
     prompt, codec = policy.prompt, ActionCodec(policy.spec)
-    texts = [prompt.answer_ids(codec.write(levels)) for levels in (one, other)]
+    texts = [prompt.answer_ids(codec.write(chunk)) for chunk in (levels, others)]
     agreed = next(place for place, (a, b) in enumerate(zip(*texts, strict=False)) if a != b)
     grammar = Grammar(policy.spec.bins, policy.spec.numbers)
     state = grammar.start
@@ -218,21 +243,22 @@ def parting(
 
 
 def tables(rows: Sequence[Timing]) -> list[Table]:
-    """A table for each batch size and n_action_steps: the ways, and how many times faster than
-    `generate`.
+    """Return a table for each batch size and n_action_steps.
+
+    It lists the ways, and how many times faster than `generate` each is.
     """
     result = []
     for (batch, n_action_steps), group in groupby(
         rows, key=lambda row: (row.batch, row.n_action_steps)
     ):
-        own, columns = list(group), ("passes", "ms", "95 %", "faster", "identical")
-        found = Table(
+        timings, columns = list(group), ("passes", "ms", "95 %", "faster", "identical")
+        table = Table(
             Column("way", no_wrap=True),
             *(Column(name, no_wrap=True, justify="right") for name in columns),
         )
-        found.title = f"{batch} at once, {n_action_steps} steps a query, {own[0].chunks} chunks"
-        base = next(row.ms_median for row in own if row.way == BASELINE)
-        for row in own:
+        table.title = f"{batch} at once, {n_action_steps} steps a query, {timings[0].chunks} chunks"
+        base = next(row.ms_median for row in timings if row.way == BASELINE)
+        for row in timings:
             cells = (
                 f"{row.passes:.1f}",
                 f"{row.ms_median:.1f}",
@@ -240,13 +266,13 @@ def tables(rows: Sequence[Timing]) -> list[Table]:
                 f"{base / row.ms_median:.1f}",
             )
             same = f"{row.identical:.1%}" + ("" if row.margin is None else f", {row.margin:.2g}")
-            found.add_row(row.way, *cells, same)
-        if any(row.margin is not None for row in own):
-            found.caption = (
+            table.add_row(row.way, *cells, same)
+        if any(row.margin is not None for row in timings):
+            table.caption = (
                 "after the share: the margin of the model's choice where the first "
                 "other chunk parts"
             )
-        result.append(found)
+        result.append(table)
     return result
 
 
@@ -257,7 +283,7 @@ def refuse(
     chunk_size: int,
     ways: Sequence[str] = (),
 ) -> None:
-    """Raises InputError for numbers that mean nothing, and ways that there are not."""
+    """Raise InputError for numbers that are out of range, and for unknown ways."""
     if min(batches) < 1 or chunks < 1:
         raise InputError(
             "batch and chunks >= 1", f"{min(batches)} and {chunks}", "give whole numbers from 1"

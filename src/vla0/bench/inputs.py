@@ -1,4 +1,4 @@
-"""What decoding is measured on: policies, and episodes that they see."""
+"""Make the policies and the episodes on which decoding is measured."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,10 +16,10 @@ from vla0.data.lerobot import DataConfig, Source
 from vla0.decode.window_attention import in_windows
 from vla0.policy import VLA0
 
-# an episode's number → its observations, step by step, without an end
+# Turns the number of an episode into its observations, step by step and without an end.
 Episodes = Callable[[int], Iterator[Observation]]
 
-SHAPE_3B: dict[str, Any] = {  # of Qwen2.5-VL-3B
+SHAPE_3B: dict[str, Any] = {  # the configuration of Qwen2.5-VL-3B
     "text_config": {
         "vocab_size": 151_936,
         "hidden_size": 2048,
@@ -50,8 +50,9 @@ SHAPE_3B: dict[str, Any] = {  # of Qwen2.5-VL-3B
 
 
 def moving_pictures(spec: Spec) -> Callable[[int], Iterator[Observation]]:
-    """Episodes without a dataset: in each a soft picture drifts before the cameras, and the state
-    with it.
+    """Return made-up episodes, in which a soft picture drifts before the cameras.
+
+    The state changes with it.
     """
 
     def episode(number: int) -> Iterator[Observation]:
@@ -83,7 +84,7 @@ def moving_pictures(spec: Spec) -> Callable[[int], Iterator[Observation]]:
 
 
 def recorded(config: DataConfig, spec: Spec) -> Episodes:
-    """The episodes of a dataset, each again and again."""
+    """Return the episodes of a dataset, each of which repeats without an end."""
     source = Source(config)
     starts = np.flatnonzero(np.r_[True, source.episode_of[1:] != source.episode_of[:-1]])
 
@@ -96,8 +97,12 @@ def recorded(config: DataConfig, spec: Spec) -> Episodes:
 
 
 def chosen(name: str, device: str | None = None) -> VLA0:
-    """The policy that is measured: "tiny" and "3b" have random weights, the latter the shape of
-    Qwen2.5-VL-3B in bf16.
+    """Return the policy that is measured.
+
+    Args:
+        name: "tiny" or "3b" for random weights, or a checkpoint's folder or Hub id. "3b" has the
+            shape of Qwen2.5-VL-3B, in bf16.
+        device: Where the model runs. None takes the GPU where there is one.
     """
     if name not in ("tiny", "3b"):
         return VLA0.from_pretrained(name, device)
@@ -105,15 +110,15 @@ def chosen(name: str, device: str | None = None) -> VLA0:
         low=(-1.0,) * 7, high=(1.0,) * 7, fps=20.0, cameras=("agentview", "wrist"), base_model=name
     )
     processor: Any = tiny_processor([spec.system_text(), "move the red blue green block"])
-    where = models.device_of(device)
+    torch_device = models.device_of(device)
     if name == "tiny":
         tiny: Any = tiny_model(processor)
-        return VLA0(tiny.to(where), processor, spec)
-    return VLA0(build_3b(processor, where, torch.bfloat16), processor, spec)
+        return VLA0(tiny.to(torch_device), processor, spec)
+    return VLA0(build_3b(processor, torch_device, torch.bfloat16), processor, spec)
 
 
 def build_3b(processor: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model of random weights in the shape of Qwen2.5-VL-3B."""
+    """Build a model of random weights with the shape of Qwen2.5-VL-3B."""
     config = Qwen2_5_VLConfig(**SHAPE_3B)
     for key, token in {
         "image_token_id": "<|image_pad|>",
@@ -133,7 +138,7 @@ def build_3b(processor: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def product_rate(bf16: bool) -> float:
-    """FLOP a second of large products of matrices on this machine, measured now."""
+    """Measure the FLOP per second of large matrix products on this machine."""
     device = models.default_device()
     size = 8192 if device.type == "cuda" else 1024
     left = torch.randn(

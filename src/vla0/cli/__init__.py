@@ -1,6 +1,6 @@
-"""One command, `vla0`, and its subcommands.
+"""The command `vla0` and its subcommands.
 
-What they need is imported when they run, so that `--help` is quick.
+The subcommands import what they need when they run, so that `--help` is quick.
 """
 
 import logging
@@ -38,16 +38,17 @@ OLD_FLAGS = {
 
 
 def refuse_old_names(words: list[str]) -> None:
-    """Raises InputError for a flag or a command of an earlier version, with its name of today."""
+    """Raise InputError for a flag or a command of an earlier version, and name today's."""
     if (now := OLD_COMMANDS.get(command := " ".join(words[:2]))) is not None:
         raise InputError("a command of today", f"'vla0 {command}'", f"it is `{now}` now")
     for word in words:
         flag = word.partition("=")[0]
         name = flag.removeprefix("--").replace("-", "_")
-        way = name == "way" and words[:1] == ["bench"]  # of decoding, which has kept its name
+        # `vla0 bench` still has its --way.
+        current = name == "way" and words[:1] == ["bench"]
         if flag in OLD_FLAGS:
             raise InputError("a flag of today", f"'{flag}'", f"it is `{OLD_FLAGS[flag]}` now")
-        if flag.startswith("--") and name in RENAMED and not way:
+        if flag.startswith("--") and name in RENAMED and not current:
             raise InputError(
                 "a flag of today",
                 f"'{flag}'",
@@ -56,9 +57,9 @@ def refuse_old_names(words: list[str]) -> None:
 
 
 def main() -> None:
-    """The entry point: bad input is one line and exit code 2.
+    """Run the command, and end with one line and exit code 2 for bad input.
 
-    VLA0_DEBUG=1 shows where it came from.
+    With VLA0_DEBUG=1 the traceback is shown instead.
     """
     debug = bool(os.environ.get("VLA0_DEBUG"))
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)

@@ -1,4 +1,4 @@
-"""Acting for others, and on a robot."""
+"""The subcommands that act: `vla0 serve` and `vla0 robot`."""
 
 import importlib
 from datetime import datetime
@@ -74,7 +74,7 @@ def serve(
 ) -> None:
     """Act for robots elsewhere, over openpi's websocket protocol or another.
 
-    Ctrl-C finishes what was begun.
+    On Ctrl-C the server finishes the answers that it has begun, and then stops.
     """
     from vla0.checkpoint.location import locate
     from vla0.serve.listen import ServerLimits, refuse_open, refuse_taken, secret_of, served, shown
@@ -111,7 +111,7 @@ def serve(
             "its client averages by itself (aggregate_fn_name)",
         )
     spec = Spec.load(locate(checkpoint, weights=False), embodiment)
-    refuse_other_cameras(pairs, spec)  # before a large model is loaded
+    refuse_other_cameras(pairs, spec)  # this comes before a large model is loaded
     from vla0.policy import VLA0
     from vla0.serve.server import Server
 
@@ -134,9 +134,9 @@ def serve(
         ready = lambda bound: console.print(f"{shown(policy.spec)}\n{scheme}://{host}:{bound}")  # noqa: E731
         served(server, host, port, tls_cert, tls_key, ready)
         return
-    kind = protocol.replace("-", "_")
+    module_name = protocol.replace("-", "_")
     try:
-        module = importlib.import_module(f"vla0.serve.{kind}")
+        module = importlib.import_module(f"vla0.serve.{module_name}")
     except ImportError as error:
         extra = "robot" if protocol == "lerobot" else "vla-eval"
         raise InputError(
@@ -210,13 +210,13 @@ def robot(
         Path | None, typer.Option(help="certificate (PEM) that a wss:// server was signed with")
     ] = None,
 ) -> None:
-    """Run a policy on a robot of LeRobot's, or on a simulated arm. A dry run until --live.
+    """Run a policy on a robot of LeRobot's, or on a simulated arm. Only --live moves the robot.
 
     The robot is described as for lerobot-record: --robot.type=so101_follower
     --robot.port=/dev/ttyACM0 --robot.cameras="{front: {type: opencv, index_or_path: 0, width: 640,
-    height: 480, fps: 30}}". Space, esc, q or Ctrl-C stops it; the right arrow ends an episode, the
-    left one forgets it too. A limits file says for example `step: 3` for all actions, `velocity:
-    [30, 30, 30, 30, 30, 90]`, or `low: {gripper.pos: 10}`.
+    height: 480, fps: 30}}". Space, esc, q or Ctrl-C stops it. The right arrow ends an episode, and
+    the left arrow also discards it. A limits file says for example `step: 3` for all actions,
+    `velocity: [30, 30, 30, 30, 30, 90]`, or `low: {gripper.pos: 10}`.
     """
     from vla0.serve.listen import secret_of
 
@@ -235,7 +235,7 @@ def robot(
         context.args, [parameter.opts[0] for parameter in context.command.params], kind
     )
     secret = secret_of(api_key_file)
-    # heavy: after what may be wrong has been looked at
+    # These imports take long, so they come after the checks of the options.
     from vla0.robot.lerobot_robot import make_robot
     from vla0.robot.session import RobotSession, SessionConfig
     from vla0.serve.client import NoAnswerError, RemotePolicy
@@ -284,7 +284,11 @@ def robot(
 
 
 def pairs_of(option: str, words: list[str]) -> dict[str, str]:
-    """{camera: name} of CAMERA=NAME words; each camera and each name once."""
+    """Parse CAMERA=NAME words into {camera: name}.
+
+    Raises:
+        InputError: When a word is not of this form, or a camera or a name appears twice.
+    """
     pairs = {camera: name for camera, _, name in (word.partition("=") for word in words)}
     unambiguous = len(pairs) == len(set(pairs.values())) == len(words)
     if not unambiguous or not all(camera and name for camera, name in pairs.items()):
@@ -293,8 +297,15 @@ def pairs_of(option: str, words: list[str]) -> dict[str, str]:
 
 
 def robot_words(arguments: list[str], options: list[str], kind: str | None) -> list[str]:
-    """`--robot.*` words, joined by =; whatever else is not an option is refused with the
-    nearest.
+    """Return the `--robot.*` words of the command line, with = between an option and its value.
+
+    Args:
+        arguments: The words that are not options of `vla0 robot`.
+        options: The options of `vla0 robot`.
+        kind: LeRobot's type of the robot, which becomes the first word. None leaves it out.
+
+    Raises:
+        InputError: When there is another word. The message names the nearest option.
     """
     words: list[str] = [f"--robot.type={kind}"] if kind else []
     open_word = False
@@ -312,6 +323,7 @@ def robot_words(arguments: list[str], options: list[str], kind: str | None) -> l
 
 
 def _limits(file: Path | None) -> Any:
+    """Read the file of limits, or return None without one."""
     if file is None:
         return None
     from vla0.train.config import read_yaml
@@ -324,15 +336,16 @@ def _limits(file: Path | None) -> Any:
 
 
 def _table(actions: list[str], limits: Any) -> Table:
+    """Return a table of the limits of each action."""
     from vla0.robot.limits import NEVER
 
     table = Table("action", "low", "high", "most a step", "most a second")
     for d, name in enumerate(actions):
-        each = [
+        bounds = [
             None if value is None else value[d]
             for value in (limits.low, limits.high, limits.step, limits.velocity)
         ]
         table.add_row(
-            name, *("" if value is None or value >= NEVER else f"{value:.4g}" for value in each)
+            name, *("" if value is None or value >= NEVER else f"{value:.4g}" for value in bounds)
         )
     return table

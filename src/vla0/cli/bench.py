@@ -1,4 +1,4 @@
-"""`vla0 bench`: its subcommands."""
+"""The subcommands of `vla0 bench`."""
 
 from dataclasses import asdict
 from json import dumps
@@ -67,7 +67,8 @@ def decode(
         from vla0.train.config import TrainConfig, read_config
 
         read = read_config(TrainConfig, config, [])
-    from vla0.bench import decode as benchmark  # heavy: after what may be wrong has been looked at
+    # These imports take long, so they come after the checks of the options.
+    from vla0.bench import decode as benchmark
     from vla0.bench.inputs import chosen, recorded
     from vla0.decode import SpeculativeDecoder
     from vla0.decode.tree_size import measured_tree_size
@@ -111,6 +112,7 @@ def _certify(
     episodes: Any,
     out: Path | None,
 ) -> None:
+    """Compute a certificate, print it, and write it to a file."""
     from vla0.bench.certificate import certificate
 
     if len(batches) > 1 or len(steps_per_query) > 1:
@@ -138,5 +140,5 @@ def _certify(
 
 
 def write(file: Path, rows: Any) -> None:
-    """The rows as JSON."""
+    """Write the rows to a file as JSON."""
     file.write_text(dumps(rows, indent=2) + "\n", encoding="utf-8")

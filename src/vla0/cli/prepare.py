@@ -1,4 +1,4 @@
-"""What comes before and after training: data, checkpoints, this machine."""
+"""The subcommands for data, checkpoints and this machine."""
 
 from pathlib import Path
 from typing import Annotated
@@ -95,8 +95,9 @@ def inspect(
         Path | None, typer.Option(help="new config of this dataset to write, as configs/own.yaml")
     ] = None,
 ) -> None:
-    """Look at a dataset before training on it: what is in it, what is lost in writing, what the
-    model will see.
+    """Look at a dataset before training on it.
+
+    The page shows what is in it, what is lost in writing, and what the model will see.
     """
     from vla0.inspect.own import config_to_inspect, write_own_config
 
@@ -110,7 +111,8 @@ def inspect(
         )
         config = write_config
     settings = config_to_inspect(words or [], config)
-    from vla0.inspect.examine import examine  # heavy: after the config has been read
+    # These imports take long, so they come after the config has been read.
+    from vla0.inspect.examine import examine
     from vla0.inspect.page import facts, page, survey_table
 
     quiet()
@@ -149,8 +151,9 @@ def push(
     repo: Annotated[str, typer.Argument(help="owner/name on the Hub")],
     private: Annotated[bool, typer.Option(help="a new model is seen by its owner alone")] = False,
 ) -> None:
-    """Upload a checkpoint to the Hub, model card and all: VLA0.from_pretrained("owner/name") then
-    loads it.
+    """Upload a checkpoint to the Hub, with its model card.
+
+    VLA0.from_pretrained("owner/name") then loads it.
     """
     from vla0.checkpoint.hub import push as run
 
@@ -174,8 +177,9 @@ def convert(
         float | None, typer.Option(help="where the run's config.yaml does not say, e.g. 0.875")
     ] = None,
 ) -> None:
-    """Turn a run folder of the official VLA-0 code into a checkpoint, its weights untouched; or
-    merge LeRobot's adapters.
+    """Turn a run folder of the official VLA-0 code into a checkpoint, or merge LeRobot's adapters.
+
+    The weights of an official run stay as they are.
     """
     quiet()
     if (run / "adapter_config.json").is_file():
@@ -204,7 +208,7 @@ def doctor(
 ) -> None:
     """Say what works on this machine, and the remedy for what does not.
 
-    Exit code 1 where the job cannot run.
+    The exit code is 1 when the job cannot run.
     """
     from vla0.doctor import JOBS, diagnose, findings_table
 

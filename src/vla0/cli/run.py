@@ -1,4 +1,4 @@
-"""Training, evaluation, and acting for others."""
+"""The subcommands that train and evaluate."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ def train(
         typer.Argument(metavar="[KEY=VALUE]...", help="fields of the train_config, dots go deeper"),
     ] = None,
 ) -> None:
-    """Fine-tune a VLM on a LeRobot dataset. The same command again goes on where it stopped."""
+    """Fine-tune a VLM on a LeRobot dataset. The same command again continues where it stopped."""
     from vla0.data.storage import refuse_missing
     from vla0.sim.evaluate import EvalConfig
     from vla0.train.config import TrainConfig, build, read_config
@@ -29,8 +29,9 @@ def train(
         refuse_missing(dataset.dataset)
     if train_config.simulator is not None:
         build(EvalConfig, train_config.simulator, "simulator")
+    # These imports take long, so they come after the checks of the config.
     from vla0.sim.experiment import measured
-    from vla0.train.run import main  # heavy: after what may be wrong in a config has been read
+    from vla0.train.run import main
 
     quiet()
     last = main(train_config, measured(train_config.simulator))
@@ -107,7 +108,7 @@ def evaluate(
 ) -> None:
     """Try a checkpoint in a simulator: a table, videos and a report.
 
-    The same command again goes on where it stopped.
+    The same command again continues where it stopped.
     """
     from vla0.checkpoint.location import locate
     from vla0.sim.evaluate import EvalConfig
@@ -133,7 +134,7 @@ def evaluate(
     )
     refuse_unknown_baselines(baseline or [])
     Spec.load(locate(checkpoint, weights=False), embodiment)
-    # heavy: after what may be wrong has been looked at
+    # These imports take long, so they come after the checks of the options.
     from vla0.sim.experiment import ablation as run_ablation
     from vla0.sim.experiment import trial
 

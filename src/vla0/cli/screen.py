@@ -1,4 +1,4 @@
-"""The command's frame: what its subcommands share."""
+"""The application and the console that all subcommands share."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,11 @@ console = Console()
 
 
 def options_given(words: Sequence[str] | None) -> dict[str, Any]:
-    """{key: value} of `--option KEY=VALUE` words, values as in YAML."""
+    """Parse the KEY=VALUE words of `--option` into {key: value}, with values as in YAML.
+
+    Raises:
+        InputError: When a word is not of this form.
+    """
     if wrong := [word for word in words or () if not word.partition("=")[0] or "=" not in word]:
         raise InputError("--option KEY=VALUE", f"'{wrong[0]}'", "e.g. --option quick=true")
     return OmegaConf.to_container(OmegaConf.from_dotlist(list(words or ())))  # type: ignore[return-value]

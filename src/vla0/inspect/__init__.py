@@ -1,1 +1,1 @@
-"""A dataset, looked at before it is trained on."""
+"""Look at a dataset before training on it."""

@@ -1,4 +1,4 @@
-"""What training a config's model takes: weights, memory and arithmetic."""
+"""Estimate what training a config's model takes: weights, memory and arithmetic."""
 
 import re
 from dataclasses import dataclass
@@ -19,23 +19,27 @@ from vla0.train.config import TrainConfig
 from vla0.train.lora import LANGUAGE, adapted
 from vla0.train.run import tiny_of
 
-NF4 = 0.52  # bytes of a weight in 4 bits, scales included
+NF4 = 0.52  # bytes of a weight in 4 bits, including its share of the scales
 ALL = "full fine-tuning"
-# of the rate of large products of matrices that training reaches, about (docs/results.md)
+# The approximate share that training reaches of the rate of large matrix products, by type of
+# device (docs/results.md).
 SHARE = {"cpu": 0.6, "cuda": 0.2}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model and of what training keeps of it."""
+    """The size of a model, and of what training it keeps in memory."""
 
-    weights: float
-    trained: float
-    memory: float  # bytes
+    weights: float  # number of all weights
+    trained: float  # number of the weights that are trained
+    memory: float  # bytes for weights, gradients and moments
 
 
 def size_of(config: TrainConfig, spec: Spec, source: Source) -> tuple[Size | None, Any]:
-    """(Size, processor) of the config's model; None for what is not known or not at hand."""
+    """Return the size and the processor of a config's model.
+
+    Each is None when it is not known, or when the model's files are not at hand.
+    """
     if config.model.name == TINY:
         model, processor = tiny_of(config, {MAIN: spec}, {MAIN: source})
         return _counted(config, model), processor
@@ -52,20 +56,23 @@ def size_of(config: TrainConfig, spec: Spec, source: Source) -> tuple[Size | Non
 
 
 def _counted(config: TrainConfig, model: Any) -> Size:
+    """Count the weights of a model and the memory that training it takes."""
     model = adapted(model, config.model.lora, config.model.freeze_vision_encoder)
-    # bytes of a weight that stays
-    whole = 2.0 if config.model.lora.rank and config.training.precision == "bf16" else 4.0
+    # Bytes of a weight that is neither trained nor packed into 4 bits.
+    frozen_bytes = 2.0 if config.model.lora.rank and config.training.precision == "bf16" else 4.0
     weights = trained = memory = 0.0
     for name, weight in model.named_parameters():
         weights += weight.numel()
         trained += weight.numel() * weight.requires_grad
         packed = config.model.quantization and re.search(LANGUAGE + r"\.base_layer\.weight$", name)
-        memory += weight.numel() * (TRAINING if weight.requires_grad else NF4 if packed else whole)
+        memory += weight.numel() * (
+            TRAINING if weight.requires_grad else NF4 if packed else frozen_bytes
+        )
     return Size(weights, trained, memory)
 
 
 def trained_of(config: TrainConfig) -> str:
-    """What of the model a config trains, in words."""
+    """Say in words which part of the model a config trains."""
     lora, tower = (
         config.model.lora.rank,
         "" if not config.model.freeze_vision_encoder else ", the vision tower frozen",
@@ -75,5 +82,5 @@ def trained_of(config: TrainConfig) -> str:
 
 
 def rate(precision: str) -> float:
-    """FLOP a second that training may reach on this machine."""
+    """Estimate the FLOP per second that training reaches on this machine."""
     return SHARE.get(default_device().type, SHARE["cuda"]) * product_rate(precision == "bf16")

@@ -1,4 +1,4 @@
-"""A config of one's own dataset: configs/own.yaml, filled in with what is there."""
+"""Write a config for one's own dataset, which is configs/own.yaml filled in for it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from vla0.errors import InputError
 from vla0.train.config import LoggingConfig, TrainConfig, TrainingConfig, read_config
 
 STATE = "observation.state"
-MOST_HELD_OUT, OF = 5, 10  # episodes, and at most one of so many
+MOST_HELD_OUT, OF = 5, 10  # at most 5 episodes are held out, and at most one of 10
 RECIPE = """# {dataset} on one GPU:
 #   vla0 train --config {file} logging.output_dir=runs/mine
 # Numbers that are not here are the published ones (vla0/spec.py, vla0/recipe.py).
@@ -44,10 +44,14 @@ logging:
 
 
 def write_own_config(words: Sequence[str], file: Path) -> None:
-    """Writes a YAML config with which a dataset, the one word, trains as it is: its cameras, its
-    action, its state.
+    """Write a YAML config that fits a dataset's cameras, action and state.
 
-    Raises InputError where the file is there already.
+    Args:
+        words: The dataset as the only word: its folder or Hub id.
+        file: The file to write.
+
+    Raises:
+        InputError: When there are other words, or the file exists already.
     """
     if len(words) != 1 or "=" in words[0]:
         raise InputError(
@@ -62,20 +66,20 @@ def write_own_config(words: Sequence[str], file: Path) -> None:
             "name another: none is written over",
         )
     stored = Stored(words[0])
-    deep = [
+    depth_keys = [
         key
         for key in stored.meta.camera_keys
         if key in stored.meta.depth_keys or _single(stored.features[key])
     ]
-    cameras = named([key for key in stored.meta.camera_keys if key not in deep], words[0])
+    cameras = named([key for key in stored.meta.camera_keys if key not in depth_keys], words[0])
     lines = [f"    {_text(camera)}: {_text(key)}" for camera, key in cameras.items()]
-    if deep:
-        left = named(deep, words[0])
+    if depth_keys:
+        depth_cameras = named(depth_keys, words[0])
         lines += [
             f"    # {_text(camera)}: {_text(key)} # one number a pixel: left out"
-            for camera, key in left.items()
+            for camera, key in depth_cameras.items()
         ]
-        spans = ", ".join(f"{_text(camera)}: [0.2, 1.5]" for camera in left)
+        spans = ", ".join(f"{_text(camera)}: [0.2, 1.5]" for camera in depth_cameras)
         lines.append(
             f"  # depth: {{{spans}}} # depth maps become grey pictures, these are near and far "
             f"in metres"
@@ -97,14 +101,19 @@ def write_own_config(words: Sequence[str], file: Path) -> None:
     file.write_text(RECIPE.format(**filled), encoding="utf-8")
 
 
-def config_to_inspect(given: Sequence[str], file: Path | None = None) -> TrainConfig:
-    """What a dataset is looked at with: a config's settings, or the published ones for one epoch.
+def config_to_inspect(words: Sequence[str], file: Path | None = None) -> TrainConfig:
+    """Return the config with which a dataset is examined.
 
-    given: a dataset, which a config may name itself, and for a config key=value.
+    Args:
+        words: A dataset, unless the config names it, and key=value words that change the config.
+        file: The file of the config. None takes the published settings for one epoch.
+
+    Raises:
+        InputError: When the words name several datasets, none, or settings without a config.
     """
     overrides, datasets = (
-        [word for word in given if "=" in word],
-        [word for word in given if "=" not in word],
+        [word for word in words if "=" in word],
+        [word for word in words if "=" not in word],
     )
     if len(datasets) > 1:
         raise InputError("one dataset", f"{datasets}", "look at one after another")
@@ -129,15 +138,16 @@ def config_to_inspect(given: Sequence[str], file: Path | None = None) -> TrainCo
 
 
 def _single(feature: dict[str, Any]) -> bool:
-    """Whether a camera gives one number a pixel."""
+    """Return whether a camera has one number per pixel."""
     shape = feature["shape"]
     return len(shape) == 2 or 1 in (shape[0], shape[-1])
 
 
 def _action(stored: Stored) -> str:
-    found = [key for key in stored.features if "action" in key]
-    if "action" in found or len(found) == 1:
-        return "action" if "action" in found else found[0]
+    """Return the key of a dataset's action, or raise InputError when it is not clear."""
+    keys = [key for key in stored.features if "action" in key]
+    if "action" in keys or len(keys) == 1:
+        return "action" if "action" in keys else keys[0]
     raise InputError(
         "a column 'action', or one named like it",
         f"{sorted(stored.features)}",
@@ -146,5 +156,5 @@ def _action(stored: Stored) -> str:
 
 
 def _text(value: str) -> str:
-    """A word in YAML, quoted where it has to be."""
+    """Write a word in YAML, in quotes where it needs them."""
     return safe_dump(value, allow_unicode=True, width=10_000).removesuffix("...\n").strip()

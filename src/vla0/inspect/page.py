@@ -1,4 +1,4 @@
-"""A Survey → the screen, and a page to look at."""
+"""Show a Survey on the screen and as a page."""
 
 import base64
 import io
@@ -21,18 +21,18 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#eef1f6;padding:.6rem
 
 
 def survey_table(survey: Survey) -> Table:
-    """The actions' dimensions, for the terminal; the rest is lines of `facts`."""
+    """Return a table of the actions' dimensions for the terminal; `facts` has the rest."""
     table = Table(
         "action", "values", "bounds", "error", "clipped", "levels", box=None, pad_edge=False
     )
-    for own in survey.dimensions:
-        table.add_row(*_cells(own))
+    for dimension in survey.dimensions:
+        table.add_row(*_cells(dimension))
     return table
 
 
 def facts(survey: Survey) -> list[tuple[str, str]]:
-    """(what, how much) of everything but the dimensions."""
-    least, median, most = survey.lengths
+    """Return (name, text) of each fact about a dataset, except the dimensions."""
+    shortest, median, longest = survey.lengths
     total = None if survey.prompt_tokens is None else survey.prompt_tokens + survey.answer_tokens
     tokens = f"{survey.answer_tokens:.0f} an answer" + (
         "" if total is None else f", {total:.0f} a sample"
@@ -54,7 +54,10 @@ def facts(survey: Survey) -> list[tuple[str, str]]:
             "episodes",
             f"{survey.episodes}, {survey.frames} frames, {duration(survey.frames / survey.fps)}",
         ),
-        ("an episode", f"{least} to {most} frames, median {median}, at {survey.fps:g} a second"),
+        (
+            "an episode",
+            f"{shortest} to {longest} frames, median {median}, at {survey.fps:g} a second",
+        ),
         (
             "instructions",
             "; ".join(f"{text!r} {count}" for text, count in list(survey.instructions.items())[:5]),
@@ -73,18 +76,16 @@ def facts(survey: Survey) -> list[tuple[str, str]]:
 
 
 def duration(seconds: float) -> str:
-    """In the unit that suits it, two digits or more."""
+    """Write a duration in s, min or h, with at least two digits."""
     unit, length = next(
-        (own for own in (("s", 1), ("min", 60)) if seconds < 100 * own[1]), ("h", 3600)
+        (choice for choice in (("s", 1), ("min", 60)) if seconds < 100 * choice[1]), ("h", 3600)
     )
     value = seconds / length
     return f"{value:.2g} {unit}" if value < 10 else f"{value:.0f} {unit}"
 
 
 def page(survey: Survey, file: Path) -> None:
-    """All of it as one HTML page, nothing loaded from elsewhere; its folder is made where there is
-    none.
-    """
+    """Write a survey as one HTML page that loads nothing, and make its folder if there is none."""
     rows = "".join(f"<tr><td>{escape(name)}<td>{escape(text)}" for name, text in facts(survey))
     wrong = (
         "".join(f"<p class=no>{escape(text)}</p>" for text in survey.problems)
@@ -95,13 +96,13 @@ def page(survey: Survey, file: Path) -> None:
         "used<th>distribution"
     )
     body = "".join(
-        f"<tr><td>{'<td>'.join(map(escape, _cells(own)))}<td>{_bars(own)}"
-        for own in survey.dimensions
+        f"<tr><td>{'<td>'.join(map(escape, _cells(dimension)))}<td>{_bars(dimension)}"
+        for dimension in survey.dimensions
     )
     images = "".join(
-        f"<figure><img "
-        f"src='data:image/png;base64,{_png(own.pixels)}'><figcaption>{escape(own.caption)}</figcaption></figure>"
-        for own in survey.pictures
+        f"<figure><img src='data:image/png;base64,{_png(picture.pixels)}'>"
+        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        for picture in survey.pictures
     )
     squeezed = f"<p>{escape(survey.squeezed)}.</p>" if survey.squeezed else ""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -120,30 +121,33 @@ def page(survey: Survey, file: Path) -> None:
     )
 
 
-def _cells(own: Dimension) -> tuple[str, ...]:
-    low, high = own.bounds
+def _cells(dimension: Dimension) -> tuple[str, ...]:
+    """Return the cells of a dimension's row."""
+    low, high = dimension.bounds
     return (
-        own.name,
-        f"{own.low:.4g} to {own.high:.4g}",
+        dimension.name,
+        f"{dimension.low:.4g} to {dimension.high:.4g}",
         f"{low:.4g} to {high:.4g}",
-        f"{own.error:.2g}",
-        f"{own.clipped:.1%}",
-        str(own.levels),
+        f"{dimension.error:.2g}",
+        f"{dimension.clipped:.1%}",
+        str(dimension.levels),
     )
 
 
-def _bars(own: Dimension, width: int = 200, height: int = 36) -> str:
-    step, top = width / len(own.histogram), max(own.histogram)
-    tall = [height * count / top for count in own.histogram]
+def _bars(dimension: Dimension, width: int = 200, height: int = 36) -> str:
+    """Draw a dimension's histogram as an SVG."""
+    step, top = width / len(dimension.histogram), max(dimension.histogram)
+    heights = [height * count / top for count in dimension.histogram]
     bars = "".join(
         f"<rect x='{i * step:.1f}' width='{step * 0.85:.1f}' y='{height - y:.1f}' "
         f"height='{y:.1f}' fill='#3b6fd4'/>"
-        for i, y in enumerate(tall)
+        for i, y in enumerate(heights)
     )
     return f"<svg viewBox='0 0 {width} {height}' style='width:{width}px' role='img'>{bars}</svg>"
 
 
 def _png(picture: np.ndarray) -> str:
+    """Encode a picture as a PNG in base64."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -3,7 +3,7 @@
 import os
 import sys
 
-# Read when mujoco is imported, which the modules here do.
+# mujoco reads this when the modules here import it.
 os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
-# Mesa in software: a thread beside each simulator only slows it down
+# When Mesa draws in software, a drawing thread beside each simulator only slows it down.
 os.environ.setdefault("LP_NUM_THREADS", "0")

@@ -1,9 +1,9 @@
-"""A desk arm on MuJoCo as an Env, and its expert: the world of `vla0 robot --robot sim`, here in
-simulated time.
+"""A desk arm on MuJoCo as an Env, and its expert.
 
-Six joints with the names, the order and the units of an SO-101 (degrees; the gripper 0 to 100),
-position servos, two cameras, a cube and a mark on a table. Actions are absolute joint positions, as
-LeRobot's desk arms take them.
+This is the world of `vla0 robot --robot sim`, but here it runs in simulated time. The arm has six
+joints with the names, the order and the units of an SO-101 (degrees; the gripper goes from 0 to
+100), position servos and two cameras. A cube and a mark are on a table. Actions are absolute joint
+positions, as LeRobot's desk arms take them.
 """
 
 import math
@@ -20,10 +20,10 @@ from vla0.core.spec import Observation
 from vla0.errors import InputError, nearest
 from vla0.sim.simulator import refuse_suite, renderer
 
-mujoco: Any  # its names come from a binary
+mujoco: Any  # pyright cannot see the names, which come from a binary
 
 JOINTS = ("shoulder_pan", "shoulder_lift", "elbow_flex", "wrist_flex", "wrist_roll", "gripper")
-# as commanded
+# The lowest and the highest position that can be commanded to each joint.
 RANGES = (
     (-110.0, 110.0),
     (-100.0, 100.0),
@@ -32,22 +32,22 @@ RANGES = (
     (-157.0, 157.0),
     (0.0, 100.0),
 )
-# ours → key in a dataset
+# Maps our camera names to keys of a dataset.
 CAMERAS = {"front": "observation.images.front", "wrist": "observation.images.wrist"}
-SWITCHES = ()  # actions of which only the sign counts
+SWITCHES = ()  # the dimensions of an action of which only the sign counts
 ACTIONS = STATES = tuple(f"{joint}.pos" for joint in JOINTS)
 IMAGE_SIZE = 112
 FPS = 10.0
-STEPS = 40  # after which an episode has failed
-SEEDS = range(10_000)  # of demonstrations
-FIRST_SEED = 10_000  # of an evaluation: what is tested was never seen
+STEPS = 40  # an episode that lasts longer has failed
+SEEDS = range(10_000)  # seeds of demonstrations
+FIRST_SEED = 10_000  # first seed of an evaluation, so that no demonstration is tested
 EVALUATION_SEEDS = range(FIRST_SEED, 2**31)
-NOISE = (0.3, 3.0)  # share of a demonstration's steps that are disturbed, and how much, degrees
+NOISE = (0.3, 3.0)  # share of a demonstration's steps that are disturbed, and by how many degrees
 TASKS = {"touch-cube": "touch the red cube", "touch-mark": "touch the blue mark"}
 UP = np.array([0.0, 0.0, 1.0])
-NEAR = 0.025  # m from the fingertips to what they touch
-OPEN = math.radians(100)  # of the jaw at 100
-# m: its height; lengths, the last to between the fingertips
+NEAR = 0.025  # m from the fingertips to a target that counts as touched
+OPEN = math.radians(100)  # angle of the jaw when the gripper is at 100
+# Height of the shoulder and lengths of the links in m. The hand ends between the fingertips.
 SHOULDER, UPPER, FOREARM, HAND = 0.12, 0.12, 0.13, 0.13
 WORLD = """
 <mujoco>
@@ -100,29 +100,34 @@ WORLD = """
 
 @cache
 def provenance() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """Return the versions that a result depends on."""
     return {"mujoco": metadata.version("mujoco")}
 
 
 def check_task(task: str) -> None:
-    """Raises InputError for an unknown task."""
+    """Raise InputError for an unknown task."""
     if task not in TASKS:
         raise InputError(f"a task of {tuple(TASKS)}", f"'{task}'", nearest(task, TASKS))
 
 
 def instruction(task: str) -> str:
-    """The instruction of a task."""
+    """Return the instruction of a task, or raise InputError for an unknown task."""
     check_task(task)
     return TASKS[task]
 
 
 def within(goal: np.ndarray) -> np.ndarray:
-    """Joint positions (6,), clipped to what the servos can do."""
+    """Clip joint positions (6,) to what the servos can do."""
     return np.clip(goal, *np.array(RANGES).T)
 
 
 class ArmPhysics:
-    """Arm, table and what lies on it. Joints in degrees, places in metres."""
+    """The arm, the table and what lies on it, with joints in degrees and places in metres.
+
+    Args:
+        height: Height of the pictures in pixels.
+        width: Width of the pictures in pixels.
+    """
 
     def __init__(self, height: int, width: int):
         self.model = mujoco.MjModel.from_xml_string(WORLD)
@@ -131,35 +136,35 @@ class ArmPhysics:
         mujoco.mj_forward(self.model, self.data)
 
     def place(self, seed: int) -> None:
-        """The arm, the cube and the mark at rest where the seed puts them."""
+        """Put the arm, the cube and the mark at rest where the seed says."""
         rng = np.random.default_rng([seed, 2])
         mujoco.mj_resetData(self.model, self.data)
         joints = np.r_[
             rng.uniform(-25, 25), rng.uniform(-15, 15, 3), rng.uniform(-5, 5), rng.uniform(10, 30)
         ]
-        side = rng.choice([-1, 1])  # the cube at one, the mark at the other
-        for sign, at in ((side, self.data.qpos), (-side, self.data.mocap_pos[0])):
-            angle, far = math.radians(sign * rng.uniform(10, 45)), rng.uniform(0.16, 0.24)
-            at[:2] = far * math.cos(angle), far * math.sin(angle)
+        side = rng.choice([-1, 1])  # of the cube; the mark is on the opposite side
+        for sign, position in ((side, self.data.qpos), (-side, self.data.mocap_pos[0])):
+            angle, radius = math.radians(sign * rng.uniform(10, 45)), rng.uniform(0.16, 0.24)
+            position[:2] = radius * math.cos(angle), radius * math.sin(angle)
         self.data.qpos[7:13] = self.data.ctrl[:] = _radians(joints)
         mujoco.mj_forward(self.model, self.data)
 
     def command(self, goal: np.ndarray) -> None:
-        """Where the servos shall go (6,), clipped to what they can do."""
+        """Send the servos to joint positions (6,), clipped to what they can do."""
         self.data.ctrl[:] = _radians(within(goal))
 
     def until(self, seconds: float) -> None:
-        """On to that time of its own."""
+        """Simulate until the simulated time reaches so many seconds."""
         while self.data.time < seconds:
             mujoco.mj_step(self.model, self.data)
 
     def joints(self) -> np.ndarray:
-        """(6,): where they are."""
-        turned = self.data.qpos[7:13]
-        return np.r_[np.degrees(turned[:5]), turned[5] / OPEN * 100]
+        """Return the present joint positions (6,)."""
+        angles = self.data.qpos[7:13]
+        return np.r_[np.degrees(angles[:5]), angles[5] / OPEN * 100]
 
     def top(self, task: str) -> np.ndarray:
-        """(3,): the middle of the upper side of what a task is about."""
+        """Return the centre (3,) of the upper side of a task's target."""
         return (
             self.data.qpos[:3] + 0.02 * UP
             if task == "touch-cube"
@@ -167,24 +172,29 @@ class ArmPhysics:
         )
 
     def touched(self, task: str) -> bool:
-        """Whether the fingertips are where the task wants them."""
+        """Return whether the fingertips touch a task's target."""
         return bool(np.linalg.norm(self.data.site("tip").xpos - self.top(task)) < NEAR)
 
     def picture(self, camera: str) -> np.ndarray:
-        """(h, w, 3) uint8."""
+        """Draw a camera's picture (h, w, 3) uint8."""
         self.renderer.update_scene(self.data, camera=camera)
         return self.renderer.render()
 
     def close(self) -> None:
-        """Frees the renderer."""
+        """Free the renderer."""
         self.renderer.close()
 
 
 class ArmEnv:
     """One task of the arm.
 
-    Actions and state (6,): joint positions, degrees, and the gripper, 0 to 100; what the servos
-    cannot do is clipped. The seed places the arm, the cube and the mark.
+    Actions and states (6,) are joint positions in degrees, and the gripper's from 0 to 100. Actions
+    are clipped to what the servos can do.
+
+    Args:
+        task: A key of TASKS.
+        image_size: Side of the pictures in pixels.
+        max_steps: Steps after which an episode has failed.
     """
 
     fps = FPS
@@ -194,41 +204,47 @@ class ArmEnv:
         self.task, self.max_steps, self.world = task, max_steps, ArmPhysics(image_size, image_size)
 
     def reset(self, seed: int) -> Observation:
-        """Starts the episode of the seed."""
+        """Start the episode of a seed, which places the arm, the cube and the mark."""
         self.world.place(seed)
         return self._observe()
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
-        """What is seen 1/fps s later, and whether the fingertips are where they shall be."""
+        """Execute an action for 1/fps s.
+
+        Returns:
+            The observation after the action, and whether the fingertips touch the target.
+        """
         self.world.command(np.asarray(action, np.float64))
         self.world.until(self.world.data.time + 1 / self.fps)
         return self._observe(), self.world.touched(self.task)
 
     def close(self) -> None:
-        """Frees the renderer."""
+        """Free the renderer."""
         self.world.close()
 
     def _observe(self) -> Observation:
+        """Draw the present observation."""
         pictures = {camera: self.world.picture(camera) for camera in CAMERAS}
         return Observation(pictures, self.instruction, self.world.joints().astype(np.float32))
 
 
 class ArmExpert:
-    """Goes above the thing, then down to it: of where it is now alone, so that a picture shows its
-    reasons.
+    """Goes above the target and then down to it.
+
+    It decides by the present state alone, so that a picture shows the reasons for each action.
     """
 
-    # degrees a step at most; m; of the hand, 180 is down; of the gripper
+    # Most degrees per step; m above the target; degrees of the hand, where 180 points down; gripper
     STEP, ABOVE, PITCH, GRIP = 6.0, 0.05, 150.0, 20.0
 
     def __init__(self, env: ArmEnv):
         self.env = env
 
     def reset(self) -> None:
-        """Nothing: the expert looks at the present alone."""
+        """Do nothing, because the expert remembers nothing."""
 
     def act(self, observation: Observation) -> np.ndarray:
-        """(6,) float32: joint positions to go to."""
+        """Return the joint positions (6,) float32 to go to."""
         world = self.env.world
         now, goal = world.joints(), world.top(self.env.task)
         tip = world.data.site("tip").xpos
@@ -237,14 +253,14 @@ class ArmExpert:
         return (now + np.clip(joints - now, -self.STEP, self.STEP)).astype(np.float32)
 
     def reach(self, place: np.ndarray) -> np.ndarray:
-        """(6,): joint positions that bring the fingertips to a place (3,), the elbow up."""
+        """Return joint positions (6,) with the fingertips at a place (3,) and the elbow up."""
         pitch = math.radians(self.PITCH)
         along = math.hypot(place[0], place[1]) - HAND * math.sin(pitch)
         up = place[2] - HAND * math.cos(pitch) - SHOULDER
-        # no nearer, no further can it bend
-        far = min(max(math.hypot(along, up), 0.03), UPPER + FOREARM - 1e-6)
-        inner = math.acos((UPPER**2 + far**2 - FOREARM**2) / (2 * UPPER * far))
-        bend = math.pi - math.acos((UPPER**2 + FOREARM**2 - far**2) / (2 * UPPER * FOREARM))
+        # The distance from shoulder to wrist is clipped to what the arm can reach.
+        distance = min(max(math.hypot(along, up), 0.03), UPPER + FOREARM - 1e-6)
+        inner = math.acos((UPPER**2 + distance**2 - FOREARM**2) / (2 * UPPER * distance))
+        bend = math.pi - math.acos((UPPER**2 + FOREARM**2 - distance**2) / (2 * UPPER * FOREARM))
         lift = math.atan2(along, up) - inner
         elbow, wrist = bend - math.pi / 2, pitch - lift - bend - math.pi / 4
         return np.r_[
@@ -253,16 +269,17 @@ class ArmExpert:
 
 
 def _radians(joints: np.ndarray) -> np.ndarray:
+    """Convert joint positions (6,) to MuJoCo's angles."""
     return np.r_[np.radians(joints[:5]), joints[5] / 100 * OPEN]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What can be set in this simulator alone: nothing."""
+    """The options that only this simulator has: none."""
 
 
 class Arm:
-    """The arm, as evaluation and collection ask for it (vla0.sim.simulator.Simulator)."""
+    """The arm as a `vla0.sim.simulator.Simulator`, which evaluation and collection use."""
 
     cameras = CAMERAS
     actions = ACTIONS
@@ -280,21 +297,21 @@ class Arm:
     options = Options
 
     def ready(self) -> None:
-        """Nothing more is needed."""
+        """Do nothing, because the arm needs no further files."""
 
     def tasks(self, names: Sequence[str], suite: str | None = None) -> tuple[str, ...]:
-        """The tasks as they are named; there are no suites."""
+        """Return the names as they are, or raise InputError for an unknown task or a suite."""
         refuse_suite("arm", suite)
         for name in names:
             check_task(name)
         return tuple(names)
 
     def instruction(self, task: str) -> str:
-        """What the policy is told to do."""
+        """Return the instruction that the policy receives for a task."""
         return instruction(task)
 
     def provenance(self) -> dict[str, Any]:
-        """The versions that a result depends on."""
+        """Return the versions that a result depends on."""
         return provenance()
 
     def make(
@@ -306,16 +323,16 @@ class Arm:
         fps: float | None = None,
         options: Options | None = None,
     ) -> ArmEnv:
-        """The Env of a task; of one rate, whatever `fps` says."""
+        """Make the Env of a task. The arm has a single rate, so `fps` changes nothing."""
         return ArmEnv(task, image_size or IMAGE_SIZE, max_steps or STEPS)
 
     def has_expert(self, task: str) -> bool:
-        """Whether it has one: each task does."""
+        """Return True, because each task has an expert, or raise InputError for an unknown task."""
         check_task(task)
         return True
 
     def make_expert(self, env: ArmEnv) -> Any:
-        """The scripted expert of its task."""
+        """Make the scripted expert for the task of an Env."""
         return ArmExpert(env)
 
 

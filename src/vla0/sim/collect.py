@@ -1,4 +1,4 @@
-"""An expert in an Env → a LeRobot dataset of what it saw and did."""
+"""Let an expert act in an Env, and store what it saw and did as a LeRobot dataset."""
 
 import atexit
 import contextlib
@@ -33,29 +33,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """A solved episode of the expert."""
+    """An episode that the expert solved."""
 
     instruction: str
-    images: dict[str, np.ndarray]  # camera → (T, h, w, 3) uint8
+    images: dict[str, np.ndarray]  # {camera: (T, h, w, 3) uint8}
     states: np.ndarray  # (T, S) float32
-    actions: np.ndarray  # (T, D) float32: what the expert wanted, without the noise
+    actions: np.ndarray  # (T, D) float32: what the expert wanted to do, without the noise
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """What is demonstrated, and how. None: as the simulator has it."""
+    """What is demonstrated, and how. None takes the simulator's default."""
 
     tasks: tuple[str, ...]
     env: str = "metaworld"
-    episodes: int = 40  # solved ones, for each task
-    seed: int | None = None  # the first
-    image_size: int | None = None
-    fps: float | None = None  # decisions a second, where the simulator can be asked
-    # what this simulator alone can be told, e.g. {start: above} in Meta-World
+    episodes: int = 40  # solved episodes of each task
+    seed: int | None = None  # seed of the first episode
+    image_size: int | None = None  # side of the pictures in pixels
+    fps: float | None = None  # decisions per second, in simulators that let one choose
+    # options that only this simulator has, such as {start: above} in Meta-World
     options: Mapping[str, Any] = field(default_factory=dict)
-    noise_share: float | None = None  # of the steps, whose action is disturbed
+    noise_share: float | None = None  # share of the steps whose action is disturbed
     noise_scale: float | None = None  # standard deviation of the disturbance
-    # pictures stored as videos: a twentieth of the space, slower to read and to write
+    # store pictures as videos: they take a twentieth of the space, and more time to read and write
     videos: bool = False
 
     def __post_init__(self):
@@ -83,7 +83,13 @@ class CollectConfig:
 class NoisyEnv:
     """An Env that disturbs a share of the actions, so that the expert shows how to recover.
 
-    Labels stay clean.
+    The recorded actions are those without the disturbance.
+
+    Args:
+        env: The Env that executes the actions.
+        rng: Draws the noise.
+        share: Share of the actions that are disturbed.
+        scale: Standard deviation of the noise, in the units of the actions.
     """
 
     def __init__(self, env: Env, rng: np.random.Generator, share: float, scale: float):
@@ -91,34 +97,43 @@ class NoisyEnv:
         self.fps, self.max_steps = env.fps, env.max_steps
 
     def reset(self, seed: int) -> Observation:
-        """Starts the episode of the seed, undisturbed."""
+        """Start the episode of a seed, without any disturbance."""
         return self.env.reset(seed)
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
-        """One tick with the action, at times disturbed by normal noise of `scale`."""
+        """Execute an action, which is sometimes disturbed by normal noise."""
         if self.rng.random() < self.share:
             action = action + self.rng.normal(0, self.scale, action.shape)
         return self.env.step(action)
 
     def close(self) -> None:
-        """Closes the world below."""
+        """Close the Env that executes the actions."""
         self.env.close()
 
 
-@lru_cache(maxsize=4)  # a LIBERO world takes a gigabyte
+@lru_cache(maxsize=4)  # a LIBERO world takes a gigabyte of memory
 def _world(name: str, task: str, image_size: int | None, fps: float | None, options: Any):
+    """Make the Env of a task and its expert."""
     target = simulator(name)
     env = target.make(task, image_size=image_size, fps=fps, options=options)
-    atexit.register(env.close)  # before the interpreter takes OpenGL apart
+    atexit.register(env.close)  # it must close before the interpreter unloads OpenGL
     return env, target.make_expert(env)
 
 
 def demonstrate(
     config: CollectConfig, task: str, seed: int, store: Path | None = None
 ) -> Demonstration | None:
-    """The expert's episode for a seed; None where it failed.
+    """Let the expert play the episode of a seed.
 
-    store: a folder where an earlier run left it, or this one does.
+    Args:
+        config: What is demonstrated.
+        task: Full name of the task.
+        seed: Seed of the episode.
+        store: Folder that keeps finished episodes. An episode is read from there when an earlier
+            run has stored it.
+
+    Returns:
+        The demonstration, or None when the expert failed.
     """
     file = None if store is None else store / f"{task.replace('/', '-')}_{seed}.npz"
     if file is not None and file.exists():
@@ -156,6 +171,7 @@ def demonstrate(
 
 
 def _write(file: Path, demonstration: Demonstration | None) -> None:
+    """Store a demonstration, or an empty file for a failure."""
     with set_aside(file) as partial, partial.open("wb") as stream:
         if demonstration is None:
             np.savez(stream)
@@ -163,15 +179,16 @@ def _write(file: Path, demonstration: Demonstration | None) -> None:
             pictures = {
                 f"images.{camera}": frames for camera, frames in demonstration.images.items()
             }
-            others = {
+            rest = {
                 "instruction": demonstration.instruction,
                 "states": demonstration.states,
                 "actions": demonstration.actions,
             }
-            np.savez_compressed(stream, allow_pickle=False, **pictures, **others)
+            np.savez_compressed(stream, allow_pickle=False, **pictures, **rest)
 
 
 def _read(file: Path) -> Demonstration | None:
+    """Read what `_write` stored."""
     with np.load(file, allow_pickle=False) as arrays:
         if not arrays.files:
             return None
@@ -191,13 +208,23 @@ def _read(file: Path) -> Demonstration | None:
 def collect(
     config: CollectConfig, out: str | Path, workers: int | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Writes a LeRobotDataset v3.0 of the expert's solved episodes; {task: (solved, failed and left
-    out)}.
+    """Write a LeRobotDataset v3.0 of the episodes that the expert solved.
 
-    A task that has no expert, or that it fails too often, is left out with a warning. At `out`
-    there is never a half-written dataset: it is built beside and renamed. Same arguments, same
-    dataset. The finished episodes outlive an interruption, in a hidden folder beside `out`, and the
-    same call goes on from there.
+    A task without an expert is left out with a warning, and so is the rest of a task at which the
+    expert fails too often. The same arguments give the same dataset. It is built beside `out` and
+    then renamed, so that `out` never holds half of it. After an interruption the finished episodes
+    remain in a hidden folder beside `out`, and the same call continues from there.
+
+    Args:
+        config: What is demonstrated.
+        out: New folder of the dataset.
+        workers: Number of processes. None takes one per core.
+
+    Returns:
+        {task: (solved episodes, failed episodes, which are left out)}.
+
+    Raises:
+        InputError: When `out` exists, or the expert solves no episode.
     """
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -222,10 +249,10 @@ def collect(
         if not target.has_expert(task):
             logger.warning("%s has no expert and is left out", task)
     config = replace(config, tasks=tuple(filter(target.has_expert, config.tasks)))
-    # what an episode depends on, beside task and seed
-    same = replace(config, tasks=(), episodes=1, videos=False)
+    # This is what an episode depends on beside its task and its seed.
+    conditions = replace(config, tasks=(), episodes=1, videos=False)
     store = out.with_name(
-        f".{out.name}.episodes-{hashlib.sha256(repr(same).encode()).hexdigest()[:8]}"
+        f".{out.name}.episodes-{hashlib.sha256(repr(conditions).encode()).hexdigest()[:8]}"
     )
     store.mkdir(exist_ok=True)
     failures, solved = dict.fromkeys(config.tasks, 0), dict.fromkeys(config.tasks, 0)
@@ -233,7 +260,7 @@ def collect(
     try:
         for task, demonstration in _stream(config, workers, failures, store):
             solved[task] += 1
-            if dataset is None:  # the first episode has shown that all is well
+            if dataset is None:  # now one episode has shown that the expert works
                 dataset = LeRobotDataset.create(
                     f"local/{out.name}",
                     int(config.fps or target.fps),
@@ -269,13 +296,14 @@ def collect(
                 "less noise, or another task",
             )
         dataset.finalize()
-        shutil.rmtree(partial / "images", ignore_errors=True)  # LeRobot's scratch copies
+        shutil.rmtree(partial / "images", ignore_errors=True)  # LeRobot's temporary copies
         partial.rename(out)
-        # the latter of runs that were killed
-        for left in (store, *out.parent.glob(f".{out.name}.partial-*")):
-            shutil.rmtree(left, ignore_errors=True)
+        # The partial folders were left by runs that were killed.
+        for folder in (store, *out.parent.glob(f".{out.name}.partial-*")):
+            shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
-        if dataset is not None:  # else it writes its rest later, where nothing shall be left
+        # Without this, the dataset would write its remaining files later, after the folder is gone.
+        if dataset is not None:
             with contextlib.suppress(Exception):
                 dataset.finalize()
         raise
@@ -287,8 +315,9 @@ def collect(
 def _stream(
     config: CollectConfig, workers: int | None, failures: dict[str, int], store: Path | None
 ) -> Iterator[tuple[str, Demonstration]]:
-    """Demonstrations in a fixed order, made in parallel processes; a heavy simulator's tasks one
-    after another.
+    """Yield demonstrations in a fixed order, while processes make the next ones.
+
+    The tasks of a heavy simulator come one after another, and those of others take turns.
     """
     workers = workers or os.cpu_count() or 1
     turns = [task for _ in range(config.episodes) for task in config.tasks]
@@ -309,7 +338,7 @@ def _stream(
     context = multiprocessing.get_context("spawn")
     with Progress(*columns) as progress, ExitStack() as stack:
         pool = ProcessPoolExecutor(workers, context, _work_for_a_parent)
-        # an interruption does not wait for what was to come
+        # An interruption does not wait for the episodes that have not begun.
         stack.callback(pool.shutdown, cancel_futures=True)
         bar = progress.add_task("", total=len(order))
         for place, task in enumerate(order):
@@ -319,7 +348,7 @@ def _stream(
                     for seed in islice(seeds[coming], max(0, count - len(ahead[coming]))):
                         ahead[coming].append(pool.submit(demonstrate, config, coming, seed, store))
                 if not ahead[task]:
-                    break  # all its seeds are used up
+                    break  # all seeds of the task are used up
                 demonstration = ahead[task].pop(0).result()
                 failures[task] += demonstration is None
             if demonstration is not None:
@@ -333,9 +362,7 @@ def _stream(
 
 
 def _work_for_a_parent() -> None:
-    """A worker's beginning: Ctrl-C is its parent's to see, and it ends with its parent, however
-    that ends.
-    """
+    """Let a worker leave Ctrl-C to its parent, and end when its parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent: Any = multiprocessing.parent_process()
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

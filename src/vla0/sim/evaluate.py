@@ -1,4 +1,4 @@
-"""Tasks x episodes → episodes.jsonl."""
+"""Evaluate policies on tasks in a simulator, and write a line per episode to episodes.jsonl."""
 
 import json
 import logging
@@ -26,28 +26,33 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """What is evaluated, and how the policy acts in it.
+    """What is evaluated, and how the policy acts there.
 
-    Saved beside the results; a run goes on only with the same.
+    It is saved beside the results, and a run continues only with the same settings.
     """
 
-    tasks: tuple[str, ...]  # by the simulator's names
-    env: str = "metaworld"  # metaworld, libero or arm
-    episodes: int = 20  # for each task, seeds first_seed, first_seed + 1, ...
-    # None: the simulator's own. LIBERO: 0, its first initial state; Meta-World: above the
-    # demonstrations
+    tasks: tuple[str, ...]  # the tasks, by the simulator's names
+    env: str = "metaworld"  # the simulator: metaworld, libero or arm
+    # Episodes of each task. Their seeds are first_seed, first_seed + 1, and so on
+    episodes: int = 20
+    # Seed of the first episode. None takes the simulator's default: in LIBERO 0, which is its first
+    # initial state, and in Meta-World the first seed that no demonstration has
     first_seed: int | None = None
-    n_action_steps: int = 1  # steps executed per query
-    ensemble: str = "v1"  # vla0.core.ensemble.weights_by_age
-    max_steps: int | None = None  # None: 150 in Meta-World, the suite's cap in LIBERO
-    # of the simulator's cameras; None: 112 in Meta-World, 256 in LIBERO
+    n_action_steps: int = 1  # steps executed per query of the model
+    # Weights of overlapping chunks by age: see vla0.core.ensemble.weights_by_age
+    ensemble: str = "v1"
+    # Steps after which an episode has failed. None means 150 in Meta-World and the suite's cap in
+    # LIBERO
+    max_steps: int | None = None
+    # Side of the simulator's pictures in pixels. None means 112 in Meta-World and 256 in LIBERO
     image_size: int | None = None
-    # decisions a second, where the simulator can be asked: those of the policy's Spec
+    # Decisions per second, in simulators that let one choose. The policy's Spec decides it
     fps: float | None = None
-    # what this simulator alone can be told, e.g. {start: above} in Meta-World
+    # Options that only this simulator has, such as {start: above} in Meta-World
     options: Mapping[str, Any] = field(default_factory=dict)
-    ensemble_k: int | None = None  # the newest chunks that are averaged: that of the policy's Spec
-    # dimensions that wrap: those of the policy's Spec
+    # How many of the newest chunks are averaged. The policy's Spec decides it
+    ensemble_k: int | None = None
+    # Dimensions that wrap around. The policy's Spec decides them
     periodic: tuple[tuple[int, float, float], ...] | None = None
 
     def __post_init__(self):
@@ -68,17 +73,17 @@ class EvalConfig:
             raise InputError(
                 "episodes and max_steps >= 1, first_seed >= 0", f"{asdict(self)}", "correct them"
             )
-        most = None if target is None else target.evaluation_seeds.stop
-        if most is not None and (self.first_seed or 0) + self.episodes > most:
+        seed_limit = None if target is None else target.evaluation_seeds.stop
+        if seed_limit is not None and (self.first_seed or 0) + self.episodes > seed_limit:
             raise InputError(
-                f"at most the {most} initial states of {self.env}",
+                f"at most the {seed_limit} initial states of {self.env}",
                 f"{self.episodes} episodes from {self.first_seed}",
-                f"evaluate {most} or fewer",
+                f"evaluate {seed_limit} or fewer",
             )
 
 
 def make_env(config: EvalConfig, task: str) -> Env:
-    """The Env of a task. Simulators are imported here, where they are used."""
+    """Make the Env of a task. The simulator is imported only now."""
     return simulator(config.env).make(
         task,
         image_size=config.image_size,
@@ -99,16 +104,31 @@ def evaluate(
     render: bool = False,
     pool: Callable[..., Any] = WorkerPool,
 ) -> list[dict[str, Any]]:
-    """Runs what is missing in `out`/episodes.jsonl, and gives its lines, one for each finished
-    episode and each error.
+    """Run the episodes that are missing in `out`/episodes.jsonl.
 
-    policies: by name, e.g. {"policy": vla0.predict_batch, "blank": ...}; all see the same seeds. A
-    line is written when its episode ends. A crashed simulator is an error line and a new attempt,
-    at most 3; an error of the policy rises. make_env: (config, task) → Env, picklable, runs in the
-    processes; give your own to evaluate in your own world. identity: what else a result depends on
-    (the checkpoint, versions): recorded, and refused where it differs. render: film every step;
-    without it the videos hold what the policy looked at. pool: who plays: processes here, or
-    vla0.sim.ray_workers.
+    A line is written when its episode ends. When a simulator crashes, an error line is written and
+    the episode is tried again, up to 3 attempts. An error of a policy ends the evaluation.
+
+    Args:
+        policies: The policies by name, such as {"policy": vla0.predict_batch, "blank": ...}. All
+            see the same seeds.
+        chunk_size: Steps of the chunks that the policies predict.
+        config: What is evaluated.
+        out: Folder of the results.
+        workers: Number of processes. None means one per core for heavy simulators and 8 per core
+            for others.
+        make_env: Makes the Env of (config, task). It must be picklable, because it runs in the
+            processes. Pass your own to evaluate in your own world.
+        identity: What else a result depends on, such as the checkpoint and versions. It is recorded
+            in `out`.
+        render: Film every step. Otherwise the videos hold what the policy looked at.
+        pool: Class that plays the episodes: WorkerPool here, or the one of vla0.sim.ray_workers.
+
+    Returns:
+        The lines of episodes.jsonl: one for each finished episode and each error.
+
+    Raises:
+        InputError: When `out` holds results of other settings or of another identity.
     """
     acting = (
         chunk_size,
@@ -117,20 +137,21 @@ def evaluate(
         config.ensemble_k,
         config.periodic,
     )
-    TemporalEnsemble(*acting)  # refuses what it must before anything starts
+    TemporalEnsemble(*acting)  # raises InputError for bad settings before anything starts
     with held(Path(out), "evaluation"):
         try:
             return _run(
                 policies, acting, config, Path(out), workers, make_env, identity, render, pool
             )
         finally:
-            # of processes that died as they filmed, in this run or before
+            # These files are left by processes that died while they filmed, in this run or before.
             clear_aside(Path(out) / "videos")
 
 
 def _run(
     policies, acting, config: EvalConfig, out: Path, workers, make_env, identity, render, pool
 ) -> list[dict[str, Any]]:
+    """Do what `evaluate` says, while the folder is locked."""
     (out / "videos").mkdir(exist_ok=True)
     _same_settings(out / "evaluation.json", {**asdict(config), **(identity or {})})
     log = out / "episodes.jsonl"
@@ -141,15 +162,19 @@ def _run(
     first = config.first_seed or 0
     seeds = range(first, first + config.episodes)
     heavy = config.env in SIMULATORS and simulator(config.env).heavy
-    if heavy:  # one task at a time: a process builds each world once
-        every = [(name, task, seed) for task in config.tasks for name in policies for seed in seeds]
-    else:  # one policy at a time: full batches
-        every = [(name, task, seed) for name in policies for seed in seeds for task in config.tasks]
-    jobs = deque(job for job in every if job not in done and failed.count(job) < ATTEMPTS)
+    if heavy:  # one task at a time, so that a process builds each world once
+        all_jobs = [
+            (name, task, seed) for task in config.tasks for name in policies for seed in seeds
+        ]
+    else:  # one policy at a time, so that batches are full
+        all_jobs = [
+            (name, task, seed) for name in policies for seed in seeds for task in config.tasks
+        ]
+    jobs = deque(job for job in all_jobs if job not in done and failed.count(job) < ATTEMPTS)
     if jobs:
         count = min(len(jobs), workers or (1 if heavy else 8) * (os.cpu_count() or 1))
         with _progress() as progress, log.open("a", encoding="utf-8") as file:
-            bar = progress.add_task("", total=len(every), completed=len(every) - len(jobs))
+            bar = progress.add_task("", total=len(all_jobs), completed=len(all_jobs) - len(jobs))
 
             def record(line):
                 lines.append(line)
@@ -170,6 +195,7 @@ def _run(
 
 
 def _same_settings(file: Path, now: dict[str, Any]) -> None:
+    """Write the settings, or raise InputError when the file holds others."""
     now = json.loads(json.dumps(now))
     if file.exists():
         before = read_json(
@@ -189,6 +215,7 @@ def _same_settings(file: Path, now: dict[str, Any]) -> None:
 
 
 def _progress() -> Progress:
+    """Return the bar that counts episodes."""
     return Progress(
         TextColumn("evaluating"),
         BarColumn(),

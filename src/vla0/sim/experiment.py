@@ -1,6 +1,4 @@
-"""A checkpoint, tried in a simulator: what it must fit, what it has to beat, and the rows of the
-published ablation.
-"""
+"""Try a checkpoint in a simulator, beside baselines, and run the published ablation."""
 
 import logging
 from collections import Counter
@@ -29,8 +27,8 @@ from vla0.train.config import build
 
 logger = logging.getLogger(__name__)
 
-# of the ablation: steps executed per query (None: the whole chunk, 8 of the published model),
-# ensemble
+# The rows of the ablation: steps executed per query, and the ensemble. None executes the whole
+# chunk, which has 8 steps in the published model.
 ROWS = {
     "ensembling v1": (1, "v1"),
     "ensembling mean": (1, "mean"),
@@ -52,13 +50,28 @@ def trial(
     approximate: Sequence[str] = (),
     embodiment: str = MAIN,
 ) -> list[dict[str, Any]]:
-    """The lines of episodes.jsonl in `out`, where a report.html lies then.
+    """Evaluate a checkpoint, and write episodes.jsonl and report.html into `out`.
 
-    Goes on where it was interrupted.
+    An interrupted trial continues where it stopped.
 
-    approximate: modes of vla0.decode.approximate, tried beside the policy, each under its name.
-    ray: "local" or the address of a cluster. Raises InputError where the checkpoint does not fit,
-    or episodes were given up.
+    Args:
+        checkpoint: Checkpoint folder, or id of a model on the Hub.
+        settings: What is evaluated. The checkpoint's Spec decides some of it, see `following`.
+        out: Folder of the results.
+        baseline: Names of baselines that are tried too (see `vla0.sim.report.BASELINES`).
+        workers: Number of simulator processes. None lets `evaluate` choose.
+        device: Where the model runs. None takes the GPU where there is one.
+        render: Film every step.
+        ray: "local" or the address of a Ray cluster. None uses processes on this machine.
+        approximate: Modes of `vla0.decode.approximate` that are tried too, each under its name.
+        embodiment: For a checkpoint trained on a mixture, the dataset whose robot acts.
+
+    Returns:
+        The lines of episodes.jsonl.
+
+    Raises:
+        InputError: When the checkpoint does not fit the simulator, or when episodes were given up
+            after crashes.
     """
     refuse_unknown_baselines(baseline)
     if wrong := [name for name in approximate if name not in MODES]:
@@ -74,16 +87,16 @@ def trial(
     names = ("policy", *approximate, *baseline)
     bring = partial(policies, names=names, settings=settings)
     if ray is None:
-        pool, policies_given = WorkerPool, bring(policy)
+        pool, predicts = WorkerPool, bring(policy)
     else:
-        pool, policies_given = (
+        pool, predicts = (
             partial(
                 RayWorkerPool, ray, partial(_load, checkpoint, device, embodiment, mark, bring)
             ),
             dict.fromkeys(names, _elsewhere),
         )
     lines = evaluate(
-        policies_given,
+        predicts,
         spec.chunk_size,
         settings,
         out,
@@ -109,11 +122,20 @@ def trial(
 def ablation(
     checkpoint: str, separate: str | None, settings: EvalConfig, out: Path, **others: Any
 ) -> dict[str, list[dict[str, Any]]]:
-    """{row: lines} of the published ablation: ensembling on and off, 1 and 8 steps executed per
-    query, separate images.
+    """Run the published ablation: ensembling on and off, 1 and 8 steps per query, separate images.
 
-    separate: a checkpoint trained with `tile: false`, for the last row, which is left out without
-    one. Each row has its folder in `out`; others as `trial` takes them.
+    Args:
+        checkpoint: The checkpoint of all rows but the last.
+        separate: A checkpoint trained with `tile: false`, for the last row. None leaves it out.
+        settings: What is evaluated.
+        out: Folder of the results. Each row has its own folder there.
+        **others: Further arguments of `trial`.
+
+    Returns:
+        The lines of episodes.jsonl for each row.
+
+    Raises:
+        InputError: When the images of `separate` are tiled, or `trial` raises it.
     """
     lines_of, chunk_size = {}, _spec(checkpoint).chunk_size
     if separate is not None and _spec(separate).tile:
@@ -139,17 +161,19 @@ def ablation(
 
 
 def following(settings: EvalConfig, spec: Spec) -> EvalConfig:
-    """The settings with what the policy's Spec decides of them."""
+    """Return the settings with fps, ensemble_k and periodic as the policy's Spec has them."""
     return replace(
         settings, fps=spec.fps, ensemble_k=spec.ensemble_k, periodic=spec.periodic or None
     )
 
 
 def fit(spec: Spec, env: str) -> None:
-    """Raises InputError where a checkpoint cannot act in a simulator: other cameras, other actions,
-    or other units of them.
+    """Check that a checkpoint can act in a simulator.
 
-    Where its bounds reach beyond what the simulator executes, the log says so.
+    The log warns when the checkpoint's bounds reach beyond what the simulator executes.
+
+    Raises:
+        InputError: When the cameras, the number of the actions or their units do not fit.
     """
     target = simulator(env)
     missing = [camera for camera in spec.cameras if camera not in target.cameras]
@@ -167,9 +191,10 @@ def fit(spec: Spec, env: str) -> None:
             "use another",
         )
     for d, (name, (low, high)) in enumerate(zip(target.actions, target.ranges, strict=True)):
-        within = 0.05 * (high - low)
+        tolerance = 0.05 * (high - low)
         bounds = f"{spec.low[d]:g} to {spec.high[d]:g}"
-        if d in target.switches and max(abs(spec.low[d] - low), abs(spec.high[d] - high)) > within:
+        farthest = max(abs(spec.low[d] - low), abs(spec.high[d] - high))
+        if d in target.switches and farthest > tolerance:
             if spec.low[d] == spec.high[d] and abs(spec.low[d]) == high:
                 logger.warning(
                     "%s is always %g in the checkpoint's data: it cannot change", name, spec.low[d]
@@ -182,7 +207,7 @@ def fit(spec: Spec, env: str) -> None:
                 f"'{name}' from {low:g} to {high:g}, of which {env} takes the sign", bounds, remedy
             )
         if d not in spec.relative_dims and (
-            spec.low[d] < low - within or spec.high[d] > high + within
+            spec.low[d] < low - tolerance or spec.high[d] > high + tolerance
         ):
             logger.warning(
                 "'%s' goes from %s in the checkpoint; %s clips it to %g to %g: other units?",
@@ -195,7 +220,7 @@ def fit(spec: Spec, env: str) -> None:
 
 
 def blanked(predict: Predict) -> Predict:
-    """The policy with every picture black: what it does without looking."""
+    """Return the policy with every picture black, which shows what it does without looking."""
 
     def blind(observations):
         dark = [
@@ -210,10 +235,16 @@ def blanked(predict: Predict) -> Predict:
 
 
 def swapped(predict: Predict, tasks: Sequence[tuple[str, str]]) -> Predict:
-    """The policy given the next task's instruction, of those of its suite: what it does without
-    listening.
+    """Return the policy with the instruction of the next task in the suite.
 
-    tasks: (task, instruction) of all that are evaluated.
+    It shows what the policy does when the instruction is wrong.
+
+    Args:
+        predict: The policy.
+        tasks: (task, instruction) of all tasks that are evaluated.
+
+    Raises:
+        InputError: When a suite has only one task.
     """
     swap: dict[str, str] = {}
     for suite in {task.rpartition("/")[0] for task, _ in tasks}:
@@ -237,7 +268,7 @@ def swapped(predict: Predict, tasks: Sequence[tuple[str, str]]) -> Predict:
 def random_actions(
     low: Sequence[float], high: Sequence[float], chunk_size: int, seed: int = 0
 ) -> Predict:
-    """A policy of uniform actions between the bounds."""
+    """Return a policy whose actions are uniformly random between the bounds (D,)."""
     rng = np.random.default_rng(seed)
     return lambda observations: rng.uniform(
         low, high, (len(observations), chunk_size, len(low))
@@ -245,8 +276,15 @@ def random_actions(
 
 
 def policies(policy: VLA0, names: Sequence[str], settings: EvalConfig) -> dict[str, Predict]:
-    """{name: predict} of "policy", of approximate modes and of baselines; only the steps that are
-    used are decoded.
+    """Return the policies that are evaluated, which decode only the steps that are used.
+
+    Args:
+        policy: The policy of the checkpoint.
+        names: "policy", modes of `vla0.decode.approximate`, and baselines.
+        settings: What is evaluated.
+
+    Returns:
+        {name: predict} in the order of names.
     """
     steps = steps_used(policy.spec.chunk_size, settings.n_action_steps, settings.ensemble)
     predict = partial(policy.predict_batch, num_steps=steps)
@@ -262,15 +300,25 @@ def policies(policy: VLA0, names: Sequence[str], settings: EvalConfig) -> dict[s
     if "random" in names:
         result["random"] = random_actions(policy.spec.low, policy.spec.high, steps)
     if "untrained" in names:
-        other = VLA0(untrained(policy.model), policy.processor, policy.spec)
-        result["untrained"] = partial(other.predict_batch, num_steps=steps)
+        random_policy = VLA0(untrained(policy.model), policy.processor, policy.spec)
+        result["untrained"] = partial(random_policy.predict_batch, num_steps=steps)
     return {name: result[name] for name in names}
 
 
 def measured(
     simulator: Mapping[str, Any] | None,
 ) -> Callable[[VLA0, Path], dict[str, float]] | None:
-    """What a config's `simulator` asks to be measured at each save; None where it asks nothing."""
+    """Return a function that evaluates a policy as the `simulator` of a training config says.
+
+    Training calls it at each save.
+
+    Args:
+        simulator: The fields of an EvalConfig, or None.
+
+    Returns:
+        A function of a policy and a folder for the results, which returns {"success": rate}. None
+        when `simulator` is None.
+    """
     if simulator is None:
         return None
     settings = build(EvalConfig, simulator, "simulator")
@@ -287,6 +335,7 @@ def measured(
 
 
 def _spec(checkpoint: str) -> Spec:
+    """Load the Spec of a checkpoint."""
     return Spec.load(locate(checkpoint))
 
 
@@ -297,14 +346,17 @@ def _load(
     mark: str,
     bring: Callable[[VLA0], dict[str, Predict]],
 ) -> dict[str, Predict]:
-    """The policies on a cluster's machine, whose folder of that name may hold something else."""
+    """Load the policies on a machine of a cluster, and check that its checkpoint is the same."""
     policy = VLA0.from_pretrained(checkpoint, device, embodiment=embodiment)
-    if (found := fingerprint(policy.model, policy.spec)) != mark:
+    if (mark_here := fingerprint(policy.model, policy.spec)) != mark:
         raise InputError(
-            f"the checkpoint {mark} in '{checkpoint}'", f"{found}", "copy the same to every machine"
+            f"the checkpoint {mark} in '{checkpoint}'",
+            f"{mark_here}",
+            "copy the same to every machine",
         )
     return bring(policy)
 
 
 def _elsewhere(observations: Sequence[Any]) -> np.ndarray:
+    """Stand in for a policy that the cluster's machines load themselves."""
     raise AssertionError("the cluster's machines load the policy themselves")

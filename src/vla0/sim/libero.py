@@ -1,4 +1,4 @@
-"""LIBERO (hf-libero, robosuite 1.4, MuJoCo 3.3.2) as an Env, by the official protocol."""
+"""LIBERO as an Env that follows the official protocol (hf-libero, robosuite 1.4, MuJoCo 3.3.2)."""
 
 import contextlib
 import io
@@ -26,27 +26,29 @@ from vla0.sim.libero_files import (
     tasks,
 )
 
-# ours → the public datasets' keys
+# Maps our camera names to the keys of the public datasets, and then to robosuite's names.
 CAMERAS = {"agentview": "observation.images.image", "wrist": "observation.images.image2"}
-RAW = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}  # ours → robosuite's
+RAW = {"agentview": "agentview_image", "wrist": "robot0_eye_in_hand_image"}
 ACTIONS = ("x", "y", "z", "roll", "pitch", "yaw", "gripper")
-RANGES = ((-1.0, 1.0),) * 7  # of the actions; beyond them they are clipped
-SWITCHES = (6,)  # actions of which only the sign counts
+RANGES = ((-1.0, 1.0),) * 7  # bounds of the actions; LIBERO clips what lies outside
+SWITCHES = (6,)  # the dimensions of an action of which only the sign counts
 STATES = ("x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper1", "gripper2")
 FPS = 20.0
 IMAGE_SIZE = 256
 EVALUATION_SEEDS = range(50)  # the benchmark's initial states
-SEEDS = range(50, 10_000)  # of demonstrations: they place the objects at random
+SEEDS = range(50, 10_000)  # seeds of demonstrations, which place the objects at random
 NOISE = (0.2, 0.2)  # share of a demonstration's steps that are disturbed, and how much
-SEED = 7  # of the world before its first reset: it places what no initial state names
-SETTLE = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)  # ten times after a reset: objects fall into place
+# Seeds the world before its first reset. It places the objects that no initial state names.
+SEED = 7
+# This action is executed ten times after a reset, while the objects fall into place.
+SETTLE = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What can be set in LIBERO alone."""
+    """The options that only LIBERO has."""
 
-    quick: bool = False  # no shadows, reflections and multisampling: faster on a CPU
+    quick: bool = False  # draw without shadows, reflections and multisampling: faster on a CPU
 
     def __post_init__(self):
         if not isinstance(self.quick, bool):
@@ -54,8 +56,12 @@ class Options:
 
 
 class Pictures(Mapping[str, np.ndarray]):
-    """{camera: (h, w, 3) uint8} of one instant, each drawn when it is first looked at, before the
-    next step.
+    """The pictures {camera: (h, w, 3) uint8} of one instant, drawn when they are first looked at.
+
+    They must be looked at before the next step.
+
+    Args:
+        draw: Draws the picture of a camera.
     """
 
     def __init__(self, draw: Callable[[str], np.ndarray]):
@@ -73,19 +79,27 @@ class Pictures(Mapping[str, np.ndarray]):
         return len(RAW)
 
     def __reduce__(self):
-        return dict, (dict(self),)  # another process cannot draw
+        return dict, (dict(self),)  # draws all pictures, because another process cannot
 
 
 class LiberoEnv:
     """One LIBERO task.
 
-    Actions (7,): change of the hand's position and rotation, +-1 about 5 cm, and the gripper; above
-    0 it closes (1), else it opens (-1), decided here, after any ensembling. State (8,): position
-    (m), axis-angle, and the two fingers (m). reset(seed): seeds 0..49 are the benchmark's initial
-    states; from 50 on the objects lie at random places. An episode does not depend on those before
-    it. Pictures are drawn when they are looked at: on a CPU they are most of a step's time, and a
-    policy that executes several steps a query looks at few. `quick` draws without shadows,
-    reflections and multisampling: faster on a CPU, with other pictures.
+    An action (7,) changes the position and the rotation of the hand, where 1 is about 5 cm, and
+    moves the gripper: it closes (1) for values above 0 and opens (-1) otherwise. This class decides
+    that, after any ensembling. A state (8,) is the position in m, the axis-angle, and the positions
+    of the two fingers in m.
+
+    An episode does not depend on those before it. Pictures are drawn when they are looked at: on a
+    CPU they take most of a step's time, and a policy that executes several steps per query looks
+    at few.
+
+    Args:
+        task: Name of the task, as `vla0.sim.libero_files.task_named` takes it.
+        image_size: Side of the pictures in pixels.
+        max_steps: Steps after which an episode has failed. None takes the suite's cap.
+        quick: Draw without shadows, reflections and multisampling. This is faster on a CPU and
+            gives other pictures.
     """
 
     fps = FPS
@@ -103,10 +117,10 @@ class LiberoEnv:
         self.instruction = instruction(self.task)
         self.states = initial_states(package() / "init_files" / suite / f"{name}.pruned_init")
         self.quick, self.image_size = quick, image_size
-        with contextlib.redirect_stdout(io.StringIO()):  # robosuite and LIBERO talk
-            kind = environment()
+        with contextlib.redirect_stdout(io.StringIO()):  # robosuite and LIBERO print messages
+            env_class = environment()
             np.random.seed(SEED)
-            self.env = kind(
+            self.env = env_class(
                 bddl_file_name=str(package() / "bddl_files" / suite / f"{name}.bddl"),
                 camera_heights=image_size,
                 camera_widths=image_size,
@@ -117,22 +131,26 @@ class LiberoEnv:
         import mujoco
 
         self.world = self.env.env
-        # From here on a reset is soft: it puts back the one world instead of building another,
+        # From here on a reset is soft: it restores this world instead of building another one,
         # which takes seconds.
         self.world.hard_reset = False
         model = self.env.sim.model
         self.fixed = model.body_pos.copy(), model.body_quat.copy()
-        # With what the solver remembers: without it a few pixels differ from the official ones.
-        self.whole = int(mujoco.mjtState.mjSTATE_INTEGRATION)  # type: ignore[attr-defined]
-        self.start = np.empty(mujoco.mj_stateSize(model._model, self.whole))  # type: ignore[attr-defined]
-        mujoco.mj_getState(model._model, self.env.sim.data._data, self.start, self.whole)  # type: ignore[attr-defined]
+        # The saved state includes what the solver remembers. Without that, a few pixels would
+        # differ from the official ones.
+        self.state_parts = int(mujoco.mjtState.mjSTATE_INTEGRATION)  # type: ignore[attr-defined]
+        self.start = np.empty(mujoco.mj_stateSize(model._model, self.state_parts))  # type: ignore[attr-defined]
+        mujoco.mj_getState(model._model, self.env.sim.data._data, self.start, self.state_parts)  # type: ignore[attr-defined]
         self._draw_late()
         if quick:
             self._draw_quickly()
 
     def reset(self, seed: int) -> Observation:
-        """Starts the episode of the seed: initial state or random placement, then ten steps to
-        settle.
+        """Start the episode of a seed, and let the objects settle for ten steps.
+
+        Args:
+            seed: 0..49 starts from that initial state of the benchmark. From 50 on, the seed places
+                the objects at random.
         """
         import mujoco
 
@@ -142,21 +160,31 @@ class LiberoEnv:
         self.world.timestep, self.world.done = 0, False
         self.instant += 1
         gripper = self.world.robots[0].gripper
-        # it closes by degrees, and a soft reset leaves it
+        # The gripper closes by degrees, and a soft reset does not restore its degree.
         gripper.current_action = np.zeros_like(gripper.current_action)
         self.world.deterministic_reset = official
         with contextlib.redirect_stdout(io.StringIO()):
             np.random.seed(SEED if official else seed)
             self.env.reset()
         if official:
-            mujoco.mj_setState(model._model, self.env.sim.data._data, self.start, self.whole)  # type: ignore[attr-defined]
+            mujoco.mj_setState(model._model, self.env.sim.data._data, self.start, self.state_parts)  # type: ignore[attr-defined]
             self.env.set_init_state(self.states[seed])
         for _ in range(10):
             self.raw, *_ = self.env.step(SETTLE)
         return self._observe()
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
-        """Executes an action for 50 ms: what is seen then, and whether the task is done."""
+        """Execute an action for 50 ms.
+
+        Args:
+            action: (7,), see the class.
+
+        Returns:
+            The observation after the action, and whether the task is done.
+
+        Raises:
+            InputError: When the action has another shape.
+        """
         action = np.asarray(action, np.float64).copy()
         if action.shape != (len(ACTIONS),):
             raise InputError(
@@ -170,11 +198,12 @@ class LiberoEnv:
         return self._observe(), bool(done)
 
     def close(self) -> None:
-        """Frees the simulator."""
-        self._draw_here()  # what robosuite frees, it frees in the context that is current
+        """Free the simulator."""
+        self._draw_here()  # robosuite frees what belongs to the current OpenGL context
         self.env.close()
 
     def _observe(self) -> Observation:
+        """Return the present observation, whose pictures are not drawn yet."""
         state = np.concatenate(
             [
                 self.raw["robot0_eef_pos"],
@@ -188,8 +217,9 @@ class LiberoEnv:
 
     @cached_property
     def _unplaced(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where bodies are before furniture is placed: LIBERO places what stands on it relative to
-        that.
+        """The bodies' positions and rotations before LIBERO places the furniture.
+
+        LIBERO places the objects on the furniture relative to these.
         """
         import mujoco
 
@@ -197,6 +227,7 @@ class LiberoEnv:
         return fresh.body_pos.copy(), fresh.body_quat.copy()
 
     def _draw(self, instant: int, camera: str) -> np.ndarray:
+        """Draw a camera's picture, or raise InputError when its instant has passed."""
         if instant != self.instant:
             raise InputError(
                 "pictures of the present",
@@ -208,13 +239,13 @@ class LiberoEnv:
         picture = self.env.sim.render(
             width=size, height=size, camera_name=RAW[camera].removesuffix("_image")
         )
-        # OpenGL's first row is the lowest, and the benchmark's cameras are mounted the other way
-        # round.
+        # OpenGL's first row is the lowest, and the benchmark's cameras are mounted upside down.
         return np.ascontiguousarray(picture[::-1, ::-1])
 
     def _draw_late(self) -> None:
-        """Where robosuite draws, at the first of a step's 25 ticks, it now only remembers what
-        there was to be seen.
+        """Let robosuite save the scene where it would draw it, at the first of a step's 25 ticks.
+
+        `_draw` draws the saved scene later.
         """
         from robosuite.utils.observables import sensor
 
@@ -226,18 +257,20 @@ class LiberoEnv:
             shown._data = copy(sim.data._data)
             return np.zeros(1)
 
-        first, *others = RAW.values()
-        self.world._observables[first].set_sensor(remember)
-        for camera in others:  # both see the same instant
+        first_camera, *other_cameras = RAW.values()
+        self.world._observables[first_camera].set_sensor(remember)
+        for camera in other_cameras:  # one saved scene serves all cameras
             self.world._observables[camera].set_enabled(False)
 
     def _draw_here(self) -> None:
-        """Of several worlds in a process each has its own OpenGL context; robosuite draws in
-        whichever came last.
+        """Make this world's OpenGL context the current one.
+
+        Each world in a process has a context, and robosuite draws in the one that was made last.
         """
         self.env.sim._render_context_offscreen.gl_ctx.make_current()
 
     def _draw_quickly(self) -> None:
+        """Turn shadows, reflections and multisampling off."""
         import mujoco
 
         context = self.env.sim._render_context_offscreen
@@ -250,8 +283,9 @@ class LiberoEnv:
 
 
 def _axis_angle(quaternion: np.ndarray) -> np.ndarray:
-    """(3,) of a quaternion x, y, z, w, as the public datasets have it: angles up to a whole turn,
-    where scipy's rotation vectors go by the shorter way.
+    """Convert a quaternion (x, y, z, w) to a (3,) axis-angle as in the public datasets.
+
+    Angles go up to a full turn there, whereas scipy's rotation vectors never exceed half a turn.
     """
     sine = np.linalg.norm(quaternion[:3])
     return (
@@ -260,7 +294,7 @@ def _axis_angle(quaternion: np.ndarray) -> np.ndarray:
 
 
 class Libero:
-    """LIBERO, as evaluation and collection ask for it (vla0.sim.simulator.Simulator)."""
+    """LIBERO as a `vla0.sim.simulator.Simulator`, which evaluation and collection use."""
 
     cameras = CAMERAS
     actions = ACTIONS
@@ -270,7 +304,7 @@ class Libero:
     image_size = IMAGE_SIZE
     fps = FPS
     any_fps = False
-    heavy = True  # a world takes a gigabyte and seconds to build
+    heavy = True  # a world takes a gigabyte of memory, and building it takes seconds
     seeds = SEEDS
     evaluation_seeds = EVALUATION_SEEDS
     noise = NOISE
@@ -278,20 +312,28 @@ class Libero:
     options = Options
 
     def ready(self) -> None:
-        """Raises InputError where LIBERO's meshes are not there."""
+        """Raise InputError when LIBERO's meshes are missing."""
         assets()
 
     def tasks(self, names: Sequence[str], suite: str | None = None) -> tuple[str, ...]:
-        """Tasks "suite/name" of names or numbers in a suite, and all of a suite's."""
-        found = [task_named(name) for name in names]
-        return (*found, *(tasks(suite) if suite else ()))
+        """Return the full names "suite/name" of tasks, and of all tasks of a suite.
+
+        Args:
+            names: "suite/name" or "suite/number", each.
+            suite: Name of a suite, or None.
+
+        Raises:
+            InputError: When a task or the suite does not exist.
+        """
+        named_tasks = [task_named(name) for name in names]
+        return (*named_tasks, *(tasks(suite) if suite else ()))
 
     def instruction(self, task: str) -> str:
-        """What the policy is told to do."""
+        """Return the instruction that the policy receives for a task."""
         return instruction(task)
 
     def provenance(self) -> dict[str, Any]:
-        """Versions, and whether the meshes are the real ones."""
+        """Return the versions, and how many meshes are stand-ins."""
         return provenance()
 
     def make(
@@ -303,16 +345,16 @@ class Libero:
         fps: float | None = None,
         options: Options | None = None,
     ) -> LiberoEnv:
-        """The Env of a task; of one rate, whatever `fps` says."""
-        own = options or Options()
-        return LiberoEnv(task, image_size or IMAGE_SIZE, max_steps, own.quick)
+        """Make the Env of a task. LIBERO has a single rate, so `fps` changes nothing."""
+        options = options or Options()
+        return LiberoEnv(task, image_size or IMAGE_SIZE, max_steps, options.quick)
 
     def has_expert(self, task: str) -> bool:
-        """Whether the scripted expert knows what to do."""
+        """Return whether the scripted expert can solve a task."""
         return has_expert(task)
 
     def make_expert(self, env: LiberoEnv) -> Any:
-        """The scripted expert of its task."""
+        """Make the scripted expert for the task of an Env."""
         from vla0.sim.libero_expert import LiberoExpert
 
         return LiberoExpert(env)

@@ -1,4 +1,4 @@
-"""LIBERO's tasks, initial states and meshes: what can be known of it without a simulator."""
+"""LIBERO's tasks, initial states and meshes, read without starting the simulator."""
 
 import importlib.util
 import logging
@@ -20,7 +20,7 @@ from vla0.files import set_aside
 
 logger = logging.getLogger(__name__)
 
-# caps
+# Caps: the steps after which an episode of a suite has failed.
 STEPS = {
     "libero_spatial": 220,
     "libero_object": 280,
@@ -32,8 +32,8 @@ SUITES = {name.removeprefix("libero_"): (name,) for name in STEPS} | {
     "long": ("libero_10",),
     "all": ("libero_spatial", "libero_object", "libero_goal", "libero_10"),
 }
-MUJOCO = "3.3.2"  # later ones render darker (LIBERO issue 88, lerobot issue 4390)
-ASSETS = "VLA0_LIBERO_ASSETS"  # environment variable: folder of the meshes
+MUJOCO = "3.3.2"  # later versions render darker (LIBERO issue 88, lerobot issue 4390)
+ASSETS = "VLA0_LIBERO_ASSETS"  # the environment variable that names the folder of the meshes
 FOLDERS = (
     "articulated_objects",
     "stable_scanned_objects",
@@ -44,8 +44,14 @@ FOLDERS = (
 
 
 def tasks(suite: str) -> tuple[str, ...]:
-    """The tasks "suite/name" of a suite (spatial, object, goal, 10 or long, 90; with or without
-    "libero_") or of all four.
+    """Return the tasks "suite/name" of a suite.
+
+    Args:
+        suite: spatial, object, goal, 10 or long, or 90, with or without "libero_" before it. "all"
+            means the first four.
+
+    Raises:
+        InputError: When the suite does not exist.
     """
     short = suite.removeprefix("libero_")
     if short not in SUITES:
@@ -54,9 +60,13 @@ def tasks(suite: str) -> tuple[str, ...]:
 
 
 def task_named(task: str) -> str:
-    """The task "suite/name", named so or "suite/number" in the official order.
+    """Return the full name "suite/name" of a task.
 
-    Raises InputError, naming the nearest.
+    Args:
+        task: "suite/name", or "suite/number" where the number counts in the official order.
+
+    Raises:
+        InputError: When there is no such task. The message names the nearest one.
     """
     suite, _, name = task.partition("/")
     known = tasks(suite)
@@ -73,7 +83,7 @@ def task_named(task: str) -> str:
 
 
 def instruction(task: str) -> str:
-    """The instruction of a task, as the benchmark makes it of its name."""
+    """Derive the instruction of a task from its name, as the benchmark does."""
     name = task.partition("/")[2]
     if name[0].isupper():  # "LIVING_ROOM_SCENE2_put_..."
         name = name.partition("SCENE")[2].partition("_")[2]
@@ -81,7 +91,7 @@ def instruction(task: str) -> str:
 
 
 def goals(task: str) -> set[str]:
-    """The kinds of goal of a task: "in", "on", "open", "close", "turnon", "turnoff"."""
+    """Return a task's kinds of goal, of "in", "on", "open", "close", "turnon" and "turnoff"."""
     suite, name = task.split("/")
     text = (package() / "bddl_files" / suite / f"{name}.bddl").read_text(encoding="utf-8")
     return {kind.lower() for kind in re.findall(r"\((\w+)", text[text.index("(:goal") + 6 :])} - {
@@ -90,47 +100,55 @@ def goals(task: str) -> set[str]:
 
 
 def has_expert(task: str) -> bool:
-    """Whether the scripted expert knows what to do: pick and place, nothing to open or turn on, no
-    drawer to reach into.
+    """Return whether the scripted expert can solve a task.
+
+    It picks and places. It cannot open things, turn them on or reach into a drawer.
     """
     return goals(task) <= {"in", "on"} and "drawer" not in instruction(task)
 
 
 def provenance() -> dict[str, Any]:
-    """What a result depends on: versions, and whether the meshes are the real ones.
+    """Return what a result depends on: the versions, and how many meshes are stand-ins.
 
-    Warns of what spoils a comparison.
+    The log warns of whatever spoils a comparison.
     """
-    found: dict[str, Any] = {
+    versions: dict[str, Any] = {
         package: metadata.version(package) for package in ("hf-libero", "robosuite", "mujoco")
     }
-    if found["mujoco"] != MUJOCO:
+    if versions["mujoco"] != MUJOCO:
         logger.warning(
             "MuJoCo %s: LIBERO's pictures differ from %s on; results fall by points",
-            found["mujoco"],
+            versions["mujoco"],
             MUJOCO,
         )
-    found["stand-in assets"] = standins()
-    if found["stand-in assets"]:
+    versions["stand-in assets"] = standins()
+    if versions["stand-in assets"]:
         logger.warning(
             "%d of LIBERO's meshes are stand-ins: no result is comparable to a published one",
-            found["stand-in assets"],
+            versions["stand-in assets"],
         )
-    return found
+    return versions
 
 
 def standins() -> int:
-    """How many of the meshes are not the real ones."""
+    """Count the meshes that are stand-ins for the real ones."""
     file = assets() / "STANDINS.txt"
     return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
 
 
 def assets() -> Path:
-    """The folder of LIBERO's meshes: $VLA0_LIBERO_ASSETS, those inside the package, or those that
-    hf-libero downloaded.
+    """Return the folder of LIBERO's meshes.
+
+    It is $VLA0_LIBERO_ASSETS where that is set. Otherwise it is the folder inside the package, or
+    the one to which hf-libero downloads.
+
+    Raises:
+        InputError: When the meshes are not there.
     """
-    given = os.environ.get(ASSETS)
-    places = [Path(given).expanduser()] if given else [package() / "assets", ASSETS_FOLDER]
+    set_folder = os.environ.get(ASSETS)
+    places = (
+        [Path(set_folder).expanduser()] if set_folder else [package() / "assets", ASSETS_FOLDER]
+    )
     for place in places:
         if all((place / folder).is_dir() for folder in FOLDERS):
             return place.resolve()
@@ -141,16 +159,18 @@ def assets() -> Path:
 
 @cache
 def package() -> Path:
-    """The folder of hf-libero."""
-    found = importlib.util.find_spec("libero")
-    if found is None or found.origin is None:
+    """Return the folder of hf-libero, or raise InputError when it is not installed."""
+    module = importlib.util.find_spec("libero")
+    if module is None or module.origin is None:
         raise InputError("LIBERO", "no hf-libero", "pip install 'vla0[libero]'")
-    return Path(found.origin).parent / "libero"
+    return Path(module.origin).parent / "libero"
 
 
 @cache
 def _task_map() -> dict[str, list[str]]:
-    # By its path: the package around it imports torch, which no simulator's process needs.
+    """Return the names of the tasks of each suite, in the official order."""
+    # The file is run by its path, because the package around it imports torch, which no simulator's
+    # process needs.
     return runpy.run_path(str(package() / "benchmark" / "libero_suite_task_map.py"))[
         "libero_task_map"
     ]
@@ -158,8 +178,12 @@ def _task_map() -> dict[str, list[str]]:
 
 @cache
 def environment() -> Any:
-    """hf-libero's environment, imported with a configuration of ours: without one it asks at a
-    prompt, and downloads.
+    """Import hf-libero's environment class with a configuration that this function writes.
+
+    Without a configuration, hf-libero would ask at a prompt and download files.
+
+    Raises:
+        InputError: When hf-libero or its meshes are missing.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vla0" / "libero"
     paths = {
@@ -173,7 +197,7 @@ def environment() -> Any:
     with set_aside(folder / "config.yaml") as partial:
         partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.environ["LIBERO_CONFIG_PATH"] = str(folder)
-    logging.disable(logging.WARNING)  # robosuite's advice on its own set-up
+    logging.disable(logging.WARNING)  # hides robosuite's advice on its own set-up
     try:
         import libero.libero as installed
 
@@ -187,6 +211,6 @@ def environment() -> Any:
 
 
 def initial_states(file: Path) -> np.ndarray:
-    """(50, S) simulator states of a task; torch's file format, read without torch."""
+    """Read the (50, S) initial states of a task from a file of torch's format, without torch."""
     with zipfile.ZipFile(file) as archive, archive.open("archive/data.pkl") as content:
         return np.asarray(load_arrays(content, str(file)))

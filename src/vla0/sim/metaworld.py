@@ -1,4 +1,4 @@
-"""Meta-World 3.0.0 on MuJoCo as an Env, its scripted experts, and an instruction for each task."""
+"""Meta-World 3.0.0 on MuJoCo as an Env, with its scripted experts and an instruction per task."""
 
 import warnings
 from collections.abc import Sequence
@@ -16,22 +16,23 @@ from vla0.core.spec import Observation
 from vla0.errors import InputError, nearest
 from vla0.sim.simulator import refuse_suite, renderer
 
-CAMERAS = {"front": "observation.images.front"}  # ours → key in a dataset
+CAMERAS = {"front": "observation.images.front"}  # maps our camera names to keys of a dataset
 ACTIONS = ("dx", "dy", "dz", "gripper")
-RANGES = ((-1.0, 1.0),) * 4  # of the actions; beyond them they are clipped
-SWITCHES = ()  # actions of which only the sign counts
+RANGES = ((-1.0, 1.0),) * 4  # bounds of the actions; values outside are clipped
+SWITCHES = ()  # the dimensions of an action of which only the sign counts
 STATES = ("x", "y", "z", "gripper")
 IMAGE_SIZE = 112
-STEPS = 150  # after which an episode has failed
-SEEDS = range(10_000)  # of demonstrations
-FIRST_SEED = 10_000  # of an evaluation: what is tested was never seen
+STEPS = 150  # an episode that lasts longer has failed
+SEEDS = range(10_000)  # seeds of demonstrations
+FIRST_SEED = 10_000  # first seed of an evaluation, so that no demonstration is tested
 EVALUATION_SEEDS = range(FIRST_SEED, 2**31)
 NOISE = (0.3, 0.3)  # share of a demonstration's steps that are disturbed, and how much
 CAMERA = "front"
-STARTS = {  # where the hand may start, metres from Meta-World's own place: (low, high) of x, y, z
+# Where the hand may start: (low, high) of x, y, z in m, measured from Meta-World's own place.
+STARTS = {
     "stock": ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),
-    # From the stock place some tasks are solved by pushing one way without looking; from above they
-    # are not (docs/results.md).
+    # From the stock place, a policy can solve some tasks by pushing in a fixed direction without
+    # looking. From above it cannot (docs/results.md).
     "above": ((-0.02, -0.02, 0.18), (0.02, 0.02, 0.22)),
 }
 FPS = 80  # Meta-World's own control rate: 0.0025 s x 5 substeps a tick
@@ -54,12 +55,12 @@ SENTENCES = {
 
 @cache
 def provenance() -> dict[str, str]:
-    """The versions that a result depends on."""
+    """Return the versions that a result depends on."""
     return {package: metadata.version(package) for package in ("metaworld", "mujoco")}
 
 
 def check_task(task: str) -> None:
-    """Raises InputError for an unknown task."""
+    """Raise InputError for an unknown task."""
     if task not in ALL_V3_ENVIRONMENTS:
         raise InputError(
             f"a Meta-World task of {len(ALL_V3_ENVIRONMENTS)}",
@@ -69,15 +70,15 @@ def check_task(task: str) -> None:
 
 
 def instruction(task: str) -> str:
-    """The instruction of a task."""
+    """Return the instruction of a task."""
     return SENTENCES.get(task, task.removesuffix("-v3").replace("-", " "))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What can be set in Meta-World alone."""
+    """The options that only Meta-World has."""
 
-    start: str = "stock"  # where the hand starts: "stock", its one place, or "above"
+    start: str = "stock"  # where the hand starts: "stock", which is a fixed place, or "above"
 
     def __post_init__(self):
         if self.start not in STARTS:
@@ -87,11 +88,20 @@ class Options:
 class MetaWorldEnv:
     """One Meta-World task seen from a single camera close by.
 
-    Actions (4,): dx, dy, dz of the hand and the gripper, in [-1, 1]; outside they are clipped, as
-    Meta-World does. State (4,): position of the hand (m) and opening of the gripper. The seed
-    places the objects, and with start "above" the hand. fps: the rate of decisions; an action is
-    repeated in between. Shadows, reflections and multisampling are off: on a CPU they are most of a
-    picture's cost.
+    An action (4,) is dx, dy, dz of the hand and the gripper, in [-1, 1]. Values outside are
+    clipped, as Meta-World does. A state (4,) is the position of the hand in m and the opening of
+    the gripper. Pictures have no shadows, reflections and multisampling, which on a CPU would be
+    most of their cost.
+
+    Args:
+        task: A name of Meta-World's, such as "drawer-close-v3".
+        image_size: Side of the pictures in pixels.
+        max_steps: Steps after which an episode has failed.
+        start: Where the hand starts, a key of STARTS.
+        fps: Decisions per second. In between, the action is repeated.
+
+    Raises:
+        InputError: When the task or the start is unknown, or fps is not a whole part of 80.
     """
 
     def __init__(
@@ -112,8 +122,8 @@ class MetaWorldEnv:
         self.fps, self.ticks = float(fps), round(FPS / fps)
         self.instruction = instruction(task)
         self.env = ALL_V3_ENVIRONMENTS[task]()
-        # Seeded placement of the objects, new at each reset: what Meta-World's benchmark wrappers
-        # do task by task.
+        # The objects are placed anew by the seed at each reset. Meta-World's benchmark wrappers do
+        # that task by task.
         self.env._set_task_called, self.env._freeze_rand_vec, self.env.seeded_rand_vec = (
             True,
             False,
@@ -128,17 +138,21 @@ class MetaWorldEnv:
         self.camera = mujoco.MjvCamera()  # type: ignore[attr-defined]
         self.camera.lookat[:] = (0.0, 0.7, 0.1)
         self.camera.distance, self.camera.azimuth, self.camera.elevation = 1.0, 145.0, -30.0
-        self.full_state = np.zeros(39)  # what the expert sees
+        self.full_state = np.zeros(39)  # what the expert acts on
 
     def reset(self, seed: int) -> Observation:
-        """Starts the episode whose objects lie, and whose hand starts, where the seed puts them."""
+        """Start the episode of a seed, which places the objects and, with "above", the hand."""
         self.env.hand_init_pos = self.hand + np.random.default_rng([seed, 1]).uniform(*self.start)
         self.env.seed(seed)
         self.full_state, _ = self.env.reset()
         return self._observe()
 
     def step(self, action: np.ndarray) -> tuple[Observation, bool]:
-        """What is seen 1/fps s later, and whether Meta-World has called the task solved by then."""
+        """Execute an action for 1/fps s.
+
+        Returns:
+            The observation after the action, and whether Meta-World called the task solved.
+        """
         success = False
         for _ in range(self.ticks):
             self.full_state, _, _, _, info = self.env.step(np.clip(action, -1, 1))
@@ -146,10 +160,11 @@ class MetaWorldEnv:
         return self._observe(), success
 
     def close(self) -> None:
-        """Frees the renderer."""
+        """Free the renderer."""
         self.renderer.close()
 
     def _observe(self) -> Observation:
+        """Draw the present observation."""
         self.renderer.update_scene(self.env.data, self.camera)
         return Observation(
             {CAMERA: self.renderer.render()},
@@ -159,8 +174,9 @@ class MetaWorldEnv:
 
 
 class MetaWorldExpert:
-    """Meta-World's scripted policy for the task: acts on the simulator's full state, not on the
-    picture.
+    """Meta-World's scripted policy for the task of an Env.
+
+    It acts on the simulator's full state and looks at no picture.
     """
 
     def __init__(self, env: MetaWorldEnv):
@@ -168,17 +184,17 @@ class MetaWorldExpert:
         self.expert = metaworld.policies.ENV_POLICY_MAP[env.task]()
 
     def reset(self) -> None:
-        """Nothing: the expert looks at the present alone."""
+        """Do nothing, because the expert remembers nothing."""
 
     def act(self, observation: Observation) -> np.ndarray:
-        """(4,) float32 in [-1, 1]: what the expert does now."""
+        """Return the expert's next action: (4,) float32 in [-1, 1]."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says of its own actions that they will be clipped
+            warnings.simplefilter("ignore")  # the expert warns that its actions will be clipped
             return np.clip(self.expert.get_action(self.env.full_state), -1, 1).astype(np.float32)
 
 
 class MetaWorld:
-    """Meta-World, as evaluation and collection ask for it (vla0.sim.simulator.Simulator)."""
+    """Meta-World as a `vla0.sim.simulator.Simulator`, which evaluation and collection use."""
 
     cameras = CAMERAS
     actions = ACTIONS
@@ -196,21 +212,21 @@ class MetaWorld:
     options = Options
 
     def ready(self) -> None:
-        """Nothing more is needed."""
+        """Do nothing, because Meta-World needs no further files."""
 
     def tasks(self, names: Sequence[str], suite: str | None = None) -> tuple[str, ...]:
-        """The tasks as they are named; there are no suites."""
+        """Return the names as they are, or raise InputError for an unknown task or a suite."""
         refuse_suite("metaworld", suite)
         for name in names:
             check_task(name)
         return tuple(names)
 
     def instruction(self, task: str) -> str:
-        """What the policy is told to do."""
+        """Return the instruction that the policy receives for a task."""
         return instruction(task)
 
     def provenance(self) -> dict[str, Any]:
-        """The versions that a result depends on."""
+        """Return the versions that a result depends on."""
         return provenance()
 
     def make(
@@ -222,19 +238,19 @@ class MetaWorld:
         fps: float | None = None,
         options: Options | None = None,
     ) -> MetaWorldEnv:
-        """The Env of a task."""
-        own = options or Options()
+        """Make the Env of a task."""
+        options = options or Options()
         return MetaWorldEnv(
-            task, image_size or IMAGE_SIZE, max_steps or STEPS, own.start, fps or FPS
+            task, image_size or IMAGE_SIZE, max_steps or STEPS, options.start, fps or FPS
         )
 
     def has_expert(self, task: str) -> bool:
-        """Whether Meta-World has a scripted policy for the task."""
+        """Return whether Meta-World has a scripted policy for a task."""
         check_task(task)
         return task in metaworld.policies.ENV_POLICY_MAP
 
     def make_expert(self, env: MetaWorldEnv) -> MetaWorldExpert:
-        """The scripted expert of its task."""
+        """Make the scripted expert for the task of an Env."""
         return MetaWorldExpert(env)
 
 

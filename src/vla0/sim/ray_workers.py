@@ -1,5 +1,6 @@
-"""The same episodes on the machines of a Ray cluster: on each GPU a policy of its own, with
-simulators beside it.
+"""Roll out episodes on the machines of a Ray cluster.
+
+Each GPU holds a policy, with simulators beside it.
 """
 
 import logging
@@ -17,11 +18,18 @@ from vla0.sim.workers import ATTEMPTS, Job, Predict, RolloutConfig, WorkerPool
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
-TURNS = 4  # episodes for each simulator that a worker takes at once: a world is built once for them
+# A worker takes so many episodes per simulator at once. A world is then built once for all of them.
+TURNS = 4
 
 
 class RayWorker:
-    """A policy and its simulators: one of Ray's actors."""
+    """A policy and its simulators, which run as an actor of Ray's.
+
+    Args:
+        load: Loads the policies by name.
+        rollout: How episodes are rolled out.
+        count: Number of simulators.
+    """
 
     def __init__(
         self, load: Callable[[], Mapping[str, Predict]], rollout: RolloutConfig, count: int
@@ -29,8 +37,11 @@ class RayWorker:
         self.policies, self.rollout, self.count = load(), rollout, count
 
     def run(self, jobs: list[Job], lines: Any) -> None:
-        """Works through the jobs; each line goes into the queue `lines` with the files that belong
-        to it.
+        """Work through the jobs.
+
+        Args:
+            jobs: The episodes to play.
+            lines: A queue of Ray's. It receives (line, {file: content}) for each episode.
         """
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder)
@@ -51,12 +62,19 @@ class RayWorker:
 
 
 class RayWorkerPool:
-    """As `WorkerPool`, on every machine that a Ray cluster has.
+    """Does what `WorkerPool` does, on every machine of a Ray cluster.
 
-    address: "local" starts a Ray on this machine alone; else a running one's, as `ray.init` takes
-    it ("auto", "host:6379", "ray://host:10001"). load: gives the policies by name, on each machine:
-    the checkpoint must be found there too, as must LIBERO's meshes. count: simulators beside each
-    policy, no more than its share of cores. What a lost machine was doing is done again elsewhere.
+    The episodes that a lost machine was playing are played again elsewhere.
+
+    Args:
+        address: "local" starts Ray on this machine alone. Otherwise it is the address of a running
+            cluster, as `ray.init` takes it ("auto", "host:6379", "ray://host:10001").
+        load: Loads the policies by name on each machine, where the checkpoint and LIBERO's meshes
+            must be found too.
+        policies: The policies by name. Only the names are used.
+        rollout: How episodes are rolled out.
+        out: Folder for the videos and the actions of the episodes.
+        count: Simulators beside each policy, limited to its share of the cores.
     """
 
     def __init__(
@@ -76,14 +94,15 @@ class RayWorkerPool:
             count,
         )
         self.idle: list[Any] = []
-        # the promise of a run → (worker, jobs without a line yet)
+        # {the promise of a run: (worker, jobs without a line yet)}
         self.busy: dict[Any, tuple[Any, list[Job]]] = {}
         self.attempts: dict[Job, int] = {}
 
     def run(self, jobs: deque[Job], record: Callable[[dict[str, Any]], None]) -> None:
-        """Works through the jobs, as `WorkerPool.run`.
+        """Work through the jobs as `WorkerPool.run` does.
 
-        Raises InputError where Ray is missing, out of reach, or nobody is left.
+        Raises:
+            InputError: When Ray is missing or out of reach, or no machine is left.
         """
         try:
             import ray
@@ -122,7 +141,7 @@ class RayWorkerPool:
             ray.shutdown()
 
     def _reach(self) -> None:
-        """Says at once what Ray says after a minute."""
+        """Raise InputError at once for an address that does not answer; Ray would take a minute."""
         host, _, port = self.address.removeprefix("ray://").rpartition(":")
         if port.isdigit():
             try:
@@ -133,7 +152,7 @@ class RayWorkerPool:
                 ) from None
 
     def _spawn(self) -> None:
-        """A worker for each GPU, or for each machine where there is none."""
+        """Start a worker for each GPU, and one on each machine that has none."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         for node in self.ray.nodes():
@@ -155,6 +174,7 @@ class RayWorkerPool:
             )
 
     def _assign(self, jobs: deque[Job]) -> None:
+        """Give jobs to the idle workers."""
         while jobs and self.idle:
             taken = [jobs.popleft()]
             while (
@@ -167,6 +187,7 @@ class RayWorkerPool:
             self.busy[worker.run.remote(taken, self.lines)] = (worker, taken)
 
     def _record(self, record: Callable[[dict[str, Any]], None]) -> None:
+        """Record the lines that have arrived, and write their files."""
         while not self.lines.empty():
             line, files = self.lines.get()
             for name, content in files.items():
@@ -178,13 +199,14 @@ class RayWorkerPool:
                     waiting.remove(job)
 
     def _ended(self, promise: Any, jobs: deque[Job]) -> None:
+        """Take note that a run has ended, and put the jobs of a lost worker back."""
         from ray.exceptions import RayActorError, RayTaskError
 
-        worker, left = self.busy.pop(promise)
+        worker, unfinished = self.busy.pop(promise)
         try:
             self.ray.get(promise)
             self.idle.append(worker)
-        except RayTaskError as error:  # the policy's or the caller's: the same everywhere
+        except RayTaskError as error:  # an error of the policy or the caller, the same everywhere
             raise error.cause or error from None
         except RayActorError as error:
             if error.actor_init_failed:
@@ -193,11 +215,13 @@ class RayWorkerPool:
                     "workers that start", why, "vla0 and the checkpoint must be on each machine"
                 ) from None
             logger.warning(
-                "a worker of the cluster is lost, %d episodes go to others: %s", len(left), error
+                "a worker of the cluster is lost, %d episodes go to others: %s",
+                len(unfinished),
+                error,
             )
-            for job in left:
+            for job in unfinished:
                 self.attempts[job] = self.attempts.get(job, 0) + 1
-            jobs.extend(job for job in left if self.attempts[job] < ATTEMPTS)
+            jobs.extend(job for job in unfinished if self.attempts[job] < ATTEMPTS)
             if not self.idle and not self.busy:
                 raise InputError(
                     "a machine of the cluster", "none that lives", "the same command goes on later"

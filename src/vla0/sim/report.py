@@ -1,5 +1,6 @@
-"""episodes.jsonl → a report.html to look at: success per task, videos, predicted against executed
-actions.
+"""Turn episodes.jsonl into report.html.
+
+The page shows the success per task, videos, and the predicted and executed actions.
 """
 
 import base64
@@ -15,7 +16,7 @@ from vla0.errors import InputError, nearest
 from vla0.files import read_json
 from vla0.sim.results import PUBLISHED, mean_success, read_episodes, suites, summary, wilson
 
-BASELINES = {  # policies to compare with, and what the page says of them
+BASELINES = {  # the policies to compare with, and what the page says about each
     "blank": "the policy was given black pictures; the videos show what was there",
     "swapped": "the policy was given the next task's instruction",
     "random": "uniform actions between the bounds",
@@ -24,15 +25,15 @@ BASELINES = {  # policies to compare with, and what the page says of them
 
 
 def refuse_unknown_baselines(names: Sequence[str]) -> None:
-    """Raises InputError for a baseline that there is not."""
+    """Raise InputError for an unknown baseline."""
     if wrong := [name for name in names if name not in BASELINES]:
         raise InputError(
             f"a baseline of {tuple(BASELINES)}", f"'{wrong[0]}'", nearest(wrong[0], BASELINES)
         )
 
 
-SHOWN = 6  # episodes of each policy and task that the page holds; the others stay in videos/
-STUCK = 20  # the same action so often at a failure's end is worth saying
+SHOWN = 6  # the page shows so many episodes of each policy and task; the others stay in videos/
+STUCK = 20  # the page says so when a failure ends with the same action so many times
 
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;color:#1c2330;background:#fff}
@@ -53,9 +54,18 @@ svg{width:100%;height:auto;margin-top:.3rem}details{margin:.6rem 0}
 def write_report(
     out: str | Path, title: str = "vla0 evaluation", names: Sequence[str] | None = None
 ) -> Path:
-    """Writes `out`/report.html from `out`/episodes.jsonl: one file, nothing loaded from elsewhere.
+    """Write `out`/report.html from `out`/episodes.jsonl, as one file that loads nothing.
 
-    names: of the action's dimensions, where they are known.
+    Args:
+        out: Folder of the results.
+        title: Title of the page.
+        names: Names of the action's dimensions, where they are known.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        InputError: When there are no episodes, or their files were not made by vla0.
     """
     out = Path(out)
     lines = read_episodes(out / "episodes.jsonl")
@@ -69,7 +79,7 @@ def write_report(
         for policy, tasks in summarised.items()
         for task in tasks
     }
-    shown = {place: _shown(out, those) for place, those in lines_of.items()}
+    shown = {section: _shown(out, its_lines) for section, its_lines in lines_of.items()}
     scale = _scale([drawn for figures in shown.values() for _, drawn in figures])
     parts = [
         f"<h1>{escape(title)}</h1><p class=says>{_headline(summarised)}</p>",
@@ -77,7 +87,8 @@ def write_report(
         _settings(out / "evaluation.json"),
     ]
     parts += [
-        _section(out, *place, lines_of[place], shown[place], scale, names) for place in lines_of
+        _section(out, *section, lines_of[section], shown[section], scale, names)
+        for section in lines_of
     ]
     page = (
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
@@ -89,14 +100,14 @@ def write_report(
     return file
 
 
-Rows = Mapping[str, Mapping[str, Any]]  # task → what `summary` found
-# of an episode: actions (T, D), queries (Q,), chunks (Q, H, D)
+Rows = Mapping[str, Mapping[str, Any]]  # the summary of each task
+# What is drawn of an episode: actions (T, D), queries (Q,), chunks (Q, H, D)
 Drawn = tuple[np.ndarray, np.ndarray, np.ndarray]
 Scale = tuple[np.ndarray, np.ndarray]  # (D,) low and high
 
 
 def _headline(summarised: Mapping[str, Rows]) -> str:
-    """What came of the first policy, in one line."""
+    """Return the result of the first policy in one sentence."""
     policy, tasks = next(iter(summarised.items()))
     solved, ended = (sum(row[key] for row in tasks.values()) for key in ("successes", "episodes"))
     if not ended:
@@ -109,15 +120,16 @@ def _headline(summarised: Mapping[str, Rows]) -> str:
 
 
 def _table(summarised: Mapping[str, Rows]) -> str:
-    """A row for each task, suite and the mean; a column for each policy, and for what was published
-    where something was.
+    """Return a table with a row per task and suite and for the mean, and a column per policy.
+
+    Where results of these suites were published, they have a column too.
     """
     grouped = {policy: suites(tasks) for policy, tasks in summarised.items()}
-    every = sorted({task for tasks in summarised.values() for task in tasks})
+    all_tasks = sorted({task for tasks in summarised.values() for task in tasks})
     published = any(suite in PUBLISHED for suite in grouped.get("policy", {}))
     rows = [
         f"<tr><td>{_wrapping(task)}{_cells([tasks.get(task) for tasks in summarised.values()])}"
-        for task in every
+        for task in all_tasks
     ]
     for suite in sorted({suite for rows_of in grouped.values() for suite in rows_of}):
         stated = f"<td>{PUBLISHED[suite]} %" if published and suite in PUBLISHED else ""
@@ -143,10 +155,12 @@ def _table(summarised: Mapping[str, Rows]) -> str:
 
 
 def _cells(rows: Sequence[Mapping[str, Any] | None]) -> str:
+    """Return the cells of a row of the table."""
     return "".join(f"<td>{'' if row is None else _cell(row)}" for row in rows)
 
 
 def _cell(row: Mapping[str, Any]) -> str:
+    """Return what a cell says: successes, a bar, the interval, steps and errors."""
     rate, low, high = row["successes"] / max(row["episodes"], 1), row["low"], row["high"]
     steps = f", {row['steps']:.0f} steps" if row.get("steps") is not None else ""
     errors = (
@@ -162,11 +176,12 @@ def _cell(row: Mapping[str, Any]) -> str:
 
 
 def _wrapping(name: str) -> str:
+    """Escape a name and let it wrap at underscores and slashes."""
     return escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>")
 
 
 def _settings(file: Path) -> str:
-    """What the results depend on, and what spoils a comparison."""
+    """Show what the results depend on, and warn of what spoils a comparison."""
     if not file.is_file():
         return ""
     text = file.read_text(encoding="utf-8")
@@ -184,8 +199,9 @@ def _settings(file: Path) -> str:
 
 
 def _shown(out: Path, lines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Drawn]]:
-    """The episodes of a policy and a task that the page holds, with what is drawn of each: failures
-    first.
+    """Return the episodes of a policy and a task that the page shows, failures first.
+
+    Each comes with what is drawn of it.
     """
     ended = sorted(
         (line for line in lines if line["error"] is None),
@@ -199,9 +215,9 @@ def _shown(out: Path, lines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[
 
 
 def _inside(out: Path, video: str) -> Path:
-    """A video's file.
+    """Return the file of a video.
 
-    Raises InputError for one that does not lie in the results' own folder, or is none.
+    InputError is raised when it is not an mp4 in the videos folder of the results.
     """
     file = (out / video).resolve()
     if not file.is_relative_to((out / "videos").resolve()) or file.suffix != ".mp4":
@@ -214,19 +230,20 @@ def _inside(out: Path, video: str) -> Path:
 
 
 def _scale(drawn: Sequence[Drawn]) -> Scale:
-    """One for each dimension, over all episodes of the page."""
-    each = [
+    """Return each dimension's lowest and highest value over all episodes of the page."""
+    series = [
         values.reshape(-1, values.shape[-1])
         for actions, _, chunks in drawn
         for values in (actions, chunks)
     ]
-    values = np.concatenate(each) if each else np.zeros((1, 1))
+    values = np.concatenate(series) if series else np.zeros((1, 1))
     return values.min(0), values.max(0)
 
 
 def _section(
     out: Path, policy: str, task: str, lines, shown, scale: Scale, names: Sequence[str] | None
 ) -> str:
+    """Return the section of a policy and a task: its episodes and its errors."""
     ended = sum(line["error"] is None for line in lines)
     figures = "".join(_figure(out, line, drawn, scale, names) for line, drawn in shown)
     errors = "".join(
@@ -250,11 +267,12 @@ def _section(
 def _figure(
     out: Path, line: Mapping[str, Any], drawn: Drawn, scale: Scale, names: Sequence[str] | None
 ) -> str:
+    """Return the figure of an episode: its video, what came of it, and its actions."""
     word = "<span class=ok>solved</span>" if line["success"] else "<span class=no>not solved</span>"
     video = base64.b64encode(_inside(out, line["video"]).read_bytes()).decode()
     actions = drawn[0]
     alike = len(actions) - int(np.flatnonzero((actions != actions[-1]).any(1)).max(initial=-1)) - 1
-    # A picture that an action does not change gives that action again, until the episode ends.
+    # Where an action does not change the picture, the policy repeats it until the episode ends.
     stuck = f", the last {alike} actions alike" if alike >= STUCK and not line["success"] else ""
     return (
         f"<figure><video controls autoplay muted loop playsinline preload=metadata "
@@ -273,14 +291,22 @@ def plot_actions(
     width: int = 240,
     row: int = 36,
 ) -> str:
-    """SVG of executed actions (T, D) and the chunks (Q, H, D) predicted at steps queries (Q,), a
-    row per dimension.
+    """Draw executed actions and predicted chunks as an SVG, with a row per dimension.
 
-    scale: what the rows span; None: what is drawn. A chunk of one step is what is executed, and not
-    drawn again.
+    A chunk of one step is not drawn, because it is the action that is executed.
+
+    Args:
+        actions: (T, D) executed actions.
+        queries: (Q,) steps at which the policy was queried.
+        chunks: (Q, H, D) chunks that it predicted then.
+        scale: (D,) low and high ends of the rows. None takes the range of the values.
+        names: Names of the dimensions.
+        width: Width of the drawing.
+        row: Height of a row.
     """
     low, high = _scale([(actions, queries, chunks)]) if scale is None else scale
-    longest, room = max(len(actions) - 1, 1), width - 28  # at the right the scale's numbers
+    # The room at the right is for the numbers of the scale.
+    last_step, room = max(len(actions) - 1, 1), width - 28
 
     def height(values, d):
         share = (
@@ -291,7 +317,7 @@ def plot_actions(
         return (d + 1) * row - 3 - share * (row - 14)
 
     def line(first, values, d, style):
-        x = (first + np.arange(len(values))) / longest * room
+        x = (first + np.arange(len(values))) / last_step * room
         points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, height(values, d), strict=True))
         return f"<polyline points='{points}' fill='none' {style}/>"
 

@@ -1,4 +1,4 @@
-"""episodes.jsonl → the table: success by task, by suite and by policy, with 95 % intervals."""
+"""Turn episodes.jsonl into tables of success by task, suite and policy, with 95 % intervals."""
 
 import json
 import math
@@ -13,12 +13,12 @@ from rich.table import Column, Table
 
 from vla0.errors import InputError
 
-# Success in percent, VLA-0, arXiv 2510.13054; the mean over the four is 94.7.
+# Success of VLA-0 in percent, from arXiv 2510.13054. The mean over the four suites is 94.7.
 PUBLISHED = {"libero_spatial": 97.0, "libero_object": 97.8, "libero_goal": 96.2, "libero_10": 87.6}
-# Its ablation, means over the four suites.
+# The ablation of the same paper: means over the four suites.
 PUBLISHED_ROWS = {"ensembling mean": 94.7, "no ensembling": 92.0, "separate images": 94.5}
 
-KINDS: dict[str, Any] = {  # key of a line → what its value may be
+KINDS: dict[str, Any] = {  # the type of the value for each key of a line
     "policy": str,
     "task": str,
     "seed": int,
@@ -30,10 +30,14 @@ KINDS: dict[str, Any] = {  # key of a line → what its value may be
 
 
 def read_episodes(file: Path) -> list[dict[str, Any]]:
-    """The lines of episodes.jsonl, of each policy, task and seed one that ended; none where there
-    is no file.
+    """Read the lines of episodes.jsonl.
 
-    Raises InputError for a line that is damaged, or is none of an evaluation.
+    Returns:
+        The error lines, and one line of a finished episode for each policy, task and seed. The list
+        is empty when there is no file.
+
+    Raises:
+        InputError: When a line is damaged, or does not come from an evaluation.
     """
     lines_read, ended = [], set()
     for number, text in enumerate(
@@ -54,7 +58,7 @@ def read_episodes(file: Path) -> list[dict[str, Any]]:
             )
         key = (line["policy"], line["task"], line["seed"])
         if line["error"] is None:
-            if key in ended:  # of two evaluators that wrote here
+            if key in ended:  # two evaluators wrote here
                 continue
             ended.add(key)
         lines_read.append(line)
@@ -62,17 +66,18 @@ def read_episodes(file: Path) -> list[dict[str, Any]]:
 
 
 def mend(file: Path) -> None:
-    """Cuts a last line that a kill left half-written."""
+    """Cut off a last line that was half written when the process was killed."""
     if file.exists():
         content = file.read_bytes()
         complete = content.rfind(b"\n") + 1
         if complete != len(content):
-            # in one instant: written anew, all lines would be lost to a kill in the middle
+            # Truncating happens in an instant. A kill while the file is rewritten would lose all
+            # lines.
             os.truncate(file, complete)
 
 
 def wilson(successes: int, episodes: int) -> tuple[float, float]:
-    """The 95 % interval of a success rate (Wilson 1927); (0, 1) of no episodes."""
+    """Return the 95 % interval of a success rate (Wilson 1927), or (0, 1) without episodes."""
     if episodes == 0:
         return 0.0, 1.0
     z, rate = 1.959964, successes / episodes
@@ -84,8 +89,11 @@ def wilson(successes: int, episodes: int) -> tuple[float, float]:
 
 
 def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """{policy: {task: {episodes, successes, errors, low, high, steps}}} of episodes.jsonl; steps:
-    median of the solved.
+    """Summarise the lines of episodes.jsonl.
+
+    Returns:
+        {policy: {task: {episodes, successes, errors, low, high, steps}}}, where low and high bound
+        the 95 % interval, and steps is the median of the solved episodes or None.
     """
     table: dict[str, dict[str, dict[str, Any]]] = {}
     for policy in sorted(
@@ -110,7 +118,10 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str,
 
 
 def mean_success(rows: Mapping[str, Mapping[str, Any]]) -> float:
-    """The mean over tasks of a policy's success rates; nan where a task has no finished episode."""
+    """Return the mean over a policy's tasks of its success rates.
+
+    It is nan when a task has no finished episode.
+    """
     return float(
         np.mean(
             [
@@ -122,8 +133,9 @@ def mean_success(rows: Mapping[str, Mapping[str, Any]]) -> float:
 
 
 def suites(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{suite: {episodes, successes, low, high}} over the tasks "suite/name" of a policy; empty
-    where none is so named.
+    """Sum a policy's tasks "suite/name" up by suite: {suite: {episodes, successes, low, high}}.
+
+    The result is empty when no task has such a name.
     """
     by_suite: dict[str, dict[str, Any]] = {}
     for suite in sorted({task.partition("/")[0] for task in rows if "/" in task}):
@@ -137,13 +149,14 @@ def suites(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """A rich table of episodes.jsonl: success per policy, task and suite with Wilson 95 %
-    intervals, and what was published.
+    """Return a rich table of the success per policy, task and suite.
+
+    It has Wilson 95 % intervals, and the published success beside LIBERO's suites.
     """
     summarised = summary(lines)
-    every = [row for rows in summarised.values() for row in rows.values()]
+    all_rows = [row for rows in summarised.values() for row in rows.values()]
     errors, published = (
-        any(row["errors"] for row in every),
+        any(row["errors"] for row in all_rows),
         any(suites(rows) for rows in summarised.values()),
     )
     columns = [
@@ -173,13 +186,14 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _words(task: str) -> str:
-    """A task's name, of LIBERO's the instruction: it wraps between words."""
+    """Return a task's name without its suite and as words, so that it can wrap between them."""
     return task.rpartition("/")[2].replace("_", " ")
 
 
 def ablation_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
-    """A rich table of {row: lines}: success by suite with Wilson 95 % intervals, and what was
-    published.
+    """Return a rich table of the ablation from {row: lines}.
+
+    It shows the success by suite with Wilson 95 % intervals, and the published means.
     """
     summarised = {row: summary(lines)["policy"] for row, lines in rows.items()}
     names = sorted({suite for suite_rows in summarised.values() for suite in suites(suite_rows)})
@@ -196,4 +210,5 @@ def ablation_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Write the successes and the interval of a row."""
     return f"{row['successes']} of {row['episodes']}", f"{row['low']:.0%} to {row['high']:.0%}"

@@ -1,7 +1,7 @@
-"""What a simulator says of itself and can do, and the simulators by name.
+"""The interface of a simulator, and the simulators by name.
 
-To add one, copy metaworld.py: a module with an Env, its expert, and `SIMULATOR` at its end; then
-enter it in SIMULATORS.
+To add one, copy metaworld.py, which has an Env, its expert, and `SIMULATOR` at its end. Then enter
+it in SIMULATORS.
 """
 
 import importlib
@@ -13,42 +13,46 @@ from typing import Any, Protocol
 from vla0.core.rollout import Env, Policy
 from vla0.errors import InputError, nearest, refuse_unknown
 
-# → the extra whose packages it needs
+# The simulators, each with the extra of this package that installs what it needs
 SIMULATORS = {"metaworld": "metaworld", "libero": "libero", "arm": "robot"}
 
 
 class Simulator(Protocol):
-    """A simulator: what its pictures, states and actions are, its tasks, and how to make an Env."""
+    """Describes a simulator's pictures, states, actions and tasks, and makes its Envs."""
 
-    cameras: Mapping[str, str]  # name in a Spec → key in a dataset
-    actions: tuple[str, ...]  # (D,) names
-    ranges: tuple[tuple[float, float], ...]  # (D,) low and high; beyond them actions are clipped
-    switches: tuple[int, ...]  # actions of which only the sign counts
-    states: tuple[str, ...]  # (S,) names
-    image_size: int  # side of its pictures, pixels, where nothing else is asked for
-    fps: float  # its own control rate, Hz
-    any_fps: bool  # whether it can be asked to decide at another rate
+    cameras: Mapping[str, str]  # {name in a Spec: key in a dataset}
+    actions: tuple[str, ...]  # (D,) names of the dimensions of an action
+    ranges: tuple[tuple[float, float], ...]  # (D,) low and high; actions outside are clipped
+    switches: tuple[int, ...]  # dimensions of an action of which only the sign counts
+    states: tuple[str, ...]  # (S,) names of the dimensions of a state
+    image_size: int  # default side of the pictures in pixels
+    fps: float  # default control rate in Hz
+    any_fps: bool  # whether decisions can be made at another rate
     heavy: bool  # whether a world takes long to build, so that a process should keep to one task
-    seeds: range  # of demonstrations
-    evaluation_seeds: range  # of what is tested: none of a demonstration
+    seeds: range  # seeds of demonstrations
+    evaluation_seeds: range  # seeds of evaluations; no demonstration has them
     noise: tuple[float, float]  # share of a demonstration's steps that are disturbed; how much
-    example: str  # of the words that name a task on the command line
-    options: type  # a frozen dataclass of what can be set in this simulator alone
+    example: str  # words that name a task on the command line
+    options: type  # a frozen dataclass of the options that only this simulator has
 
     def ready(self) -> None:
-        """Raises InputError where something is missing without which nothing should begin."""
+        """Raise InputError when something is missing that the simulator needs."""
         ...
 
     def tasks(self, names: Sequence[str], suite: str | None = None) -> tuple[str, ...]:
-        """The full names of tasks, and of a suite's. Raises InputError for what there is not."""
+        """Return the full names of tasks, and of the tasks of a suite.
+
+        Raises:
+            InputError: When a task or the suite does not exist.
+        """
         ...
 
     def instruction(self, task: str) -> str:
-        """What the policy is told to do."""
+        """Return the instruction that the policy receives for a task."""
         ...
 
     def provenance(self) -> dict[str, Any]:
-        """What a result depends on: versions, and whatever spoils a comparison."""
+        """Return what a result depends on: the versions, and whatever spoils a comparison."""
         ...
 
     def make(
@@ -60,22 +64,31 @@ class Simulator(Protocol):
         fps: float | None = None,
         options: Any = None,
     ) -> Env:
-        """The Env of a task, which has `fps` and `max_steps`; None: as the simulator has it."""
+        """Make the Env of a task. None takes the simulator's default.
+
+        Args:
+            task: Full name of the task.
+            image_size: Side of the pictures in pixels.
+            max_steps: Steps after which an episode has failed.
+            fps: Decisions per second.
+            options: An instance of the simulator's `options`.
+        """
         ...
 
     def has_expert(self, task: str) -> bool:
-        """Whether a script solves the task. Raises InputError for an unknown one."""
+        """Return whether a script solves a task, or raise InputError for an unknown task."""
         ...
 
     def make_expert(self, env: Any) -> Policy:
-        """The script that solves the task of an Env of this simulator."""
+        """Make the script that solves the task of an Env of this simulator."""
         ...
 
 
 def simulator(name: str) -> Simulator:
-    """The simulator of a name.
+    """Return the simulator with a name.
 
-    Raises InputError for an unknown name, or where its packages are missing.
+    Raises:
+        InputError: When the name is unknown, or packages are missing.
     """
     if name not in SIMULATORS:
         raise InputError(f"env of {tuple(SIMULATORS)}", f"'{name}'", nearest(name, SIMULATORS))
@@ -88,38 +101,55 @@ def simulator(name: str) -> Simulator:
         ) from None
 
 
-def options_of(name: str, given: Mapping[str, Any]) -> Any:
-    """A simulator's own options. Raises InputError for those that it does not have."""
-    kind = simulator(name).options
-    known = [field.name for field in fields(kind)]
-    if given and not known:
-        raise InputError(f"no options for {name}", f"{dict(given)}", "leave them out")
-    refuse_unknown(given, known, f"the options of {name}")
-    return kind(**given)
+def options_of(name: str, values: Mapping[str, Any]) -> Any:
+    """Turn {option: value} into the options of a simulator.
+
+    Raises:
+        InputError: When the simulator does not have such an option, or not such a value.
+    """
+    options_class = simulator(name).options
+    known = [field.name for field in fields(options_class)]
+    if values and not known:
+        raise InputError(f"no options for {name}", f"{dict(values)}", "leave them out")
+    refuse_unknown(values, known, f"the options of {name}")
+    return options_class(**values)
 
 
 def tasks_of(name: str, tasks: Sequence[str], suite: str | None) -> tuple[str, ...]:
-    """The tasks asked for by name and by suite, each once. Raises InputError for none."""
-    own = simulator(name)
-    own.ready()
-    found = own.tasks(tasks, suite)
-    if not found:
-        remedy = f"name what to do, e.g. {own.example}"
+    """Return the full names of the tasks that are asked for by name and by suite, each once.
+
+    Args:
+        name: Name of the simulator.
+        tasks: Names of tasks.
+        suite: Name of a suite, or None.
+
+    Raises:
+        InputError: When no task is named, or one does not exist.
+    """
+    target = simulator(name)
+    target.ready()
+    full_names = target.tasks(tasks, suite)
+    if not full_names:
+        remedy = f"name what to do, e.g. {target.example}"
         raise InputError("--task or --suite (LIBERO's)", "neither", remedy)
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(full_names))
 
 
 def refuse_suite(name: str, suite: str | None) -> None:
-    """Raises InputError for a suite, of a simulator that has none."""
+    """Raise InputError when a suite is named for a simulator that has none."""
     if suite:
         raise InputError("--suite with --env libero", f"--env {name}", "leave it out")
 
 
 def renderer(model: Any, height: int, width: int) -> Any:
-    """MuJoCo's, of pictures of that size. Raises InputError where nothing can be drawn."""
+    """Return MuJoCo's renderer for pictures of a size.
+
+    Raises:
+        InputError: When nothing can be drawn on this machine.
+    """
     import mujoco
 
-    mujoco: Any  # its names come from a binary
+    mujoco: Any  # pyright cannot see the names, which come from a binary
     try:
         return mujoco.Renderer(model, height, width)
     except (mujoco.FatalError, RuntimeError, AttributeError) as error:

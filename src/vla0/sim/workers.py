@@ -1,6 +1,7 @@
-"""Many environments in processes of their own share one batched policy.
+"""Roll out episodes in many processes that share one batched policy.
 
-This file imports no torch: its processes hold a simulator each and ask the parent for chunks.
+Each process holds simulators and asks the parent process for chunks. This file imports no torch, so
+that the processes do not need it.
 """
 
 import logging
@@ -26,45 +27,59 @@ from vla0.files import set_aside
 
 logger = logging.getLogger(__name__)
 
-Predict = Callable[[Sequence[Observation]], np.ndarray]  # observations → chunks (B, H, D)
+Predict = Callable[
+    [Sequence[Observation]], np.ndarray
+]  # turns B observations into chunks (B, H, D)
 Job = tuple[str, str, int]  # policy, task, seed
-ATTEMPTS = 3  # of an episode whose simulator crashes
-IDLE_S = 0.05  # a batch goes when all ask, or when nothing came for so long
-SILENT_S = 300.0  # a process that says nothing for so long is taken for dead
+ATTEMPTS = 3  # how often an episode is tried whose simulator crashes
+IDLE_S = 0.05  # a batch is decoded when all processes ask, or when none asked for so long
+SILENT_S = 300.0  # a process that sends nothing for so long is taken for dead
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """How episodes are rolled out, in whichever process."""
+    """How episodes are rolled out in a process."""
 
-    make_env: Callable[[str], Env]  # picklable: it runs in the processes
-    # chunk_size, n_action_steps, ensemble, its k and what wraps, as ChunkPolicy takes them
+    make_env: Callable[
+        [str], Env
+    ]  # makes the Env of a task; picklable, as it runs in the processes
+    # The arguments of ChunkPolicy: chunk_size, n_action_steps, ensemble, its k, periodic dimensions
     acting: tuple[Any, ...]
-    keep: int  # worlds that a process holds
+    keep: int  # how many worlds a process keeps
     render: bool = False  # film every step, not only those that the policy looks at
 
 
 class WorkerPool:
-    """The processes, and the loop that feeds them.
+    """The processes, and the loop that gives them jobs and chunks.
 
-    policies: by name. out: folder for the episodes' videos and actions. count: processes.
+    Args:
+        policies: The policies by name.
+        rollout: How the processes roll out episodes.
+        out: Folder for the videos and the actions of the episodes.
+        count: Number of processes.
     """
 
     def __init__(
         self, policies: Mapping[str, Predict], rollout: RolloutConfig, out: Path, count: int
     ):
         self.policies, self.rollout, self.out, self.count = policies, rollout, out, count
-        self.processes: dict[Connection, Any] = {}  # pipe → process
-        self.busy: dict[Connection, tuple] = {}  # pipe → (job, time of its last word)
+        # All of these have the pipe to a process as the key.
+        self.processes: dict[Connection, Any] = {}
+        self.busy: dict[Connection, tuple] = {}  # the job, and the time of the last message
         self.asking: dict[Connection, Observation] = {}
         self.attempts: dict[tuple, int] = {}
 
     def run(self, jobs: deque[Job], record: Callable[[dict[str, Any]], None]) -> None:
-        """Works through the jobs.
+        """Work through the jobs.
 
-        record gets a line for each episode that ends and for each attempt that crashed.
+        Whatever the policy raises ends the run.
 
-        Raises what the policy raises, and the InputError of a world that cannot be made.
+        Args:
+            jobs: The episodes to play. They are taken out of the deque.
+            record: Receives a line for each episode that ends and for each attempt that crashed.
+
+        Raises:
+            InputError: When a world cannot be made.
         """
         try:
             for _ in range(self.count):
@@ -86,6 +101,7 @@ class WorkerPool:
                 process.join()
 
     def _spawn(self) -> None:
+        """Start a process."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=work, args=(theirs, self.rollout, self.out), daemon=True)
@@ -94,6 +110,7 @@ class WorkerPool:
         self.processes[ours] = process
 
     def _assign(self, pipe, job, jobs, record) -> None:
+        """Give a process a job."""
         self.busy[pipe] = (job, time.monotonic())
         try:
             pipe.send(job)
@@ -101,6 +118,7 @@ class WorkerPool:
             self._replace_lost(pipe, "the process was gone", jobs, record)
 
     def _receive(self, pipe: Connection, jobs: deque, record: Callable[[dict], None]) -> None:
+        """Take a process's message: a question, the end of an episode, or a refusal."""
         job, _ = self.busy[pipe]
         try:
             kind, content = pipe.recv()
@@ -117,7 +135,8 @@ class WorkerPool:
             self.asking[pipe] = content
             return
         del self.busy[pipe]
-        # our caller's mistake (an unknown task, a missing package), the same at every attempt
+        # The caller made a mistake, such as an unknown task or a missing package. It would be the
+        # same at every attempt.
         if kind == "refused":
             raise content
         record(content)
@@ -125,7 +144,7 @@ class WorkerPool:
             self._retry(job, jobs)
 
     def _answer(self) -> None:
-        """One batch for each policy that is asked."""
+        """Decode one batch for each policy that is asked, and send the chunks."""
         asking, self.asking = self.asking, {}
         for name, predict in self.policies.items():
             pipes = [pipe for pipe in asking if self.busy[pipe][0][0] == name]
@@ -135,7 +154,7 @@ class WorkerPool:
                 ):
                     try:
                         pipe.send(chunk)
-                        # decoding may have taken its time
+                        # The clock restarts here, because decoding may have taken long.
                         self.busy[pipe] = (self.busy[pipe][0], time.monotonic())
                     except OSError:
                         logger.debug(
@@ -143,9 +162,10 @@ class WorkerPool:
                         )
 
     def _drop_silent(self, jobs, record) -> None:
+        """Replace the processes that have sent nothing for too long."""
         now = time.monotonic()
-        for pipe, (_, heard) in list(self.busy.items()):
-            if pipe not in self.asking and now - heard > SILENT_S:
+        for pipe, (_, last_message_at) in list(self.busy.items()):
+            if pipe not in self.asking and now - last_message_at > SILENT_S:
                 self.processes[pipe].kill()
                 self._replace_lost(
                     pipe, f"the simulator said nothing for {SILENT_S:.0f} s", jobs, record
@@ -154,6 +174,7 @@ class WorkerPool:
     def _replace_lost(
         self, pipe: Connection, error: str, jobs: deque, record: Callable[[dict], None]
     ) -> None:
+        """Record the error of a lost process, start another one, and try its job again."""
         job, _ = self.busy.pop(pipe)
         self.asking.pop(pipe, None)
         self.processes.pop(pipe).join(timeout=5)
@@ -163,6 +184,7 @@ class WorkerPool:
         self._spawn()
 
     def _retry(self, job: tuple, jobs: deque) -> None:
+        """Put a job back until it has had all its attempts."""
         self.attempts[job] = self.attempts.get(job, 0) + 1
         if self.attempts[job] < ATTEMPTS:
             jobs.append(job)
@@ -170,19 +192,24 @@ class WorkerPool:
             logger.error("%s: given up after %d attempts; see the error lines", job, ATTEMPTS)
 
 
-class _ParentGoneError(BaseException):  # no Exception: it is not the simulator's
-    """The parent has ended or was killed: nobody waits for an episode."""
+class _ParentGoneError(BaseException):  # not an Exception, which would count as the simulator's
+    """Raised when the parent has ended or was killed, so that nobody waits for an episode."""
 
 
 def work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
-    """A process's life: episodes in environments of its own, chunks from the parent; it ends when
-    the parent does.
+    """Play episodes in a process, with chunks from the parent, until the parent ends.
+
+    Args:
+        pipe: Leads to the parent.
+        rollout: How episodes are rolled out.
+        out: Folder for the videos and the actions of the episodes.
     """
     with suppress(_ParentGoneError, KeyboardInterrupt):
         _work(pipe, rollout, out)
 
 
 def _work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
+    """Do what `work` says, and raise _ParentGoneError when the parent ends."""
     envs: dict[str, Env] = {}
 
     def send(kind: str, content: Any) -> None:
@@ -194,7 +221,8 @@ def _work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
     def receive() -> Any:
         try:
             return pipe.recv()
-        except (EOFError, OSError):  # a reset, where the parent was killed with a word unread
+        # OSError: the connection is reset where the parent was killed before it read a message.
+        except (EOFError, OSError):
             raise _ParentGoneError from None
 
     def ask(observation: Observation) -> np.ndarray:
@@ -214,16 +242,24 @@ def _work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
         except InputError as error:
             send("refused", error)
         except Exception as error:
-            # whatever a simulator raises is a line of its own, never a failure of the policy
+            # Whatever a simulator raises becomes an error line, never a failure of the policy.
             envs.pop(task, None)
             logger.debug("%s", traceback.format_exc())
             send("ends", _line(job, error=f"{type(error).__name__}: {error}"))
 
 
 def episode(job: Job, env: Env, policy: ChunkPolicy, out: Path, render: bool) -> dict[str, Any]:
-    """The line of one episode, whose video and actions are then in `out`/videos.
+    """Play an episode, and save its video and its actions in `out`/videos.
 
-    The video holds what the policy looked at, or every step where `render` is set.
+    Args:
+        job: The names of the policy and of the task, and the seed.
+        env: The Env of the task.
+        policy: Acts in it.
+        out: Folder of the results.
+        render: Film every step. Otherwise the video holds what the policy looked at.
+
+    Returns:
+        The line for episodes.jsonl.
     """
     name, task, seed = job
     started, frames = time.monotonic(), []
@@ -232,17 +268,18 @@ def episode(job: Job, env: Env, policy: ChunkPolicy, out: Path, render: bool) ->
         if render or policy.looked:
             frames.append(dict(observation.images))
 
-    played = rollout(env, policy, seed, film)
+    finished = rollout(env, policy, seed, film)
     video = f"videos/{name}_{task.replace('/', '-')}_{seed}.mp4"
     write_video(out / video, frames, env.fps if render else env.fps / policy.n_action_steps)
-    _write_actions((out / video).with_suffix(".npz"), played)
+    _write_actions((out / video).with_suffix(".npz"), finished)
     seconds = round(time.monotonic() - started, 2)
-    return _line(job, success=played.success, steps=played.steps, seconds=seconds, video=video)
+    return _line(job, success=finished.success, steps=finished.steps, seconds=seconds, video=video)
 
 
 def _line(
     job: tuple, success=None, steps=None, seconds=None, video=None, error=None
 ) -> dict[str, Any]:
+    """Return a line for episodes.jsonl."""
     name, task, seed = job
     return dict(
         policy=name,
@@ -257,16 +294,22 @@ def _line(
 
 
 def write_video(file: Path, frames: Sequence[Mapping[str, np.ndarray]], fps: float) -> None:
-    """An mp4 (H.264) in real time at no more than 40 frames a second, cameras side by side."""
+    """Write an mp4 (H.264) that plays in real time, with the cameras side by side.
+
+    Args:
+        file: The file to write.
+        frames: The pictures {camera: (h, w, 3) uint8} of each instant.
+        fps: Instants per second. Above 40, frames are left out.
+    """
     import av
 
-    every = max(1, math.ceil(fps / 40))
-    rate = Fraction(fps / every).limit_denominator(100)
-    # A process whose parent was killed may film on, while one of the next evaluation films the same
-    # episode.
+    stride = max(1, math.ceil(fps / 40))
+    rate = Fraction(fps / stride).limit_denominator(100)
+    # The file is written under another name first: a process whose parent was killed may still film
+    # while a process of the next evaluation films the same episode.
     with set_aside(file) as partial, av.open(str(partial), "w") as container:
         stream: Any = None
-        for images in frames[::every]:
+        for images in frames[::stride]:
             picture = np.concatenate(list(images.values()), axis=1)
             picture = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]
             if stream is None:
@@ -282,6 +325,7 @@ def write_video(file: Path, frames: Sequence[Mapping[str, np.ndarray]], fps: flo
 
 
 def _write_actions(file: Path, episode: Episode) -> None:
+    """Write the actions and the chunks of an episode."""
     queries = np.array([step for step, _ in episode.chunks], np.int64)
     chunks = np.stack([chunk for _, chunk in episode.chunks])
     with set_aside(file) as partial:
