@@ -118,6 +118,7 @@ def test_a_command_is_the_nearest_of_its_bounds_on_the_circle(wanted, turns, low
 @pytest.fixture(scope="module")
 def turning(tmp_path_factory):
     """A dataset of a wrist that turns by three degrees a step, over the seam."""
+    pytest.importorskip("lerobot", reason="the base package alone has no lerobot")
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     folder = tmp_path_factory.mktemp("data") / "turning"

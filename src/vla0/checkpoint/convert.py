@@ -85,11 +85,9 @@ def read_spec(run: Path, vision_id: bool = False, crop: float | None = None) -> 
         chunk_size, dimensions, bins = (
             int(qwen[key]) for key in ("horizon", "original_action_dim", "num_bins_actions")
         )
-        count, tile, sides = (
-            int(qwen["num_cam"]),
-            bool(qwen["tiled_rgb_imgs"]),
-            [int(side) for side in qwen["rgb_img_size"]],
-        )
+        count = int(qwen["num_cam"])
+        tile = bool(qwen["tiled_rgb_imgs"])
+        sides = [int(side) for side in qwen["rgb_img_size"]]
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"an official config.yaml in '{run}'", reason, REMEDY) from None

@@ -133,10 +133,8 @@ class _Reader:
         """Take the topmost `count` objects off the stack."""
         if len(self.stack) < count + (self.marks[-1] if self.marks else 0):
             raise ValueError("too little on the stack")
-        objects, self.stack[len(self.stack) - count :] = (
-            tuple(self.stack[len(self.stack) - count :]),
-            [],
-        )
+        objects = tuple(self.stack[len(self.stack) - count :])
+        self.stack[len(self.stack) - count :] = []
         return objects
 
     def named(self, module: Any, name: Any) -> None:

@@ -91,10 +91,8 @@ def decode(
     if certify is not None:
         _certify(policy, certify, batch or [1], n_action_steps or [1], episodes, out)
         return
-    batches, steps_per_query = (
-        batch or [1, 8, 32],
-        n_action_steps or sorted({1, policy.spec.chunk_size}),
-    )
+    batches = batch or [1, 8, 32]
+    steps_per_query = n_action_steps or sorted({1, policy.spec.chunk_size})
     ways = (*(way or benchmark.WAYS), *(approximate or ()))
     benchmark.refuse(batches, steps_per_query, chunks, policy.spec.chunk_size, ways)
     rows = benchmark.bench(policy, batches, steps_per_query, chunks, ways, episodes)

@@ -25,12 +25,10 @@ class GrammarLogits(LogitsProcessor):
         numbers: int,
         starts: Sequence[tuple[int, str]] = (),
     ):
-        self.grammar, self.symbol_ids, self.numbers, self.starts = (
-            grammar,
-            symbol_ids,
-            numbers,
-            starts,
-        )
+        self.grammar = grammar
+        self.symbol_ids = symbol_ids
+        self.numbers = numbers
+        self.starts = starts
         self.symbol_of = {token: symbol for symbol, token in enumerate(symbol_ids)}
         self.states: list[tuple[int, str]] = []
 

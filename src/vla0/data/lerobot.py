@@ -129,10 +129,8 @@ class Source:
 
     def remarks(self, spec: Spec) -> list[str]:
         """Describe what the bounds of a Spec lose of the rows that are trained on."""
-        actions, states = (
-            self._written(spec.chunk_size, spec.relative_dims, spec.periodic),
-            self.states,
-        )
+        actions = self._written(spec.chunk_size, spec.relative_dims, spec.periodic)
+        states = self.states
         names = [f"action {name}" for name in spec.action_names or range(spec.dimensions)]
         sentences = remarks(
             actions,

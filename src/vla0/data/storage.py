@@ -303,10 +303,8 @@ def _refuse_part(folder: Path, name: str) -> None:
 
     LeRobot would ask the Hub for the missing files.
     """
-    info, folder_remedy = (
-        folder / "meta" / "info.json",
-        "give the folder that holds meta/ and data/",
-    )
+    info = folder / "meta" / "info.json"
+    folder_remedy = "give the folder that holds meta/ and data/"
     if not info.is_file():
         raise InputError(f"a LeRobot dataset in '{name}'", "no meta/info.json", folder_remedy)
     try:

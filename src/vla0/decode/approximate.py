@@ -67,10 +67,8 @@ def in_4_bits(model: Any) -> Any:
                 sizes = layer.in_features, layer.out_features, layer.bias is not None
                 quantised: Any = Linear4bit(*sizes, compute_dtype=dtype, quant_type="nf4")
                 settings: Any = {"requires_grad": False, "quant_type": "nf4"}
-                quantised.weight, quantised.bias = (
-                    Params4bit(layer.weight.data.cpu(), **settings),
-                    layer.bias,
-                )
+                quantised.weight = Params4bit(layer.weight.data.cpu(), **settings)
+                quantised.bias = layer.bias
                 setattr(part, name, quantised.to(device))  # `to` quantises the weight
     return model
 

@@ -262,10 +262,8 @@ class Expectation:
     KEEP = 0.98  # share of what was learned that each chunk leaves
 
     def __init__(self, chunk_size: int, dimensions: int, bins: int):
-        self.shape, self.levels = (
-            (chunk_size, dimensions, bins + 1),
-            np.arange(bins + 1, dtype=np.float32),
-        )
+        self.shape = (chunk_size, dimensions, bins + 1)
+        self.levels = np.arange(bins + 1, dtype=np.float32)
         # mean distance from the guess, in levels
         self.spread = np.full(dimensions, bins / 20.0, np.float32)
         # share of each level among the levels that were decoded

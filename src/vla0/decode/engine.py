@@ -50,13 +50,11 @@ class Engine:
         self, model: Any, symbol_ids: Sequence[int], grammar: Grammar, fixed: bool,
         compiled: bool = False, invariant: bool = False,
     ):  # fmt: skip
-        self.model, self.grammar, self.fixed, self.compiled, self.invariant = (
-            model,
-            grammar,
-            fixed,
-            compiled,
-            invariant,
-        )
+        self.model = model
+        self.grammar = grammar
+        self.fixed = fixed
+        self.compiled = compiled
+        self.invariant = invariant
         if invariant:
             from vla0.decode import invariant as attention  # needs Triton
 
@@ -102,10 +100,8 @@ class Engine:
             InputError: When a prompt and its answer are longer than the model allows.
         """
         ids, seen = batch["input_ids"].numpy(), batch["attention_mask"].numpy().astype(np.bool_)
-        grids, pixels = (
-            [tuple(grid) for grid in batch["image_grid_thw"].tolist()],
-            batch["pixel_values"],
-        )
+        grids = [tuple(grid) for grid in batch["image_grid_thw"].tolist()]
+        pixels = batch["pixel_values"]
         rows, length = ids.shape
         limit = self.model.config.text_config.max_position_embeddings
         if length + self.grammar.longest > limit:

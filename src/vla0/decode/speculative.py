@@ -89,13 +89,11 @@ class SpeculativeDecoder:
         compiled: bool = False,
         invariant: bool | None = None,
     ):
-        self.model, self.prompt, self.chain_fraction, self.min_probability, self.learning = (
-            model,
-            prompt,
-            chain_fraction,
-            min_probability,
-            learning,
-        )
+        self.model = model
+        self.prompt = prompt
+        self.chain_fraction = chain_fraction
+        self.min_probability = min_probability
+        self.learning = learning
         self.tree_size, self.acceptance_ratio, self.plain = tree_size, acceptance_ratio, plain
         self.chosen: dict[int, int] = {}
         spec = prompt.spec
@@ -172,10 +170,8 @@ class SpeculativeDecoder:
             for guess in guesses
         ]
         for row, levels in zip(rows, prefixes or (), strict=False):
-            row.symbols, row.state = (
-                [SYMBOLS.index(character) for character in written(levels)],
-                (levels.size, ""),
-            )
+            row.symbols = [SYMBOLS.index(character) for character in written(levels)]
+            row.state = (levels.size, "")
         share = self.nodes(self.engine.held(count))
         max_nodes = share if self.engine.fixed else 4 * share  # of one tree
         turn = self.turn = object()

@@ -73,10 +73,8 @@ def _counted(config: TrainConfig, model: Any) -> Size:
 
 def trained_of(config: TrainConfig) -> str:
     """Say in words which part of the model a config trains."""
-    lora, tower = (
-        config.model.lora.rank,
-        "" if not config.model.freeze_vision_encoder else ", the vision tower frozen",
-    )
+    lora = config.model.lora.rank
+    tower = "" if not config.model.freeze_vision_encoder else ", the vision tower frozen"
     kind = f"{'Q' if config.model.quantization else ''}LoRA of rank {lora}" if lora else ALL
     return kind + tower
 

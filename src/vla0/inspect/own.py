@@ -111,10 +111,8 @@ def config_to_inspect(words: Sequence[str], file: Path | None = None) -> TrainCo
     Raises:
         InputError: When the words name several datasets, none, or settings without a config.
     """
-    overrides, datasets = (
-        [word for word in words if "=" in word],
-        [word for word in words if "=" not in word],
-    )
+    overrides = [word for word in words if "=" in word]
+    datasets = [word for word in words if "=" not in word]
     if len(datasets) > 1:
         raise InputError("one dataset", f"{datasets}", "look at one after another")
     if file is not None:

@@ -103,13 +103,11 @@ class SafetyGuard:
             )
         if start is not None and not np.isfinite(start).all():
             raise InputError("a finite start", f"{start}", "look at the robot's sensors")
-        self.robot, self.limits, self.period_s, self.live, self.now = (
-            robot,
-            limits,
-            period_s,
-            live,
-            now,
-        )
+        self.robot = robot
+        self.limits = limits
+        self.period_s = period_s
+        self.live = live
+        self.now = now
         self.hold_s, self.stop_s, self.grace_s, self.slow_s = hold_s, stop_s, grace_s, slow_s
         # held by the one thread that uses the robot; a signal handler never waits for it
         self.touching = threading.Lock()

@@ -79,11 +79,9 @@ class LeRobotServer:
     def __init__(
         self, policy: Any, limits: ServerLimits | None = None, keys: Mapping[str, str] | None = None
     ):
-        self.policy, self.limits, self.keys = (
-            policy,
-            (limits or ServerLimits()).of(policy.spec),
-            dict(keys or {}),
-        )
+        self.policy = policy
+        self.limits = (limits or ServerLimits()).of(policy.spec)
+        self.keys = dict(keys or {})
         refuse_other_cameras(self.keys, policy.spec)
         self.clients: OrderedDict[str, Client] = OrderedDict()
         self.guests = threading.Lock()
@@ -115,10 +113,8 @@ class LeRobotServer:
     def SendObservations(self, parts: Iterator[Any], context: Any) -> Any:  # noqa: N802
         """Takes the newest observation, which replaces one that still waits."""
         with self._reported(context):
-            observed, client = (
-                _unpacked(self._whole(parts, context), TimedObservation),
-                self._client(context),
-            )
+            observed = _unpacked(self._whole(parts, context), TimedObservation)
+            client = self._client(context)
             if not observed.must_go and observed.timestep in client.answered:
                 return messages.Empty()
             with client.changing:

@@ -94,12 +94,10 @@ class Server:
         ensemble: str = NONE,
         origins: Sequence[str] = (),
     ):
-        self.policy, self.limits, self.keys, self.key = (
-            policy,
-            (limits or ServerLimits()).of(policy.spec),
-            keys or {},
-            key,
-        )
+        self.policy = policy
+        self.limits = (limits or ServerLimits()).of(policy.spec)
+        self.keys = keys or {}
+        self.key = key
         self.origins: list[Any] = [None, *origins]  # None: a client that is no browser
         self.n_action_steps, self.weights = n_action_steps, ensemble
         spec = policy.spec

@@ -89,12 +89,10 @@ def trial(
     if ray is None:
         pool, predicts = WorkerPool, bring(policy)
     else:
-        pool, predicts = (
-            partial(
-                RayWorkerPool, ray, partial(_load, checkpoint, device, embodiment, mark, bring)
-            ),
-            dict.fromkeys(names, _elsewhere),
+        pool = partial(
+            RayWorkerPool, ray, partial(_load, checkpoint, device, embodiment, mark, bring)
         )
+        predicts = dict.fromkeys(names, _elsewhere)
     lines = evaluate(
         predicts,
         spec.chunk_size,

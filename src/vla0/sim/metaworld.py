@@ -124,11 +124,9 @@ class MetaWorldEnv:
         self.env = ALL_V3_ENVIRONMENTS[task]()
         # The objects are placed anew by the seed at each reset. Meta-World's benchmark wrappers do
         # that task by task.
-        self.env._set_task_called, self.env._freeze_rand_vec, self.env.seeded_rand_vec = (
-            True,
-            False,
-            True,
-        )
+        self.env._set_task_called = True
+        self.env._freeze_rand_vec = False
+        self.env.seeded_rand_vec = True
         self.env._partially_observable = False
         self.hand = np.array(self.env.hand_init_pos, np.float64)
         self.env.model.vis.quality.offsamples = 0

@@ -86,13 +86,11 @@ class RayWorkerPool:
         out: Path,
         count: int,
     ):
-        self.address, self.load, self.rollout, self.out, self.count = (
-            address,
-            load,
-            rollout,
-            out,
-            count,
-        )
+        self.address = address
+        self.load = load
+        self.rollout = rollout
+        self.out = out
+        self.count = count
         self.idle: list[Any] = []
         # {the promise of a run: (worker, jobs without a line yet)}
         self.busy: dict[Any, tuple[Any, list[Job]]] = {}

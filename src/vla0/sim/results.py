@@ -155,10 +155,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     """
     summarised = summary(lines)
     all_rows = [row for rows in summarised.values() for row in rows.values()]
-    errors, published = (
-        any(row["errors"] for row in all_rows),
-        any(suites(rows) for rows in summarised.values()),
-    )
+    errors = any(row["errors"] for row in all_rows)
+    published = any(suites(rows) for rows in summarised.values())
     columns = [
         "success",
         "95 %",
@@ -171,10 +169,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     )
     for policy, rows in summarised.items():
         for task, row in rows.items():
-            steps, wrong = (
-                "" if row["steps"] is None else f"{row['steps']:.0f}",
-                [str(row["errors"] or "")] if errors else [],
-            )
+            steps = "" if row["steps"] is None else f"{row['steps']:.0f}"
+            wrong = [str(row["errors"] or "")] if errors else []
             result.add_row(policy, _words(task), *_cells(row), steps, *wrong)
         for suite, row in suites(rows).items():
             stated = f"{PUBLISHED[suite]} %" if suite in PUBLISHED and policy == "policy" else ""

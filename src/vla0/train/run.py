@@ -140,10 +140,8 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
         sum(p.numel() * p.element_size() for p in vlm.parameters()) + 8 * trainable
     )
     if (free := shutil.disk_usage(output).free) < needed:
-        expected, got = (
-            f"{needed / 2**30:.2f} GiB free for checkpoints in '{output}'",
-            f"{free / 2**30:.2f} GiB",
-        )
+        expected = f"{needed / 2**30:.2f} GiB free for checkpoints in '{output}'"
+        got = f"{free / 2**30:.2f} GiB"
         raise InputError(expected, got, "free some, or choose another logging.output_dir")
     if int(os.environ.get("RANK", 0)) != 0:
         return

@@ -14,10 +14,8 @@ from vla0.train.lora import merged
 
 def merge(adapters: str | Path, out: str | Path) -> Spec:
     """Writes the checkpoint `out` of a `pretrained_model` with adapters, and gives its Spec."""
-    config, learned = (
-        PreTrainedConfig.from_pretrained(adapters),
-        PeftConfig.from_pretrained(str(adapters)),
-    )
+    config = PreTrainedConfig.from_pretrained(adapters)
+    learned = PeftConfig.from_pretrained(str(adapters))
     if config.type != "vla0" or not learned.base_model_name_or_path:
         raise InputError(
             "adapters of a vla0 policy, and the name of its model",

@@ -364,11 +364,9 @@ def _follow(config: VLA0Config, spec: Spec) -> None:
         raise InputError(expected, f"{list(config.image_features)}", "name them in that order")
     for name in ("image_size", "crop", "tile", "system"):
         setattr(config, name, getattr(spec, name))
-    config.action_bins, config.use_state, config.spec = (
-        spec.bins,
-        spec.state is not None,
-        spec.text(),
-    )
+    config.action_bins = spec.bins
+    config.use_state = spec.state is not None
+    config.spec = spec.text()
 
 
 def _frames(pictures: Tensor, key: str) -> np.ndarray:
