@@ -48,11 +48,11 @@ lint: .venv/installed
 	$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/pyright
 
 test: install browser newest lint
-	$(RUN)/pytest
+	$(RUN)/pytest -n 2 --dist worksteal
 	$(NEWEST)/bin/pytest $(CORE)
 
 test-all: install browser newest lint
-	$(RUN)/pytest -m ''
+	$(RUN)/pytest -n 2 --dist worksteal -m ''
 	$(NEWEST)/bin/pytest -m '' $(CORE) $(APART)
 
 # All attacks, for so many minutes: make soak MINUTES=10. What goes wrong is in runs/soak, with the seed that finds it again.

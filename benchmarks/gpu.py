@@ -353,7 +353,8 @@ def parts(
     if torch.cuda.is_available():
         pixels = batch["pixel_values"].to(policy.model.device, policy.model.dtype)
         with torch.inference_mode():
-            vision = CudaGraph(engine.vision_tower, None, pixels) if rows == 1 else None
+            (tower,) = engine.vision_towers.values()
+            vision = CudaGraph(tower, None, pixels) if rows == 1 else None
             if vision:
                 found["vision_ms"] = device_ms(vision.graph.replay, 20)
         weights = sum(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vla0.cli.screen import app, console
+from vla0.cli.screen import app, console, say
 from vla0.core.spec import MAIN, Spec
 from vla0.errors import InputError, given, nearest, refuse_idle
 from vla0.quiet import quiet
@@ -131,7 +131,7 @@ def serve(
             **given(n_action_steps=n_action_steps),
         )
         scheme = "wss" if tls_cert else "ws"
-        ready = lambda bound: console.print(f"{shown(policy.spec)}\n{scheme}://{host}:{bound}")  # noqa: E731
+        ready = lambda bound: say(f"{shown(policy.spec)}\n{scheme}://{host}:{bound}")  # noqa: E731
         served(server, host, port, tls_cert, tls_key, ready)
         return
     module_name = protocol.replace("-", "_")
@@ -143,7 +143,7 @@ def serve(
             f"what --protocol {protocol} needs", str(error), f"pip install 'vla0[{extra}]'"
         ) from None
     address = "--server_address=" if protocol == "lerobot" else "ws://"
-    announce = lambda bound: console.print(f"{shown(policy.spec)}\n{address}{host}:{bound}")  # noqa: E731
+    announce = lambda bound: say(f"{shown(policy.spec)}\n{address}{host}:{bound}")  # noqa: E731
     if protocol == "lerobot":
         module.serve_lerobot(module.LeRobotServer(policy, limits, pairs), host, port, announce)
     else:
@@ -259,13 +259,13 @@ def robot(
     )
     pairs, narrowed = pairs_of("--camera", camera or []), _limits(limits)
     arm = make_robot(words)
-    console.print(f"asking {policy_url}")
+    say(f"asking {policy_url}")
     try:
         policy = RemotePolicy(policy_url, secret, timeout_s, certificate=tls_ca)
     except NoAnswerError as error:
         raise InputError(str(error)) from None
     try:
-        session = RobotSession(config, arm, policy, pairs, narrowed, console.print)
+        session = RobotSession(config, arm, policy, pairs, narrowed, say)
         console.print(_table(session.body.actions, session.limits))
         if not live:
             console.print(
@@ -276,9 +276,7 @@ def robot(
         policy.close()
     latencies = sorted(latency for report in reports for latency in report.latency_s)
     if latencies:
-        console.print(
-            f"{len(latencies)} chunks, {latencies[len(latencies) // 2] * 1e3:.0f} ms in the median"
-        )
+        say(f"{len(latencies)} chunks, {latencies[len(latencies) // 2] * 1e3:.0f} ms in the median")
     if reports and reports[-1].stopped is not None:
         raise typer.Exit(130 if reports[-1].stopped.startswith("SIG") else 1)
 

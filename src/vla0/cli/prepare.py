@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from vla0.cli.screen import app, console, options_given
+from vla0.cli.screen import app, console, options_given, say
 from vla0.errors import InputError, refuse_idle
 from vla0.quiet import quiet
 
@@ -76,8 +76,8 @@ def collect(
         workers,
     )
     for name, (solved, failed) in counts.items():
-        console.print(f"{name}: {solved} episodes, {failed} failures of the expert left out")
-    console.print(f"dataset: {out}")
+        say(f"{name}: {solved} episodes, {failed} failures of the expert left out")
+    say(f"dataset: {out}")
 
 
 @app.command()
@@ -105,7 +105,7 @@ def inspect(
         if config is not None:
             raise InputError("--config or --write-config", "both", "leave one out")
         write_own_config(words or [], write_config)
-        console.print(
+        say(
             f"config: {write_config}, for vla0 train --config {write_config} "
             f"logging.output_dir=runs/mine"
         )
@@ -123,7 +123,7 @@ def inspect(
     for text in survey.problems:
         console.print(f"[red]{escape(text)}[/red]")
     page(survey, out)
-    console.print(f"page: {out}")
+    say(f"page: {out}")
 
 
 @app.command()
@@ -142,7 +142,7 @@ def download(
     """Fetch LIBERO's meshes or a public LeRobot dataset from the Hub."""
     from vla0.checkpoint.hub import download as run
 
-    console.print(f"in {run(name, out)}")
+    say(f"in {run(name, out)}")
 
 
 @app.command()
@@ -158,7 +158,7 @@ def push(
     from vla0.checkpoint.hub import push as run
 
     quiet()
-    console.print(run(checkpoint, repo, private))
+    say(run(checkpoint, repo, private))
 
 
 @app.command()
@@ -195,7 +195,7 @@ def convert(
         from vla0.checkpoint.convert import convert as run_convert
 
         spec = run_convert(run, out, vision_id, crop)
-    console.print(
+    say(
         f"checkpoint: {out}, {spec.chunk_size} steps of {spec.dimensions} numbers in 0..{spec.bins}"
     )
 

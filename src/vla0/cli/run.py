@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vla0.cli.screen import app, console, options_given
+from vla0.cli.screen import app, console, options_given, say
 from vla0.core.spec import MAIN, Spec
 from vla0.errors import given, refuse_idle
 from vla0.quiet import quiet
@@ -35,7 +35,7 @@ def train(
 
     quiet()
     last = main(train_config, measured(train_config.simulator))
-    console.print(f"checkpoint: {last}")
+    say(f"checkpoint: {last}")
 
 
 @app.command("eval")
@@ -157,7 +157,7 @@ def evaluate(
     }
     if ablation:
         console.print(ablation_table(run_ablation(checkpoint, separate, settings, out, **others)))
-        console.print(f"reports: {out}/*/report.html")
+        say(f"reports: {out}/*/report.html")
     else:
         console.print(table(trial(checkpoint, settings, out, **others)))
-        console.print(f"report: {out / 'report.html'}")
+        say(f"report: {out / 'report.html'}")

@@ -18,6 +18,11 @@ app = typer.Typer(
 console = Console()
 
 
+def say(text: str) -> None:
+    """Print a line as it is: a path is neither broken where the screen ends nor taken for markup."""
+    console.print(text, markup=False, soft_wrap=True)
+
+
 def options_given(words: Sequence[str] | None) -> dict[str, Any]:
     """Parse the KEY=VALUE words of `--option` into {key: value}, with values as in YAML.
 

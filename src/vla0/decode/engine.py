@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,12 +27,38 @@ Verdict = tuple[list[list[int]], np.ndarray]
 Grid = tuple[int, ...]  # 1, and the rows and columns of patches of an image
 
 
+@dataclass(kw_only=True)
+class DecodeState:
+    """How far the answers of one batch of B prompts are, and what the KV cache holds of them.
+
+    Args:
+        cache: The keys and values, in `slots` slots of a row.
+        max_nodes: Most nodes of a tree.
+        next_slot: The slot of node 0 of the next trees, in all rows.
+        accepted: (B,) slots that each row has filled, its padding included.
+        position: (B,) position of node 0 of the next trees.
+        seen: (B, slots) bool, the slots that nodes may see besides those of their own tree.
+        padding: (B,) slots at the start of each row that are padding.
+        passes: Passes that have been run.
+    """
+
+    cache: KVCache
+    max_nodes: int
+    next_slot: int
+    accepted: np.ndarray
+    position: np.ndarray
+    seen: np.ndarray
+    padding: np.ndarray
+    passes: int = 0
+
+
 class Engine:
     """Runs the passes of a model over trees of guesses.
 
-    Call `prefill` once and then `step` many times, with `accept` after each of these calls. A pass
-    is a function of one tensor of integers (and of the pixels, in the first pass), so that the host
-    sends its input in one copy.
+    Call `prefill` once and then `step` many times with the state that it returns, and `accept`
+    after each of these calls. A pass is a function of one tensor of integers (and of the pixels, in
+    the first pass), so that the host sends its input in one copy. Where passes are of fixed size,
+    the caches are used again, and a new state replaces the one before it.
 
     Args:
         model: The vision-language model. It is not changed.
@@ -69,7 +96,6 @@ class Engine:
         self.ids = np.array(symbol_ids)
         self.head = torch.from_numpy(self.ids[self.order]).to(model.device)
         self.capturing = fixed and model.device.type == "cuda"
-        self.passes = 0
         self.caches: dict[tuple[int, int], KVCache] = {}  # rows, slots
         self.graphs: dict[tuple, CudaGraph] = {}
         self.pool: Any = None
@@ -84,7 +110,7 @@ class Engine:
 
     def prefill(
         self, batch: dict[str, torch.Tensor], trees: Sequence[Tree], max_nodes: int
-    ) -> Verdict:
+    ) -> tuple[DecodeState, Verdict]:
         """Read the prompts and the first trees, whose node 0 is the prompt's last token.
 
         Args:
@@ -94,7 +120,7 @@ class Engine:
             max_nodes: Most nodes of a tree, now and in later passes.
 
         Returns:
-            The same as `step`.
+            The state that later calls take, and what `step` returns.
 
         Raises:
             InputError: When a prompt and its answer are longer than the model allows.
@@ -105,12 +131,9 @@ class Engine:
         rows, length = ids.shape
         limit = self.model.config.text_config.max_position_embeddings
         if length + self.grammar.longest > limit:
-            remedy = "fewer or smaller images, or a shorter instruction"
-            raise InputError(
-                f"a prompt and an answer of {limit} tokens at most",
-                f"{length} and {self.grammar.longest}",
-                remedy,
-            )
+            expected = f"a prompt and an answer of {limit} tokens at most"
+            got = f"{length} and {self.grammar.longest}"
+            raise InputError(expected, got, "fewer or smaller images, or a shorter instruction")
         places = self._positions(batch, grids)
         if self.fixed:  # pad with rows and tokens that are never read
             more, before = self.held(rows) - rows, -(length + self._spare(max_nodes)) % BUCKET
@@ -125,61 +148,62 @@ class Engine:
             self.vision_towers[key] = VisionTower(
                 self.model.model.visual, key, self.model.device, self.compiled
             )
-        self.vision_tower = self.vision_towers[key]
-        self._open(seen[:, :-1], places[0, :, -1], max_nodes)
-        tree = self._numbers(trees, 1 if self.invariant else max_nodes)
+        state = self._open(seen[:, :-1], places[0, :, -1], max_nodes)
+        tree = self._numbers(state, trees, 1 if self.invariant else max_nodes)
         tree[0][:, 0] = ids[:, -1]
         width = length - 1 + tree[0].shape[1]  # tokens of a row in this pass
         row, column = np.nonzero((ids == self.model.config.image_token_id) & seen)
-        self.cache.span, self.passes = slice(0, width), 1
-        judgement = self._run(
-            self._first,
-            [ids[:, :-1], places[:, :, :-1], seen[:, :-1], row * width + column, *tree],
-            pixels,
-        )
-        return self._verdict(judgement, rows)
+        state.cache.span = slice(0, width)
+        state.passes = 1
+        numbers = [ids[:, :-1], places[:, :, :-1], seen[:, :-1], row * width + column, *tree]
+        judgement = self._run(state.cache, numbers, self.vision_towers[key], pixels)
+        return state, self._verdict(judgement, rows)
 
-    def step(self, trees: Sequence[Tree]) -> Verdict:
+    def step(self, state: DecodeState, trees: Sequence[Tree]) -> Verdict:
         """Run a pass over each row's tree.
+
+        Args:
+            state: What `prefill` returned. The pass is counted in it.
+            trees: A tree for each row.
 
         Returns:
             The model's pick after each node (B, N), and the probabilities of the symbols after it
             (B, N, 12), 0 where the grammar forbids one.
         """
-        tree = self._numbers(trees, self.max_nodes)
-        self.cache.span, self.passes = (
-            slice(self.base, self.base + tree[0].shape[1]),
-            self.passes + 1,
-        )
-        before = [self.seen if self.fixed else self.seen[:, : self.base]]
+        tree = self._numbers(state, trees, state.max_nodes)
+        start = state.next_slot
+        state.cache.span = slice(start, start + tree[0].shape[1])
+        state.passes += 1
         if self.invariant:
-            before = [self.padding, self.accepted]
-        return self._verdict(
-            self._run(self._next, [np.array([self.base]), *before, *tree]), len(trees)
-        )
+            before = [state.padding, state.accepted]
+        else:
+            before = [state.seen if self.fixed else state.seen[:, :start]]
+        judgement = self._run(state.cache, [np.array([start]), *before, *tree])
+        return self._verdict(judgement, len(trees))
 
-    def accept(self, paths: Sequence[Sequence[int]]) -> None:
+    def accept(self, state: DecodeState, paths: Sequence[Sequence[int]]) -> None:
         """Keep the nodes of each row's path in the last trees, and drop their other nodes.
 
         Args:
+            state: What `prefill` returned. It is changed.
             paths: For each row, the nodes from node 0 on; [] for a row that has ended.
         """
-        target = self.accepted[:, None] + np.arange(
-            self.max_nodes if self.fixed else max(map(len, paths))
-        )
+        width = state.max_nodes if self.fixed else max(map(len, paths))
+        target = state.accepted[:, None] + np.arange(width)
         source = target.copy()
         for row, path in enumerate(paths):
-            source[row, : len(path)] = self.base + np.array(path, np.int64)
-            self.seen[row, self.accepted[row] : self.accepted[row] + len(path)] = True
-            self.accepted[row] += len(path)
-            self.place[row] += len(path)
-        self.base = int(self.accepted.max())
+            source[row, : len(path)] = state.next_slot + np.array(path, np.int64)
+            state.seen[row, state.accepted[row] : state.accepted[row] + len(path)] = True
+            state.accepted[row] += len(path)
+            state.position[row] += len(path)
+        state.next_slot = int(state.accepted.max())
         if not np.array_equal(source, target):
-            self.cache.move(*torch.from_numpy(np.stack([source, target])).to(self.model.device))
+            moves = torch.from_numpy(np.stack([source, target])).to(self.model.device)
+            state.cache.move(*moves)
 
-    def blank(self, seen: int, nodes: int) -> None:
+    def blank(self, seen: int, nodes: int) -> DecodeState:
         """Act as if a prompt of `seen` tokens had been read, so that `step` can be measured."""
-        self._open(np.ones((1, seen), np.bool_), np.array([seen]), nodes)
+        return self._open(np.ones((1, seen), np.bool_), np.array([seen]), nodes)
 
     def held(self, rows: int) -> int:
         """Return how many rows a pass has when this many are asked for."""
@@ -189,25 +213,31 @@ class Engine:
         """Return the slots that an answer and a tree need."""
         return self.grammar.longest + max_nodes
 
-    def _open(self, seen: np.ndarray, place: np.ndarray, max_nodes: int) -> None:
-        """Prepare the state before node 0 of the first tree.
+    def _open(self, seen: np.ndarray, position: np.ndarray, max_nodes: int) -> DecodeState:
+        """Return the state before node 0 of the first tree.
 
         Args:
             seen: (B, n) bool, which slots of the prompt are not padding.
-            place: (B,) position of node 0.
+            position: (B,) position of node 0.
             max_nodes: Most nodes of a tree.
         """
         rows, length = seen.shape
         slots = length + 1 + self._spare(max_nodes)
-        key, config, like = (rows, slots), self.model.config.text_config, self.embed.weight
-        self.cache = self.caches.get(key) or KVCache(config, rows, slots, like)
+        key = (rows, slots)
+        cache = self.caches.get(key) or KVCache(
+            self.model.config.text_config, rows, slots, self.embed.weight
+        )
         if self.fixed:
-            self.caches[key] = self.cache
-        self.max_nodes, self.base, self.place = max_nodes, length, place.copy()
-        # slots that nodes may see, besides those of their own tree
-        self.seen = np.pad(seen, [(0, 0), (0, slots - length)])
-        self.padding = seen.argmax(1)  # how many slots at the start of each row are padding
-        self.accepted = np.full(rows, length)  # slots before node 0
+            self.caches[key] = cache
+        return DecodeState(
+            cache=cache,
+            max_nodes=max_nodes,
+            next_slot=length,
+            accepted=np.full(rows, length),
+            position=position.copy(),
+            seen=np.pad(seen, [(0, 0), (0, slots - length)]),
+            padding=seen.argmax(1),
+        )
 
     def _positions(self, batch: dict[str, torch.Tensor], grids: list[Grid]) -> np.ndarray:
         """Return the positions (3, B, L) of the prompts' tokens, remembered for prompts alike."""
@@ -226,33 +256,32 @@ class Engine:
         return self.places[key]
 
     def _run(
-        self,
-        forward: Callable[..., torch.Tensor],
-        numbers: Sequence[np.ndarray],
-        *more: torch.Tensor,
-    ) -> np.ndarray:
-        """Run a pass, as a CUDA graph where that works, and return (B, N, 1 + 12) on the host."""
+        self, cache: KVCache, numbers: Sequence[np.ndarray],
+        vision_tower: VisionTower | None = None, *pixels: torch.Tensor,
+    ) -> np.ndarray:  # fmt: skip
+        """Run a pass, as a CUDA graph where that works, and return (B, N, 1 + 12) on the host.
+
+        It is the first pass where a vision tower and pixels are given.
+        """
         shapes = tuple(array.shape for array in numbers)
-        function = partial(forward, shapes)
-        inputs = [
-            torch.from_numpy(
-                np.concatenate([array.reshape(-1) for array in numbers], dtype=np.int64)
-            ),
-            *more,
-        ]
+        if vision_tower is None:
+            function = partial(self._next, cache, shapes)
+        else:
+            function = partial(self._first, cache, vision_tower, shapes)
+        flat = np.concatenate([array.reshape(-1) for array in numbers], dtype=np.int64)
+        inputs = [torch.from_numpy(flat), *pixels]
         if self.capturing:
-            key = (forward.__name__, shapes, len(self.cache), self.vision_tower if more else None)
+            key = (function.func.__name__, shapes, len(cache), vision_tower)
             try:
                 if key not in self.graphs:
                     self.pool = self.pool or torch.cuda.graph_pool_handle()
-                    self.graphs[key] = CudaGraph(
-                        function, self.pool, *(tensor.to(self.model.device) for tensor in inputs)
-                    )
+                    on_device = [tensor.to(self.model.device) for tensor in inputs]
+                    self.graphs[key] = CudaGraph(function, self.pool, *on_device)
                 return self.graphs[key](*inputs).cpu().numpy()
             except torch.OutOfMemoryError:
                 logger.warning(
                     "no memory to capture a CUDA graph of %s: decoding goes on without, and slower",
-                    forward.__name__,
+                    function.func.__name__,
                 )
                 self.capturing = False
                 self.graphs.clear()
@@ -260,13 +289,14 @@ class Engine:
         return function(*(tensor.to(self.model.device) for tensor in inputs)).cpu().numpy()
 
     def _first(
-        self, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor, pixels: torch.Tensor
-    ) -> torch.Tensor:
+        self, cache: KVCache, vision_tower: VisionTower, shapes: Sequence[tuple[int, ...]],
+        numbers: torch.Tensor, pixels: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """Compute the first pass: the prompts with their images, and the first trees."""
         ids, before, seen, pictures, tokens, places, paths, allowed = _apart(numbers, shapes)
         length, nodes = ids.shape[1], tokens.shape[1]
         embedded = self.embed(torch.cat([ids, tokens], 1))
-        images = self.vision_tower(pixels.to(embedded.dtype)).to(embedded.dtype)
+        images = vision_tower(pixels.to(embedded.dtype)).to(embedded.dtype)
         embedded.flatten(0, 1).index_copy_(0, pictures, images)
         causal = torch.ones((length, length), dtype=torch.bool, device=ids.device).tril()
         # A padding token sees itself: a softmax over nothing is NaN, which would spread.
@@ -277,12 +307,14 @@ class Engine:
         mask = torch.cat([pad(prompt, (0, nodes)), tree], 1)
         at = torch.arange(length + nodes, device=ids.device)
         if self.fixed:
-            mask = pad(mask, (0, len(self.cache) - length - nodes))
+            mask = pad(mask, (0, len(cache) - length - nodes))
         places = torch.cat([before, places.expand(3, -1, -1)], 2)
-        hidden = self._pass(embedded, places, mask, at)
+        hidden = self._pass(cache, embedded, places, mask, at)
         return self._judge(hidden[:, length:], allowed.bool())
 
-    def _next(self, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor) -> torch.Tensor:
+    def _next(
+        self, cache: KVCache, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor
+    ) -> torch.Tensor:
         """Compute a later pass: the trees over what the cache holds."""
         base, *before, tokens, places, paths, allowed = _apart(numbers, shapes)
         at = base + torch.arange(tokens.shape[1], device=base.device)
@@ -290,7 +322,7 @@ class Engine:
         if self.invariant:
             trees = self.attention.Trees(base, *before, places[0] - places[0, :, :1], paths)
             with self.attention.attending(self.language.config):
-                hidden = self._pass(embedded, places, trees, at)
+                hidden = self._pass(cache, embedded, places, trees, at)
         else:
             seen = before[0].bool()[:, None].expand(-1, tokens.shape[1], -1)
             mask = (
@@ -298,14 +330,15 @@ class Engine:
                 if self.fixed
                 else torch.cat([seen, below(paths)], 2)
             )
-            hidden = self._pass(embedded, places, mask, at)
+            hidden = self._pass(cache, embedded, places, mask, at)
         return self._judge(hidden, allowed.bool())
 
     def _pass(
-        self, embedded: torch.Tensor, places: torch.Tensor, mask: Any, at: torch.Tensor
-    ) -> torch.Tensor:
+        self, cache: KVCache, embedded: torch.Tensor, places: torch.Tensor, mask: Any,
+        at: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         """Return the hidden states of tokens; the mask is (B, N, slots) bool, or Trees."""
-        self.cache.at = at if self.fixed else None
+        cache.at = at if self.fixed else None
         if isinstance(mask, torch.Tensor):
             mask = mask[:, None]
             if self.model.config.text_config._attn_implementation == "eager":  # adds its mask
@@ -317,7 +350,7 @@ class Engine:
             position_ids=places,
             attention_mask={"full_attention": mask},
             use_cache=True,
-            **{self.cache_name: self.cache},
+            **{self.cache_name: cache},
         ).last_hidden_state
 
     def _judge(self, hidden: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
@@ -331,10 +364,13 @@ class Engine:
             [logits.argmax(2, keepdim=True).to(logits.dtype), torch.softmax(logits, 2)], 2
         )
 
-    def _numbers(self, trees: Sequence[Tree], max_nodes: int) -> list[np.ndarray]:
+    def _numbers(
+        self, state: DecodeState, trees: Sequence[Tree], max_nodes: int
+    ) -> list[np.ndarray]:
         """Return the input of a pass over trees.
 
         Args:
+            state: Where the answers stand.
             trees: A tree for each row.
             max_nodes: N where passes are of fixed size; elsewhere N fits the largest tree.
 
@@ -342,8 +378,13 @@ class Engine:
             Tokens (B, N), positions (B, N), paths (B, N, N) and allowed symbols (B, N, 12).
         """
         nodes = max_nodes if self.fixed else max(map(len, trees))
-        symbols, depths, paths, allowed = drawn(trees, self.grammar, len(self.seen), nodes)
-        return [self.ids[symbols], self.place[:, None] + depths, paths, allowed[..., self.order]]
+        symbols, depths, paths, allowed = drawn(trees, self.grammar, len(state.seen), nodes)
+        return [
+            self.ids[symbols],
+            state.position[:, None] + depths,
+            paths,
+            allowed[..., self.order],
+        ]
 
     def _verdict(self, judgement: np.ndarray, rows: int) -> Verdict:
         """Return picks and probabilities of the first rows, in the order of the symbols."""

@@ -16,7 +16,7 @@ import torch
 from vla0.core.codec import SYMBOLS, Grammar, written
 from vla0.core.prompt import Prompt
 from vla0.decode.draft import Draft, Expectation, State, Tree, after
-from vla0.decode.engine import Engine
+from vla0.decode.engine import DecodeState, Engine
 from vla0.decode.tree_size import measured_tree_size
 from vla0.errors import InputError
 
@@ -99,7 +99,7 @@ class SpeculativeDecoder:
         spec = prompt.spec
         self.expectation = Expectation(spec.chunk_size, spec.dimensions, spec.bins)
         self.grammar = Grammar(spec.bins, spec.numbers)
-        self.turn: object | None = None
+        self.last_state: DecodeState | None = None
         cuda: bool = model.device.type == "cuda"
         if invariant is None:
             invariant = cuda and model.dtype != torch.float32 and _steady(model)
@@ -174,10 +174,9 @@ class SpeculativeDecoder:
             row.state = (levels.size, "")
         share = self.nodes(self.engine.held(count))
         max_nodes = share if self.engine.fixed else 4 * share  # of one tree
-        turn = self.turn = object()
-        first = True
+        state: DecodeState | None = None
         while not all(row.done for row in rows):
-            if self.turn is not turn:  # the cache holds another answer by now
+            if state is not None and state is not self.last_state:  # its cache may be overwritten
                 raise InputError(
                     "one stream at a time",
                     "a decode that began before this stream had ended",
@@ -185,14 +184,15 @@ class SpeculativeDecoder:
                 )
             guessed = min(max_nodes, share * count // sum(not row.done for row in rows))
             trees = self._trees(
-                rows, 1 if self.plain or (first and self.engine.invariant) else guessed
+                rows, 1 if self.plain or (state is None and self.engine.invariant) else guessed
             )
-            picks, probabilities = (
-                self.engine.prefill(batch, trees, max_nodes) if first else self.engine.step(trees)
-            )
-            first = False
+            if state is None:
+                state, (picks, probabilities) = self.engine.prefill(batch, trees, max_nodes)
+                self.last_state = state
+            else:
+                picks, probabilities = self.engine.step(state, trees)
             judged = zip(rows, trees, picks, probabilities, strict=True)
-            self.engine.accept([self._advance(*each) for each in judged])
+            self.engine.accept(state, [self._advance(*each) for each in judged])
             if self.learning:
                 for row, tree, shares in zip(rows, trees, probabilities, strict=True):
                     row.draft.learn(tree, shares[: len(tree)])
@@ -203,7 +203,7 @@ class SpeculativeDecoder:
     @property
     def passes(self) -> int:
         """Passes that the last decode took."""
-        return self.engine.passes
+        return self.last_state.passes if self.last_state is not None else 0
 
     def _trees(self, rows: Sequence[Row], tree_size: int) -> list[Tree]:
         """Return a tree for each row, with node 0 alone for rows that have ended."""

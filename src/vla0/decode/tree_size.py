@@ -113,10 +113,10 @@ def _time(engine: Engine, nodes: int) -> float:
     draft = Draft(
         grammar, np.full((grammar.count, grammar.bins + 1), 1 / (grammar.bins + 1)), grammar.count
     )
-    engine.blank(CONTEXT, nodes)
+    state = engine.blank(CONTEXT, nodes)
     started = time.perf_counter()
     tree = draft.grow(0, grammar.start, nodes, 0)
-    _, probabilities = engine.step([tree])
+    _, probabilities = engine.step(state, [tree])
     draft.learn(tree, probabilities[0, : len(tree)])
     return (time.perf_counter() - started) * 1e3
 
