@@ -19,7 +19,7 @@ console = Console()
 
 
 def say(text: str) -> None:
-    """Print a line as it is: a path is neither broken where the screen ends nor taken for markup."""
+    """Print a line as it is: a path is not broken where the screen ends, nor read as markup."""
     console.print(text, markup=False, soft_wrap=True)
 
 

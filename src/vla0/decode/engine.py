@@ -139,9 +139,8 @@ class Engine:
             more, before = self.held(rows) - rows, -(length + self._spare(max_nodes)) % BUCKET
             fill = lambda array: np.pad(array, [(0, more), (before, 0)])  # noqa: E731
             ids, seen, places = fill(ids), fill(seen), np.stack([fill(axis) for axis in places])
-            pixels = torch.cat(
-                [pixels, pixels.new_zeros(more * len(pixels) // rows, pixels.shape[1])]
-            )
+            padding = pixels.new_zeros(more * len(pixels) // rows, pixels.shape[1])
+            pixels = torch.cat([pixels, padding])
             grids, length = grids + more * grids[: len(grids) // rows], length + before
             ids[rows:], seen[rows:], places[:, rows:] = ids[0], seen[0], places[:, :1]
         if (key := tuple(grids)) not in self.vision_towers:
