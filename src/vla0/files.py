@@ -1,7 +1,8 @@
-"""Files that are written completely or not at all, and folders that one process locks."""
+"""Write files and folders completely or not at all, and lock folders for one process."""
 
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ ASIDE = ".partial-"  # prefix of files that are still being written
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Writes a file so that no reader ever sees a part of it."""
+    """Write a file so that no reader ever sees a part of it."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(file)
@@ -25,7 +26,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 @contextmanager
 def set_aside(file: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to, and renames it to `file` once the writing has ended.
+    """Yield a temporary path to write to, and rename it to `file` once the writing has ended.
 
     After an error nothing is left. After a kill a temporary file is left, which `clear_aside`
     removes.
@@ -44,8 +45,64 @@ def set_aside(file: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(folder: Path, marker: str | None = None) -> Iterator[Path]:
+    """Yield a temporary path for a folder, and rename it to `folder` once the writing has ended.
+
+    After an error nothing is left. After a kill a hidden folder is left, which `unfinished` finds.
+
+    Args:
+        folder: Where the folder will be.
+        marker: A folder that holds this file is replaced. Others, except empty ones, are not.
+
+    Yields:
+        The path of the folder to make, which no other process uses.
+
+    Raises:
+        InputError: When other files are in the folder's place, before and after the writing.
+    """
+
+    def refuse_others() -> None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            if marker is None:
+                got = f"'{folder}', which exists"
+                raise InputError("a new folder", got, "name another, or remove it")
+            if not (folder / marker).is_file():
+                expected = f"a new folder, or one with {marker}"
+                got = f"'{folder}' with other files"
+                raise InputError(expected, got, "name another folder")
+
+    refuse_others()
+    partial, old = (
+        folder.with_name(f".{folder.name}.{kind}-{os.getpid()}") for kind in ("partial", "old")
+    )
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        refuse_others()
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def unfinished(parent: Path, name: str) -> list[Path]:
+    """Return what killed processes have left beside folders whose name matches a pattern.
+
+    Args:
+        parent: Where the folders are.
+        name: A regular expression for their names.
+    """
+    left = re.compile(rf"\.(?:{name})\.(?:partial|old)(?:-\d+)?")
+    return [folder for folder in parent.iterdir() if left.fullmatch(folder.name)]
+
+
 def settle(folder: Path) -> None:
-    """Waits until a folder's content is on the disk.
+    """Wait until a folder's content is on the disk.
 
     After that, a power cut cannot damage what is about to be marked as complete.
     """
@@ -60,13 +117,13 @@ def settle(folder: Path) -> None:
 
 
 def clear_aside(folder: Path) -> None:
-    """Removes the temporary files that killed processes have left in a folder."""
+    """Remove the temporary files that killed processes have left in a folder."""
     for file in folder.glob(f"{ASIDE}*"):
         file.unlink(missing_ok=True)
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
-    """Reads a JSON object from a file.
+    """Read a JSON object from a file.
 
     Args:
         file: The file.
@@ -89,7 +146,7 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
 
 @contextmanager
 def held(folder: Path, job: str) -> Iterator[None]:
-    """Locks a folder for this process; the lock ends however the process ends.
+    """Lock a folder for this process; the lock ends however the process ends.
 
     The folder is made if need be, and removed if nothing was written to it.
 

@@ -1,8 +1,6 @@
 """Convert a run folder of the official VLA-0 code to a checkpoint, with unchanged weights."""
 
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,13 @@ import numpy as np
 import yaml
 from transformers import AutoProcessor
 
-from vla0.checkpoint.io import link_files, put_in_place
+from vla0.checkpoint.io import link_files
 from vla0.checkpoint.lerobot_config import describe
 from vla0.checkpoint.safe_pickle import load_arrays
 from vla0.core.prompt import Prompt
-from vla0.core.spec import Spec
+from vla0.core.spec import SPEC_FILE, Spec
 from vla0.errors import InputError
+from vla0.files import whole_folder
 
 CAMERAS = ("agentview", "wrist")  # in the order of the official LIBERO config
 REMEDY = "give the folder of an official run: config.yaml, dataset_stats.pkl and model_last/"
@@ -50,18 +49,12 @@ def convert(
             "none",
             "merge adapters and save as safetensors first",
         )
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(out, SPEC_FILE) as partial:
         link_files(weights, partial, lambda file: file.suffix in KEPT)
         spec.save(partial)
         describe(partial, spec)
         # Prompt raises InputError for a tokenizer that does not fit.
         Prompt(spec, AutoProcessor.from_pretrained(partial))
-        put_in_place(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return spec
 
 

@@ -21,6 +21,7 @@ from vla0.checkpoint.lerobot_config import describe
 from vla0.core.spec import MAIN, SPEC_FILE, Spec
 from vla0.decode.window_attention import in_windows
 from vla0.errors import InputError
+from vla0.files import whole_folder
 
 
 def load(
@@ -133,13 +134,9 @@ def save(
     Raises:
         InputError: When the folder holds something other than a checkpoint.
     """
-    folder = Path(folder)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    (model if weights is None else shell(model)).save_pretrained(partial, state_dict=weights)
-    _complete(partial, processor, specs)
-    put_in_place(partial, folder)
+    with whole_folder(Path(folder), SPEC_FILE) as partial:
+        (model if weights is None else shell(model)).save_pretrained(partial, state_dict=weights)
+        _complete(partial, processor, specs)
 
 
 def shell(model: Any) -> Any:
@@ -170,16 +167,14 @@ def publish(state: Path, folder: Path, processor: Any, specs: Mapping[str, Spec]
     Raises:
         InputError: When `folder` holds something other than a checkpoint.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    link_files(
-        state,
-        partial,
-        lambda file: file.name != "trainer_state.json" and file.suffix in (".safetensors", ".json"),
-    )
-    _complete(partial, processor, specs)
-    put_in_place(partial, folder)
+    with whole_folder(folder, SPEC_FILE) as partial:
+        link_files(state, partial, _belongs)
+        _complete(partial, processor, specs)
+
+
+def _belongs(file: Path) -> bool:
+    """Return whether a file of a Trainer's folder belongs to the checkpoint."""
+    return file.name != "trainer_state.json" and file.suffix in (".safetensors", ".json")
 
 
 def _complete(folder: Path, processor: Any, specs: Mapping[str, Spec]) -> None:
@@ -191,45 +186,20 @@ def _complete(folder: Path, processor: Any, specs: Mapping[str, Spec]) -> None:
 
 
 def link_files(source: Path, folder: Path, kept: Callable[[Path], bool]) -> None:
-    """Link files into a folder, or copy them where hard links are not possible.
+    """Link files into a new folder, or copy them where hard links are not possible.
 
     Args:
         source: Folder of the files.
         folder: Folder of the links.
         kept: Returns whether a file is linked.
     """
+    folder.mkdir()
     for file in source.iterdir():
         if file.is_file() and kept(file):
             try:
                 os.link(file, folder / file.name)
             except OSError:
                 shutil.copy2(file, folder / file.name)
-
-
-def put_in_place(partial: Path, folder: Path) -> None:
-    """Move a finished folder to its place, and replace a checkpoint that is there.
-
-    Args:
-        partial: The finished folder.
-        folder: Its place.
-
-    Raises:
-        InputError: When the place holds other files. `partial` is then deleted.
-    """
-    if folder.exists():
-        if any(folder.iterdir()) and not (folder / SPEC_FILE).is_file():
-            shutil.rmtree(partial)
-            raise InputError(
-                "a new folder or an old checkpoint",
-                f"'{folder}' with other files",
-                "name another folder",
-            )
-        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-        folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old)
-    else:
-        partial.rename(folder)
 
 
 def untrained(model: Any) -> Any:

@@ -6,10 +6,11 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vla0.core.rollout import Env, rollout
 from vla0.core.spec import Observation, tupled
 from vla0.errors import InputError
-from vla0.files import set_aside
+from vla0.files import set_aside, unfinished, whole_folder
 from vla0.sim.simulator import options_of, simulator
 
 logger = logging.getLogger(__name__)
@@ -226,25 +227,7 @@ def collect(
     Raises:
         InputError: When `out` exists, or the expert solves no episode.
     """
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-    from vla0.data.frames import video_backend
-
     out, target = Path(out), simulator(config.env)
-    if out.exists():
-        raise InputError("a new folder", f"'{out}', which exists", "name another, or remove it")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    shape = (config.image_size or target.image_size,) * 2 + (3,)
-    pictures = {
-        "dtype": "video" if config.videos else "image",
-        "shape": shape,
-        "names": ["height", "width", "channels"],
-    }
-    features = dict.fromkeys(target.cameras.values(), pictures) | {
-        key: {"dtype": "float32", "shape": (len(names),), "names": list(names)}
-        for key, names in {"observation.state": target.states, "action": target.actions}.items()
-    }
     for task in config.tasks:
         if not target.has_expert(task):
             logger.warning("%s has no expert and is left out", task)
@@ -254,18 +237,54 @@ def collect(
     store = out.with_name(
         f".{out.name}.episodes-{hashlib.sha256(repr(conditions).encode()).hexdigest()[:8]}"
     )
-    store.mkdir(exist_ok=True)
     failures, solved = dict.fromkeys(config.tasks, 0), dict.fromkeys(config.tasks, 0)
+    with whole_folder(out) as partial:
+        store.mkdir(exist_ok=True)
+        demonstrations = _stream(config, workers, failures, store)
+        for task in _write_dataset(partial, f"local/{out.name}", config, demonstrations):
+            solved[task] += 1
+        if not any(solved.values()):
+            shutil.rmtree(store)
+            raise InputError(
+                "a task that its expert solves",
+                f"{failures or 'no expert'}",
+                "less noise, or another task",
+            )
+    for folder in (store, *unfinished(out.parent, re.escape(out.name))):
+        shutil.rmtree(folder, ignore_errors=True)
+    return {task: (solved[task], failures[task]) for task in config.tasks}
+
+
+def _write_dataset(
+    folder: Path,
+    repo_id: str,
+    config: CollectConfig,
+    demonstrations: Iterable[tuple[str, Demonstration]],
+) -> Iterator[str]:
+    """Write demonstrations into a new LeRobotDataset, and yield the task of each one written."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    from vla0.data.frames import video_backend
+
+    target = simulator(config.env)
+    pictures = {
+        "dtype": "video" if config.videos else "image",
+        "shape": (config.image_size or target.image_size,) * 2 + (3,),
+        "names": ["height", "width", "channels"],
+    }
+    features = dict.fromkeys(target.cameras.values(), pictures) | {
+        key: {"dtype": "float32", "shape": (len(names),), "names": list(names)}
+        for key, names in {"observation.state": target.states, "action": target.actions}.items()
+    }
     dataset: Any = None
     try:
-        for task, demonstration in _stream(config, workers, failures, store):
-            solved[task] += 1
+        for task, demonstration in demonstrations:
             if dataset is None:  # now one episode has shown that the expert works
                 dataset = LeRobotDataset.create(
-                    f"local/{out.name}",
+                    repo_id,
                     int(config.fps or target.fps),
                     features,
-                    root=partial,
+                    root=folder,
                     robot_type=config.env,
                     use_videos=config.videos,
                     image_writer_threads=2,
@@ -279,37 +298,19 @@ def collect(
                     target.cameras[camera]: images[step]
                     for camera, images in demonstration.images.items()
                 }
-                dataset.add_frame(
-                    {
-                        **frames,
-                        "observation.state": state,
-                        "action": action,
-                        "task": demonstration.instruction,
-                    }
-                )
+                arrays = {"observation.state": state, "action": action}
+                dataset.add_frame({**frames, **arrays, "task": demonstration.instruction})
             dataset.save_episode()
-        if dataset is None:
-            shutil.rmtree(store)
-            raise InputError(
-                "a task that its expert solves",
-                f"{failures or 'no expert'}",
-                "less noise, or another task",
-            )
-        dataset.finalize()
-        shutil.rmtree(partial / "images", ignore_errors=True)  # LeRobot's temporary copies
-        partial.rename(out)
-        # The partial folders were left by runs that were killed.
-        for folder in (store, *out.parent.glob(f".{out.name}.partial-*")):
-            shutil.rmtree(folder, ignore_errors=True)
+            yield task
+        if dataset is not None:
+            dataset.finalize()
+            shutil.rmtree(folder / "images", ignore_errors=True)  # LeRobot's temporary copies
     except BaseException:
-        # Without this, the dataset would write its remaining files later, after the folder is gone.
+        # Without this, the dataset would write its files later, after the folder is gone.
         if dataset is not None:
             with contextlib.suppress(Exception):
                 dataset.finalize()
         raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return {task: (solved[task], failures[task]) for task in config.tasks}
 
 
 def _stream(

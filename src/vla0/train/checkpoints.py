@@ -1,7 +1,6 @@
 """Keep `last` and `best`, links to clean checkpoint folders that are always complete."""
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,16 +12,13 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from vla0.checkpoint import io as models
 from vla0.core.spec import Spec
 from vla0.data.dataset import Mixture, Samples
-from vla0.files import settle, write_whole
+from vla0.files import settle, unfinished, write_whole
 from vla0.train.lora import merged, plain
 from vla0.train.measure import Measurement
 from vla0.train.model_card import card
 from vla0.train.plots import chart
 
 FINISHED = "training.png"  # the last file of a checkpoint: a folder that has it is finished
-
-# names of what a kill leaves of a checkpoint that was being written
-HALF = re.compile(r"\.step-\d+\.(partial|old)(-\d+)?")
 
 
 class CheckpointCallback(TrainerCallback):
@@ -179,8 +175,7 @@ class CheckpointCallback(TrainerCallback):
         # A state of a later step is what a kill left.
         kept_states = sorted(number for number in states if number <= step)[-2:]
         dropped = [folder for number, folder in states.items() if number not in kept_states]
-        unfinished = [f for f in self.output.iterdir() if HALF.fullmatch(f.name)]
-        for folder in [*unfinished, *dropped]:
+        for folder in [*unfinished(self.output, r"step-\d+"), *dropped]:
             shutil.rmtree(folder)
 
 
