@@ -23,7 +23,7 @@ def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path, error):
     place = tmp_path / "out"
     place.mkdir()
     (place / "mark").write_text("old")
-    with pytest.raises(error), whole_folder(place, "mark") as partial:
+    with pytest.raises(error), whole_folder(place, "mark") as partial:  # noqa: PT012
         partial.mkdir()
         (partial / "mark").write_text("new")
         raise error
@@ -46,7 +46,8 @@ def test_only_a_folder_with_the_marker_is_replaced(tmp_path):
 
 def test_files_that_come_while_the_folder_is_written_are_not_overwritten(tmp_path):
     place = tmp_path / "out"
-    with pytest.raises(InputError, match="other files"), whole_folder(place, "mark") as partial:
+    refused = pytest.raises(InputError, match="other files")
+    with refused, whole_folder(place, "mark") as partial:
         partial.mkdir()
         place.mkdir()
         (place / "thesis.tex").write_text("years of work")
