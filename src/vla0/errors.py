@@ -50,7 +50,7 @@ def refuse_unknown(
     where: str,
     elsewhere: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises InputError for the first key that is not known, and names the nearest known key.
+    """Raise InputError for the first key that is not known, and name the nearest known key.
 
     Args:
         keys: The keys to check.
@@ -70,7 +70,7 @@ def refuse_unknown(
 
 
 def nearest(word: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
-    """Returns the remedy for an unknown word: its new name, or the nearest known word.
+    """Return the remedy for an unknown word: its new name, or the nearest known word.
 
     Args:
         word: The unknown word.
@@ -89,12 +89,12 @@ def nearest(word: str, known: Iterable[str], elsewhere: Mapping[str, str] | None
 
 
 def given(**settings: Any) -> dict[str, Any]:
-    """Returns the settings that are not None; for the others the called function has a default."""
+    """Return the settings that are not None; for the others the called function has a default."""
     return {name: value for name, value in settings.items() if value is not None}
 
 
 def refuse_idle(settings: Mapping[str, Any], needed: str) -> None:
-    """Raises InputError for the first setting that is given although it would do nothing.
+    """Raise InputError for the first setting that is given although it would do nothing.
 
     Args:
         settings: The settings. None, False and an empty list count as not given.

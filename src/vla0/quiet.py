@@ -7,7 +7,7 @@ import warnings
 
 
 def hush() -> None:
-    """Silences messages that libraries write when they are imported, also in child processes."""
+    """Silence messages that libraries write when they are imported, also in child processes."""
     # of torchao and robosuite, whenever they are compiled because no bytecode is kept
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     os.environ.setdefault("PYTHONWARNINGS", "ignore::SyntaxWarning")
@@ -21,7 +21,7 @@ def hush() -> None:
 
 
 def quiet() -> None:
-    """Hides progress bars of other libraries for short tasks; the Trainer's own bar stays."""
+    """Hide progress bars of other libraries for short tasks; the Trainer's own bar stays."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -16,11 +16,11 @@ class Answer(Protocol):
     done_at: float  # seconds; set once the answer has arrived
 
     def done(self) -> bool:
-        """Tells whether the chunk has arrived, or the query failed."""
+        """Tell whether the chunk has arrived, or the query failed."""
         ...
 
     def result(self) -> np.ndarray:
-        """Returns the chunk (H, D), or raises the error of the query."""
+        """Return the chunk (H, D), or raise the error of the query."""
         ...
 
 
@@ -28,19 +28,19 @@ class LoopWorld(Protocol):
     """What a loop needs: a clock, and a policy that answers later."""
 
     def now(self) -> float:
-        """Returns the time, in seconds."""
+        """Return the time, in seconds."""
         ...
 
     def sleep_until(self, moment: float) -> None:
-        """Sleeps until a time, in seconds of `now`."""
+        """Sleep until a time, in seconds of `now`."""
         ...
 
     def ask(self, observation: Observation) -> Answer:
-        """Asks the policy, and returns without waiting for the answer."""
+        """Ask the policy, and return without waiting for the answer."""
         ...
 
     def wait(self, answer: Answer, until: float) -> None:
-        """Waits until the answer has arrived, or until a time in seconds of `now`."""
+        """Wait until the answer has arrived, or until a time in seconds of `now`."""
         ...
 
 
@@ -56,21 +56,21 @@ class RealWorld:
         self.thread = ThreadPoolExecutor(1, "policy")
 
     def now(self) -> float:
-        """Returns the seconds of `time.monotonic`."""
+        """Return the seconds of `time.monotonic`."""
         return time.monotonic()
 
     def sleep_until(self, moment: float) -> None:
-        """Sleeps until a time, in seconds of `now`."""
+        """Sleep until a time, in seconds of `now`."""
         time.sleep(max(0.0, moment - time.monotonic()))
 
     def ask(self, observation: Observation) -> Any:
-        """Asks the policy, and returns without waiting for the answer."""
+        """Ask the policy, and return without waiting for the answer."""
         answer: Any = self.thread.submit(self.predict, observation)
         answer.add_done_callback(lambda answer: setattr(answer, "done_at", time.monotonic()))
         return answer
 
     def wait(self, answer: Any, until: float) -> None:
-        """Waits until the answer has arrived, or until a time in seconds of `now`."""
+        """Wait until the answer has arrived, or until a time in seconds of `now`."""
         wait([answer], max(0.0, until - time.monotonic()))
 
 
@@ -95,22 +95,22 @@ class SimulatedWorld:
         self.time, self.queries = 0.0, 0
 
     def now(self) -> float:
-        """Returns the simulated seconds since the world was made."""
+        """Return the simulated seconds since the world was made."""
         return self.time
 
     def sleep_until(self, moment: float) -> None:
-        """Advances the time in steps of `grain_s`."""
+        """Advance the time in steps of `grain_s`."""
         while self.time < moment:
             self.time = min(moment, self.time + self.grain_s)
             self.check()
 
     def ask(self, observation: Observation) -> "Later":
-        """Returns an answer that arrives after the latency of this query."""
+        """Return an answer that arrives after the latency of this query."""
         self.queries += 1
         return Later(self, self.time + self.latency_s(self.queries - 1), observation)
 
     def wait(self, answer: Answer, until: float) -> None:
-        """Advances the time until the answer has arrived, or until a time in seconds."""
+        """Advance the time until the answer has arrived, or until a time in seconds."""
         while not answer.done() and self.time < until:
             self.sleep_until(min(until, self.time + self.grain_s))
 
@@ -122,9 +122,9 @@ class Later:
         self.world, self.done_at, self.observation = world, ready_at, observation
 
     def done(self) -> bool:
-        """Tells whether the answer has arrived."""
+        """Tell whether the answer has arrived."""
         return self.world.time >= self.done_at - 1e-9
 
     def result(self) -> np.ndarray:
-        """Returns the chunk (H, D)."""
+        """Return the chunk (H, D)."""
         return self.world.predict(self.observation)

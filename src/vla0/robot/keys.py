@@ -21,19 +21,19 @@ class Flag:
         self.up = False
 
     def set(self) -> None:
-        """Sets the flag."""
+        """Set the flag."""
         self.up = True
 
     def clear(self) -> None:
-        """Clears the flag."""
+        """Clear the flag."""
         self.up = False
 
     def is_set(self) -> bool:
-        """Tells whether the flag is set."""
+        """Tell whether the flag is set."""
         return self.up
 
     def wait(self, seconds: float) -> bool:
-        """Waits until the flag is set, at most some seconds; returns whether it is set."""
+        """Wait until the flag is set, at most some seconds; return whether it is set."""
         until = time.monotonic() + seconds
         while not self.up and time.monotonic() < until:
             time.sleep(min(0.02, seconds))
@@ -42,7 +42,7 @@ class Flag:
 
 @contextlib.contextmanager
 def listening(session: Any) -> Iterator[None]:
-    """Passes keys and signals to a session, for as long as the context lasts.
+    """Pass keys and signals to a session, for as long as the context lasts.
 
     Keys are read if there is a terminal. SIGTERM and a hang-up do the same as Ctrl-C.
 

@@ -24,7 +24,7 @@ INSTALL = "pip install 'vla0[robot]'"
 
 
 def make_robot(words: Sequence[str]) -> Any:
-    """Makes a LeRobot Robot, not connected yet, from the words of a command line.
+    """Make a LeRobot Robot, not connected yet, from the words of a command line.
 
     Third-party robots (`lerobot_robot_*`) are found as LeRobot finds them; `--robot.type=sim` is
     vla0's simulated arm.
@@ -92,7 +92,7 @@ def make_robot(words: Sequence[str]) -> Any:
 
 
 def _whole_type(word: str, known: Mapping[str, Any]) -> str:
-    """Completes a robot's type, as so101 → so101_follower; refuses an unknown type."""
+    """Complete a robot's type, as so101 → so101_follower; refuse an unknown type."""
     name, _, kind = word.partition("=")
     if name != "--robot.type" or kind in known:
         return word
@@ -152,7 +152,7 @@ class LeRobotBody:
         return all(name in self.numbers for name in self.actions)
 
     def position(self) -> np.ndarray | None:
-        """Returns where the robot is, in units of actions (D,).
+        """Return where the robot is, in units of actions (D,).
 
         It is None before the first observation, and for a robot that does not report positions.
         """
@@ -163,7 +163,7 @@ class LeRobotBody:
         )
 
     def observe(self) -> Observation:
-        """Reads the cameras and the state.
+        """Read the cameras and the state.
 
         Returns:
             The observation, its `captured_at` in seconds of `time.monotonic`.
@@ -193,7 +193,7 @@ class LeRobotBody:
         return self.last
 
     def _captured_at(self) -> float:
-        """Returns the time of the oldest picture whose camera tells one, in monotonic seconds."""
+        """Return the time of the oldest picture whose camera tells one, in monotonic seconds."""
         now = time.monotonic()
         held = (getattr(self.robot, "cameras", None) or {}).items()
         ages = [
@@ -204,14 +204,14 @@ class LeRobotBody:
         return now - max(ages, default=0.0)
 
     def send(self, action: np.ndarray) -> None:
-        """Executes an action (D,), in the dataset's units."""
+        """Execute an action (D,), in the dataset's units."""
         self.command = {
             name: float(value) for name, value in zip(self.actions, action, strict=True)
         }
         self.robot.send_action(dict(self.command))
 
     def hold(self) -> None:
-        """Holds the robot where it is: sets velocities to 0.
+        """Hold the robot where it is: set velocities to 0.
 
         Position-controlled joints keep their last position by themselves.
         """
@@ -225,7 +225,7 @@ class LeRobotBody:
             )
 
     def went_itself(self, goal: np.ndarray) -> bool:
-        """Lets a simulated arm go to a position by itself; a real arm never does.
+        """Let a simulated arm go to a position by itself; a real arm never does.
 
         Args:
             goal: (D,), in units of actions.
@@ -239,11 +239,11 @@ class LeRobotBody:
         )
 
     def stop(self) -> None:
-        """Holds the robot: under power it does not fall. `release` ends that."""
+        """Hold the robot: under power it does not fall. `release` ends that."""
         self.hold()
 
     def release(self) -> None:
-        """Disconnects the robot.
+        """Disconnect the robot.
 
         Its setting disable_torque_on_disconnect decides whether the motors lose their power.
         """
@@ -254,7 +254,7 @@ class LeRobotBody:
 def _cameras(
     pictures: Mapping[str, tuple], spec: Spec, renamed: Mapping[str, str]
 ) -> dict[str, str]:
-    """Returns camera of the checkpoint → the robot's name for it."""
+    """Return camera of the checkpoint → the robot's name for it."""
     if unknown := [camera for camera in renamed if camera not in spec.cameras]:
         raise InputError(
             f"cameras of the checkpoint, {spec.cameras}",
@@ -278,7 +278,7 @@ def _cameras(
 
 
 def _age(camera: str, taken: float) -> float:
-    """Returns the seconds since a picture was taken, by whichever clock its camera uses.
+    """Return the seconds since a picture was taken, by whichever clock its camera uses.
 
     LeRobot's cameras use time.perf_counter, others time.time.
     """
@@ -296,7 +296,7 @@ def _age(camera: str, taken: float) -> float:
 def _names(
     what: str, trained: Sequence[str] | None, reported: list[str], count: int | None
 ) -> list[str]:
-    """Returns the robot's names of the numbers, in the order of the checkpoint."""
+    """Return the robot's names of the numbers, in the order of the checkpoint."""
     if trained is not None and count is not None:
         if missing := [name for name in trained if name not in reported]:
             raise InputError(

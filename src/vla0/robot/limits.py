@@ -56,7 +56,7 @@ class ActionLimits:
 
     @classmethod
     def of(cls, spec: Spec) -> "ActionLimits":
-        """Returns the limits within which the demonstrations stayed.
+        """Return the limits within which the demonstrations stayed.
 
         Raises:
             InputError: The checkpoint has relative dimensions, for which it knows no bounds.
@@ -70,7 +70,7 @@ class ActionLimits:
         return cls(low=spec.low, high=spec.high, periodic=spec.periodic)
 
     def safe(self, action: np.ndarray, last: np.ndarray | None, period_s: float) -> np.ndarray:
-        """Returns the nearest action within all limits.
+        """Return the nearest action within all limits.
 
         Args:
             action: (D,), what the policy wants.
@@ -93,7 +93,7 @@ class ActionLimits:
         return safe
 
     def _turned(self, action: np.ndarray) -> np.ndarray:
-        """Moves a value outside of its bounds by whole turns, to where it is nearest to them.
+        """Move a value outside of its bounds by whole turns, to where it is nearest to them.
 
         Only periodic dimensions are moved.
         """
@@ -105,7 +105,7 @@ class ActionLimits:
         )
 
     def _changed(self, safe: np.ndarray, last: np.ndarray, change: np.ndarray) -> np.ndarray:
-        """Returns the command (D,) that goes from `last` towards `safe` by at most `change`.
+        """Return the command (D,) that goes from `last` towards `safe` by at most `change`.
 
         A periodic dimension goes over its seam if its bounds meet there.
         """

@@ -106,7 +106,7 @@ def drive(
     on_step: Callable[[Tick], None] = lambda tick: None,
     finished: Callable[[], bool] = lambda: False,
 ) -> Report:
-    """Acts for `max_steps` ticks, until `finished` is true, or until the guard is stopped.
+    """Act for `max_steps` ticks, until `finished` is true, or until the guard is stopped.
 
     An error of the robot or a KeyboardInterrupt stops the robot and is raised again.
 
@@ -188,7 +188,7 @@ class _Loop:
         )
 
     def _due(self) -> bool:
-        """Tells whether the next chunk should be asked for at this step."""
+        """Tell whether the next chunk should be asked for at this step."""
         if self.pace.mode == "ensemble":
             return True
         if self.pace.mode == "async" and self.delay > SLOW * self.pace.chunk_size:
@@ -196,7 +196,7 @@ class _Loop:
         return self.step - self.latest >= self.pace.executed or not self.plan.reaches(self.step)
 
     def _ask(self, observation: Observation) -> None:
-        """Sends an observation to the policy, unless it is too old."""
+        """Send an observation to the policy, unless it is too old."""
         now = self.world.now()
         # A time in the future means that the camera uses another clock, so the age is unknown.
         if (
@@ -211,14 +211,14 @@ class _Loop:
         self.report.queries += 1
 
     def _action_prefix(self) -> list[np.ndarray]:
-        """Returns the actions that will be executed from now until the answer arrives."""
+        """Return the actions that will be executed from now until the answer arrives."""
         steps = min(self.delay, self.pace.chunk_size - 1)
         ahead = [self.step + i for i in range(steps)]
         reached = next((i for i, step in enumerate(ahead) if not self.plan.reaches(step)), steps)
         return [self.plan.action(step) for step in ahead[:reached]]
 
     def _wait(self) -> None:
-        """Waits for the chunk, in mode "sync"; it begins when it arrives, not when it was asked."""
+        """Wait for the chunk, in mode "sync"; it begins when it arrives, not when it was asked."""
         while self.asked is not None and self.guard.stopped is None:
             self.world.wait(self.asked[0], self.world.now() + self.period)
             self.guard.check()
@@ -228,7 +228,7 @@ class _Loop:
             self._take()
 
     def _checked(self, chunk: np.ndarray) -> np.ndarray:
-        """Returns the chunk, or raises InputError for one that could not be executed."""
+        """Return the chunk, or raise InputError for one that could not be executed."""
         chunk, dimensions = np.asarray(chunk), len(self.guard.limits.low)
         shape = chunk.shape
         if (
@@ -246,7 +246,7 @@ class _Loop:
         return chunk
 
     def _take(self) -> None:
-        """Takes an answer that has arrived, and places its chunk at the steps that it is for."""
+        """Take an answer that has arrived, and place its chunk at the steps that it is for."""
         if self.asked is None or not self.asked[0].done():
             return
         answer, step, at = self.asked

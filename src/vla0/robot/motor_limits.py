@@ -15,7 +15,7 @@ from vla0.robot.limits import NEVER, ActionLimits
 def limits_of(
     spec: Spec, body: LeRobotBody, overrides: Mapping[str, Any] | None = None
 ) -> ActionLimits:
-    """Returns the limits of commands: those of the demonstrations, narrowed or widened by the user.
+    """Return the limits of commands: those of the demonstrations, narrowed or widened by the user.
 
     Args:
         spec: The Spec of the checkpoint, with the bounds of its demonstrations.
@@ -71,7 +71,7 @@ def limits_of(
 
 
 def _each(name: str, value: Any, actions: list[str], before: list[float] | None) -> list[float]:
-    """Returns a limit's number for each action; a mapping changes those of `before`."""
+    """Return a limit's number for each action; a mapping changes those of `before`."""
     if isinstance(value, Mapping):
         refuse_unknown(value, actions, f"the limits' {name}")
         before = before or [math.inf if name in ("step", "velocity") else math.nan] * len(actions)
@@ -92,7 +92,7 @@ def _each(name: str, value: Any, actions: list[str], before: list[float] | None)
 def start_of(
     body: LeRobotBody, limits: ActionLimits, report: Callable[[str], None]
 ) -> np.ndarray | None:
-    """Returns where a robot begins.
+    """Return where a robot begins.
 
     A simulated arm, which nobody can move by hand, first goes to the nearest place within its
     limits, and `report` is called with a line.
@@ -126,7 +126,7 @@ def start_of(
 
 
 def refuse_elsewhere(start: np.ndarray, limits: ActionLimits, actions: Sequence[str]) -> None:
-    """Raises InputError if a robot stands far outside of its limits.
+    """Raise InputError if a robot stands far outside of its limits.
 
     The reason is most likely other units or another calibration.
 
@@ -152,7 +152,7 @@ def refuse_elsewhere(start: np.ndarray, limits: ActionLimits, actions: Sequence[
 
 
 def refuse_unlimited(limits: ActionLimits, actions: Sequence[str]) -> None:
-    """Raises InputError if neither the data nor --limits bounds how much a position may change."""
+    """Raise InputError if neither the data nor --limits bounds how much a position may change."""
     none = np.full(len(actions), NEVER)
     change = np.minimum(limits.step or none, limits.velocity or none)
     if (change >= NEVER).any():

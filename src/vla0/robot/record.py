@@ -83,7 +83,7 @@ class Recorder:
         self.step = self.frames = self.episodes = 0
 
     def tick(self, tick: Tick) -> None:
-        """Records a step, and copies of the last one for steps that the loop skipped."""
+        """Record a step, and copies of the last one for steps that the loop skipped."""
         if tick.command is None and self.frame is None:
             return
         for _ in range(tick.step - self.step - 1 if self.frame is not None else 0):
@@ -92,7 +92,7 @@ class Recorder:
         self._add(self.frame)
 
     def _frame(self, tick: Tick) -> dict[str, Any]:
-        """Returns the dataset's frame of a step."""
+        """Return the dataset's frame of a step."""
         from lerobot.utils.feature_utils import build_dataset_frame
 
         frame: dict[str, Any] = build_dataset_frame(self.features, self.body.seen, "observation")
@@ -121,7 +121,7 @@ class Recorder:
         self.frames += 1
 
     def save(self) -> int:
-        """Ends the episode, and saves it if it has any frames.
+        """End the episode, and save it if it has any frames.
 
         Returns:
             The number of its frames; 0 for an episode without a command.
@@ -133,10 +133,10 @@ class Recorder:
         return count
 
     def discard(self) -> None:
-        """Ends the episode without saving it."""
+        """End the episode without saving it."""
         self.dataset.clear_episode_buffer()
         self.frame, self.frames = None, 0
 
     def close(self) -> None:
-        """Completes the dataset, so that it can be read."""
+        """Complete the dataset, so that it can be read."""
         self.dataset.finalize()

@@ -39,7 +39,7 @@ class Resampled:
         self.chunk_size = max(1, math.ceil(chunk_size * loop_fps / fps - 1e-6))
 
     def __call__(self, observation: Observation) -> np.ndarray:
-        """Returns the chunk (chunk_size, D) at the loop's rate."""
+        """Return the chunk (chunk_size, D) at the loop's rate."""
         if observation.action_prefix is not None and len(observation.action_prefix):
             held = (
                 math.floor((len(observation.action_prefix) - 1) * self.fps / self.loop_fps + 1e-6)
@@ -57,7 +57,7 @@ class Resampled:
 def sampled(
     actions: np.ndarray, fps: float, other_fps: float, count: int, periodic: Turns = ()
 ) -> np.ndarray:
-    """Samples actions at the instants of another rate, linearly; the last one is repeated.
+    """Sample actions at the instants of another rate, linearly; the last one is repeated.
 
     Args:
         actions: (T, D).

@@ -24,7 +24,7 @@ class RobotInterface(Protocol):
     """What the guard needs of a robot: your own, one of LeRobot's, or a simulated one."""
 
     def observe(self) -> Observation:
-        """Reads the cameras and the state.
+        """Read the cameras and the state.
 
         Returns:
             The observation, its `captured_at` in seconds of `time.monotonic`.
@@ -32,7 +32,7 @@ class RobotInterface(Protocol):
         ...
 
     def send(self, action: np.ndarray) -> None:
-        """Executes an action.
+        """Execute an action.
 
         Args:
             action: (D,), in the dataset's units.
@@ -40,11 +40,11 @@ class RobotInterface(Protocol):
         ...
 
     def hold(self) -> None:
-        """Keeps the robot where it is, under power."""
+        """Keep the robot where it is, under power."""
         ...
 
     def stop(self) -> None:
-        """Brings the robot to the safest end that it has; nothing is sent after it."""
+        """Bring the robot to the safest end that it has; nothing is sent after it."""
         ...
 
 
@@ -125,12 +125,12 @@ class SafetyGuard:
         self.sent = self.clipped = self.late = self.holds = 0
 
     def observe(self) -> Observation:
-        """Reads the robot's cameras and state."""
+        """Read the robot's cameras and state."""
         with self._acquired("look"):
             return self.robot.observe()
 
     def send(self, action: np.ndarray, deadline: float) -> np.ndarray | None:
-        """Brings an action within the limits and passes it on to the robot.
+        """Bring an action within the limits and pass it on to the robot.
 
         An action that is not D finite numbers, or an error of the robot, stops the robot.
 
@@ -151,7 +151,7 @@ class SafetyGuard:
             return None
 
     def _send(self, action: np.ndarray, deadline: float) -> np.ndarray | None:
-        """Checks an action and passes it on, while the robot is acquired."""
+        """Check an action and pass it on, while the robot is acquired."""
         action = np.asarray(action, np.float64)
         if action.shape != (len(self.limits.low),) or not np.isfinite(action).all():
             raise InputError(
@@ -179,7 +179,7 @@ class SafetyGuard:
         return command
 
     def stop(self, reason: str) -> None:
-        """Stops the robot for good; later calls do nothing.
+        """Stop the robot for good; later calls do nothing.
 
         It never waits, so a signal handler may call it at any point.
 
@@ -196,7 +196,7 @@ class SafetyGuard:
             logger.warning("stopped: %s", reason)
 
     def check(self) -> None:
-        """Holds the robot after `hold_s` without a fresh command, and stops it after `stop_s`.
+        """Hold the robot after `hold_s` without a fresh command, and stop it after `stop_s`.
 
         After a stop was requested, it stops a robot that hangs.
         """
@@ -212,7 +212,7 @@ class SafetyGuard:
             self._hold()
 
     def watch(self, every_s: float = 0.005) -> threading.Event:
-        """Calls `check` regularly from a daemon thread.
+        """Call `check` regularly from a daemon thread.
 
         Args:
             every_s: Seconds between two checks.
@@ -231,7 +231,7 @@ class SafetyGuard:
 
     @contextmanager
     def _acquired(self, what: str) -> Iterator[None]:
-        """Acquires the robot, and stops it on release if a stop was requested meanwhile."""
+        """Acquire the robot, and stop it on release if a stop was requested meanwhile."""
         with self.touching:
             self.doing = (what, self.now())
             try:
@@ -245,7 +245,7 @@ class SafetyGuard:
             self._finish()
 
     def _hold(self) -> None:
-        """Holds the robot; after `grace_s` it proceeds even though an observation hangs."""
+        """Hold the robot; after `grace_s` it proceeds even though an observation hangs."""
         free = self.touching.acquire(timeout=self.grace_s)
         if not free and (self.doing or ("", 0.0))[0] != "look":
             return  # a command is on its way, so there is nothing to hold for
@@ -264,7 +264,7 @@ class SafetyGuard:
             self._finish()
 
     def _finish(self) -> None:
-        """Stops the robot unless another thread is using it; that thread stops it afterwards."""
+        """Stop the robot unless another thread is using it; that thread stops it afterwards."""
         if self.touching.acquire(blocking=False):
             try:
                 self._end()
@@ -272,7 +272,7 @@ class SafetyGuard:
                 self.touching.release()
 
     def _overdue(self) -> None:
-        """Stops the robot although another thread's call to it has not returned in time."""
+        """Stop the robot although another thread's call to it has not returned in time."""
         doing = self.doing
         if doing is None:
             self._finish()
@@ -290,7 +290,7 @@ class SafetyGuard:
                 self._end()
 
     def _end(self, again: bool = False) -> None:
-        """Stops the robot, once, or a second time with `again`."""
+        """Stop the robot, once, or a second time with `again`."""
         if not self.ended.acquire(blocking=False) and not again:
             return
         if self.live:

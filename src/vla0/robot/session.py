@@ -143,7 +143,7 @@ class RobotSession:
         self.reports: list[Report] = []
 
     def key(self, name: str) -> None:
-        """Handles a key: it stops the robot, ends the episode, or ends and forgets it."""
+        """Handle a key: it stops the robot, ends the episode, or ends and forgets it."""
         if name in STOP_KEYS:
             self.stop(f"key '{name}'")
         elif name in ("left", "right", "enter"):
@@ -152,7 +152,7 @@ class RobotSession:
             self.ends.set()
 
     def stop(self, reason: str) -> None:
-        """Stops the robot and ends the session, at once.
+        """Stop the robot and end the session, at once.
 
         Args:
             reason: Why, for the log and the report.
@@ -163,7 +163,7 @@ class RobotSession:
         self.ends.set()
 
     def run(self) -> list[Report]:
-        """Connects the robot, runs the episodes, and disconnects it.
+        """Connect the robot, run the episodes, and disconnect it.
 
         Returns:
             A report for each episode. If a stop ended the session, the last one has the reason.
@@ -207,7 +207,7 @@ class RobotSession:
         return self.reports
 
     def _episode(self, on_step: Callable[[Tick], None]) -> Report:
-        """Runs one episode."""
+        """Run one episode."""
         config, spec = self.config, self.body.spec
         self.ends.clear()
         self.forgets.clear()
@@ -259,7 +259,7 @@ class RobotSession:
             )
 
     def _summarise(self, commands: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        """Tells the operator what a dry run would have sent."""
+        """Tell the operator what a dry run would have sent."""
         if commands:
             wanted, sent = (np.array(each) for each in zip(*commands, strict=True))
             clipped = (np.abs(wanted - sent) > 1e-9).sum(axis=0)
@@ -271,7 +271,7 @@ class RobotSession:
                 )
 
     def _first_observation(self, patience_s: float = 5.0) -> None:
-        """Observes the robot once, and waits for cameras that have just been switched on."""
+        """Observe the robot once, and wait for cameras that have just been switched on."""
         until = time.monotonic() + patience_s
         while True:
             with contextlib.suppress(TimeoutError):
@@ -285,7 +285,7 @@ class RobotSession:
             time.sleep(0.05)
 
     def _keep(self, recorder: Recorder | None) -> None:
-        """Saves or discards the recording of an episode."""
+        """Save or discard the recording of an episode."""
         if recorder is None:
             return
         self.saving = True
@@ -304,7 +304,7 @@ class RobotSession:
         self.saving = False
 
     def _between(self, episode: int) -> bool:
-        """Waits while the operator puts things back; tells whether to go on."""
+        """Wait while the operator puts things back; tell whether to go on."""
         self.ends.clear()
         self.told(
             f"episode {episode + 1} of {self.config.episodes} begins in {self.config.reset_s:g} "
@@ -315,7 +315,7 @@ class RobotSession:
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
-        """Connects the robot, and releases it at the end."""
+        """Connect the robot, and release it at the end."""
         try:
             self.robot.connect()
         except (ConnectionError, ImportError, TimeoutError, OSError) as error:
@@ -331,7 +331,7 @@ class RobotSession:
             self._release()
 
     def _release(self) -> None:
-        """Releases the robot, after the operator has confirmed that somebody supports it."""
+        """Release the robot, after the operator has confirmed that somebody supports it."""
         with contextlib.suppress(KeyboardInterrupt, EOFError, OSError):
             if self.config.live and sys.stdin is not None and sys.stdin.isatty():
                 input(

@@ -97,13 +97,13 @@ class SimulatedArm(Robot):
         return True
 
     def calibrate(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def configure(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
     def connect(self, calibrate: bool = True) -> None:
-        """Starts the simulation.
+        """Start the simulation.
 
         Raises:
             InputError: The simulation fails, for example because MuJoCo cannot draw.
@@ -120,14 +120,14 @@ class SimulatedArm(Robot):
             ) from self.error
 
     def disconnect(self) -> None:
-        """Ends the simulation."""
+        """End the simulation."""
         self.ended.set()
         if self.thread is not None:
             self.thread.join(5)
             self.thread = None
 
     def get_observation(self) -> dict[str, Any]:
-        """Returns the joints' positions and the newest pictures.
+        """Return the joints' positions and the newest pictures.
 
         Raises:
             TimeoutError: A camera has sent nothing for half a second, as with LeRobot's cameras.
@@ -140,7 +140,7 @@ class SimulatedArm(Robot):
             return joints | {name: eye.read_latest() for name, eye in self.cameras.items()}
 
     def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
-        """Sets the goal positions, clipped to what the servos can do, and returns them."""
+        """Set the goal positions, clipped to what the servos can do, and return them."""
         self._awake()
         wanted = np.array([float(action[name]) for name in ACTIONS])
         goal = within(wanted)
@@ -150,7 +150,7 @@ class SimulatedArm(Robot):
         return {name: float(v) for name, v in zip(ACTIONS, goal, strict=True)}
 
     def go_by_itself(self, goal: dict[str, float]) -> bool:
-        """Goes to a position as fast as the servos can, and rests there.
+        """Go to a position as fast as the servos can, and rest there.
 
         Nobody can move a simulated arm by hand to where an episode may begin. Real arms have no
         such method.
@@ -177,12 +177,12 @@ class SimulatedArm(Robot):
         return False
 
     def _awake(self) -> None:
-        """Raises ConnectionError unless the arm is connected."""
+        """Raise ConnectionError unless the arm is connected."""
         if not self.is_connected:
             raise ConnectionError("the simulated arm is not connected")
 
     def _live(self) -> None:
-        """Runs the physics in real time and takes pictures at the cameras' rate, in the thread."""
+        """Run the physics in real time and take pictures at the cameras' rate, in the thread."""
         try:
             # made in this thread, because OpenGL must be used in the thread that made its context
             world = ArmPhysics(self.config.height, self.config.width)
@@ -223,12 +223,12 @@ class Eye:
         self.frame, self.latest_timestamp, self.frozen, self.silent = None, None, False, False
 
     def see(self, frame: np.ndarray) -> None:
-        """Takes a new picture, unless the camera is frozen or silent."""
+        """Take a new picture, unless the camera is frozen or silent."""
         if not (self.frozen or self.silent):
             self.frame, self.latest_timestamp = frame, time.perf_counter()
 
     def read_latest(self, max_age_ms: float = 500) -> np.ndarray:
-        """Returns the newest picture; raises TimeoutError if there is none or it is too old."""
+        """Return the newest picture; raise TimeoutError if there is none or it is too old."""
         if self.frame is None or (
             self.silent and (time.perf_counter() - (self.latest_timestamp or 0)) * 1e3 > max_age_ms
         ):

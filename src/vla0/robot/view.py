@@ -67,7 +67,7 @@ class View:
         self.thread.start()
 
     def tick(self, tick: Tick, began: float = 0.0) -> None:
-        """Shows a step, or skips it if the viewer is behind.
+        """Show a step, or skip it if the viewer is behind.
 
         Args:
             tick: The step.
@@ -79,7 +79,7 @@ class View:
             self.missed += 1
 
     def close(self, patience_s: float = 5.0) -> None:
-        """Waits until every step is sent, at most some seconds; the rest is given up."""
+        """Wait until every step is sent, at most some seconds; the rest is given up."""
         until = time.monotonic() + patience_s
         while self.thread.is_alive() and time.monotonic() < until:
             try:
@@ -94,7 +94,7 @@ class View:
             )
 
     def _work(self) -> None:
-        """Sends the steps that wait, in the thread, until the view is closed."""
+        """Send the steps that wait, in the thread, until the view is closed."""
         for name in self.body.actions:
             for line, colour in LINES.items():
                 self.stream.log(
@@ -112,7 +112,7 @@ class View:
             logger.debug("rerun: %s", error)
 
     def _show(self, tick: Tick, at: float, position: np.ndarray | None) -> None:
-        """Sends one step to rerun."""
+        """Send one step to rerun."""
         rerun, stream = self.rerun, self.stream
         stream.set_time("time", duration=at)
         for camera, frame in tick.observation.images.items():
@@ -130,7 +130,7 @@ class View:
                 stream.log(f"joint/{name}/{line}", rerun.Scalars(float(value)))
 
     def _layout(self) -> Any:
-        """Returns the layout of the viewer: cameras on the left, joints on the right."""
+        """Return the layout of the viewer: cameras on the left, joints on the right."""
         from rerun import blueprint
 
         cameras = [
@@ -147,7 +147,7 @@ class View:
         return blueprint.Blueprint(parts, collapse_panels=True)
 
     def _open(self) -> None:
-        """Opens rerun's viewer."""
+        """Open rerun's viewer."""
         beside = Path(sys.executable).with_name("rerun")
         path = str(beside) if beside.exists() else None
         try:
@@ -165,7 +165,7 @@ class View:
 
 
 def _refuse_absent(address: str, patience_s: float) -> None:
-    """Raises InputError if no viewer listens at an address within some seconds."""
+    """Raise InputError if no viewer listens at an address within some seconds."""
     parts, until = urlsplit(address), time.monotonic() + patience_s
     while True:
         try:

@@ -33,7 +33,7 @@ SAME = ("spec", "ensemble", "n_action_steps", *KINDS)
 
 
 def metadata_of(metadata: dict[str, Any], previous: Mapping[str, Any], url: str) -> dict[str, Any]:
-    """Checks the metadata that a server sends as a client connects.
+    """Check the metadata that a server sends as a client connects.
 
     Args:
         metadata: What the server sent.
@@ -63,7 +63,7 @@ def metadata_of(metadata: dict[str, Any], previous: Mapping[str, Any], url: str)
 
 
 def actions_of(content: Any, metadata: Mapping[str, Any], url: str, step: bool) -> np.ndarray:
-    """Checks the actions that a server sends.
+    """Check the actions that a server sends.
 
     Args:
         content: What the server sent.

@@ -71,7 +71,7 @@ class Batches:
         self.sessions: list[ClientSession] = []  # of the clients that are connected
 
     async def aside[T](self, session: ClientSession, read: Callable[..., T], *arguments: Any) -> T:
-        """Runs `read` in another thread, because reading megabytes would hold up other clients.
+        """Run `read` in another thread, because reading megabytes would hold up other clients.
 
         Args:
             session: The client, which is charged for the time.
@@ -89,7 +89,7 @@ class Batches:
     async def ask(
         self, asked: Asked, step: Callable[[int, np.ndarray], Awaitable[None]] | None = None
     ) -> np.ndarray:
-        """Waits until a request is decoded.
+        """Wait until a request is decoded.
 
         Args:
             asked: The request.
@@ -112,7 +112,7 @@ class Batches:
             return part
 
     async def run(self) -> None:
-        """Decodes requests as they arrive, until the task is cancelled."""
+        """Decode requests as they arrive, until the task is cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             await self.asked.wait()
@@ -146,7 +146,7 @@ class Batches:
                 self.charge(asked.session, time.monotonic() - began)
 
     def charge(self, session: ClientSession, seconds: float) -> None:
-        """Adds to the time that a client used, and delays it if it uses more than the others.
+        """Add to the time that a client used, and delay it if it uses more than the others.
 
         Args:
             session: The client.
@@ -164,7 +164,7 @@ class Batches:
             session.charge(min(min(len(others), OTHERS) * seconds, MOST_S))
 
     def _stream(self, asked: Asked, loop: asyncio.AbstractEventLoop) -> None:
-        """Decodes a single request, in the model's thread."""
+        """Decode a single request, in the model's thread."""
 
         def put(value: Any) -> None:
             loop.call_soon_threadsafe(asked.answers.put_nowait, value)
@@ -185,7 +185,7 @@ class Batches:
 def together(
     policy: TextPolicy, observations: Sequence[Observation], steps: int | None
 ) -> list[np.ndarray | InputError]:
-    """Decodes observations together.
+    """Decode observations together.
 
     Args:
         policy: The policy.
@@ -205,7 +205,7 @@ def together(
 
 
 def told(error: Exception) -> InputError:
-    """Returns the error that a client is sent.
+    """Return the error that a client is sent.
 
     An InputError, which the client caused, is sent in full; any other error is logged here, and the
     client is sent its type.

@@ -106,7 +106,7 @@ class RemotePolicy:
         return Spec.parse(text, self.url)
 
     def predict(self, observation: Observation, timeout_s: float | None = None) -> np.ndarray:
-        """Returns the next actions.
+        """Return the next actions.
 
         Args:
             observation: What the robot's cameras and sensors say.
@@ -125,7 +125,7 @@ class RemotePolicy:
     def predict_stream(
         self, observation: Observation, timeout_s: float | None = None
     ) -> Iterator[np.ndarray]:
-        """Yields the actions of `predict` one by one, each as soon as it is certain.
+        """Yield the actions of `predict` one by one, each as soon as it is certain.
 
         A server that does not stream sends all of them at once.
 
@@ -148,18 +148,18 @@ class RemotePolicy:
                 yield actions
 
     def reset(self) -> None:
-        """Begins a new episode: the server forgets this client's chunks at the next observation."""
+        """Begin a new episode: the server forgets this client's chunks at the next observation."""
         self.reset_next = True
 
     def close(self) -> None:
-        """Closes the connection."""
+        """Close the connection."""
         self.held.close()
         self.connection = None
 
     def _ask(
         self, observation: Observation, stream: bool, timeout_s: float | None
     ) -> Iterator[tuple[bool, np.ndarray]]:
-        """Yields (False, action (D,)) for each step of a stream, then (True, actions (T, D))."""
+        """Yield (False, action (D,)) for each step of a stream, then (True, actions (T, D))."""
         if not isinstance(observation, Observation):
             raise InputError(
                 "an Observation (vla0.core.spec)",
@@ -201,7 +201,7 @@ class RemotePolicy:
                     time.sleep(0.02)
 
     def _send(self, observation: Observation, stream: bool, deadline: float) -> None:
-        """Sends an observation, over a new connection if the last one was lost."""
+        """Send an observation, over a new connection if the last one was lost."""
         if self.connection is None:
             self._connect(deadline)
         assert self.connection is not None
@@ -244,7 +244,7 @@ class RemotePolicy:
         self.owed.append(self.number)
 
     def _receive(self, deadline: float) -> Iterator[tuple[bool, np.ndarray]]:
-        """Yields the parts of the answer to the last observation, and drops all other answers."""
+        """Yield the parts of the answer to the last observation, and drop all other answers."""
         assert self.connection is not None
         while (left := deadline - time.monotonic()) > 0:  # also if unasked messages keep arriving
             try:
@@ -275,7 +275,7 @@ class RemotePolicy:
         raise NoAnswerError(f"no answer of {self.url} in time")
 
     def _is_ours(self, answer: Mapping[str, Any] | None) -> bool:
-        """Tells whether an answer belongs to the last observation, and forgets the ones before it.
+        """Tell whether an answer belongs to the last observation, and forget the ones before it.
 
         Errors (None), which are text, and answers of servers that send no numbers are matched by
         their order, which is that of the observations.
@@ -291,7 +291,7 @@ class RemotePolicy:
         return number == self.number
 
     def _drop_unasked(self) -> None:
-        """Drops messages that arrived although no answer is due.
+        """Drop messages that arrived although no answer is due.
 
         They would be taken for the answer to the next observation.
         """

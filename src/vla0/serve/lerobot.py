@@ -87,13 +87,13 @@ class LeRobotServer:
         self.guests = threading.Lock()
 
     def Ready(self, message: Any, context: Any) -> Any:  # noqa: N802
-        """Forgets a client, which begins anew."""
+        """Forget a client, which begins anew."""
         with self.guests:
             self.clients.pop(context.peer(), None)
         return messages.Empty()
 
     def SendPolicyInstructions(self, message: Any, context: Any) -> Any:  # noqa: N802
-        """Takes the names of the client's robot, and how many actions it wants.
+        """Take the names of the client's robot, and how many actions it wants.
 
         The model stays the server's own, whatever the client asks for.
         """
@@ -111,7 +111,7 @@ class LeRobotServer:
         return messages.Empty()
 
     def SendObservations(self, parts: Iterator[Any], context: Any) -> Any:  # noqa: N802
-        """Takes the newest observation, which replaces one that still waits."""
+        """Take the newest observation, which replaces one that still waits."""
         with self._reported(context):
             observed = _unpacked(self._whole(parts, context), TimedObservation)
             client = self._client(context)
@@ -124,7 +124,7 @@ class LeRobotServer:
         return messages.Empty()
 
     def GetActions(self, message: Any, context: Any) -> Any:  # noqa: N802
-        """Answers the newest observation with a chunk, or with nothing if no observation comes."""
+        """Answer the newest observation with a chunk, or with nothing if no observation comes."""
         with self._reported(context):
             client = self._client(context)
             try:
@@ -145,7 +145,7 @@ class LeRobotServer:
         return messages.Empty()
 
     def _admit(self, peer: str, client: Client) -> None:
-        """Adds a client, in place of an idle one if there are too many.
+        """Add a client, in place of an idle one if there are too many.
 
         Raises InputError if all of them are active.
         """
@@ -167,7 +167,7 @@ class LeRobotServer:
             self.clients[peer] = client
 
     def _whole(self, parts: Iterator[Any], context: Any) -> bytes:
-        """Joins the parts of a message.
+        """Join the parts of a message.
 
         A stream that does not end is cancelled: it would occupy one of a few threads for ever.
         """
@@ -187,7 +187,7 @@ class LeRobotServer:
         return held.getvalue()
 
     def _chunk(self, client: Client, observed: TimedObservation) -> np.ndarray:
-        """Returns the chunk (T, D) for a client's observation."""
+        """Return the chunk (T, D) for a client's observation."""
         spec, raw = self.policy.spec, dict(observed.observation)
         message: dict[str, Any] = {
             client.renamed.get(str(name), str(name)): value for name, value in raw.items()
@@ -212,7 +212,7 @@ class LeRobotServer:
         return chunk
 
     def _client(self, context: Any) -> Client:
-        """Returns the state of the client that calls, or raises InputError for a stranger."""
+        """Return the state of the client that calls, or raise InputError for a stranger."""
         with self.guests:
             if (client := self.clients.get(context.peer())) is None:
                 raise InputError(
@@ -225,7 +225,7 @@ class LeRobotServer:
 
     @contextlib.contextmanager
     def _reported(self, context: Any) -> Iterator[None]:
-        """Reports an error to the client that caused it, as the answer to its call."""
+        """Report an error to the client that caused it, as the answer to its call."""
         try:
             yield
         except Exception as error:
@@ -235,7 +235,7 @@ class LeRobotServer:
 
 
 def _unpacked(data: bytes, kind: type) -> Any:
-    """Reads one of LeRobot's messages without running anything of its pickle.
+    """Read one of LeRobot's messages without running anything of its pickle.
 
     Raises InputError for anything else.
     """
@@ -273,7 +273,7 @@ def serve_lerobot(
     ready: Callable[[int], None],
     stop: threading.Event | None = None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM, or until `stop` is set.
+    """Serve until SIGINT or SIGTERM, or until `stop` is set.
 
     Args:
         server: The service.

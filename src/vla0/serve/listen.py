@@ -46,13 +46,13 @@ class ServerLimits:
             raise InputError("limits of one at least", f"{asdict(self)}", "give numbers from 1")
 
     def of(self, spec: Spec) -> "ServerLimits":
-        """Returns these limits; a `message_bytes` that is not set becomes what the Spec needs."""
+        """Return these limits; a `message_bytes` that is not set becomes what the Spec needs."""
         needed = 2**20 + len(spec.cameras) * spec.history * 1920 * 1080 * 3
         return replace(self, message_bytes=needed) if self.message_bytes == NEEDED else self
 
 
 def shown(spec: Spec) -> str:
-    """Describes in one line what is served."""
+    """Describe in one line what is served."""
     return (
         f"{spec.chunk_size} steps of {spec.dimensions} numbers at {spec.fps:g} Hz from "
         f"{', '.join(spec.cameras)}"
@@ -60,7 +60,7 @@ def shown(spec: Spec) -> str:
 
 
 def refuse_open(host: str, key: str | None = None, protocol: str = "openpi") -> None:
-    """Refuses an address at which strangers could move the robot.
+    """Refuse an address at which strangers could move the robot.
 
     Args:
         host: The address to listen on.
@@ -81,7 +81,7 @@ def refuse_open(host: str, key: str | None = None, protocol: str = "openpi") -> 
 
 
 def refuse_taken(host: str, port: int) -> None:
-    """Raises InputError if the port is not free, before a large model is loaded."""
+    """Raise InputError if the port is not free, before a large model is loaded."""
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
@@ -89,14 +89,14 @@ def refuse_taken(host: str, port: int) -> None:
 
 
 def not_free(host: str, port: int, error: Exception) -> InputError:
-    """Returns the InputError for a port that cannot be listened on."""
+    """Return the InputError for a port that cannot be listened on."""
     return InputError(
         f"'{host}' port {port} to listen on", str(error), "choose another --port, or end who has it"
     )
 
 
 def secret_of(file: Path | None) -> str | None:
-    """Reads the key from a file.
+    """Read the key from a file.
 
     Args:
         file: The file; None gives no key.
@@ -130,7 +130,7 @@ def served(
     private: Path | None = None,
     ready: Callable[[int], None] | None = None,
 ) -> None:
-    """Serves until SIGINT or SIGTERM, and answers the requests that have begun by then.
+    """Serve until SIGINT or SIGTERM, and answer the requests that have begun by then.
 
     Args:
         server: The server, whose `run` is called.

@@ -27,7 +27,7 @@ class Request:
 def request(
     message: Mapping[str, Any], spec: Spec, keys: Mapping[str, str], most_side: int
 ) -> Request:
-    """Reads the Request from a message.
+    """Read the Request from a message.
 
     Args:
         message: The message, unpacked.
@@ -88,7 +88,7 @@ def request(
 
 
 def refuse_other_cameras(keys: Mapping[str, str], spec: Spec) -> None:
-    """Raises InputError if `keys` names a camera that the checkpoint does not have."""
+    """Raise InputError if `keys` names a camera that the checkpoint does not have."""
     if unknown := [camera for camera in keys if camera not in spec.cameras]:
         raise InputError(
             f"cameras of {spec.cameras}", f"'{unknown[0]}'", "name those of the checkpoint"
@@ -96,7 +96,7 @@ def refuse_other_cameras(keys: Mapping[str, str], spec: Spec) -> None:
 
 
 def names(camera: str) -> Iterator[str]:
-    """Yields the names that a camera's picture may have in a message."""
+    """Yield the names that a camera's picture may have in a message."""
     for pattern in (
         "observation/{}",
         "observation/{}_image",
@@ -108,7 +108,7 @@ def names(camera: str) -> Iterator[str]:
 
 
 def _raw_picture(message: Mapping[str, Any], camera: str, keys: Mapping[str, str]) -> Any:
-    """Returns a camera's picture from a message, or raises InputError if there is none."""
+    """Return a camera's picture from a message, or raise InputError if there is none."""
     nested = message.get("images")
     if camera not in keys and isinstance(nested, Mapping) and camera in nested:
         return nested[camera]
@@ -130,7 +130,7 @@ def _raw_picture(message: Mapping[str, Any], camera: str, keys: Mapping[str, str
 
 
 def _picture(value: Any, camera: str, depth: bool, most_side: int) -> np.ndarray:
-    """Checks a picture (h, w, 3) or (history, h, w, 3); channels may come first, as in openpi."""
+    """Check a picture (h, w, 3) or (history, h, w, 3); channels may come first, as in openpi."""
     if not isinstance(value, np.ndarray) or value.ndim not in ((2, 3) if depth else (3, 4)):
         got = f"shape {value.shape}" if isinstance(value, np.ndarray) else type(value).__name__
         raise InputError(f"a picture (h, w, 3) of '{camera}'", got, "send an array")

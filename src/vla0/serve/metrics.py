@@ -35,7 +35,7 @@ class Metrics:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Counts and times a request that ends without an error."""
+        """Count and time a request that ends without an error."""
         started, self.busy = time.monotonic(), self.busy + 1
         try:
             yield
@@ -45,5 +45,5 @@ class Metrics:
             self.busy -= 1
 
     def page(self) -> tuple[bytes, str]:
-        """Returns the page for Prometheus, as (text, content type)."""
+        """Return the page for Prometheus, as (text, content type)."""
         return generate_latest(self.registry), CONTENT_TYPE_LATEST

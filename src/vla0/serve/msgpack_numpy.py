@@ -19,7 +19,7 @@ _REMEDY = "send what openpi-client packs, or use vla0.serve.client"
 
 
 def pack(content: Any) -> Any:
-    """Packs a message.
+    """Pack a message.
 
     Args:
         content: Numbers, strings, numpy arrays, lists and mappings.
@@ -38,7 +38,7 @@ def unpack(
     most_bytes: int | None = None,
     read: Callable[[dict[Any, Any]], Any] | None = None,
 ) -> dict[str, Any]:
-    """Unpacks a message, without running anything of it.
+    """Unpack a message, without running anything of it.
 
     Args:
         message: The message. A text is an error that a server sends; it is raised.
@@ -83,7 +83,7 @@ def unpack(
 
 
 def _bounded(message: bytes) -> None:
-    """Raises InputError for too many or too deep entries, before any object is built.
+    """Raise InputError for too many or too deep entries, before any object is built.
 
     Thirty megabytes of empty lists are thirty million objects, which take half a minute to build.
     """
@@ -105,7 +105,7 @@ def _bounded(message: bytes) -> None:
 
 
 def _skipped(message: bytes, place: int) -> tuple[int, int]:
-    """Returns (entries that follow, where the next object begins) for the object at a place.
+    """Return (entries that follow, where the next object begins) for the object at a place.
 
     It follows msgpack's specification.
     """
@@ -150,7 +150,7 @@ SIZED = {
 
 
 def _array(value: Any) -> Any:
-    """Returns the mapping that stands for an array or a numpy scalar in a message."""
+    """Return the mapping that stands for an array or a numpy scalar in a message."""
     if isinstance(value, np.ndarray | np.generic):
         if value.dtype.kind not in KINDS:
             raise InputError("arrays of numbers", f"{value.dtype}", "convert it")
@@ -168,7 +168,7 @@ def _array(value: Any) -> Any:
 
 
 def _read(mapping: dict[Any, Any]) -> Any:
-    """Returns the array or numpy scalar that a mapping stands for, or else the mapping."""
+    """Return the array or numpy scalar that a mapping stands for, or else the mapping."""
     if b"__ndarray__" not in mapping and b"__npgeneric__" not in mapping:
         return mapping
     name, data = mapping.get(b"dtype"), mapping.get(b"data")
@@ -180,7 +180,7 @@ def _read(mapping: dict[Any, Any]) -> Any:
 
 
 def dtype_of(name: Any) -> np.dtype:
-    """Returns the dtype of numbers that has a name.
+    """Return the dtype of numbers that has a name.
 
     Raises:
         InputError: No dtype of booleans, integers or floats of at most 8 bytes has that name.
@@ -195,7 +195,7 @@ def dtype_of(name: Any) -> np.dtype:
 
 
 def array_of(name: Any, shape: Any, data: Any) -> np.ndarray:
-    """Builds an array from the parts that a message holds.
+    """Build an array from the parts that a message holds.
 
     Args:
         name: The name of its dtype.
@@ -228,7 +228,7 @@ def array_of(name: Any, shape: Any, data: Any) -> np.ndarray:
 
 
 def _shallow(content: Any, left: int) -> None:
-    """Raises InputError if the content has more levels than are left."""
+    """Raise InputError if the content has more levels than are left."""
     if left < 0:
         raise InputError(f"a message at most {DEEPEST} levels deep", "a deeper one", _REMEDY)
     inside = (

@@ -47,7 +47,7 @@ class Connection(ServerConnection):
     shut = False
 
     def data_received(self, data: bytes) -> None:
-        """Receives bytes, as asyncio's protocols do."""
+        """Receive bytes, as asyncio's protocols do."""
         super().data_received(data)
         if (
             not self.shut
@@ -115,7 +115,7 @@ class Server:
         self.clients, self.stopping, self.next_at = 0, False, 0.0
 
     def metadata(self) -> dict[str, Any]:
-        """Returns what a client is sent as it connects: cameras, sizes, rate, limits and Spec."""
+        """Return what a client is sent as it connects: cameras, sizes, rate, limits and Spec."""
         spec = self.policy.spec
         return {
             "server": f"vla0 {vla0.__version__}",
@@ -136,7 +136,7 @@ class Server:
     async def run(
         self, host: str, port: int, stop: asyncio.Event, context: Any = None, ready: Any = None
     ) -> None:
-        """Serves until `stop` is set, then answers the requests that it has begun, and ends.
+        """Serve until `stop` is set, then answer the requests that it has begun, and end.
 
         Args:
             host: Address to listen on.
@@ -181,7 +181,7 @@ class Server:
         self.batches.thread.shutdown()
 
     def _session(self) -> ClientSession:
-        """Returns the state of a new client."""
+        """Return the state of a new client."""
         spec = self.policy.spec
         acting = (
             spec.chunk_size,
@@ -199,7 +199,7 @@ class Server:
     async def _handshake(
         self, connection: ServerConnection, handshake: Handshake
     ) -> Response | None:
-        """Answers requests for health and metrics, and refuses clients without the key."""
+        """Answer requests for health and metrics, and refuse clients without the key."""
         if handshake.path in ("/healthz", "/health"):
             return connection.respond(HTTPStatus.OK, "OK\n")
         authorization = handshake.headers.get("Authorization", "").encode("utf-8", "replace")
@@ -226,7 +226,7 @@ class Server:
         return None
 
     async def _talk(self, connection: ServerConnection) -> None:
-        """Answers one client until it disconnects or the server ends."""
+        """Answer one client until it disconnects or the server ends."""
         self.clients += 1
         self.metrics.clients.set(self.clients)
         session, wrong = self._session(), 0
@@ -264,7 +264,7 @@ class Server:
             self.metrics.clients.set(self.clients)
 
     def _not_too_fast(self, session: ClientSession) -> None:
-        """Raises InputError if a client sends more messages a second than the limit."""
+        """Raise InputError if a client sends more messages a second than the limit."""
         now = session.heard_at = time.monotonic()
         session.arrivals = [at for at in session.arrivals if now - at < 1.0] + [now]
         if len(session.arrivals) > self.limits.rate:
@@ -275,17 +275,17 @@ class Server:
             )
 
     async def _greet(self, connection: ServerConnection) -> None:
-        """Sends a client the metadata as it connects."""
+        """Send a client the metadata as it connects."""
         await connection.send(pack(self.metadata()))
 
     def _refusal(self, session: ClientSession, error: InputError) -> str | bytes:
-        """Returns the message that tells a client of an error."""
+        """Return the message that tells a client of an error."""
         return str(error)
 
     async def _answer(
         self, connection: ServerConnection, session: ClientSession, message: Any
     ) -> None:
-        """Answers one message, or raises InputError if it cannot be answered."""
+        """Answer one message, or raise InputError if it cannot be answered."""
         if not isinstance(message, bytes):
             raise InputError("binary messages", "text", "send what openpi-client packs")
         arrived = time.monotonic()
@@ -305,7 +305,7 @@ class Server:
     async def _decoded(
         self, session: ClientSession, asked: Request, arrived: float, step: Any = None
     ) -> np.ndarray:
-        """Returns the chunk (T, D) for a request, decoded together with others.
+        """Return the chunk (T, D) for a request, decoded together with others.
 
         Args:
             session: The client's state.
@@ -318,10 +318,10 @@ class Server:
         )
 
     def _read(self, message: bytes) -> Request:
-        """Returns the request that a packed message holds."""
+        """Return the request that a packed message holds."""
         return self._request(unpack(message, self.limits.message_bytes))
 
     def _request(self, content: Mapping[str, Any]) -> Request:
-        """Returns the request of a message, with its pictures already resized for the model."""
+        """Return the request of a message, with its pictures already resized for the model."""
         asked = request(content, self.policy.spec, self.keys, self.limits.side)
         return replace(asked, observation=self.see(asked.observation))

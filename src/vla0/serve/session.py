@@ -40,7 +40,7 @@ class ClientSession:
     resets: bool = False  # whether the client says where episodes begin
 
     def begin(self, reset: bool | None, now: float) -> None:
-        """Forgets all chunks if an episode begins with this observation, or after a pause.
+        """Forget all chunks if an episode begins with this observation, or after a pause.
 
         Args:
             reset: Whether the client says that an episode begins; None if it does not say.
@@ -71,24 +71,24 @@ class ClientSession:
             self.reset()
 
     def lately(self, now: float) -> float:
-        """Returns the seconds that the model worked for this client lately.
+        """Return the seconds that the model worked for this client lately.
 
         Seconds of long ago are forgotten exponentially, with the time constant `LATELY_S`.
         """
         return self.used * math.exp((self.used_at - now) / LATELY_S)
 
     def charge(self, seconds: float) -> None:
-        """Delays the client's next message by some seconds."""
+        """Delay the client's next message by some seconds."""
         self.free_at = max(self.free_at, time.monotonic()) + seconds
 
     def reset(self) -> None:
-        """Begins a new episode: forgets all chunks."""
+        """Begin a new episode: forget all chunks."""
         self.step, self.chunk = 0, None
         if self.ensemble is not None:
             self.ensemble.reset()
 
     def expecting(self, observation: Observation, now: float) -> Observation:
-        """Adds the last chunk's prediction to an observation, as a draft of the next chunk.
+        """Add the last chunk's prediction to an observation, as a draft of the next chunk.
 
         The draft makes decoding faster and does not change its result.
 
@@ -109,7 +109,7 @@ class ClientSession:
         return replace(observation, draft_actions=rest(self.chunk, max(1, steps)))
 
     def answer(self, chunk: np.ndarray, now: float) -> np.ndarray:
-        """Returns the actions to send for a chunk.
+        """Return the actions to send for a chunk.
 
         Args:
             chunk: (T, D), the chunk that the model decoded.

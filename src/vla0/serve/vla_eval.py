@@ -40,7 +40,7 @@ class Episodes(ClientSession):
     begun: bool = False  # whether an episode has begun
 
     def reset(self) -> None:
-        """Begins a new episode: forgets all chunks and the actions that are left."""
+        """Begin a new episode: forget all chunks and the actions that are left."""
         super().reset()
         self.actions.clear()
 
@@ -85,7 +85,7 @@ class VlaEvalServer(Server):
         return Episodes(ensemble=ensemble, n_action_steps=self.n_action_steps, fps=spec.fps)
 
     def hello(self) -> dict[str, Any]:
-        """Returns what a benchmark is sent at first: which observations and actions are used.
+        """Return what a benchmark is sent at first: which observations and actions are used.
 
         Cameras have the benchmark's names; dimensions and units are those of the dataset.
         """
@@ -110,7 +110,7 @@ class VlaEvalServer(Server):
         )
 
     async def _greet(self, connection: ServerConnection) -> None:
-        """Sends nothing: in this protocol the client sends the first message."""
+        """Send nothing: in this protocol the client sends the first message."""
 
     def _refusal(self, session: Any, error: InputError) -> bytes:
         return pack_message(Message(MessageType.ERROR, {"error": str(error)}, session.seq))
@@ -143,7 +143,7 @@ class VlaEvalServer(Server):
             await connection.send(pack_message(Message(MessageType.ACTION, action, session.seq)))
 
     def _parsed(self, message: bytes) -> tuple[MessageType, dict[str, Any], int]:
-        """Returns the type, the payload and the number of a message."""
+        """Return the type, the payload and the number of a message."""
         left = self.limits.message_bytes  # bytes that all its pictures may still take
 
         def read(mapping: dict[Any, Any]) -> Any:
@@ -173,7 +173,7 @@ class VlaEvalServer(Server):
         return MessageType(kind), payload, seq
 
     def _observed(self, payload: Mapping[str, Any]) -> Request:
-        """Returns the request that an observation's payload holds."""
+        """Return the request that an observation's payload holds."""
         images = payload.get("images")
         if not isinstance(images, Mapping):
             raise InputError("images, a mapping", type(images).__name__, REMEDY)
@@ -187,7 +187,7 @@ class VlaEvalServer(Server):
 
 
 def picture_of(data: Any, most_bytes: int) -> np.ndarray:
-    """Decodes a PNG or JPEG.
+    """Decode a PNG or JPEG.
 
     Args:
         data: The file's bytes.
