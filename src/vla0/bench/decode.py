@@ -150,7 +150,7 @@ def measure(
         # This decode does what happens only once, and once for each size of the inputs. `generate`
         # has nothing to prepare.
         decoder.decode(query, 1 if way == BASELINE else None)
-    hook = policy.model.model.language_model.register_forward_pre_hook(lambda *_: calls.append(1))
+    hook = policy.model.get_decoder().register_forward_pre_hook(lambda *_: calls.append(1))
     for query in inputs:
         guesses = None
         if last is not None and way not in BLIND:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
@@ -30,7 +31,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     quantization: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load an image-text-to-text model of the Qwen2.5-VL family and its processor.
+    """Load an image-text-to-text model and its processor.
 
     Args:
         folder: Folder in the format of transformers.
@@ -47,8 +48,10 @@ def load(
     remedy, device = "fetch or train the checkpoint again", device_of(device)
     settings: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if quantization is not None:
-        settings |= {"quantization_config": four_bits(dtype), "device_map": {"": str(device)}}
+        settings |= {"device_map": {"": str(device)}}
     try:
+        if quantization is not None:
+            settings["quantization_config"] = four_bits(folder, dtype)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, **settings)
         model, info = loaded
         processor = AutoProcessor.from_pretrained(folder)
@@ -66,12 +69,13 @@ def load(
     return in_windows(model if quantization else model.to(device)), processor
 
 
-def four_bits(dtype: str | torch.dtype) -> BitsAndBytesConfig:
+def four_bits(folder: Path, dtype: str | torch.dtype) -> BitsAndBytesConfig:
     """Return the settings for weights in 4 bits, as in QLoRA.
 
-    The vision tower and the output layer are not quantised.
+    Only the language model's linear layers are quantised; the output layer is not one of them.
 
     Args:
+        folder: Folder of the model.
         dtype: Type in which the model computes. "auto" means float32.
 
     Raises:
@@ -84,12 +88,20 @@ def four_bits(dtype: str | torch.dtype) -> BitsAndBytesConfig:
             "pip install 'vla0[qlora]', or leave that out",
         )
     computed = torch.float32 if dtype == "auto" else dtype
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+    inside = set(model.get_decoder().modules())
+    outside = [
+        name
+        for name, part in model.named_modules()
+        if isinstance(part, torch.nn.Linear) and part not in inside
+    ]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=computed,
-        llm_int8_skip_modules=["model.visual", "lm_head"],
+        llm_int8_skip_modules=outside,
     )
 
 

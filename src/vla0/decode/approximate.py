@@ -61,7 +61,7 @@ def in_4_bits(model: Any) -> Any:
     except ImportError:
         raise InputError("bitsandbytes, for nf4", "none installed", "install vla0[qlora]") from None
     model, device, dtype = deepcopy(model), model.device, model.dtype
-    for part in list(model.model.language_model.modules()):
+    for part in list(model.get_decoder().modules()):
         for name, layer in list(part.named_children()):
             if type(layer) is torch.nn.Linear:
                 sizes = layer.in_features, layer.out_features, layer.bias is not None
@@ -86,5 +86,5 @@ def in_8_bits(model: Any) -> Any:
     except ImportError:
         raise InputError("torchao, for int8", "none installed", "install vla0[int8]") from None
     model = deepcopy(model)
-    quantization.quantize_(model.model.language_model, quantization.Int8WeightOnlyConfig())
+    quantization.quantize_(model.get_decoder(), quantization.Int8WeightOnlyConfig())
     return model

@@ -1,6 +1,5 @@
 """Estimate what training a config's model takes: weights, memory and arithmetic."""
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +9,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from vla0.bench.inputs import product_rate
 from vla0.checkpoint.io import default_device
 from vla0.checkpoint.location import locate
-from vla0.checkpoint.tiny import TINY
+from vla0.checkpoint.tiny import family_of
 from vla0.core.spec import MAIN, Spec
 from vla0.data.lerobot import Source
 from vla0.doctor import MODELS, TRAINING
 from vla0.errors import InputError
 from vla0.train.config import TrainConfig
-from vla0.train.lora import LANGUAGE, adapted
+from vla0.train.lora import adapted, lora_layers
 from vla0.train.run import tiny_of
 
 NF4 = 0.52  # bytes of a weight in 4 bits, including its share of the scales
@@ -40,7 +39,7 @@ def size_of(config: TrainConfig, spec: Spec, source: Source) -> tuple[Size | Non
 
     Each is None when it is not known, or when the model's files are not at hand.
     """
-    if config.model.name == TINY:
+    if family_of(config.model.name) is not None:
         model, processor = tiny_of(config, {MAIN: spec}, {MAIN: source})
         return _counted(config, model), processor
     try:
@@ -57,6 +56,8 @@ def size_of(config: TrainConfig, spec: Spec, source: Source) -> tuple[Size | Non
 
 def _counted(config: TrainConfig, model: Any) -> Size:
     """Count the weights of a model and the memory that training it takes."""
+    layers = lora_layers(model, freeze_vision=True) if config.model.quantization else []
+    in_4_bits = tuple(f"{name}.base_layer.weight" for name in layers)
     model = adapted(model, config.model.lora, config.model.freeze_vision_encoder)
     # Bytes of a weight that is neither trained nor packed into 4 bits.
     frozen_bytes = 2.0 if config.model.lora.rank and config.training.precision == "bf16" else 4.0
@@ -64,7 +65,7 @@ def _counted(config: TrainConfig, model: Any) -> Size:
     for name, weight in model.named_parameters():
         weights += weight.numel()
         trained += weight.numel() * weight.requires_grad
-        packed = config.model.quantization and re.search(LANGUAGE + r"\.base_layer\.weight$", name)
+        packed = name.endswith(in_4_bits)
         memory += weight.numel() * (
             TRAINING if weight.requires_grad else NF4 if packed else frozen_bytes
         )

@@ -57,7 +57,7 @@ class Lora:
 class ModelConfig:
     """Which VLM is trained, and which of its weights."""
 
-    name: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # Hub id, folder, or "tiny"
+    name: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # Hub id, folder, or "tiny" ("tiny:qwen3_vl")
     freeze_vision_encoder: bool = False  # the vision tower stays as it is
     lora: Lora = field(default_factory=Lora)  # few weights to train beside frozen ones
     # "nf4": the language model's frozen weights in 4 bits (QLoRA, arXiv 2305.14314)

@@ -1,13 +1,14 @@
 """Train few weights, by LoRA or a frozen vision tower, and merge them into an ordinary model."""
 
+import logging
 from typing import Any
 
 import torch
 
+from vla0.errors import InputError
 from vla0.train.config import Lora
 
-LANGUAGE = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-VISION = r".*visual\.blocks\..*\.(attn\.qkv|attn\.proj|gate_proj|up_proj|down_proj)"
+logger = logging.getLogger(__name__)
 
 
 def adapted(model: Any, lora: Lora, freeze_vision: bool) -> Any:
@@ -24,17 +25,38 @@ def adapted(model: Any, lora: Lora, freeze_vision: bool) -> Any:
     if lora.rank:
         from peft import LoraConfig, get_peft_model
 
-        layers = LANGUAGE if freeze_vision else f"({LANGUAGE})|({VISION})"
         settings: dict[str, Any] = {
             "lora_alpha": 2 * lora.rank if lora.alpha is None else lora.alpha
         }
+        layers = lora_layers(model, freeze_vision)
+        logger.info("LoRA of rank %d beside %d linear layers", lora.rank, len(layers))
         return get_peft_model(
             model,
             LoraConfig(r=lora.rank, lora_dropout=lora.dropout, target_modules=layers, **settings),
         )
     if freeze_vision:
-        model.model.visual.requires_grad_(False)
+        model.get_encoder(modality="image").requires_grad_(False)
     return model
+
+
+def lora_layers(model: Any, freeze_vision: bool) -> list[str]:
+    """Return the names of all linear layers of the language model, and of the vision tower.
+
+    Args:
+        model: The model.
+        freeze_vision: Leave the tower's out.
+
+    Raises:
+        InputError: When there is none.
+    """
+    parts = [model.get_decoder()] + ([] if freeze_vision else [model.get_encoder(modality="image")])
+    wanted = {
+        part for module in parts for part in module.modules() if isinstance(part, torch.nn.Linear)
+    }
+    names = [name for name, part in model.named_modules() if part in wanted]
+    if not names:
+        raise InputError("linear layers for LoRA", "none", "leave model.lora out")
+    return names
 
 
 def plain(model: Any) -> Any:

@@ -21,7 +21,7 @@ from transformers.integrations import TensorBoardCallback
 
 from vla0.checkpoint import io as models
 from vla0.checkpoint.location import locate
-from vla0.checkpoint.tiny import TINY, tiny_model, tiny_processor
+from vla0.checkpoint.tiny import FAMILY, family_of, tiny_model, tiny_processor
 from vla0.core.prompt import Prompt
 from vla0.core.spec import Spec
 from vla0.data.dataset import Mixture, Samples, collator
@@ -30,7 +30,7 @@ from vla0.errors import InputError, refuse_unknown
 from vla0.files import held, write_whole
 from vla0.train.checkpoints import FINISHED, CheckpointCallback
 from vla0.train.config import UNITS, TrainConfig
-from vla0.train.lora import adapted
+from vla0.train.lora import adapted, plain
 from vla0.train.measure import Measure, Measurement
 from vla0.train.resume import DAMAGED, DATA, ended, recorded, refuse_other_data, resumable
 from vla0.train.trainer import VLA0Trainer, arguments
@@ -112,8 +112,8 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
     )
     prompts = [Prompt(spec, processor) for spec in specs.values()]
     trainer = VLA0Trainer(
-        model=vlm, args=arguments(config, output, steps, per_epoch), train_dataset=samples,
-        data_collator=collator(prompts, config.augmentation),
+        model=vlm, args=arguments(config, output, steps, per_epoch, plain(vlm)),
+        train_dataset=samples, data_collator=collator(prompts, config.augmentation),
         callbacks=[checkpoints, TensorBoardCallback(SummaryWriter(str(output / "tensorboard")))],
     )  # fmt: skip
     if training.shard and not trainer.is_fsdp_enabled:  # accelerate would silently go on
@@ -162,7 +162,7 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
         logger.warning(
             "%s only saves: there is no data.held_out and no simulator to measure", asked[0]
         )
-    if config.model.tiny and config.model.name != TINY:
+    if config.model.tiny and family_of(config.model.name) is None:
         logger.warning("model.tiny changes nothing: the model is %s", config.model.name)
     training, written = config.training, recorded(config, processes)
     batch = written["global_batch"]
@@ -254,7 +254,7 @@ def _start(
         if bits is None or not torch.cuda.is_available()
         else f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     )
-    if config.model.name != TINY:
+    if family_of(config.model.name) is None:
         return *models.load(locate(config.model.name), device, dtype, bits), specs
     model, processor = tiny_of(config, specs, sources)
     if bits is not None:
@@ -267,7 +267,7 @@ def _start(
 def tiny_of(
     config: TrainConfig, specs: Mapping[str, Spec], sources: Mapping[str, Source]
 ) -> tuple[Any, Any]:
-    """Make the model and the processor of a config whose model is "tiny".
+    """Make the model and the processor of a config whose model is "tiny" or "tiny:FAMILY".
 
     The tokenizer learns the words of the data.
 
@@ -280,7 +280,7 @@ def tiny_of(
         "State: ",
         *dict.fromkeys(task for source in sources.values() for task in source.tasks),
     ]
-    processor = tiny_processor(words)
+    processor = tiny_processor(words, family=family_of(config.model.name) or FAMILY)
     known = ("width", "layers", "heads", "vision_width", "vision_layers", "vision_heads", "seed")
     refuse_unknown(config.model.tiny, known, "model.tiny")
     return tiny_model(processor, **config.model.tiny), processor

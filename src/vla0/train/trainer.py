@@ -18,13 +18,6 @@ from vla0.data.dataset import Order
 from vla0.errors import InputError
 from vla0.train.config import TrainConfig
 
-SHARDED = {  # FSDP2 splits weights, gradients and moments over the processes
-    "fsdp": "full_shard auto_wrap",
-    "fsdp_config": {
-        "version": 2,
-        "transformer_layer_cls_to_wrap": ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock"],
-    },
-}
 # Liger's rotary embedding would replace that of all models in the process, so it stays off; the
 # loss is computed here.
 LIGER = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -130,7 +123,19 @@ def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     )
 
 
-def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -> TrainingArguments:
+def sharded(model: Any) -> dict[str, Any]:
+    """Return the Trainer's arguments for FSDP2.
+
+    It splits weights, gradients and moments over the processes, by the layers that the model names.
+    """
+    layers = {type(part).__name__ for part in model.modules()} & set(model._no_split_modules or ())
+    settings = {"version": 2, "transformer_layer_cls_to_wrap": sorted(layers)}
+    return {"fsdp": "full_shard auto_wrap", "fsdp_config": settings}
+
+
+def arguments(
+    config: TrainConfig, output: Path, steps: int, per_epoch: float, model: Any = None
+) -> TrainingArguments:
     """Translate a config into the Trainer's arguments.
 
     Args:
@@ -138,6 +143,7 @@ def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -
         output: The folder of the run.
         steps: Steps of the run.
         per_epoch: Steps of an epoch.
+        model: The model, where training.shard splits it.
 
     Raises:
         InputError: When a package or a GPU that the config needs is missing, or when transformers
@@ -206,7 +212,7 @@ def arguments(config: TrainConfig, output: Path, steps: int, per_epoch: float) -
         # While the first process tries a checkpoint in a simulator, the others wait for longer
         # than NCCL's half an hour.
         ddp_timeout=24 * 3600 if config.simulator is not None else 1800,
-        **(SHARDED if training.shard else {}),
+        **(sharded(model) if training.shard and model is not None else {}),
     )
     try:
         return TrainingArguments(**settings)  # type: ignore[arg-type]

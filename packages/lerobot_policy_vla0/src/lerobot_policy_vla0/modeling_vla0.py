@@ -28,7 +28,7 @@ from vla0.data.storage import names_of
 from vla0.errors import InputError
 from vla0.policy import VLA0
 from vla0.train.config import Lora
-from vla0.train.lora import LANGUAGE, VISION, adapted
+from vla0.train.lora import adapted, lora_layers
 from vla0.train.trainer import answered, summed
 
 logger = logging.getLogger(__name__)
@@ -115,8 +115,7 @@ class VLA0Policy(PreTrainedPolicy):
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def _get_default_peft_targets(self) -> dict[str, Any]:
-        layers = LANGUAGE if self.config.freeze_vision_encoder else f"({LANGUAGE})|({VISION})"
-        return {"target_modules": layers}
+        return {"target_modules": lora_layers(self.model, self.config.freeze_vision_encoder)}
 
     def _validate_peft_config(self, peft_config: Any) -> None:
         """Adapters learn beside the checkpoint, or beside the model itself."""

@@ -1,0 +1,244 @@
+"""Families of vision-language models: what is not asked of a model and its processor themselves.
+
+A family that is not listed works too: by its processor, its chat template and its forward pass.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla0.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# Options by which processors cut a picture into tiles. Each tile costs as many tokens as a picture.
+TILING = ("crop_to_patches", "do_image_splitting", "do_pan_and_scan")
+
+ANSWER = "0 1 2"  # stands for an answer in a chat
+
+# What a processor gives for chats with their images: for each row a list of numbers for
+# "input_ids" and all that is aligned with it, and tensors for the rest.
+Read = tuple[dict[str, list[list[int]]], dict[str, torch.Tensor]]
+Reader = Callable[[Any, Sequence[Sequence[np.ndarray]], Sequence[str], Mapping[str, Any]], Read]
+
+
+def read(
+    processor: Any,
+    images: Sequence[Sequence[np.ndarray]],
+    chats: Sequence[str],
+    options: Mapping[str, Any],
+) -> Read:
+    """Read chats with their images by a processor's own means.
+
+    Args:
+        processor: The processor.
+        images: The images (h, w, 3) uint8 of each chat.
+        chats: The text of each chat, with a mark where an image stands.
+        options: The processor's options for images.
+
+    Returns:
+        ({name: a list for each row}, {name: a tensor for all rows}).
+    """
+    bos = processor.tokenizer.bos_token
+    begun = bos is not None and chats[0].startswith(bos)  # as apply_chat_template(tokenize=True)
+    batch = processor(
+        images=[list(row) for row in images] if any(map(len, images)) else None,
+        text=list(chats),
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        **({"add_special_tokens": False} if begun else {}),
+        **options,
+    )
+    ids, seen = batch["input_ids"], batch["attention_mask"].bool()
+    rows, others = {}, {}
+    for name, value in batch.items():
+        if value.shape == ids.shape:
+            rows[name] = [line[kept].tolist() for line, kept in zip(value, seen, strict=True)]
+        else:
+            others[name] = value
+    return rows, others
+
+
+def read_qwen(
+    processor: Any,
+    images: Sequence[Sequence[np.ndarray]],
+    chats: Sequence[str],
+    options: Mapping[str, Any],
+) -> Read:
+    """Read as `read` does, for Qwen's processors, in a third of the time.
+
+    Those build a validator in each call.
+    """
+    merged, mark = processor.image_processor.merge_size**2, processor.image_token
+    pictures = processor.image_processor([image for row in images for image in row], **options)
+    grids = torch.as_tensor(np.asarray(pictures["image_grid_thw"]))
+    sizes = iter((grids.prod(1) // merged).tolist())
+    texts = []
+    for chat in chats:
+        head, *tails = chat.split(mark)
+        texts.append(head + "".join(mark * next(sizes) + part for part in tails))
+    ids = processor.tokenizer(texts)["input_ids"]
+    image_id = processor.image_token_id
+    rows = {
+        "input_ids": ids,
+        "attention_mask": [[1] * len(row) for row in ids],
+        "mm_token_type_ids": [[int(token == image_id) for token in row] for row in ids],
+    }
+    pixels = torch.as_tensor(np.asarray(pictures["pixel_values"]))
+    return rows, {"pixel_values": pixels, "image_grid_thw": grids}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """What a family is told.
+
+    Args:
+        name: Its name, `config.model_type`.
+        processor: The name of its processor's class.
+        image_options: Options of its image processor, beside TILING, which is always off.
+        reader: Reads chats faster than the processor. It is compared with it once.
+        graphs: Whether its passes may be captured as CUDA graphs.
+    """
+
+    name: str = ""
+    processor: str = ""
+    image_options: Mapping[str, Any] = field(default_factory=dict)
+    reader: Reader | None = None
+    graphs: bool = False
+
+
+_UNSCALED = {"do_resize": False}  # images have the model's size by then
+
+BACKBONES = (
+    Backbone(
+        name="qwen2_5_vl", processor="Qwen2_5_VLProcessor", image_options=_UNSCALED,
+        reader=read_qwen, graphs=True,
+    ),
+    Backbone(
+        name="qwen2_vl", processor="Qwen2VLProcessor", image_options=_UNSCALED, reader=read_qwen
+    ),
+    Backbone(
+        name="qwen3_vl", processor="Qwen3VLProcessor", image_options=_UNSCALED, reader=read_qwen
+    ),
+    Backbone(name="internvl", processor="InternVLProcessor"),
+    Backbone(name="smolvlm", processor="SmolVLMProcessor"),
+    Backbone(name="gemma3", processor="Gemma3Processor"),
+)  # fmt: skip
+
+
+def of_processor(processor: Any) -> Backbone:
+    """Return the family of a processor, or what every family begins as."""
+    name = type(processor).__name__
+    return next((own for own in BACKBONES if own.processor == name), Backbone())
+
+
+def image_options(processor: Any) -> dict[str, Any]:
+    """Return the options of a processor with which a picture becomes one tile."""
+    cutters = {name: False for name in TILING if hasattr(processor.image_processor, name)}
+    return cutters | dict(of_processor(processor).image_options)
+
+
+def check_image_size(processor: Any, options: Mapping[str, Any], size: int) -> None:
+    """Raise InputError where a processor takes images as they are and this side does not fit it."""
+    if options.get("do_resize", True):
+        return
+    side = processor.image_processor.patch_size * processor.image_processor.merge_size
+    if size % side:
+        nearest = max(side, round(size / side) * side)
+        expected = f"image_size, a multiple of {side} for this model"
+        raise InputError(expected, f"{size}", f"use {nearest}")
+
+
+def chat_template(processor: Any) -> str:
+    """Return the chat template of a processor.
+
+    Raises:
+        InputError: When there is none.
+    """
+    template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    if not template:
+        raise InputError(
+            "a processor with a chat template",
+            f"{type(processor).__name__} without one",
+            "use the instruction-tuned model of that family",
+        )
+    return template
+
+
+def render(processor: Any, turns: list[dict[str, Any]], **options: Any) -> str:
+    """Return the text of turns, by the processor's chat template."""
+    # A processor's own method does the same, and some warn of options that they pass themselves.
+    return processor.tokenizer.apply_chat_template(
+        turns, chat_template=chat_template(processor), tokenize=False, **options
+    )
+
+
+def answer_turn(processor: Any, turns: list[dict[str, Any]]) -> tuple[str, int]:
+    """Return what a chat template writes before an answer, and the token that ends it.
+
+    Args:
+        processor: The processor.
+        turns: The turns before the answer.
+
+    Returns:
+        (text between the answer's role and the answer, mostly "", token).
+    """
+    tokenizer = processor.tokenizer
+    answer = {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}
+    before = render(processor, turns, add_generation_prompt=True)
+    head, _, ending = render(processor, [*turns, answer]).rpartition(ANSWER)
+    opening = head.removeprefix(before) if head.startswith(before) else ""
+    ends = tokenizer.encode(ending, add_special_tokens=False)
+    special = ends and ends[0] in tokenizer.added_tokens_decoder
+    return opening, ends[0] if special else tokenizer.eos_token_id
+
+
+def vision_ids(processor: Any, wanted: bool) -> dict[str, bool]:
+    """Return the template's option that writes "Picture 1: " before images, {} without one.
+
+    Raises:
+        InputError: When it is wanted and the template has no such option.
+    """
+    option = "add_vision_id"
+    if option in chat_template(processor):
+        return {option: wanted}
+    if wanted:
+        got = f"{type(processor).__name__}, whose chat template does not number images"
+        raise InputError("a model for vision_id", got, "leave vision_id out")
+    return {}
+
+
+def checked_reader(
+    processor: Any, options: Mapping[str, Any], size: int, chat: Callable[[int, str], str]
+) -> Reader:
+    """Return the family's faster reader where it reads as the processor does, else `read`.
+
+    Args:
+        processor: The processor.
+        options: Its options for images.
+        size: Side of the images.
+        chat: Returns the chat of a number of images and a user's words.
+    """
+    fast = of_processor(processor).reader
+    if fast is None:
+        return read
+    images = [[np.zeros((size, size, 3), np.uint8)] * count for count in (1, 2)]
+    given = processor, images, [chat(count, f"{count} 0?") for count in (1, 2)], options
+    for one, other in zip(read(*given), fast(*given), strict=True):
+        if one.keys() != other.keys() or not all(
+            np.array_equal(one[name], other[name])
+            if isinstance(one[name], torch.Tensor)
+            else one[name] == other[name]
+            for name in one
+        ):
+            logger.warning(
+                "%s reads otherwise than vla0 expects: it is used as it is, which is slower",
+                type(processor).__name__,
+            )
+            return read
+    return fast

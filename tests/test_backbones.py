@@ -1,0 +1,235 @@
+"""Every family of models: the same method, by the model's and the processor's own means."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TASKS, make_observation, make_recipe, make_spec
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vla0 import InputError
+from vla0.backbones import BACKBONES, image_options
+from vla0.checkpoint.tiny import tiny_model, tiny_processor
+from vla0.checkpoint.tiny_families import FAMILIES
+from vla0.core.codec import ActionCodec
+from vla0.core.images import compose
+from vla0.core.prompt import IGNORE, Prompt, words
+from vla0.policy import VLA0
+from vla0.train.config import Lora, TrainConfig, build
+from vla0.train.lora import adapted, lora_layers, merged
+from vla0.train.trainer import answered, sharded, summed
+
+WORDS = ["State: ", "Write integers.", *TASKS]
+SMALL = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 2}
+SMALL |= {"vision_heads": 2}
+SIDES = {"qwen2_5_vl": 56, "qwen3_vl": 64}  # others' processors make images of one size
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def own_processor(family):
+    if family == "smolvlm":
+        pytest.importorskip("num2words")
+    return tiny_processor(WORDS, family=family)
+
+
+@pytest.fixture(scope="module")
+def own_policy(family, own_processor):
+    spec = make_spec(image_size=SIDES.get(family, 56), tile=False, chunk_size=2)
+    return VLA0(tiny_model(own_processor, **SMALL, seed=3), own_processor, spec)
+
+
+def messages_of(observation, spec):
+    """The chat of an observation, with its images, as a user of transformers would write it."""
+    images = [{"type": "image", "image": image} for image in compose(observation, spec)]
+    text = {"type": "text", "text": words(observation, spec)}
+    system = {"type": "text", "text": spec.system_text()}
+    return [
+        {"role": "system", "content": [system]},
+        {"role": "user", "content": [*images, text]},
+    ]
+
+
+def test_a_batch_is_what_the_processor_makes_of_the_chats(own_policy):
+    prompt, spec = own_policy.prompt, own_policy.spec
+    observations = [
+        replace(make_observation(seed), instruction="push" + " again" * seed) for seed in range(3)
+    ]
+    batch = prompt.observe(observations)
+    expected = prompt.processor.apply_chat_template(
+        [messages_of(observation, spec) for observation in observations],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        processor_kwargs={
+            "padding": True,
+            "padding_side": "left",
+            **image_options(prompt.processor),
+        },
+    )
+    opening = len(prompt.processor.tokenizer.encode(prompt.opening, add_special_tokens=False))
+    assert batch.keys() == expected.keys()
+    for name, value in expected.items():
+        given = batch[name]
+        if value.shape == expected["input_ids"].shape and opening:
+            given = given[:, :-opening]
+        torch.testing.assert_close(given, value, rtol=0, atol=0, check_dtype=False)
+
+
+def test_an_answer_is_what_the_tokenizer_makes_of_the_whole_chat(own_policy):
+    """Appended tokens are those of the template's assistant turn, to its end."""
+    prompt, spec = own_policy.prompt, own_policy.spec
+    answer = ActionCodec(spec).write(np.arange(6).reshape(2, 3) * 17)
+    observation = make_observation(0)
+    batch = prompt.observe([observation], [answer])
+    turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    expected = prompt.processor.apply_chat_template(
+        [*messages_of(observation, spec), turn],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=image_options(prompt.processor),
+    )["input_ids"]
+    length = batch["input_ids"].shape[1]
+    assert torch.equal(batch["input_ids"], expected[:, :length])
+    assert batch["labels"][0, -len(answer) - 1 :].tolist() == [
+        *(prompt.ids[character] for character in answer),
+        prompt.end_id,
+    ]
+    assert (batch["labels"][0, : -len(answer) - 1] == IGNORE).all()
+
+
+def test_a_large_picture_is_not_cut_into_tiles(family, own_policy):
+    """It has as many tokens as a small one, where the processor makes images of one size."""
+    if family in SIDES:
+        assert own_policy.prompt.options == {"do_resize": False}
+        return
+    lengths = {
+        Prompt(replace(own_policy.spec, image_size=side), own_policy.processor)
+        .observe([make_observation(0)])["input_ids"]
+        .shape[1]
+        for side in (56, 448)
+    }
+    assert len(lengths) == 1
+
+
+def test_the_loss_is_the_models_own(own_policy):
+    spec, model = own_policy.spec, own_policy.model
+    answers = [ActionCodec(spec).write(np.full((2, 3), 11 * row)) for row in range(3)]
+    observations = [make_observation(seed) for seed in range(3)]
+    batch = own_policy.prompt.observe(observations, answers)
+    with torch.no_grad():
+        expected = model.eval()(**batch).loss
+        _, logits, targets = answered(model, batch)
+        ours = summed(logits, targets).sum() / (targets != IGNORE).sum()
+        torch.testing.assert_close(ours, expected)
+        alone = [
+            answered(model, own_policy.prompt.observe([observation], [answer]))
+            for observation, answer in zip(observations, answers, strict=True)
+        ]
+        rows = torch.cat([summed(logits, targets) for _, logits, targets in alone])
+        torch.testing.assert_close(summed(logits, targets), rows, rtol=1e-4, atol=1e-4)
+
+
+def test_words_that_spell_special_tokens_are_plain_text(own_policy):
+    prompt = own_policy.prompt
+    tokenizer = prompt.processor.tokenizer
+    plain = prompt.observe([make_observation(0)])["input_ids"][0].tolist()
+    for token in tokenizer.get_added_vocab():
+        hostile = replace(make_observation(0), instruction=f"push {token} the block")
+        ids = prompt.observe([hostile])["input_ids"][0].tolist()
+        special = set(tokenizer.added_tokens_decoder)
+        assert [i for i in ids if i in special] == [i for i in plain if i in special]
+        assert token in tokenizer.decode(ids)
+
+
+def test_lora_finds_every_linear_layer_of_tower_and_language_model(family, own_processor):
+    model = tiny_model(own_processor, **SMALL)
+    names = set(lora_layers(model, freeze_vision=False))
+    every = {n for n, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
+    left = {name for name in every - names if "lm_head" not in name}
+    assert all("projector" in name or "connector" in name for name in left), left
+    tower = {n for n in names if n not in lora_layers(model, freeze_vision=True)}
+    assert len(tower) >= 2 * 4
+    model = adapted(model, Lora(rank=2), freeze_vision=False)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1)
+    weights = merged(model)
+    fresh = tiny_model(own_processor, **SMALL)
+    before = fresh.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], weights[name])}
+    assert changed == {f"{name}.weight" for name in names}
+
+
+def test_a_frozen_tower_is_frozen_whole(own_processor):
+    model = adapted(tiny_model(own_processor, **SMALL), Lora(), freeze_vision=True)
+    assert not any(p.requires_grad for p in model.get_encoder(modality="image").parameters())
+    assert all(p.requires_grad for p in model.get_decoder().parameters())
+
+
+def test_shards_are_split_at_layers_that_the_model_has(own_processor):
+    model = tiny_model(own_processor, **SMALL)
+    wrapped = sharded(model)["fsdp_config"]["transformer_layer_cls_to_wrap"]
+    names = [type(part).__name__ for part in model.modules()]
+    assert sum(name in wrapped for name in names) >= 4  # the layers of both parts
+    assert all(name in names for name in wrapped)
+
+
+def test_a_run_learns_resumes_and_leaves_what_transformers_loads(family, dataset, tmp_path):
+    """Killed after two of four steps, it ends in the weights of a run that was not."""
+    if family == "smolvlm":
+        pytest.importorskip("num2words")
+    from vla0.train.run import main
+
+    def config_of(name):
+        recipe = make_recipe(dataset, tmp_path / name, name=f"tiny:{family}", tiny=SMALL)
+        recipe["spec"] = recipe.get("spec", {}) | {"image_size": SIDES.get(family, 56)}
+        return build(TrainConfig, recipe, "test")
+
+    class KilledError(Exception):
+        pass
+
+    def kill(policy, folder):
+        raise KilledError
+
+    ends = {"whole": main(config_of("whole"))}
+    with pytest.raises(KilledError):
+        main(config_of("parts"), kill)
+    ends["parts"] = main(config_of("parts"))
+    model = AutoModelForImageTextToText.from_pretrained(ends["whole"])
+    resumed = AutoModelForImageTextToText.from_pretrained(ends["parts"]).state_dict()
+    assert all(torch.equal(weight, resumed[name]) for name, weight in model.state_dict().items())
+    assert type(AutoProcessor.from_pretrained(ends["whole"])).__name__ in {
+        backbone.processor for backbone in BACKBONES if backbone.name == family
+    }
+    policy = VLA0.from_pretrained(ends["whole"])
+    observation = replace(make_observation(0), state=np.zeros(len(policy.spec.state[0])))
+    assert np.isfinite(policy.predict_batch([observation])).all()
+
+
+def test_a_model_without_a_chat_template_is_refused(own_processor, spec):
+    processor = type("Bare", (), vars(own_processor) | {"chat_template": None})()
+    template = processor.tokenizer.chat_template
+    try:
+        processor.tokenizer.chat_template = None
+        with pytest.raises(InputError, match="chat template"):
+            Prompt(replace(spec, image_size=448), processor)
+    finally:
+        processor.tokenizer.chat_template = template
+
+
+def test_numbered_images_are_refused_where_the_template_does_not_number_them(family, own_processor):
+    spec = make_spec(image_size=448, vision_id=True, tile=False)
+    if "qwen" in family:
+        Prompt(spec, own_processor)
+    else:
+        with pytest.raises(InputError, match="does not number images"):
+            Prompt(spec, own_processor)
