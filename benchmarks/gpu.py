@@ -339,7 +339,7 @@ def parts(
         started = time.perf_counter()
         last = decoder.decode(batch, guesses=last)
         seconds.append(time.perf_counter() - started)
-    engine = decoder.engine
+    engine: Any = decoder.engine
     found: dict[str, Any] = {
         "way": "parts",
         "batch": rows,

@@ -37,6 +37,7 @@ ROOMS = {
     "bench": "`vla0 bench`",
     "doctor.py": "`vla0 doctor`",
     "files.py": "Files and folders",
+    "backbones.py": "Models and their processors",
     "errors.py": "Unknown keys, and settings that would do nothing",
     "cli": "The command line",
 }

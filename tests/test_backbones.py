@@ -12,9 +12,14 @@ from vla0 import InputError
 from vla0.backbones import BACKBONES, image_options
 from vla0.checkpoint.tiny import tiny_model, tiny_processor
 from vla0.checkpoint.tiny_families import FAMILIES
-from vla0.core.codec import ActionCodec
+from vla0.core.codec import ActionCodec, Grammar
+from vla0.core.greedy import decode
 from vla0.core.images import compose
 from vla0.core.prompt import IGNORE, Prompt, words
+from vla0.decode import GreedyDecoder, SpeculativeDecoder, decoder
+from vla0.decode.engine import Engine
+from vla0.decode.fused_engine import FusedEngine
+from vla0.decode.probe import Trial, tried
 from vla0.policy import VLA0
 from vla0.train.config import Lora, TrainConfig, build
 from vla0.train.lora import adapted, lora_layers, merged
@@ -233,3 +238,90 @@ def test_numbered_images_are_refused_where_the_template_does_not_number_them(fam
     else:
         with pytest.raises(InputError, match="does not number images"):
             Prompt(spec, own_processor)
+
+
+def same_as_plain(policy, rounds, rows):
+    """How many chunks the fast decoder wrote, all as the plain one did."""
+    fast = SpeculativeDecoder(policy.model, policy.prompt, tree_size=16)
+    rng, chunks = np.random.default_rng(0), 0
+    for number in range(rounds):
+        batch = policy.prompt.observe([make_observation(10 * number + row) for row in range(rows)])
+        expected = decode(policy.model, batch, policy.prompt)
+        wrong = rng.integers(0, policy.spec.bins + 1, expected.shape)
+        for guesses in (None, list(expected), list(wrong), [None, *wrong[1:]]):
+            np.testing.assert_array_equal(fast.decode(batch, guesses=guesses), expected)
+            chunks += rows
+        assert fast.passes < policy.spec.numbers
+    return chunks
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_fast_decoder_writes_what_the_plain_one_does(own_policy, rows):
+    assert isinstance(own_policy.decoder, SpeculativeDecoder)
+    same_as_plain(own_policy, 2, rows)
+
+
+@pytest.mark.slow
+def test_200_chunks_of_the_fast_decoder_are_the_plain_ones(own_policy):
+    assert same_as_plain(own_policy, 6, 1) + same_as_plain(own_policy, 6, 8) >= 200
+
+
+def test_windows_of_attention_shorter_than_the_prompt_are_kept(own_processor, family):
+    """Prompts here have some 80 tokens, and a window of 24."""
+    if family != "gemma3":
+        pytest.skip("has no windows")
+    model = tiny_model(own_processor, **SMALL, seed=5)
+    model.config.text_config.sliding_window = 24
+    for layer in model.get_decoder().layers:
+        if layer.self_attn.sliding_window is not None:
+            layer.self_attn.sliding_window = 24
+    policy = VLA0(model, own_processor, make_spec(image_size=56, tile=False, chunk_size=2))
+    assert isinstance(policy.decoder, SpeculativeDecoder)
+    same_as_plain(policy, 2, 3)
+
+
+class Spoilt(Engine):
+    """An engine of which something is wrong."""
+
+    what = ""
+
+    def _hidden(self, cache, start, accepted, seen, tokens, places, paths):
+        nodes = torch.arange(tokens.shape[1])
+        if self.what == "flat positions":
+            places = places[:, :1] + nodes
+        elif self.what == "masks that let siblings see each other":
+            paths = torch.minimum(nodes, nodes[:, None]).expand_as(paths)
+        elif self.what == "padding that is seen":
+            seen = torch.ones_like(seen)
+        elif self.what == "positions that are not read":
+            places = places[:, :1].expand_as(places)
+        return super()._hidden(cache, start, accepted, seen, tokens, places, paths)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_trial_passes_what_is_right_and_nothing_else(own_policy, dtype):
+    model = type(own_policy.model)(own_policy.model.config)
+    model.load_state_dict(own_policy.model.state_dict())
+    model = model.to(dtype).eval()
+    prompt, grammar = own_policy.prompt, Grammar(100, 6)
+    assert tried(Engine(model, prompt.symbol_ids, grammar, False), prompt).fault(dtype) is None
+    for what in (
+        "flat positions",
+        "masks that let siblings see each other",
+        "padding that is seen",
+        "positions that are not read",
+    ):
+        engine = Spoilt(model, prompt.symbol_ids, grammar, False)
+        engine.what = what
+        assert tried(engine, prompt).fault(dtype), what
+
+
+def test_a_model_that_fails_the_trial_is_decoded_plainly_and_the_log_says_why(
+    own_policy, monkeypatch, caplog
+):
+    if isinstance(own_policy.decoder.engine, FusedEngine):
+        pytest.skip("is known, and not tried")
+    monkeypatch.setattr("vla0.decode.tried", lambda *_: Trial(0.3, {}))
+    chosen = decoder(own_policy.model, own_policy.prompt)
+    assert isinstance(chosen, GreedyDecoder)
+    assert "0.3 off plain passes" in caplog.text

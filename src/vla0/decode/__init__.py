@@ -8,8 +8,9 @@ from typing import Any
 
 from vla0.core.greedy import GreedyDecoder, decode
 from vla0.core.prompt import Prompt
+from vla0.decode.probe import tried
 from vla0.decode.speculative import SpeculativeDecoder
-from vla0.decode.support import supported
+from vla0.decode.support import fused, unsupported
 
 __all__ = ["GreedyDecoder", "SpeculativeDecoder", "decode", "decoder"]
 
@@ -21,8 +22,11 @@ def decoder(model: Any, prompt: Prompt) -> SpeculativeDecoder | GreedyDecoder:
 
     Where the engine cannot run the model, that is the plain decoder, and the log says why.
     """
-    reason = supported(model)
+    reason = unsupported(model)
     if reason is None:
-        return SpeculativeDecoder(model, prompt)
+        fast = SpeculativeDecoder(model, prompt)
+        reason = None if fused(model) else tried(fast.engine, prompt).fault(model.dtype)
+        if reason is None:
+            return fast
     logger.warning("decoding one token a pass: %s", reason)
     return GreedyDecoder(model, prompt)

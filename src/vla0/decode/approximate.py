@@ -10,7 +10,7 @@ import torch
 
 from vla0.core.prompt import Prompt
 from vla0.decode.speculative import SpeculativeDecoder
-from vla0.decode.support import supported
+from vla0.decode.support import unsupported
 from vla0.errors import InputError
 
 ENOUGH = 0.5  # acceptance ratio of "relaxed"
@@ -40,7 +40,7 @@ def approximate(model: Any, prompt: Prompt, mode: str) -> tuple[Any, Speculative
     """
     if mode not in MODES:
         raise InputError(f"a mode of {tuple(MODES)}", f"'{mode}'", "choose one of those")
-    if reason := supported(model):
+    if reason := unsupported(model):
         raise InputError("a model that the fast decoder drives", reason, "decode exactly")
     if mode == "relaxed":
         return model, SpeculativeDecoder(model, prompt, acceptance_ratio=ENOUGH)

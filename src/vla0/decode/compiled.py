@@ -60,7 +60,7 @@ class Layer(torch.nn.Module):
         """Compute what the layer computes; the cache must be a KVCache whose `at` is set."""
         name = "cache" if "cache" in arguments else "past_key_values"
         cache = arguments.pop(name)
-        keys, values = cache.content[self.number]
+        keys, values = cache.layers[self.number]
         return self.run(self.layer, hidden, name, keys, values, cache.at, arguments)
 
 

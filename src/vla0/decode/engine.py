@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
+from transformers import DynamicCache
 
 from vla0.core.codec import Grammar
-from vla0.decode.compiled import layered
 from vla0.decode.draft import Tree, drawn
 from vla0.decode.kv_cache import CudaGraph, KVCache, below
-from vla0.decode.support import cache_argument
-from vla0.decode.vision_tower import VisionTower
+from vla0.decode.support import cache_argument, layer_types
 from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -24,7 +23,6 @@ logger = logging.getLogger(__name__)
 BUCKET = 64  # the slots of a fixed pass are a multiple of this
 # picks (B, N), and the probabilities of all symbols (B, N, 12)
 Verdict = tuple[list[list[int]], np.ndarray]
-Grid = tuple[int, ...]  # 1, and the rows and columns of patches of an image
 
 
 @dataclass(kw_only=True)
@@ -56,57 +54,46 @@ class Engine:
     """Runs the passes of a model over trees of guesses.
 
     Call `prefill` once and then `step` many times with the state that it returns, and `accept`
-    after each of these calls. A pass is a function of one tensor of integers (and of the pixels, in
-    the first pass), so that the host sends its input in one copy. Where passes are of fixed size,
-    the caches are used again, and a new state replaces the one before it.
+    after each of these calls. The prompts are read by the model's own forward pass, and the trees
+    by its language model. A pass over trees is a function of one tensor of integers, so that the
+    host sends its input in one copy. Where passes are of fixed size, the caches are used again,
+    and a new state replaces the one before it.
 
     Args:
         model: The vision-language model. It is not changed.
         symbol_ids: The token of each symbol.
         grammar: The grammar of the answers.
-        fixed: Pad rows, prompts and trees to a few sizes and let each pass look at all slots, so
-            that it can be captured as a CUDA graph. Otherwise a pass is as small as it can be,
-            which is faster where nothing is captured.
-        compiled: Compile the layers with torch.compile, once for each size of a pass.
-        invariant: The result at a node does not depend, bit for bit, on the other guesses of its
-            tree (see `vla0.decode.invariant`). Passes must then be of fixed size, and the first
-            one guesses nothing.
+        fixed: Pad rows, slots and trees to a few sizes and let each pass look at all slots, so that
+            it can be captured as a CUDA graph. Otherwise a pass is as small as it can be, which is
+            faster where nothing is captured.
     """
 
-    def __init__(
-        self, model: Any, symbol_ids: Sequence[int], grammar: Grammar, fixed: bool,
-        compiled: bool = False, invariant: bool = False,
-    ):  # fmt: skip
+    invariant = False  # whether a node's result is bit for bit that of a pass without guesses
+
+    def __init__(self, model: Any, symbol_ids: Sequence[int], grammar: Grammar, fixed: bool):
         self.model = model
         self.grammar = grammar
         self.fixed = fixed
-        self.compiled = compiled
-        self.invariant = invariant
-        if invariant:
-            from vla0.decode import invariant as attention  # needs Triton
-
-            self.attention: Any = attention
-        self.language = (
-            layered(model.model.language_model) if compiled else model.model.language_model
-        )
-        self.embed = model.model.get_input_embeddings()
-        self.cache_name = cache_argument(model.model.language_model)
+        self.language = model.get_decoder()
+        self.embed = model.get_input_embeddings()
+        self.output = model.get_output_embeddings()
+        self.text_config = model.config.get_text_config()
+        self.cache_name = cache_argument(self.language)
+        self.layer_types = layer_types(model)
+        self.window: Any = getattr(self.text_config, "sliding_window", None)
         # Ties go to the lower token, as in an argmax over the whole vocabulary.
         self.order = np.argsort(symbol_ids)
         self.ids = np.array(symbol_ids)
         self.head = torch.from_numpy(self.ids[self.order]).to(model.device)
         self.capturing = fixed and model.device.type == "cuda"
+        self.shapes: list[tuple[int, int]] = []  # of each layer in the cache: heads, their width
         self.caches: dict[tuple[int, int], KVCache] = {}  # rows, slots
         self.graphs: dict[tuple, CudaGraph] = {}
         self.pool: Any = None
-        self.vision_towers: dict[tuple[Grid, ...], VisionTower] = {}
-        self.places: dict[tuple, np.ndarray] = {}
 
     def fresh(self) -> "Engine":
         """Return a new engine for the same model, without caches and graphs."""
-        return Engine(
-            self.model, list(self.ids), self.grammar, self.fixed, self.compiled, self.invariant
-        )
+        return Engine(self.model, list(self.ids), self.grammar, self.fixed)
 
     def prefill(
         self, batch: dict[str, torch.Tensor], trees: Sequence[Tree], max_nodes: int
@@ -125,60 +112,96 @@ class Engine:
         Raises:
             InputError: When a prompt and its answer are longer than the model allows.
         """
-        ids, seen = batch["input_ids"].numpy(), batch["attention_mask"].numpy().astype(np.bool_)
-        grids = [tuple(grid) for grid in batch["image_grid_thw"].tolist()]
-        pixels = batch["pixel_values"]
-        rows, length = ids.shape
-        limit = self.model.config.text_config.max_position_embeddings
+        state = self.read(batch, max_nodes)
+        return state, self.step(state, trees, batch["input_ids"][:, -1].numpy())
+
+    def read(self, batch: dict[str, torch.Tensor], max_nodes: int) -> DecodeState:
+        """Read the prompts without their last tokens, which are node 0 of the first trees."""
+        self._refuse_long(batch["input_ids"].shape[1])
+        whole = batch["input_ids"].shape
+        seen = batch["attention_mask"][:, :-1]
+        before = {
+            name: value[:, :-1] if value.shape == whole else value for name, value in batch.items()
+        }
+        cache, last, _ = self.plain_pass(before)
+        state = self._open(seen.numpy().astype(np.bool_), last + 1, max_nodes)
+        state.cache.fill(cache)
+        return state
+
+    def plain_pass(
+        self, batch: dict[str, torch.Tensor]
+    ) -> tuple[DynamicCache, np.ndarray, torch.Tensor]:
+        """Run the model's own forward pass on prompts.
+
+        Returns:
+            Its cache, the position (B,) of the last tokens, and the hidden states (B, L, width).
+        """
+        inputs = {name: value.to(self.model.device) for name, value in batch.items()}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        if not hasattr(self.model.base_model, "get_rope_index"):  # the others compute their own
+            seen = inputs["attention_mask"]
+            inputs["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
+        positions: list[torch.Tensor] = []
+        hook = self.language.register_forward_pre_hook(
+            lambda _, __, arguments: positions.append(arguments["position_ids"]), with_kwargs=True
+        )
+        cache: Any = DynamicCache()
+        try:
+            output = self.model.base_model(**inputs, past_key_values=cache, use_cache=True)
+        finally:
+            hook.remove()
+        (position,) = positions
+        position = position if position.ndim == 2 else position[-1]
+        self.axes = positions[0].ndim
+        self.shapes = [(layer.keys.shape[1], layer.keys.shape[3]) for layer in cache.layers]
+        return cache, position[:, -1].cpu().numpy(), output.last_hidden_state
+
+    def _refuse_long(self, length: int) -> None:
+        """Raise InputError when a prompt and its answer are longer than the model allows."""
+        limit = self.text_config.max_position_embeddings
         if length + self.grammar.longest > limit:
             expected = f"a prompt and an answer of {limit} tokens at most"
             got = f"{length} and {self.grammar.longest}"
             raise InputError(expected, got, "fewer or smaller images, or a shorter instruction")
-        places = self._positions(batch, grids)
-        if self.fixed:  # pad with rows and tokens that are never read
-            more, before = self.held(rows) - rows, -(length + self._spare(max_nodes)) % BUCKET
-            fill = lambda array: np.pad(array, [(0, more), (before, 0)])  # noqa: E731
-            ids, seen, places = fill(ids), fill(seen), np.stack([fill(axis) for axis in places])
-            padding = pixels.new_zeros(more * len(pixels) // rows, pixels.shape[1])
-            pixels = torch.cat([pixels, padding])
-            grids, length = grids + more * grids[: len(grids) // rows], length + before
-            ids[rows:], seen[rows:], places[:, rows:] = ids[0], seen[0], places[:, :1]
-        if (key := tuple(grids)) not in self.vision_towers:
-            self.vision_towers[key] = VisionTower(
-                self.model.model.visual, key, self.model.device, self.compiled
-            )
-        state = self._open(seen[:, :-1], places[0, :, -1], max_nodes)
-        tree = self._numbers(state, trees, 1 if self.invariant else max_nodes)
-        tree[0][:, 0] = ids[:, -1]
-        width = length - 1 + tree[0].shape[1]  # tokens of a row in this pass
-        row, column = np.nonzero((ids == self.model.config.image_token_id) & seen)
-        state.cache.span = slice(0, width)
-        state.passes = 1
-        numbers = [ids[:, :-1], places[:, :, :-1], seen[:, :-1], row * width + column, *tree]
-        judgement = self._run(state.cache, numbers, self.vision_towers[key], pixels)
-        return state, self._verdict(judgement, rows)
 
-    def step(self, state: DecodeState, trees: Sequence[Tree]) -> Verdict:
+    def step(
+        self, state: DecodeState, trees: Sequence[Tree], node_0: np.ndarray | None = None
+    ) -> Verdict:
         """Run a pass over each row's tree.
 
         Args:
             state: What `prefill` returned. The pass is counted in it.
             trees: A tree for each row.
+            node_0: (B,) tokens of node 0, where they are no symbols: the last of the prompts.
 
         Returns:
             The model's pick after each node (B, N), and the probabilities of the symbols after it
             (B, N, 12), 0 where the grammar forbids one.
         """
+        numbers = self.inputs(state, trees, node_0)
+        return self._verdict(self._run(partial(self._next, state.cache), numbers), len(trees))
+
+    def hidden(self, state: DecodeState, numbers: Sequence[np.ndarray]) -> torch.Tensor:
+        """Run the pass of `step` on its inputs, and return the hidden states (B, N, width)."""
+        tensors = [torch.as_tensor(array, device=self.model.device) for array in numbers]
+        return self._hidden(state.cache, *tensors[:-1])
+
+    def inputs(
+        self, state: DecodeState, trees: Sequence[Tree], node_0: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """Return the numbers that a pass over trees takes, and prepare the state for that pass."""
         tree = self._numbers(state, trees, state.max_nodes)
+        if node_0 is not None:
+            tree[0][: len(node_0), 0] = node_0
         start = state.next_slot
         state.cache.span = slice(start, start + tree[0].shape[1])
         state.passes += 1
-        if self.invariant:
-            before = [state.padding, state.accepted]
-        else:
-            before = [state.seen if self.fixed else state.seen[:, :start]]
-        judgement = self._run(state.cache, [np.array([start]), *before, *tree])
-        return self._verdict(judgement, len(trees))
+        return [np.array([start]), state.accepted, *self._seen(state), *tree]
+
+    def _seen(self, state: DecodeState) -> list[np.ndarray]:
+        """Return what nodes see besides their own tree, for `_next`."""
+        return [state.seen if self.fixed else state.seen[:, : state.next_slot]]
 
     def accept(self, state: DecodeState, paths: Sequence[Sequence[int]]) -> None:
         """Keep the nodes of each row's path in the last trees, and drop their other nodes.
@@ -202,6 +225,9 @@ class Engine:
 
     def blank(self, seen: int, nodes: int) -> DecodeState:
         """Act as if a prompt of `seen` tokens had been read, so that `step` can be measured."""
+        if not self.shapes:
+            few = torch.from_numpy(self.ids[None, :2])
+            self.plain_pass({"input_ids": few, "attention_mask": torch.ones_like(few)})
         return self._open(np.ones((1, seen), np.bool_), np.array([seen]), nodes)
 
     def held(self, rows: int) -> int:
@@ -223,9 +249,7 @@ class Engine:
         rows, length = seen.shape
         slots = length + 1 + self._spare(max_nodes)
         key = (rows, slots)
-        cache = self.caches.get(key) or KVCache(
-            self.model.config.text_config, rows, slots, self.embed.weight
-        )
+        cache = self.caches.get(key) or KVCache(self.shapes, rows, slots, self.embed.weight)
         if self.fixed:
             self.caches[key] = cache
         return DecodeState(
@@ -238,39 +262,26 @@ class Engine:
             padding=seen.argmax(1),
         )
 
-    def _positions(self, batch: dict[str, torch.Tensor], grids: list[Grid]) -> np.ndarray:
-        """Return the positions (3, B, L) of the prompts' tokens, remembered for prompts alike."""
-        key = (
-            batch["mm_token_type_ids"].numpy().tobytes(),
-            batch["attention_mask"].numpy().tobytes(),
-            tuple(grids),
-        )
-        if key not in self.places:
-            if len(self.places) > 1000:
-                self.places.clear()
-            names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-            self.places[key] = self.model.model.get_rope_index(
-                **{name: batch[name] for name in names}
-            )[0].numpy()
-        return self.places[key]
-
     def _run(
-        self, cache: KVCache, numbers: Sequence[np.ndarray],
-        vision_tower: VisionTower | None = None, *pixels: torch.Tensor,
-    ) -> np.ndarray:  # fmt: skip
+        self,
+        forward: partial[torch.Tensor],
+        numbers: Sequence[np.ndarray],
+        *more: torch.Tensor,
+    ) -> np.ndarray:
         """Run a pass, as a CUDA graph where that works, and return (B, N, 1 + 12) on the host.
 
-        It is the first pass where a vision tower and pixels are given.
+        Args:
+            forward: Takes the shapes of the numbers, the numbers in one tensor, and `more`. Its
+                first arguments must be the same object in each pass of the same shapes.
+            numbers: Arrays of integers.
+            *more: Other tensors.
         """
         shapes = tuple(array.shape for array in numbers)
-        if vision_tower is None:
-            function = partial(self._next, cache, shapes)
-        else:
-            function = partial(self._first, cache, vision_tower, shapes)
+        function = partial(forward, shapes)
         flat = np.concatenate([array.reshape(-1) for array in numbers], dtype=np.int64)
-        inputs = [torch.from_numpy(flat), *pixels]
+        inputs = [torch.from_numpy(flat), *more]
         if self.capturing:
-            key = (function.func.__name__, shapes, len(cache), vision_tower)
+            key = (forward.func.__name__, shapes, *forward.args)
             try:
                 if key not in self.graphs:
                     self.pool = self.pool or torch.cuda.graph_pool_handle()
@@ -280,85 +291,67 @@ class Engine:
             except torch.OutOfMemoryError:
                 logger.warning(
                     "no memory to capture a CUDA graph of %s: decoding goes on without, and slower",
-                    function.func.__name__,
+                    forward.func.__name__,
                 )
                 self.capturing = False
                 self.graphs.clear()
                 torch.cuda.empty_cache()
         return function(*(tensor.to(self.model.device) for tensor in inputs)).cpu().numpy()
 
-    def _first(
-        self, cache: KVCache, vision_tower: VisionTower, shapes: Sequence[tuple[int, ...]],
-        numbers: torch.Tensor, pixels: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
-        """Compute the first pass: the prompts with their images, and the first trees."""
-        ids, before, seen, pictures, tokens, places, paths, allowed = _apart(numbers, shapes)
-        length, nodes = ids.shape[1], tokens.shape[1]
-        embedded = self.embed(torch.cat([ids, tokens], 1))
-        images = vision_tower(pixels.to(embedded.dtype)).to(embedded.dtype)
-        embedded.flatten(0, 1).index_copy_(0, pictures, images)
-        causal = torch.ones((length, length), dtype=torch.bool, device=ids.device).tril()
-        # A padding token sees itself: a softmax over nothing is NaN, which would spread.
-        prompt = causal & seen.bool()[:, None] | torch.eye(
-            length, dtype=torch.bool, device=ids.device
-        )
-        tree = torch.cat([seen.bool()[:, None].expand(-1, nodes, -1), below(paths)], 2)
-        mask = torch.cat([pad(prompt, (0, nodes)), tree], 1)
-        at = torch.arange(length + nodes, device=ids.device)
-        if self.fixed:
-            mask = pad(mask, (0, len(cache) - length - nodes))
-        places = torch.cat([before, places.expand(3, -1, -1)], 2)
-        hidden = self._pass(cache, embedded, places, mask, at)
-        return self._judge(hidden[:, length:], allowed.bool())
-
     def _next(
         self, cache: KVCache, shapes: Sequence[tuple[int, ...]], numbers: torch.Tensor
     ) -> torch.Tensor:
-        """Compute a later pass: the trees over what the cache holds."""
-        base, *before, tokens, places, paths, allowed = _apart(numbers, shapes)
-        at = base + torch.arange(tokens.shape[1], device=base.device)
-        embedded, places = self.embed(tokens), places.expand(3, -1, -1)
-        if self.invariant:
-            trees = self.attention.Trees(base, *before, places[0] - places[0, :, :1], paths)
-            with self.attention.attending(self.language.config):
-                hidden = self._pass(cache, embedded, places, trees, at)
-        else:
-            seen = before[0].bool()[:, None].expand(-1, tokens.shape[1], -1)
-            mask = (
-                seen.index_copy(2, at, below(paths))
-                if self.fixed
-                else torch.cat([seen, below(paths)], 2)
-            )
-            hidden = self._pass(cache, embedded, places, mask, at)
+        """Compute a pass of the trees over what the cache holds."""
+        start, accepted, seen, tokens, places, paths, allowed = split(numbers, shapes)
+        hidden = self._hidden(cache, start, accepted, seen, tokens, places, paths)
         return self._judge(hidden, allowed.bool())
 
-    def _pass(
-        self, cache: KVCache, embedded: torch.Tensor, places: torch.Tensor, mask: Any,
-        at: torch.Tensor,
+    def _hidden(
+        self, cache: KVCache, start: torch.Tensor, accepted: torch.Tensor, seen: torch.Tensor,
+        tokens: torch.Tensor, places: torch.Tensor, paths: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """Return the hidden states of tokens; the mask is (B, N, slots) bool, or Trees."""
+        """Return the hidden states (B, N, width) at the nodes of trees."""
+        at = start + torch.arange(tokens.shape[1], device=tokens.device)
         cache.at = at if self.fixed else None
-        if isinstance(mask, torch.Tensor):
-            mask = mask[:, None]
-            if self.model.config.text_config._attn_implementation == "eager":  # adds its mask
-                mask = torch.zeros_like(mask, dtype=embedded.dtype).masked_fill(
-                    ~mask, torch.finfo(embedded.dtype).min
-                )
-        return self.language(
-            inputs_embeds=embedded,
-            position_ids=places,
-            attention_mask={"full_attention": mask},
+        mask = self._tree_mask(seen, at, paths)
+        masks: Any = {"full_attention": self._attention_mask(mask)}
+        if "sliding_attention" in self.layer_types:
+            # How many tokens of the text lie before a node, and before each slot.
+            node = accepted[:, None] + places - places[:, :1]
+            slot = torch.arange(mask.shape[2], device=tokens.device).expand(len(mask), -1)
+            near = node[:, :, None] - slot.index_copy(1, at, node)[:, None] < self.window
+            masks["sliding_attention"] = self._attention_mask(mask & near)
+        return self.model.base_model(
+            input_ids=tokens,
+            position_ids=places if self.axes == 2 else places.expand(3, -1, -1),
+            # A mask for each kind of layer goes where there are several, or else only one.
+            attention_mask=masks if len(masks) > 1 else masks["full_attention"],
+            past_key_values=cache,
             use_cache=True,
-            **{self.cache_name: cache},
         ).last_hidden_state
+
+    def _tree_mask(self, seen: torch.Tensor, at: torch.Tensor, paths: torch.Tensor) -> torch.Tensor:
+        """Return which slots each node sees, (B, N, slots) bool."""
+        before = seen.bool()[:, None].expand(-1, paths.shape[1], -1)
+        if self.fixed:
+            return before.index_copy(2, at, below(paths))
+        return torch.cat([before, below(paths)], 2)
+
+    def _attention_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        """Return (B, 1, N, slots): True where seen, or, for eager attention, what it adds."""
+        mask = mask[:, None]
+        if self.text_config._attn_implementation != "eager":
+            return mask
+        dtype = self.embed.weight.dtype
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
     def _judge(self, hidden: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """Return the pick after each node and the symbols' probabilities, as (B, N, 1 + 12)."""
-        logits = (
-            linear(hidden, self.model.lm_head.weight[self.head])
-            .float()
-            .masked_fill(~allowed, float("-inf"))
+        bias = getattr(self.output, "bias", None)
+        logits = linear(
+            hidden, self.output.weight[self.head], None if bias is None else bias[self.head]
         )
+        logits = logits.float().masked_fill(~allowed, float("-inf"))
         return torch.cat(
             [logits.argmax(2, keepdim=True).to(logits.dtype), torch.softmax(logits, 2)], 2
         )
@@ -392,7 +385,7 @@ class Engine:
         return self.order[judgement[:rows, :, 0].astype(np.int64)].tolist(), probabilities
 
 
-def _apart(numbers: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+def split(numbers: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
     """Split one flat tensor into tensors of these shapes."""
     return [
         part.view(shape)

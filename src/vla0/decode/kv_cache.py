@@ -1,20 +1,21 @@
 """Hold the keys and values of a decode, and capture a pass of fixed size as a CUDA graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 
 class KVCache:
-    """Keys and values of all layers in one tensor (layers, 2, B, heads, slots, width).
+    """Keys and values of all layers, for passes over trees.
 
-    It has what the language model needs of a transformers Cache. The nodes of a tree lie side by
+    It has what a language model needs of a transformers Cache. The nodes of a tree lie side by
     side; the accepted path is then moved together in all layers at once. Before each pass, `span`
     or `at` must name the slots that the pass writes.
 
     Args:
-        config: The configuration of the language model.
+        shapes: For each layer, its heads and their width. Layers of one shape share a tensor
+            (layers, 2, B, heads, slots, width).
         rows: B.
         slots: Slots of each row.
         like: A tensor whose number format and device the cache takes.
@@ -22,20 +23,36 @@ class KVCache:
 
     is_compileable = False
 
-    def __init__(self, config: Any, rows: int, slots: int, like: torch.Tensor):
-        heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-        self.content = like.new_zeros((config.num_hidden_layers, 2, rows, heads, slots, width))
+    def __init__(
+        self, shapes: Sequence[tuple[int, int]], rows: int, slots: int, like: torch.Tensor
+    ):
+        self.slots = slots
+        self.tensors: list[torch.Tensor] = []
+        places: dict[int, torch.Tensor] = {}
+        for shape in dict.fromkeys(shapes):
+            layers = [layer for layer, own in enumerate(shapes) if own == shape]
+            heads, width = shape
+            self.tensors.append(like.new_zeros((len(layers), 2, rows, heads, slots, width)))
+            places |= zip(layers, self.tensors[-1], strict=True)
+        self.layers = [places[layer] for layer in range(len(shapes))]
         # the slots that the next pass writes; the pass sees the slots up to the last of them
         self.span = slice(0, 0)
         # (N,) numbers of these slots, instead of `span`; the pass then sees all slots
         self.at: torch.Tensor | None = None
 
     def __len__(self) -> int:
-        return self.content.shape[4]
+        return self.slots
+
+    def fill(self, cache: Any) -> None:
+        """Take the first slots of the first rows from a DynamicCache of transformers."""
+        for own, layer in zip(self.layers, cache.layers, strict=True):
+            rows, _, length, _ = layer.keys.shape
+            own[0, :rows, :, :length] = layer.keys
+            own[1, :rows, :, :length] = layer.values
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any, **__: Any):
         """Write a layer's keys and values (B, heads, L, width), and return what the pass sees."""
-        content = self.content[layer]
+        content = self.layers[layer]
         if self.at is not None:
             return (
                 content[0].index_copy_(2, self.at, keys),
@@ -54,7 +71,8 @@ class KVCache:
         rows = torch.arange(len(source), device=source.device)[:, None]
         # The two indices are separated by a slice, so both sides have their dimensions in front:
         # (B, n, layers, 2, heads, width).
-        self.content[:, :, rows, :, target] = self.content[:, :, rows, :, source]
+        for tensor in self.tensors:
+            tensor[:, :, rows, :, target] = tensor[:, :, rows, :, source]
 
 
 def below(paths: torch.Tensor) -> torch.Tensor:

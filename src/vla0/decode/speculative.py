@@ -17,6 +17,8 @@ from vla0.core.codec import SYMBOLS, Grammar, written
 from vla0.core.prompt import Prompt
 from vla0.decode.draft import Draft, Expectation, State, Tree, after
 from vla0.decode.engine import DecodeState, Engine
+from vla0.decode.fused_engine import FusedEngine
+from vla0.decode.support import fused
 from vla0.decode.tree_size import measured_tree_size
 from vla0.errors import InputError
 
@@ -102,11 +104,14 @@ class SpeculativeDecoder:
         self.last_state: DecodeState | None = None
         cuda: bool = model.device.type == "cuda"
         if invariant is None:
-            invariant = cuda and model.dtype != torch.float32 and _steady(model)
-        fixed = cuda or compiled or bool(invariant)
-        self.engine = Engine(
-            model, prompt.symbol_ids, self.grammar, fixed, compiled, bool(invariant)
-        )
+            invariant = cuda and fused(model) and model.dtype != torch.float32 and _steady(model)
+        if fused(model):
+            fixed = cuda or compiled or bool(invariant)
+            self.engine: Engine = FusedEngine(
+                model, prompt.symbol_ids, self.grammar, fixed, compiled, bool(invariant)
+            )
+        else:
+            self.engine = Engine(model, prompt.symbol_ids, self.grammar, fixed=False)
 
     def nodes(self, rows: int) -> int:
         """Return the nodes of each row's tree when this many rows are decoded together."""

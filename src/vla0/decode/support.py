@@ -1,4 +1,4 @@
-"""Say which models the fast decoder can run, and what versions of transformers name differently."""
+"""Say which models the engines can run, and what versions of transformers name differently."""
 
 import inspect
 from typing import Any
@@ -6,15 +6,30 @@ from typing import Any
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 
-def supported(model: Any) -> str | None:
-    """Return why the engine cannot run a model, or None where it can."""
-    if type(model) is not Qwen2_5_VLForConditionalGeneration:
-        return f"{type(model).__name__} is not Qwen2.5-VL as it is"
-    text: Any = model.config.text_config
-    if set(text.layer_types) != {"full_attention"}:
-        return "layers of sliding attention"
-    if text._attn_implementation not in ("sdpa", "eager"):
-        return f"attention '{text._attn_implementation}', which takes no mask of a tree"
+def fused(model: Any) -> bool:
+    """Return whether a model is one whose prompts and first trees one pass may read."""
+    return type(model) is Qwen2_5_VLForConditionalGeneration and layer_types(model) == {
+        "full_attention"
+    }
+
+
+def layer_types(model: Any) -> set[str]:
+    """Return the kinds of attention that the layers of a language model have."""
+    config = model.config.get_text_config()
+    if kinds := getattr(config, "layer_types", None):
+        return set(kinds)
+    window = getattr(config, "sliding_window", None)
+    return {"full_attention" if window is None else "sliding_attention without a full one"}
+
+
+def unsupported(model: Any) -> str | None:
+    """Return why no engine can run a model's trees, or None where one may."""
+    others = layer_types(model) - {"full_attention", "sliding_attention"}
+    if others:
+        return f"layers of {', '.join(sorted(others))}, over which a tree of guesses cannot be run"
+    attention = model.config.get_text_config()._attn_implementation
+    if attention not in ("sdpa", "eager"):
+        return f"attention '{attention}', which takes no mask of a tree"
     return None
 
 
