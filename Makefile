@@ -6,7 +6,7 @@ RUN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE
 NEWEST := .venv-newest
 TRANSFORMERS := 5.24.0
-CORE := $(addprefix tests/, core decode test_policy.py checkpoint/test_io.py bench/test_gpu.py)
+CORE := $(addprefix tests/, core decode test_policy.py test_backbones.py checkpoint/test_io.py bench/test_gpu.py)
 APART := $(addprefix tests/, serve/test_server.py bench/test_bench.py)
 CHECK := $(RUN)/python -c "from vla0.doctor import draw; draw()"
 GL_PACKAGES := libegl1 libegl-mesa0 libgl1-mesa-dri

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASKS, make_observation, make_recipe, make_spec
+from other_families import aya_model, aya_processor, hybrid_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vla0 import InputError
-from vla0.backbones import BACKBONES, image_options
+from vla0.backbones import image_options, of_processor
 from vla0.checkpoint.tiny import tiny_model, tiny_processor
 from vla0.checkpoint.tiny_families import FAMILIES
 from vla0.core.codec import ActionCodec, Grammar
@@ -23,15 +24,17 @@ from vla0.decode.probe import Trial, tried
 from vla0.policy import VLA0
 from vla0.train.config import Lora, TrainConfig, build
 from vla0.train.lora import adapted, lora_layers, merged
+from vla0.train.run import main
 from vla0.train.trainer import answered, sharded, summed
 
 WORDS = ["State: ", "Write integers.", *TASKS]
 SMALL = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 2}
 SMALL |= {"vision_heads": 2}
+UNKNOWN = "aya_vision"  # is named nowhere in vla0
 SIDES = {"qwen2_5_vl": 56, "qwen3_vl": 64}  # others' processors make images of one size
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, UNKNOWN])
 def family(request):
     return request.param
 
@@ -40,13 +43,21 @@ def family(request):
 def own_processor(family):
     if family == "smolvlm":
         pytest.importorskip("num2words")
+    if family == UNKNOWN:
+        return aya_processor(WORDS)
     return tiny_processor(WORDS, family=family)
+
+
+def model_of(processor, seed=0):
+    """A tiny model with the weights of a seed."""
+    made = tiny_model if of_processor(processor).name else aya_model
+    return made(processor, seed=seed, **SMALL)
 
 
 @pytest.fixture(scope="module")
 def own_policy(family, own_processor):
     spec = make_spec(image_size=SIDES.get(family, 56), tile=False, chunk_size=2)
-    return VLA0(tiny_model(own_processor, **SMALL, seed=3), own_processor, spec)
+    return VLA0(model_of(own_processor, seed=3), own_processor, spec)
 
 
 def messages_of(observation, spec):
@@ -155,7 +166,7 @@ def test_words_that_spell_special_tokens_are_plain_text(own_policy):
 
 
 def test_lora_finds_every_linear_layer_of_tower_and_language_model(family, own_processor):
-    model = tiny_model(own_processor, **SMALL)
+    model = model_of(own_processor)
     names = set(lora_layers(model, freeze_vision=False))
     every = {n for n, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
     left = {name for name in every - names if "lm_head" not in name}
@@ -168,34 +179,39 @@ def test_lora_finds_every_linear_layer_of_tower_and_language_model(family, own_p
             if "lora_B" in name:
                 weight.normal_(0, 0.1)
     weights = merged(model)
-    fresh = tiny_model(own_processor, **SMALL)
+    fresh = model_of(own_processor)
     before = fresh.state_dict()
     changed = {name for name in before if not torch.equal(before[name], weights[name])}
     assert changed == {f"{name}.weight" for name in names}
 
 
 def test_a_frozen_tower_is_frozen_whole(own_processor):
-    model = adapted(tiny_model(own_processor, **SMALL), Lora(), freeze_vision=True)
+    model = adapted(model_of(own_processor), Lora(), freeze_vision=True)
     assert not any(p.requires_grad for p in model.get_encoder(modality="image").parameters())
     assert all(p.requires_grad for p in model.get_decoder().parameters())
 
 
 def test_shards_are_split_at_layers_that_the_model_has(own_processor):
-    model = tiny_model(own_processor, **SMALL)
+    model = model_of(own_processor)
     wrapped = sharded(model)["fsdp_config"]["transformer_layer_cls_to_wrap"]
     names = [type(part).__name__ for part in model.modules()]
     assert sum(name in wrapped for name in names) >= 4  # the layers of both parts
     assert all(name in names for name in wrapped)
 
 
-def test_a_run_learns_resumes_and_leaves_what_transformers_loads(family, dataset, tmp_path):
+def test_a_run_learns_resumes_and_leaves_what_transformers_loads(
+    family, own_processor, dataset, tmp_path
+):
     """Killed after two of four steps, it ends in the weights of a run that was not."""
-    if family == "smolvlm":
-        pytest.importorskip("num2words")
-    from vla0.train.run import main
+    name = f"tiny:{family}"
+    if family == UNKNOWN:
+        name = str(tmp_path / "base")
+        model_of(own_processor).save_pretrained(name)
+        own_processor.save_pretrained(name)
 
-    def config_of(name):
-        recipe = make_recipe(dataset, tmp_path / name, name=f"tiny:{family}", tiny=SMALL)
+    def config_of(run):
+        recipe = make_recipe(dataset, tmp_path / run, name=name)
+        recipe["model"]["tiny"] = {} if family == UNKNOWN else SMALL
         recipe["spec"] = recipe.get("spec", {}) | {"image_size": SIDES.get(family, 56)}
         return build(TrainConfig, recipe, "test")
 
@@ -212,9 +228,7 @@ def test_a_run_learns_resumes_and_leaves_what_transformers_loads(family, dataset
     model = AutoModelForImageTextToText.from_pretrained(ends["whole"])
     resumed = AutoModelForImageTextToText.from_pretrained(ends["parts"]).state_dict()
     assert all(torch.equal(weight, resumed[name]) for name, weight in model.state_dict().items())
-    assert type(AutoProcessor.from_pretrained(ends["whole"])).__name__ in {
-        backbone.processor for backbone in BACKBONES if backbone.name == family
-    }
+    assert type(AutoProcessor.from_pretrained(ends["whole"])) is type(own_processor)
     policy = VLA0.from_pretrained(ends["whole"])
     observation = replace(make_observation(0), state=np.zeros(len(policy.spec.state[0])))
     assert np.isfinite(policy.predict_batch([observation])).all()
@@ -270,7 +284,7 @@ def test_windows_of_attention_shorter_than_the_prompt_are_kept(own_processor, fa
     """Prompts here have some 80 tokens, and a window of 24."""
     if family != "gemma3":
         pytest.skip("has no windows")
-    model = tiny_model(own_processor, **SMALL, seed=5)
+    model = model_of(own_processor, seed=5)
     model.config.text_config.sliding_window = 24
     for layer in model.get_decoder().layers:
         if layer.self_attn.sliding_window is not None:
@@ -325,3 +339,13 @@ def test_a_model_that_fails_the_trial_is_decoded_plainly_and_the_log_says_why(
     chosen = decoder(own_policy.model, own_policy.prompt)
     assert isinstance(chosen, GreedyDecoder)
     assert "0.3 off plain passes" in caplog.text
+
+
+def test_a_hybrid_is_decoded_plainly_and_the_log_says_why(caplog):
+    """Over recurrent layers four tokens at once are not four tokens one after another."""
+    processor = tiny_processor(WORDS, family="qwen3_vl")
+    spec = make_spec(image_size=64, tile=False, chunk_size=2)
+    policy = VLA0(hybrid_model(processor, **SMALL), processor, spec)
+    assert isinstance(policy.decoder, GreedyDecoder)
+    assert "layers of linear_attention" in caplog.text
+    assert np.isfinite(policy.predict_batch([make_observation(0)])).all()

@@ -120,9 +120,6 @@ BACKBONES = (
         reader=read_qwen, graphs=True,
     ),
     Backbone(
-        name="qwen2_vl", processor="Qwen2VLProcessor", image_options=_UNSCALED, reader=read_qwen
-    ),
-    Backbone(
         name="qwen3_vl", processor="Qwen3VLProcessor", image_options=_UNSCALED, reader=read_qwen
     ),
     Backbone(name="internvl", processor="InternVLProcessor"),

@@ -3,7 +3,7 @@
 They need neither a GPU nor a download.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,25 @@ def tiny_processor(
             the family's.
     """
     parts = FAMILIES[family]
+    start = {"bos_token": parts.start} if parts.start else {}
+    tokenizer = bpe(
+        words, parts.tokens, vocabulary, eos_token=parts.end, pad_token=parts.pad,
+        chat_template=parts.chat, extra_special_tokens=parts.named, **start,
+    )  # fmt: skip
+    return parts.processor(tokenizer, side or parts.side)
+
+
+def bpe(
+    words: Iterable[str], special: Sequence[str], vocabulary: int = 400, **settings: Any
+) -> PreTrainedTokenizerFast:
+    """Learn a byte-level BPE in which every digit is a token of its own.
+
+    Args:
+        words: Texts from which it is learned.
+        special: Its special tokens.
+        vocabulary: The number of tokens, at least 256 and the special ones.
+        **settings: Arguments of the tokenizer of transformers.
+    """
     tokenizer = Tokenizer(models.BPE())
     # In answers every digit and every space becomes a piece of its own, as in Qwen2's tokenizer.
     split = pre_tokenizers.Split(Regex(r"\d| ?\p{L}+|\s|[^\s\p{L}\d]+"), behavior="isolated")
@@ -58,21 +77,13 @@ def tiny_processor(
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=max(vocabulary, 256 + len(parts.tokens)),
-        special_tokens=list(parts.tokens),
+        vocab_size=max(vocabulary, 256 + len(special)),
+        special_tokens=list(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([*words, "system", "user", "assistant"], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=parts.end,
-        pad_token=parts.pad,
-        chat_template=parts.chat,
-        extra_special_tokens=parts.named,
-        **({"bos_token": parts.start} if parts.start else {}),
-    )
-    return parts.processor(fast, side or parts.side)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings)
 
 
 def tiny_model(processor: Any, seed: int = 0, **size: int) -> Any:
