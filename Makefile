@@ -40,9 +40,11 @@ browser:
 	    (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) >/dev/null 2>&1 || true; \
 	  fi; }
 
+# Of another family: make demo BACKBONE=qwen3_vl, or internvl, smolvlm, gemma3.
 demo:
 	@started=$$(date +%s) && $(MAKE) --no-print-directory install && \
-	  $(RUN)/python examples/demo.py --install-s $$(( $$(date +%s) - started ))
+	  $(RUN)/python examples/demo.py --install-s $$(( $$(date +%s) - started )) \
+	    $(if $(BACKBONE),--backbone $(BACKBONE) --out runs/demo-$(BACKBONE) --dataset runs/demo/dataset)
 
 lint: .venv/installed
 	$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/pyright

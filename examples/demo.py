@@ -19,6 +19,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from vla0.checkpoint.tiny import FAMILY, TINY, family_of
+from vla0.checkpoint.tiny_families import FAMILIES
+from vla0.errors import InputError
 from vla0.sim.results import mean_success, read_episodes, summary, table
 from vla0.train.plots import plain_log
 
@@ -39,13 +42,24 @@ def run(
     demonstrations: Annotated[int, typer.Option(help="for each task")] = 80,
     episodes: Annotated[int, typer.Option(help="for each task and baseline, on unseen seeds")] = 20,
     steps: Annotated[int | None, typer.Option(help="of training; default the config's")] = None,
+    backbone: Annotated[str, typer.Option(help="family of the tiny model")] = FAMILY,
+    dataset: Annotated[
+        Path | None, typer.Option(help="demonstrations; default in the demo's folder")
+    ] = None,
     install_s: Annotated[
         float, typer.Option(help="seconds the installation took, for the record")
     ] = 0.0,
 ) -> None:
     """Run the demo, or what is missing of it."""
     try:
-        stages(out, config, task, demonstrations, episodes, steps, install_s)
+        settings = family_settings(backbone)
+        stages(
+            out, config, task, demonstrations, episodes, steps, settings,
+            dataset or out / "dataset", install_s,
+        )  # fmt: skip
+    except InputError as error:
+        console.print(f"demo: {error}", markup=False)
+        sys.exit(2)
     except KeyboardInterrupt:
         console.print("interrupted: run again to go on")
         sys.exit(130)
@@ -58,6 +72,8 @@ def stages(
     demonstrations: int,
     episodes: int,
     steps: int | None,
+    family: list[str],
+    dataset: Path,
     install_s: float,
 ) -> None:
     """One after another; a stage that is done is not done again.
@@ -68,7 +84,7 @@ def stages(
     seconds = Seconds(out / "seconds.json")
     seconds.add("install", install_s)
     tasks = [word for name in task for word in ("--task", name)]
-    if not (out / "dataset").exists():
+    if not dataset.exists():
         command = [
             "collect",
             "metaworld",
@@ -79,10 +95,10 @@ def stages(
             "--fps",
             FPS,
             "--out",
-            out / "dataset",
+            dataset,
         ]
         seconds.time("collect", command)
-    overrides = [f"logging.output_dir={out / 'train'}", f"data.dataset={out / 'dataset'}"]
+    overrides = [f"logging.output_dir={out / 'train'}", f"data.dataset={dataset}", *family]
     overrides += [f"training.num_steps={steps}"] if steps else []
     seconds.time("train", ["train", "--config", config, *overrides])
     baselines = [word for name in BASELINES for word in ("--baseline", name)]
@@ -108,6 +124,14 @@ def stages(
         f"{minutes:.1f} minutes in all. See {out}/results.json, {out}/plot.png and "
         f"{out}/eval/report.html"
     )
+
+
+def family_settings(name: str) -> list[str]:
+    """What the config takes of a family: the model, and pictures of which each has 16 tokens."""
+    if name == FAMILY:
+        return []
+    family = FAMILIES[family_of(f"{TINY}:{name}") or FAMILY]
+    return [f"model.name={TINY}:{name}", f"spec.image_size={family.side}"]
 
 
 class Seconds:
@@ -189,7 +213,7 @@ def plot(found: dict, training: Path, file: Path) -> None:
     left.set(
         xlabel="training step",
         ylabel="loss per token",
-        title="A tiny Qwen2.5-VL learns to write actions",
+        title="A tiny vision-language model learns to write actions",
     )
     plain_log(left)
     colours = {"policy": "#3b6fd4", "blank": "#9aa5b8", "untrained": "#c4cad6", "random": "#dfe3ea"}

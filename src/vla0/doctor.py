@@ -17,7 +17,14 @@ from vla0.sim import libero_files
 
 JOBS = ("train", "eval", "serve")
 GIB = 2**30
-MODELS = {"Qwen2.5-VL-3B": 3.75e9, "Qwen2.5-VL-7B": 8.29e9, "Qwen2.5-VL-72B": 73.4e9}  # parameters
+MODELS = {  # parameters
+    "SmolVLM2-500M": 0.507e9,
+    "Qwen3-VL-2B": 2.13e9,
+    "Qwen2.5-VL-3B": 3.75e9,
+    "Qwen3-VL-4B": 4.44e9,
+    "Qwen2.5-VL-7B": 8.29e9,
+    "Qwen2.5-VL-72B": 73.4e9,
+}
 # Bytes per parameter. Acting takes bf16 and what a decode keeps. Training takes fp32 with the
 # gradient and two moments.
 ACTING, TRAINING = 2.4, 17.0

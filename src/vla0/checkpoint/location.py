@@ -1,6 +1,7 @@
 """Find a checkpoint: a local folder, or one that is fetched from the Hub."""
 
 from pathlib import Path
+from typing import Any
 
 from vla0.errors import InputError
 
@@ -40,3 +41,38 @@ def locate(path: str | Path, weights: bool = True) -> Path:
             f"'{path}' ({reason})",
             "check the path or the connection",
         ) from None
+
+
+# Licences that ask for no more than a notice.
+FREE = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "unlicense")
+
+
+def restricted(name: str | Path) -> str | None:
+    """Return the licence of a base model where it may restrict its use, by its model card.
+
+    Args:
+        name: Folder of the model, or its id on the Hub, as it has been fetched.
+
+    Returns:
+        The licence's name, or None where it is a free one, or where there is no card.
+    """
+    import yaml
+    from huggingface_hub import ModelCard, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    file: Any = Path(name) / "README.md"
+    if not file.is_file():
+        try:
+            file = try_to_load_from_cache(str(name), "README.md")
+        except HFValidationError:
+            return None
+    if not isinstance(file, str | Path):
+        return None
+    try:
+        data = ModelCard.load(file, ignore_metadata_errors=True).data
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    given = data.get("license")
+    if given is None or str(given).lower() in FREE:
+        return None
+    return str(data.get("license_name") or given)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from vla0.checkpoint.location import restricted
 from vla0.core.spec import MAIN, Spec
 
 TEMPLATE = Path(__file__).with_suffix(".md")
@@ -31,6 +32,7 @@ def card(
         The card, in Markdown.
     """
     dataset, spec = specs[MAIN]
+    licence = restricted(spec.base_model)
     public = dataset.count("/") == 1 and not Path(dataset).exists()
     data = ModelCardData(
         library_name="vla0",
@@ -44,6 +46,7 @@ def card(
         template_path=str(TEMPLATE),
         spec=spec,
         dataset=dataset if public else Path(dataset).name,
+        licence=licence,
         step=step,
         gives=spec_line(spec),
         others={

@@ -20,7 +20,7 @@ from transformers import set_seed
 from transformers.integrations import TensorBoardCallback
 
 from vla0.checkpoint import io as models
-from vla0.checkpoint.location import locate
+from vla0.checkpoint.location import locate, restricted
 from vla0.checkpoint.tiny import FAMILY, family_of, tiny_model, tiny_processor
 from vla0.core.prompt import Prompt
 from vla0.core.spec import Spec
@@ -145,6 +145,12 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
         raise InputError(expected, got, "free some, or choose another logging.output_dir")
     if int(os.environ.get("RANK", 0)) != 0:
         return
+    if licence := restricted(config.model.name):
+        logger.warning(
+            "%s is under the licence '%s': read it before commercial use, also of what is trained",
+            config.model.name,
+            licence,
+        )
     for part in parts.values():
         for text in (*part.source.problems(), *part.remarks):
             logger.warning("%s: %s", part.source.config.dataset, text)
