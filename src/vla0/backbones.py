@@ -195,6 +195,43 @@ def answer_turn(processor: Any, turns: list[dict[str, Any]]) -> tuple[str, int]:
     return opening, ends[0] if special else tokenizer.eos_token_id
 
 
+def symbol_tokens(tokenizer: Any, characters: str, end: int) -> dict[str, int]:
+    """Return {character: its one token}, as it is written within an answer.
+
+    Args:
+        tokenizer: The tokenizer.
+        characters: The digits, the space, and whatever else an answer may have.
+        end: The token that ends an answer.
+
+    Raises:
+        InputError: When a character is not one token, or when two are the same one.
+    """
+    remedy = "use another base model"
+    ids = {}
+    for character in characters:
+        own = tokenizer.encode(character, add_special_tokens=False)
+        if len(own) != 1:  # some write a mark before the first word: look behind a digit
+            before = tokenizer.encode("7", add_special_tokens=False)
+            own = tokenizer.encode(f"7{character}", add_special_tokens=False)[len(before) :]
+        if len(own) != 1:
+            expected = "a tokenizer where a digit and a space are one token each"
+            raise InputError(expected, f"'{character}' → {own}", remedy)
+        ids[character] = own[0]
+    tokens = [*ids.values(), end]
+    if len(set(tokens)) < len(tokens):
+        raise InputError(
+            "a token of its own for each digit, for the space, '?' and the end",
+            f"{tokens}, in which two are the same",
+            remedy,
+        )
+    if len(tokenizer.encode("10 10", add_special_tokens=False)) < 5:
+        logger.warning(
+            "this tokenizer writes several digits, or a digit and a space, as one token; answers "
+            "are written one character a token all the same, which the base model has seen less of"
+        )
+    return ids
+
+
 def vision_ids(processor: Any, wanted: bool) -> dict[str, bool]:
     """Return the template's option that writes "Picture 1: " before images, {} without one.
 

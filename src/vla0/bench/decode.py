@@ -229,10 +229,14 @@ def parting(
     more = torch.tensor([texts[0][:agreed]] * len(batch["input_ids"]), dtype=torch.long).reshape(
         len(batch["input_ids"]), -1
     )
-    inputs = dict(batch)
-    inputs["input_ids"] = torch.cat([batch["input_ids"], more], 1)
-    inputs["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(more)], 1)
-    inputs["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], torch.zeros_like(more)], 1)
+    longer = {"input_ids": more, "attention_mask": torch.ones_like(more)}
+    inputs = {
+        # What is aligned with the tokens goes on as text, of type 0.
+        name: torch.cat([tensor, longer.get(name, torch.zeros_like(more))], 1)
+        if tensor.shape == batch["input_ids"].shape
+        else tensor
+        for name, tensor in batch.items()
+    }
     inputs = {name: tensor.to(policy.model.device) for name, tensor in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].to(policy.model.dtype)
     logits = policy.model(**inputs, logits_to_keep=1).logits[row, -1].float()

@@ -10,7 +10,8 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from vla0.checkpoint import io as models
-from vla0.checkpoint.tiny import tiny_model, tiny_processor
+from vla0.checkpoint.tiny import FAMILY, TINY, family_of, tiny_model, tiny_processor
+from vla0.checkpoint.tiny_families import FAMILIES
 from vla0.core.spec import Observation, Spec
 from vla0.data.lerobot import DataConfig, Source
 from vla0.decode.window_attention import in_windows
@@ -100,18 +101,24 @@ def chosen(name: str, device: str | None = None) -> VLA0:
     """Return the policy that is measured.
 
     Args:
-        name: "tiny" or "3b" for random weights, or a checkpoint's folder or Hub id. "3b" has the
-            shape of Qwen2.5-VL-3B, in bf16.
+        name: "tiny", "tiny:FAMILY" or "3b" for random weights, or a checkpoint's folder or Hub id.
+            "3b" has the shape of Qwen2.5-VL-3B, in bf16.
         device: Where the model runs. None takes the GPU where there is one.
     """
-    if name not in ("tiny", "3b"):
+    family = family_of(name)
+    if family is None and name != "3b":
         return VLA0.from_pretrained(name, device)
-    spec = Spec(
-        low=(-1.0,) * 7, high=(1.0,) * 7, fps=20.0, cameras=("agentview", "wrist"), base_model=name
+    looks = (
+        {} if name in (TINY, "3b") else {"image_size": FAMILIES[str(family)].side, "tile": False}
     )
-    processor: Any = tiny_processor([spec.system_text(), "move the red blue green block"])
+    spec = Spec(
+        low=(-1.0,) * 7, high=(1.0,) * 7, fps=20.0, cameras=("agentview", "wrist"), base_model=name,
+        **looks,
+    )  # fmt: skip
+    words = [spec.system_text(), "move the red blue green block"]
+    processor: Any = tiny_processor(words, family=family or FAMILY)
     torch_device = models.device_of(device)
-    if name == "tiny":
+    if family is not None:
         tiny: Any = tiny_model(processor)
         return VLA0(tiny.to(torch_device), processor, spec)
     return VLA0(build_3b(processor, torch_device, torch.bfloat16), processor, spec)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -50,11 +51,20 @@ def load(
     if quantization is not None:
         settings |= {"device_map": {"": str(device)}}
     try:
+        config = AutoConfig.from_pretrained(folder)
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise InputError(
+                "a model that takes pictures and writes text (image-text-to-text)",
+                f"{config.model_type} in '{folder}'",
+                "name a vision-language model",
+            )
         if quantization is not None:
             settings["quantization_config"] = four_bits(folder, dtype)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, **settings)
         model, info = loaded
         processor = AutoProcessor.from_pretrained(folder)
+    except InputError:
+        raise
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         raise InputError(

@@ -17,7 +17,10 @@ app = typer.Typer(no_args_is_help=True)
 @app.command()
 def decode(
     model: Annotated[
-        str, typer.Option(help="tiny or 3b (random weights), or a checkpoint folder or Hub id")
+        str,
+        typer.Option(
+            help="tiny, tiny:FAMILY or 3b (random weights), or a checkpoint folder or Hub id"
+        ),
     ] = "tiny",
     batch: Annotated[
         list[int] | None,

@@ -14,6 +14,7 @@ from vla0.backbones import (
     checked_reader,
     image_options,
     render,
+    symbol_tokens,
     vision_ids,
 )  # fmt: skip
 from vla0.core.codec import SYMBOLS, to_levels
@@ -64,16 +65,7 @@ class Prompt:
         self.numbered = vision_ids(processor, spec.vision_id)
         self.opening, self.end_id = answer_turn(processor, self._turns(1, PLACE))
         self.pad_id = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.ids = {}  # character → its one token
-        for character in SYMBOLS + HIDDEN:
-            ids = tokenizer.encode(character, add_special_tokens=False)
-            if len(ids) != 1:
-                raise InputError(
-                    "a tokenizer where a digit and a space are one token each",
-                    f"'{character}' → {ids}",
-                    "use another base model",
-                )
-            self.ids[character] = ids[0]
+        self.ids = symbol_tokens(tokenizer, SYMBOLS + HIDDEN, self.end_id)
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         # A lookahead, so that overlapping tokens are found too.
         self.marks = re.compile(f"(?=({'|'.join(map(re.escape, added))}))" if added else r"(?!)")
