@@ -408,5 +408,5 @@ def test_a_model_that_takes_no_pictures_is_refused_in_one_line(tmp_path):
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    with pytest.raises(InputError, match="^expected a model that takes pictures and writes text"):
+    with pytest.raises(InputError, match=r"^expected a model that takes pictures and writes text"):
         io.load(tmp_path / "llama")

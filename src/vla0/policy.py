@@ -338,14 +338,19 @@ class VLA0(TextPolicy):
 
         Args:
             base_url: Address of the server: vLLM, SGLang or llama.cpp.
-            spec: The checkpoint's Spec, its folder or its Hub id.
-            server: The options model, key, engine, timeout_s and extra of `vla0.decode.remote`.
+            spec: The checkpoint's Spec, its folder or its Hub id. Of a model whose chat template
+                begins answers by itself, as SmolVLM2's does, the Spec alone does not tell it.
+            server: The options model, key, engine, timeout_s, extra and opening of
+                `vla0.decode.remote`.
 
         Raises:
             InputError: When the server does not answer.
         """
-        checkpoint_spec = spec if isinstance(spec, Spec) else Spec.load(locate(spec, weights=False))
-        return RemoteVLA0(base_url, checkpoint_spec, **server)
+        if isinstance(spec, Spec):
+            return RemoteVLA0(base_url, spec, **server)
+        folder = locate(spec, weights=False)
+        opening = model.opening_of(folder, Spec.load(folder))
+        return RemoteVLA0(base_url, Spec.load(folder), **{"opening": opening} | server)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a checkpoint folder that `from_pretrained` and transformers can read.

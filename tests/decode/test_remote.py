@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vla0 import VLA0, InputError
+from vla0.checkpoint.tiny import tiny_model, tiny_processor
 from vla0.core.codec import SYMBOLS, ChunkError, numerals
 from vla0.decode.remote import _gbnf, _regex
 
@@ -44,7 +45,9 @@ class Engine:
         images, messages = [], []
         for message in request["messages"]:
             content = message["content"]
-            if not isinstance(content, str):
+            if isinstance(content, str):  # as vLLM gives it to templates that take lists
+                content = [{"type": "text", "text": content}]
+            else:
                 urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
                 images += [
                     Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
@@ -315,3 +318,26 @@ def test_a_server_that_is_gone_or_silent_is_told_from_one_that_refuses(policy):
     ):
         with pytest.raises(InputError):
             make()
+
+
+def test_what_a_template_writes_before_an_answer_is_written_by_the_server_too(tmp_path):
+    """SmolVLM2's puts a space between "Assistant:" and the answer."""
+    pytest.importorskip("num2words")
+    own = tiny_processor(["State: ", "Write integers."], family="smolvlm")
+    small = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 2}
+    spec = make_spec(tile=False, chunk_size=2, state=None)
+    policy = VLA0(tiny_model(own, **small, vision_heads=2), own, spec)
+    policy.save_pretrained(tmp_path / "checkpoint")
+    with engine(policy) as (url, served):
+        remote = VLA0.remote(url, tmp_path / "checkpoint")
+        observations = [make_observation(seed) for seed in range(2)]
+        for observation in observations:
+            expected = policy.predict_batch([observation])
+            np.testing.assert_array_equal(remote.predict_batch([observation]), expected)
+            *_, streamed = remote.decoder.stream(remote.prompt.observe([observation]))
+            np.testing.assert_array_equal(policy.codec.decode(streamed[0]), expected[0])
+            begun = replace(observation, action_prefix=expected[0, :1])
+            np.testing.assert_array_equal(
+                remote.predict_batch([begun]), policy.predict_batch([begun])
+            )
+        assert served.requests[0][1]["structured_outputs"]["regex"].startswith("\\ ")

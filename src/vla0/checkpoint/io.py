@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from vla0.checkpoint.lerobot_config import describe
+from vla0.core.prompt import Prompt
 from vla0.core.spec import MAIN, SPEC_FILE, Spec
 from vla0.decode.window_attention import in_windows
 from vla0.errors import InputError
@@ -77,6 +78,15 @@ def load(
             f"all weights in '{folder}'", f"{len(lost)} missing, first {lost[0]}", remedy
         )
     return in_windows(model if quantization else model.to(device)), processor
+
+
+def opening_of(folder: Path, spec: Spec) -> str:
+    """Return what a checkpoint's chat template writes before an answer, "" without a processor."""
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError):
+        return ""
+    return Prompt(spec, processor).opening
 
 
 def four_bits(folder: Path, dtype: str | torch.dtype) -> BitsAndBytesConfig:

@@ -108,6 +108,8 @@ class Remote:
         engine: The kind of server, one of ENGINES. It decides how a request states the grammar.
         timeout_s: Seconds to wait for the server.
         extra: Further fields of each request.
+        opening: What the model's chat template writes before an answer, see
+            `vla0.backbones.answer_turn`.
 
     Raises:
         InputError: When the engine is unknown or there is no such server.
@@ -122,10 +124,12 @@ class Remote:
         engine: str = "vllm",
         timeout_s: float = 30.0,
         extra: dict[str, Any] | None = None,
+        opening: str = "",
     ):
         if engine not in ENGINES:
             raise InputError(f"an engine of {ENGINES}", f"'{engine}'", "choose one of those")
         self.spec, self.engine, self.extra = spec, engine, extra or {}
+        self.opening = opening
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.url = base_url.rstrip("/").removesuffix("/v1") + "/v1"
         try:
@@ -196,13 +200,13 @@ class Remote:
                     continue
                 for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):
                     answer += choice["delta"].get("content") or ""
-                text = _joined(chat.prefix, answer)
+                text = self._whole(chat, answer)
                 finished = text.count(" ") // self.spec.dimensions
                 if steps_yielded < finished < steps:
                     steps_yielded = finished
                     numbers = text.split(" ")[: finished * self.spec.dimensions]
                     yield [self._read(" ".join(numbers), finished)]
-        yield [self._read(_joined(chat.prefix, answer), steps)]
+        yield [self._read(self._whole(chat, answer), steps)]
 
     def _answer(self, chat: Chat, num_steps: int | None) -> np.ndarray:
         """Ask the server for the answer to one chat, and read its levels (H, D)."""
@@ -211,9 +215,8 @@ class Remote:
             reply = self._json(
                 self.client.post(f"{self.url}/chat/completions", json=self._request(chat, steps))
             )
-            return self._read(
-                _joined(chat.prefix, reply["choices"][0]["message"]["content"]), steps
-            )
+            answer = reply["choices"][0]["message"]["content"]
+            return self._read(self._whole(chat, answer), steps)
 
     def _request(self, chat: Chat, steps: int) -> dict[str, Any]:
         """Make a request for greedy decoding of exactly the numbers that are missing.
@@ -224,6 +227,7 @@ class Remote:
         # An answer that does not end the chunk ends with a space, as if it continued, so that an
         # early stop changes none of its numbers.
         closed = steps == self.spec.chunk_size
+        opening = "" if chat.prefix else self.opening
         request: dict[str, Any] = {
             "model": self.model,
             "messages": chat.messages,
@@ -240,10 +244,10 @@ class Remote:
         if self.engine == "llama.cpp":
             request |= {
                 "repeat_penalty": 1.0,
-                "grammar": _gbnf(self.spec.bins, left, bool(chat.prefix), closed),
+                "grammar": _gbnf(self.spec.bins, left, bool(chat.prefix), closed, opening),
             }
         else:
-            regex = _regex(self.spec.bins, left, bool(chat.prefix), closed)
+            regex = re.escape(opening) + _regex(self.spec.bins, left, bool(chat.prefix), closed)
             request |= (
                 {"structured_outputs": {"regex": regex}}
                 if self.engine == "vllm"
@@ -252,6 +256,11 @@ class Remote:
         if self.spec.vision_id:
             request["chat_template_kwargs"] = {"add_vision_id": True}
         return request | self.extra
+
+    def _whole(self, chat: Chat, answer: str) -> str:
+        """Return the text of an answer from its first number on."""
+        text = _joined(chat.prefix, answer)
+        return text if chat.prefix else text.removeprefix(self.opening)
 
     def _read(self, text: str, steps: int) -> np.ndarray:
         """Read levels, or raise ChunkError where a server did not keep to the grammar."""
@@ -313,12 +322,13 @@ def _regex(bins: int, count: int, after: bool, closed: bool) -> str:
     return first + (f"( {number}){{{remaining}}}" if remaining else "") + ("" if closed else " ")
 
 
-def _gbnf(bins: int, count: int, after: bool, closed: bool) -> str:
-    """Return the grammar of `_regex` in the notation of llama.cpp."""
+def _gbnf(bins: int, count: int, after: bool, closed: bool, opening: str = "") -> str:
+    """Return the grammar of `_regex` in the notation of llama.cpp; `opening` stands before it."""
     number = " | ".join(" ".join(map(_class, digits)) for digits in numerals(bins))
     first, remaining = ("", count) if after else ("number ", count - 1)
     rest = f'(" " number){{{remaining}}}' if remaining else ""
     end = "" if closed else ' " "'
+    first = f"{json.dumps(opening)} {first}" if opening else first
     return f"root ::= {first}{rest}{end}\nnumber ::= {number}\n"
 
 
