@@ -18,6 +18,8 @@ import yaml
 from conftest import make_dataset, make_recipe
 
 from vla0 import InputError
+from vla0.checkpoint.tiny import FAMILY
+from vla0.checkpoint.tiny_families import FAMILIES
 from vla0.core.prompt import IGNORE, Prompt
 from vla0.core.spec import MAIN
 from vla0.data.config import Augmentation
@@ -657,10 +659,27 @@ def test_wandb_gets_what_tensorboard_gets(dataset, tmp_path, monkeypatch):
     assert [word for word in words if word not in written] == []
 
 
-def test_shards_give_the_losses_of_one_process_and_an_ordinary_checkpoint(dataset, tmp_path):
+@pytest.mark.parametrize(
+    "family",
+    [
+        "qwen2_5_vl",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("qwen3_vl", "internvl", "smolvlm", "gemma3")
+        ),
+    ],
+)
+def test_shards_give_the_losses_of_one_process_and_an_ordinary_checkpoint(
+    dataset, tmp_path, family
+):
     """FSDP2 over two processes, measured and gone on with on the way."""
     held_out = {**make_recipe(dataset, tmp_path)["data"], "held_out": 1}
     settings = {"num_steps": 2, "save_every_n_steps": 1, "keep_last": 2, "data": held_out}
+    if family != FAMILY:
+        settings |= {
+            "name": f"tiny:{family}",
+            "spec": {"image_size": FAMILIES[family].side, "system": "Write {numbers} integers."},
+        }
     main(config_of(dataset, tmp_path / "one", batch_size=4, **settings))
     (tmp_path / "sharded.py").write_text(SHARDED)
     recipe = make_recipe(dataset, tmp_path / "two", batch_size=2, shard=True, **settings)
