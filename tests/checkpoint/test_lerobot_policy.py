@@ -22,6 +22,7 @@ from worlds import JOINTS, Reach, arm_spec
 
 from vla0 import VLA0, InputError
 from vla0.checkpoint.tiny import tiny_model, tiny_processor
+from vla0.checkpoint.tiny_families import FAMILIES
 from vla0.cli import app
 from vla0.cli.act import serve
 from vla0.core.prompt import Prompt
@@ -119,6 +120,31 @@ def test_what_lerobot_trains_is_a_checkpoint_of_vla0(trained, base, dataset):
     before = AutoModelForImageTextToText.from_pretrained(base).state_dict()
     assert any(not torch.equal(weights[name], before[name]) for name in weights)
     assert list(folder.glob("*.pkl")) == list(folder.glob("*.bin")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--peft.method_type=LORA", "--peft.r=4")])
+@pytest.mark.parametrize("family", ["qwen3_vl", "internvl", "smolvlm", "gemma3"])
+def test_lerobot_trains_and_opens_models_of_every_family(
+    family, more, dataset, tmp_path, monkeypatch
+):
+    processor = tiny_processor(["State: ", "Write 6 integers.", *TASKS], family=family)
+    tiny_model(processor, **SMALL).save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    own = words(tmp_path / "base", dataset, tmp_path / "run", *more)
+    side = f"--policy.image_size={FAMILIES[family].side}"
+    lerobot_train_with(monkeypatch, *[side if "image_size" in word else word for word in own])
+    folder = tmp_path / "run" / "checkpoints" / "last" / "pretrained_model"
+    if more:
+        assert (folder / "adapter_model.safetensors").is_file()
+        return
+    policy = VLA0.from_pretrained(folder)
+    images = {name: np.zeros((64, 64, 3), np.uint8) for name in policy.spec.cameras}
+    state = np.zeros(len(policy.spec.state[0]))
+    assert np.isfinite(policy.predict(images, "push", state=state)).all()
+    weights = policy.model.state_dict()
+    before = type(policy.model).from_pretrained(tmp_path / "base").state_dict()
+    assert any(not torch.equal(weights[name], before[name]) for name in weights)
 
 
 def test_lerobots_training_goes_on_where_it_stopped(trained, monkeypatch):
