@@ -24,8 +24,9 @@ from vla0.decode.probe import Trial, tried
 from vla0.policy import VLA0
 from vla0.train.config import Lora, TrainConfig, build
 from vla0.train.lora import adapted, lora_layers, merged
+from vla0.train.loss import answered, summed
 from vla0.train.run import main
-from vla0.train.trainer import answered, sharded, summed
+from vla0.train.trainer import sharded
 
 WORDS = ["State: ", "Write integers.", *TASKS]
 SMALL = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 2}

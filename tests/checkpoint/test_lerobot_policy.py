@@ -30,7 +30,7 @@ from vla0.core.rollout import ChunkPolicy
 from vla0.data.dataset import Samples, collator
 from vla0.data.lerobot import DataConfig, Source
 from vla0.sim import libero_files
-from vla0.train.trainer import answered
+from vla0.train.loss import answered
 
 pytest.importorskip("lerobot_policy_vla0", reason="the plugin is not installed")
 

@@ -146,15 +146,31 @@ def _order(count: int, *seed: int) -> np.ndarray:
 
 
 def collator(
-    prompts: Sequence[Prompt], augmentation: Augmentation | None
+    prompts: Sequence[Prompt],
+    augmentation: Augmentation | None,
+    others: Sequence[Prompt] = (),
+    prefix: str = "",
 ) -> Callable[[Sequence[Drawn]], dict[str, torch.Tensor]]:
     """Return a function that collates drawn Samples into a batch with labels.
 
     Args:
         prompts: One for each dataset of a mixture.
         augmentation: None changes nothing, as in acting; the loss on held-out episodes uses it.
+        others: Prompts of another model, whose inputs of the same rows, texts and random changes
+            the batch has too.
+        prefix: Of the names of these inputs.
     """
-    return partial(_collate, prompts=prompts, augmentation=augmentation)
+    collate = partial(_collate, prompts=prompts, augmentation=augmentation)
+    if not others:
+        return collate
+    other = partial(_collate, prompts=others, augmentation=augmentation)
+    return partial(_both, collate=collate, other=other, prefix=prefix)
+
+
+def _both(drawn: Sequence[Drawn], collate: Any, other: Any, prefix: str) -> dict[str, torch.Tensor]:
+    """Collate for two models."""
+    more = {f"{prefix}{name}": value for name, value in other(drawn).items()}
+    return collate(drawn) | more
 
 
 def _collate(

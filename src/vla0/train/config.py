@@ -62,6 +62,8 @@ class ModelConfig:
     lora: Lora = field(default_factory=Lora)  # few weights to train beside frozen ones
     # "nf4": the language model's frozen weights in 4 bits (QLoRA, arXiv 2305.14314)
     quantization: str | None = None
+    # checkpoint whose probabilities are learned too (distillation), of any family
+    teacher: str | None = None
     # arguments of vla0.checkpoint.tiny.tiny_model
     tiny: Mapping[str, Any] = field(default_factory=dict)
 
@@ -111,6 +113,8 @@ class TrainingConfig:
     # Liger's fused norms and SwiGLU, on GPUs; the loss is computed in parts anyway
     liger: bool = False
     shard: bool = False  # split the weights over the processes of torchrun or accelerate, by FSDP2
+    # share of the loss that is the divergence from model.teacher; None: half of it
+    teacher_weight: float | None = None
     precision: str = "bf16"  # or "fp32"; fp16 diverges
     seed: int = 0  # of the order of rows, augmentation and LoRA's first weights
 
@@ -124,6 +128,9 @@ class TrainingConfig:
             raise InputError(
                 "learning_rate > 0", f"{self.learning_rate}", "5e-6 is the published one"
             )
+        if self.teacher_weight is not None and not 0 < self.teacher_weight <= 1:
+            got = f"{self.teacher_weight}"
+            raise InputError("teacher_weight in 0..1, above 0", got, "leave it out for one half")
         if not 0 <= self.warmup_ratio <= 1:
             raise InputError(
                 "warmup_ratio in 0..1", f"{self.warmup_ratio}", "it is a share of the steps"

@@ -33,6 +33,7 @@ from vla0.train.config import UNITS, TrainConfig
 from vla0.train.lora import adapted, plain
 from vla0.train.measure import Measure, Measurement
 from vla0.train.resume import DAMAGED, DATA, ended, recorded, refuse_other_data, resumable
+from vla0.train.teacher import INPUT, SHARE, load_teacher
 from vla0.train.trainer import VLA0Trainer, arguments
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,8 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
     if all_steps_done and (output / "last" / FINISHED).is_file():
         logger.info("'%s' has ended already", output)
         return output / "last"
+    if training.teacher_weight is not None and config.model.teacher is None:
+        raise InputError("model.teacher with training.teacher_weight", "none", "give both, or none")
     if training.shard and processes < 2:
         raise InputError(SEVERAL, "one process", "start with torchrun, or leave it out")
     arguments(config, output, 1, 1)  # raises before data and a large model are loaded
@@ -111,14 +114,25 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
         config.logging.keep_last,
     )
     prompts = [Prompt(spec, processor) for spec in specs.values()]
+    teacher = None
+    if config.model.teacher is not None:
+        dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        teacher = load_teacher(config.model.teacher, specs, dtype)
     trainer = VLA0Trainer(
         model=vlm, args=arguments(config, output, steps, per_epoch, plain(vlm)),
-        train_dataset=samples, data_collator=collator(prompts, config.augmentation),
+        train_dataset=samples,
+        data_collator=collator(
+            prompts, config.augmentation, teacher.prompts if teacher else (), INPUT
+        ),
         callbacks=[checkpoints, TensorBoardCallback(SummaryWriter(str(output / "tensorboard")))],
     )  # fmt: skip
     if training.shard and not trainer.is_fsdp_enabled:  # accelerate would silently go on
         raise InputError(SEVERAL, f"{processes} on {trainer.args.device}", "leave it out here")
     trainer.held_out_collator = collator(prompts, None)
+    trainer.symbol_ids = prompts[0].symbol_ids
+    if teacher is not None:
+        teacher.model.to(trainer.args.device)
+        trainer.teacher, trainer.teacher_weight = teacher, training.teacher_weight or SHARE
     checkpoints.trainer = trainer
     if all_steps_done:  # but the run was killed during its last save
         checkpoints.make_good(str(resume))

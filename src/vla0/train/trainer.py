@@ -4,12 +4,11 @@ Logits are computed only where the loss needs them.
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
@@ -17,6 +16,8 @@ from vla0.core.prompt import IGNORE
 from vla0.data.dataset import Order
 from vla0.errors import InputError
 from vla0.train.config import TrainConfig
+from vla0.train.loss import answered, summed
+from vla0.train.teacher import INPUT, SHARE, Teacher, divergence
 
 # Liger's rotary embedding would replace that of all models in the process, so it stays off; the
 # loss is computed here.
@@ -27,6 +28,9 @@ class VLA0Trainer(Trainer):
     """transformers' Trainer with logits only where there are labels, in fp32."""
 
     held_out_collator: Any = None
+    teacher: Teacher | None = None
+    teacher_weight: float = SHARE
+    symbol_ids: Sequence[int] = ()  # the student's tokens of the symbols
     right: torch.Tensor | int = 0  # correctly predicted tokens since the last line of the log
     written: torch.Tensor | int = 0  # labelled tokens since then
 
@@ -41,6 +45,7 @@ class VLA0Trainer(Trainer):
 
         For held-out rows it is the mean over the tokens of each row, and then over the rows.
         """
+        taught = {name: inputs.pop(name) for name in list(inputs) if name.startswith(INPUT)}
         outputs, logits, targets = answered(model, inputs)
         if model.training:
             with torch.no_grad():
@@ -49,6 +54,8 @@ class VLA0Trainer(Trainer):
                 # The counts stay on the device: nothing waits for them before the log.
                 self.written = self.written + written.sum()
         row_losses = summed(logits, targets)
+        if taught:
+            row_losses = self._with_teacher(row_losses, taught, logits, targets)
         loss = row_losses.sum()
         if not model.training:  # the same value, however rows are batched
             loss = (row_losses / (targets != IGNORE).sum(1).clamp(min=1)).mean()
@@ -59,6 +66,20 @@ class VLA0Trainer(Trainer):
             share = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = loss / num_items_in_batch * share
         return (loss, outputs) if return_outputs else loss
+
+    def _with_teacher(
+        self,
+        row_losses: torch.Tensor,
+        taught: Mapping[str, torch.Tensor],
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the losses (B,) of which the teacher's part is the divergence from it."""
+        assert self.teacher is not None
+        inputs = {name.removeprefix(INPUT): value for name, value in taught.items()}
+        probabilities = self.teacher.probabilities(inputs)
+        apart = divergence(logits[..., self.symbol_ids], targets, probabilities)
+        return (1 - self.teacher_weight) * row_losses + self.teacher_weight * apart
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
         """Return the order in which the rows of an epoch come."""
@@ -82,45 +103,6 @@ class VLA0Trainer(Trainer):
             eval_dataset, self.args.eval_batch_size, collate_fn=self.held_out_collator
         )
         return self.accelerator.prepare(loader)
-
-
-def answered(
-    model: Any, inputs: Mapping[str, torch.Tensor]
-) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """Run a model on a batch with labels, with logits only for the answers.
-
-    Args:
-        model: The model that is trained.
-        inputs: The batch, with (B, L) `labels`. Rows must be padded on the left.
-
-    Returns:
-        The model's output, the logits (B, n, V) of the answers, and their targets (B, n).
-    """
-    inputs = dict(inputs)
-    labels = inputs.pop("labels")
-    # Rows end together (left padding), so the answers are the last `kept` columns.
-    labelled = (labels != IGNORE).any(dim=0)
-    kept = labels.shape[1] - int(labelled.int().argmax()) if labelled.any() else 1
-    outputs = model(**inputs, logits_to_keep=kept + 1, use_cache=False)
-    return outputs, outputs.logits[:, :-1], labels[:, -kept:]
-
-
-def summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the cross-entropy, summed over the labelled tokens of each row: (B,)."""
-    # It is computed in fp32 for one row at a time, and again in the backward pass: fp32 logits of
-    # 150,000 words would take gigabytes.
-    rows: Any = [
-        checkpoint(_summed, *pair, use_reentrant=False)
-        for pair in zip(logits, targets, strict=True)
-    ]
-    return torch.stack(rows)
-
-
-def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the summed cross-entropy of one row, in fp32."""
-    return torch.nn.functional.cross_entropy(
-        logits.float(), targets, ignore_index=IGNORE, reduction="sum"
-    )
 
 
 def sharded(model: Any) -> dict[str, Any]:

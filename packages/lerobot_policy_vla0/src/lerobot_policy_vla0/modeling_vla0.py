@@ -29,7 +29,7 @@ from vla0.errors import InputError
 from vla0.policy import VLA0
 from vla0.train.config import Lora
 from vla0.train.lora import adapted, lora_layers
-from vla0.train.trainer import answered, summed
+from vla0.train.loss import answered, summed
 
 logger = logging.getLogger(__name__)
 
