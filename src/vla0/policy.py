@@ -42,13 +42,9 @@ class TextPolicy:
     """
 
     def __init__(
-        self,
-        spec: Spec,
-        prompt: Any,
-        decoder: Any,
-        n_action_steps: int = 1,
+        self, spec: Spec, prompt: Any, decoder: Any, n_action_steps: int = 1,
         weights: str | Sequence[float] | None = None,
-    ):
+    ):  # fmt: skip
         self.spec, self.codec = spec, ActionCodec(spec)
         self.prompt, self.decoder = prompt, decoder
         self.warned = False  # whether the log has said that a state changes nothing
@@ -338,19 +334,17 @@ class VLA0(TextPolicy):
 
         Args:
             base_url: Address of the server: vLLM, SGLang or llama.cpp.
-            spec: The checkpoint's Spec, its folder or its Hub id. Of a model whose chat template
-                begins answers by itself, as SmolVLM2's does, the Spec alone does not tell it.
-            server: The options model, key, engine, timeout_s, extra and opening of
-                `vla0.decode.remote`.
+            spec: The checkpoint's folder or Hub id, or its Spec (not enough of SmolVLM2).
+            server: The options of `vla0.decode.remote.Remote`.
 
         Raises:
             InputError: When the server does not answer.
         """
-        if isinstance(spec, Spec):
-            return RemoteVLA0(base_url, spec, **server)
-        folder = locate(spec, weights=False)
-        opening = model.opening_of(folder, Spec.load(folder))
-        return RemoteVLA0(base_url, Spec.load(folder), **{"opening": opening} | server)
+        if not isinstance(spec, Spec):
+            folder = locate(spec, weights=False)
+            spec = Spec.load(folder)
+            server = {"opening": model.opening_of(folder, spec)} | server
+        return RemoteVLA0(base_url, spec, **server)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a checkpoint folder that `from_pretrained` and transformers can read.
@@ -359,8 +353,8 @@ class VLA0(TextPolicy):
             InputError: When this policy decodes approximately, or path holds other files.
         """
         if self.mode is not None:
-            got, remedy = f"one made {self.mode}", "save the one that it was made from"
-            raise InputError("the exact policy, to save", got, remedy)
+            got = f"one made {self.mode}"
+            raise InputError("the exact policy, to save", got, "save what it was made from")
         model.save(path, self.model, self.processor, self.specs)
 
     def eval(self) -> Self:
