@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 
@@ -15,10 +16,16 @@ from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Options by which processors cut a picture into tiles. Each tile costs as many tokens as a picture.
+# Options by which some processors cut a picture into tiles, each of which costs as many tokens as a
+# picture. Where they are, they are off; others (image_grid_pinpoints, max_patches) are not known.
 TILING = ("crop_to_patches", "do_image_splitting", "do_pan_and_scan")
 
+PLACE = "\x00"  # stands for the user's words in a chat
 ANSWER = "0 1 2"  # stands for an answer in a chat
+# How a template takes texts: as lists of parts, as strings beside a user's parts, or without a
+# system's turn, whose text then begins the user's.
+STYLES = ("parts", "strings", "user")
+DATE = "01 Jan 2025"  # for templates that would write the day on which they are rendered
 
 # What a processor gives for chats with their images: for each row a list of numbers for
 # "input_ids" and all that is aligned with it, and tensors for the rest.
@@ -56,8 +63,21 @@ def read(
     )
     ids, seen = batch["input_ids"], batch["attention_mask"].bool()
     rows, others = {}, {}
+    of_images = set(processor.image_processor.model_input_names)
     for name, value in batch.items():
-        if value.shape == ids.shape:
+        if not isinstance(value, torch.Tensor):
+            raise InputError(
+                "a processor that gives tensors",
+                f"{type(value).__name__} as {name} from {type(processor).__name__}",
+                "use another base model",
+            )
+        if name not in of_images and value.shape[:2] == ids.shape and value.ndim > 2:
+            raise InputError(
+                "inputs that an answer can be appended to",
+                f"{name} of {tuple(value.shape)} from {type(processor).__name__}",
+                "use another base model",
+            )
+        if name not in of_images and value.shape == ids.shape:
             rows[name] = [line[kept].tolist() for line, kept in zip(value, seen, strict=True)]
         else:
             others[name] = value
@@ -102,14 +122,12 @@ class Backbone:
         processor: The name of its processor's class.
         image_options: Options of its image processor, beside TILING, which is always off.
         reader: Reads chats faster than the processor. It is compared with it once.
-        graphs: Whether its passes may be captured as CUDA graphs.
     """
 
     name: str = ""
     processor: str = ""
     image_options: Mapping[str, Any] = field(default_factory=dict)
     reader: Reader | None = None
-    graphs: bool = False
 
 
 _UNSCALED = {"do_resize": False}  # images have the model's size by then
@@ -117,7 +135,7 @@ _UNSCALED = {"do_resize": False}  # images have the model's size by then
 BACKBONES = (
     Backbone(
         name="qwen2_5_vl", processor="Qwen2_5_VLProcessor", image_options=_UNSCALED,
-        reader=read_qwen, graphs=True,
+        reader=read_qwen,
     ),
     Backbone(
         name="qwen3_vl", processor="Qwen3VLProcessor", image_options=_UNSCALED, reader=read_qwen
@@ -158,6 +176,8 @@ def chat_template(processor: Any) -> str:
         InputError: When there is none.
     """
     template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+    if isinstance(template, dict):  # several, by name
+        template = template.get("default")
     if not template:
         raise InputError(
             "a processor with a chat template",
@@ -169,26 +189,71 @@ def chat_template(processor: Any) -> str:
 
 def render(processor: Any, turns: list[dict[str, Any]], **options: Any) -> str:
     """Return the text of turns, by the processor's chat template."""
+    template = chat_template(processor)
+    if "strftime_now" in template:
+        options["date_string"] = DATE
     # A processor's own method does the same, and some warn of options that they pass themselves.
     return processor.tokenizer.apply_chat_template(
-        turns, chat_template=chat_template(processor), tokenize=False, **options
+        turns, chat_template=template, tokenize=False, **options
     )
 
 
-def answer_turn(processor: Any, turns: list[dict[str, Any]]) -> tuple[str, int]:
+def turns_of(style: str, system: str, words: str, count: int) -> list[dict[str, Any]]:
+    """Return the turns before an answer, in a style of STYLES, with `count` images."""
+    images = [{"type": "image"}] * count
+    if style == "user":
+        text = {"type": "text", "text": f"{system}\n\n{words}"}
+        return [{"role": "user", "content": [*images, text]}]
+    user = {"role": "user", "content": [*images, {"type": "text", "text": words}]}
+    return [{"role": "system", "content": _content(style, system)}, user]
+
+
+def _content(style: str, text: str) -> Any:
+    """Return a turn's text as a template takes it."""
+    return text if style == "strings" else [{"type": "text", "text": text}]
+
+
+def template_style(processor: Any, system: str) -> str:
+    """Return the style of STYLES in which a template writes all that it is given.
+
+    Raises:
+        InputError: When it leaves something out, or writes how it was given, in every style.
+    """
+    got = ""
+    for style in STYLES:
+        try:
+            text = _whole(processor, style, turns_of(style, system, PLACE, 1))
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
+            got = f"{type(error).__name__}: {str(error)[:160]}"
+            continue
+        missing = [part for part in (system.strip(), PLACE, ANSWER) if part not in text]
+        if not missing and "'type'" not in text.replace(system, ""):
+            return style
+        got = f"one without {missing[0]!r}" if missing else "one that writes its input's keys"
+    expected = "a chat template that writes the system's text, the user's and an answer"
+    raise InputError(expected, f"{got}, of {type(processor).__name__}", "use another base model")
+
+
+def _whole(processor: Any, style: str, turns: list[dict[str, Any]]) -> str:
+    """Return the text of turns with ANSWER behind them."""
+    answer = {"role": "assistant", "content": _content(style, ANSWER)}
+    return render(processor, [*turns, answer])
+
+
+def answer_turn(processor: Any, style: str, turns: list[dict[str, Any]]) -> tuple[str, int]:
     """Return what a chat template writes before an answer, and the token that ends it.
 
     Args:
         processor: The processor.
+        style: The template's style.
         turns: The turns before the answer.
 
     Returns:
         (text between the answer's role and the answer, mostly "", token).
     """
     tokenizer = processor.tokenizer
-    answer = {"role": "assistant", "content": [{"type": "text", "text": ANSWER}]}
     before = render(processor, turns, add_generation_prompt=True)
-    head, _, ending = render(processor, [*turns, answer]).rpartition(ANSWER)
+    head, _, ending = _whole(processor, style, turns).rpartition(ANSWER)
     opening = head.removeprefix(before) if head.startswith(before) else ""
     ends = tokenizer.encode(ending, add_special_tokens=False)
     special = ends and ends[0] in tokenizer.added_tokens_decoder
@@ -208,11 +273,12 @@ def symbol_tokens(tokenizer: Any, characters: str, end: int) -> dict[str, int]:
     """
     remedy = "use another base model"
     ids = {}
+    before = tokenizer.encode("7", add_special_tokens=False)
     for character in characters:
-        own = tokenizer.encode(character, add_special_tokens=False)
-        if len(own) != 1:  # some write a mark before the first word: look behind a digit
-            before = tokenizer.encode("7", add_special_tokens=False)
-            own = tokenizer.encode(f"7{character}", add_special_tokens=False)[len(before) :]
+        # Behind a digit, since some write a mark before the first word.
+        own = tokenizer.encode(f"7{character}", add_special_tokens=False)[len(before) :]
+        if len(own) != 1:  # where digits are merged
+            own = tokenizer.encode(character, add_special_tokens=False)
         if len(own) != 1:
             expected = "a tokenizer where a digit and a space are one token each"
             raise InputError(expected, f"'{character}' → {own}", remedy)
@@ -230,6 +296,14 @@ def symbol_tokens(tokenizer: Any, characters: str, end: int) -> dict[str, int]:
             "are written one character a token all the same, which the base model has seen less of"
         )
     return ids
+
+
+def special_texts(processor: Any) -> list[str]:
+    """Return the texts that a tokenizer or a processor takes for more than text, longest first."""
+    names = ("image_token", "video_token", "audio_token", "boi_token", "eoi_token")
+    texts = {*processor.tokenizer.get_added_vocab()}
+    texts |= {str(text) for name in names if (text := getattr(processor, name, None))}
+    return sorted(texts, key=len, reverse=True)
 
 
 def vision_ids(processor: Any, wanted: bool) -> dict[str, bool]:

@@ -9,12 +9,16 @@ import numpy as np
 import torch
 
 from vla0.backbones import (
+    PLACE,
     answer_turn,
     check_image_size,
     checked_reader,
     image_options,
     render,
+    special_texts,
     symbol_tokens,
+    template_style,
+    turns_of,
     vision_ids,
 )  # fmt: skip
 from vla0.core.codec import SYMBOLS, to_levels
@@ -26,7 +30,6 @@ from vla0.errors import InputError
 # Images, the text before the answer, and the part of that text that a user wrote.
 Seen = tuple[Sequence[np.ndarray], str, str]
 IGNORE = -100  # label of tokens that the loss leaves out
-PLACE = "\x00"  # stands for the user's words in a chat
 HIDDEN = "?"  # stands for a character that the model does not see and need not write
 
 
@@ -63,25 +66,21 @@ class Prompt:
         check_image_size(processor, self.options, spec.image_size)
         tokenizer = processor.tokenizer
         self.numbered = vision_ids(processor, spec.vision_id)
-        self.opening, self.end_id = answer_turn(processor, self._turns(1, PLACE))
+        self.style = template_style(processor, spec.system_text())
+        turns = turns_of(self.style, spec.system_text(), PLACE, 1)
+        self.opening, self.end_id = answer_turn(processor, self.style, turns)
         self.pad_id = self.end_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.ids = symbol_tokens(tokenizer, SYMBOLS + HIDDEN, self.end_id)
-        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        added = special_texts(processor)
         # A lookahead, so that overlapping tokens are found too.
         self.marks = re.compile(f"(?=({'|'.join(map(re.escape, added))}))" if added else r"(?!)")
         # Token ids in the order of the symbols of vla0.core.codec.
         self.symbol_ids = [self.ids[character] for character in SYMBOLS] + [self.end_id]
         self.read = checked_reader(processor, self.options, spec.image_size, self.chat)
 
-    def _turns(self, count: int, words: str) -> list[dict[str, Any]]:
-        """Return the turns before the answer, for a user's words and `count` images."""
-        content = [{"type": "image"}] * count + [{"type": "text", "text": words}]
-        system = [{"type": "text", "text": self.spec.system_text()}]
-        return [{"role": "system", "content": system}, {"role": "user", "content": content}]
-
     def chat(self, count: int, words: str) -> str:
         """Return the text before the answer, for a user's words and `count` images."""
-        turns = self._turns(count, words)
+        turns = turns_of(self.style, self.spec.system_text(), words, count)
         text = render(self.processor, turns, add_generation_prompt=True, **self.numbered)
         return text + self.opening
 
