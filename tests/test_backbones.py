@@ -10,7 +10,7 @@ from other_families import aya_model, aya_processor, hybrid_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vla0 import InputError
-from vla0.backbones import image_options, of_processor
+from vla0.backbones import image_options, of_processor, render, template_style, turns_of
 from vla0.checkpoint.tiny import tiny_model, tiny_processor
 from vla0.checkpoint.tiny_families import FAMILIES
 from vla0.core.codec import ActionCodec, Grammar
@@ -342,7 +342,7 @@ def test_a_model_that_fails_the_trial_is_decoded_plainly_and_the_log_says_why(
 ):
     if isinstance(own_policy.decoder.engine, FusedEngine):
         pytest.skip("is known, and not tried")
-    monkeypatch.setattr("vla0.decode.tried", lambda *_: Trial(0.3, {}))
+    monkeypatch.setattr("vla0.decode.probe.tried", lambda *_: Trial(0.3, {}))
     chosen = decoder(own_policy.model, own_policy.prompt)
     assert isinstance(chosen, GreedyDecoder)
     assert "0.3 off plain passes" in caplog.text
@@ -411,3 +411,84 @@ def test_a_model_that_takes_no_pictures_is_refused_in_one_line(tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     with pytest.raises(InputError, match=r"^expected a model that takes pictures and writes text"):
         io.load(tmp_path / "llama")
+
+
+def test_a_first_query_measures_the_tree_on_a_machine_that_has_not_yet(
+    own_policy, tmp_path, monkeypatch
+):
+    """Before the trial has read anything, too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    batch = own_policy.prompt.observe([make_observation(0)])
+    fast = SpeculativeDecoder(own_policy.model, own_policy.prompt)
+    expected = decode(own_policy.model, batch, own_policy.prompt)
+    np.testing.assert_array_equal(fast.decode(batch), expected)
+    assert (tmp_path / "vla0" / "decode.json").is_file()
+
+
+def test_a_trial_that_raises_leaves_plain_decoding_and_no_approximate_one(
+    own_policy, monkeypatch, caplog
+):
+    if isinstance(own_policy.decoder.engine, FusedEngine):
+        pytest.skip("is known, and not tried")
+
+    def broken(*_):
+        raise AttributeError("no such cache")
+
+    monkeypatch.setattr("vla0.decode.probe.tried", broken)
+    assert isinstance(decoder(own_policy.model, own_policy.prompt), GreedyDecoder)
+    assert "a trial of trees ended in AttributeError: no such cache" in caplog.text
+    with pytest.raises(InputError, match="no such cache"):
+        own_policy.approximate("relaxed")
+
+
+SYSTEM, USER = "{{ m.content }}", "{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}"
+
+
+def template(system, user, answer=None):
+    """A chat template whose turns write their content in these ways."""
+    return (
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        + system
+        + "{% elif m.role == 'user' %}"
+        + user
+        + "{% else %}"
+        + (answer or user)
+        + "{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "style"),
+    [
+        (template(USER, USER), "parts"),
+        (template(SYSTEM, USER, SYSTEM), "strings"),
+        (template("{{ raise_exception('no system role') }}", USER), "user"),
+        (template("", USER), "user"),
+        (template("", "only <image>", USER), None),
+        (template(SYSTEM, USER, "{{ m.content.x.y }}"), None),
+    ],
+)
+def test_a_template_writes_all_that_it_is_given_or_is_refused(text, style):
+    processor = tiny_processor(WORDS)
+    processor.chat_template = text
+    if style is None:
+        with pytest.raises(InputError, match="chat template that writes"):
+            template_style(processor, "Write 6 integers.")
+    else:
+        assert template_style(processor, "Write 6 integers.") == style
+
+
+def test_a_template_with_a_clock_writes_the_same_every_day():
+    processor = tiny_processor(WORDS)
+    clock = "{% if not date_string %}{% set date_string = strftime_now('%S') %}{% endif %}"
+    processor.chat_template = clock + "{{ date_string }}" + template(USER, USER)
+    turns = turns_of("parts", "Write.", "push", 1)
+    assert render(processor, turns).startswith("01 Jan 2025")
+
+
+def test_a_vision_tower_that_is_not_apart_is_not_frozen_in_silence(own_processor, monkeypatch):
+    model = model_of(own_processor)
+    monkeypatch.setattr(type(model), "get_encoder", lambda self, modality=None: self)
+    for lora in (Lora(), Lora(rank=2)):
+        with pytest.raises(InputError, match="vision tower apart"):
+            adapted(model, lora, freeze_vision=not lora.rank)

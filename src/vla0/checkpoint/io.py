@@ -66,6 +66,9 @@ def load(
         processor = AutoProcessor.from_pretrained(folder)
     except InputError:
         raise
+    except ImportError as error:  # of a package that this family needs
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"what the model in '{folder}' needs", reason, "install that") from error
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         raise InputError(
@@ -81,12 +84,18 @@ def load(
 
 
 def opening_of(folder: Path, spec: Spec) -> str:
-    """Return what a checkpoint's chat template writes before an answer, "" without a processor."""
-    try:
-        processor = AutoProcessor.from_pretrained(folder)
-    except (OSError, ValueError):
+    """Return what a checkpoint's chat template writes before an answer, "" without a processor.
+
+    Raises:
+        InputError: When there is a processor that cannot be read.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
         return ""
-    return Prompt(spec, processor).opening
+    try:
+        return Prompt(spec, AutoProcessor.from_pretrained(folder)).opening
+    except (OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(f"the processor in '{folder}'", reason, "install or copy that") from None
 
 
 def four_bits(folder: Path, dtype: str | torch.dtype) -> BitsAndBytesConfig:
@@ -110,7 +119,7 @@ def four_bits(folder: Path, dtype: str | torch.dtype) -> BitsAndBytesConfig:
     computed = torch.float32 if dtype == "auto" else dtype
     with torch.device("meta"):
         model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
-    inside = set(model.get_decoder().modules())
+    inside = set(model.get_decoder().modules()) - {model.get_output_embeddings()}
     outside = [
         name
         for name, part in model.named_modules()

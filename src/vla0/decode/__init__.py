@@ -8,9 +8,8 @@ from typing import Any
 
 from vla0.core.greedy import GreedyDecoder, decode
 from vla0.core.prompt import Prompt
-from vla0.decode.probe import tried
+from vla0.decode.probe import unfit
 from vla0.decode.speculative import SpeculativeDecoder
-from vla0.decode.support import fused, unsupported
 
 __all__ = ["GreedyDecoder", "SpeculativeDecoder", "decode", "decoder"]
 
@@ -22,11 +21,9 @@ def decoder(model: Any, prompt: Prompt) -> SpeculativeDecoder | GreedyDecoder:
 
     Where the engine cannot run the model, that is the plain decoder, and the log says why.
     """
-    reason = unsupported(model)
+    fast = SpeculativeDecoder(model, prompt)
+    reason = unfit(fast.engine, prompt)
     if reason is None:
-        fast = SpeculativeDecoder(model, prompt)
-        reason = None if fused(model) else tried(fast.engine, prompt).fault(model.dtype)
-        if reason is None:
-            return fast
+        return fast
     logger.warning("decoding one token a pass: %s", reason)
     return GreedyDecoder(model, prompt)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from vla0.core.prompt import Prompt
+from vla0.decode.probe import unfit
 from vla0.decode.speculative import SpeculativeDecoder
-from vla0.decode.support import unsupported
 from vla0.errors import InputError
 
 ENOUGH = 0.5  # acceptance ratio of "relaxed"
@@ -40,12 +40,13 @@ def approximate(model: Any, prompt: Prompt, mode: str) -> tuple[Any, Speculative
     """
     if mode not in MODES:
         raise InputError(f"a mode of {tuple(MODES)}", f"'{mode}'", "choose one of those")
-    if reason := unsupported(model):
+    if mode != "relaxed":
+        model = in_4_bits(model) if mode == "nf4" else in_8_bits(model)
+    ratio = ENOUGH if mode == "relaxed" else 1.0
+    decoder = SpeculativeDecoder(model, prompt, acceptance_ratio=ratio)
+    if reason := unfit(decoder.engine, prompt):
         raise InputError("a model that the fast decoder drives", reason, "decode exactly")
-    if mode == "relaxed":
-        return model, SpeculativeDecoder(model, prompt, acceptance_ratio=ENOUGH)
-    model = in_4_bits(model) if mode == "nf4" else in_8_bits(model)
-    return model, SpeculativeDecoder(model, prompt)
+    return model, decoder
 
 
 def in_4_bits(model: Any) -> Any:

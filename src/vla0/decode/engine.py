@@ -20,7 +20,6 @@ from vla0.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-BUCKET = 64  # the slots of a fixed pass are a multiple of this
 # picks (B, N), and the probabilities of all symbols (B, N, 12)
 Verdict = tuple[list[list[int]], np.ndarray]
 
@@ -87,13 +86,17 @@ class Engine:
         self.head = torch.from_numpy(self.ids[self.order]).to(model.device)
         self.capturing = fixed and model.device.type == "cuda"
         self.shapes: list[tuple[int, int]] = []  # of each layer in the cache: heads, their width
+        # Dimensions of positions: 3 where they have axes of time and place.
+        self.axes = 3 if hasattr(model.base_model, "get_rope_index") else 2
         self.caches: dict[tuple[int, int], KVCache] = {}  # rows, slots
         self.graphs: dict[tuple, CudaGraph] = {}
         self.pool: Any = None
 
     def fresh(self) -> "Engine":
         """Return a new engine for the same model, without caches and graphs."""
-        return Engine(self.model, list(self.ids), self.grammar, self.fixed)
+        engine = Engine(self.model, list(self.ids), self.grammar, self.fixed)
+        engine.shapes, engine.axes = self.shapes, self.axes
+        return engine
 
     def prefill(
         self, batch: dict[str, torch.Tensor], trees: Sequence[Tree], max_nodes: int
@@ -142,9 +145,9 @@ class Engine:
         if not hasattr(self.model.base_model, "get_rope_index"):  # the others compute their own
             seen = inputs["attention_mask"]
             inputs["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
-        positions: list[torch.Tensor] = []
+        positions: list[torch.Tensor | None] = []
         hook = self.language.register_forward_pre_hook(
-            lambda _, __, arguments: positions.append(arguments["position_ids"]), with_kwargs=True
+            lambda _, __, given: positions.append(given.get("position_ids")), with_kwargs=True
         )
         cache: Any = DynamicCache()
         try:
@@ -152,14 +155,16 @@ class Engine:
         finally:
             hook.remove()
         (position,) = positions
-        position = position if position.ndim == 2 else position[-1]
-        self.axes = positions[0].ndim
+        if position is None:  # of a text without images: they are counted
+            position = inputs["attention_mask"].cumsum(1) - 1
+        elif (axes := position.ndim) == 3:
+            self.axes, position = axes, position[-1]
         self.shapes = [(layer.keys.shape[1], layer.keys.shape[3]) for layer in cache.layers]
         return cache, position[:, -1].cpu().numpy(), output.last_hidden_state
 
     def _refuse_long(self, length: int) -> None:
         """Raise InputError when a prompt and its answer are longer than the model allows."""
-        limit = self.text_config.max_position_embeddings
+        limit = getattr(self.text_config, "max_position_embeddings", math.inf)
         if length + self.grammar.longest > limit:
             expected = f"a prompt and an answer of {limit} tokens at most"
             got = f"{length} and {self.grammar.longest}"
@@ -351,6 +356,8 @@ class Engine:
         logits = linear(
             hidden, self.output.weight[self.head], None if bias is None else bias[self.head]
         )
+        if cap := getattr(self.text_config, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap  # as the model rounds it
         logits = logits.float().masked_fill(~allowed, float("-inf"))
         return torch.cat(
             [logits.argmax(2, keepdim=True).to(logits.dtype), torch.softmax(logits, 2)], 2

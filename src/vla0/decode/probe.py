@@ -10,6 +10,7 @@ from vla0.core.codec import SYMBOLS
 from vla0.core.prompt import Prompt
 from vla0.decode.draft import Tree
 from vla0.decode.engine import Engine
+from vla0.decode.support import fused, unsupported
 
 # What is right: a relative error of hidden states below this (in formats of 16 bits, the second),
 # and below this share of the error of a tree whose masks or positions are spoilt. docs/results.md
@@ -43,6 +44,22 @@ class Trial:
             if not self.error <= SHARE * error:
                 return f"a tree is {self.error:.1g} off plain passes, one of {name} {error:.1g}"
         return None
+
+
+def unfit(engine: Engine, prompt: Prompt) -> str | None:
+    """Return why an engine cannot run a model's trees, or None where it can.
+
+    Qwen2.5-VL is known. Others are tried, whatever the trial may raise.
+    """
+    reason = unsupported(engine.model)
+    if reason is not None or fused(engine.model):
+        return reason
+    try:
+        return tried(engine, prompt).fault(engine.model.dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"a trial of trees ended in {type(error).__name__}: {str(error)[:160]}"
 
 
 @torch.inference_mode()

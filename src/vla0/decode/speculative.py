@@ -23,6 +23,7 @@ from vla0.decode.tree_size import measured_tree_size
 from vla0.errors import InputError
 
 TAIL = 0.75  # share of a tree's nodes that prolong its likeliest path
+UNSTEADY = "in %s a choice between two symbols as likely may depend on other guesses: %s"
 logger = logging.getLogger(__name__)
 
 
@@ -34,11 +35,7 @@ def _steady(model: Any) -> bool:
 
         reason = broken(model.device, model.dtype)
     if reason is not None:
-        logger.warning(
-            "in %s a choice between two symbols as likely may depend on other guesses: %s",
-            model.dtype,
-            reason,
-        )
+        logger.warning(UNSTEADY, model.dtype, reason)
     return reason is None
 
 
@@ -112,6 +109,8 @@ class SpeculativeDecoder:
             )
         else:
             self.engine = Engine(model, prompt.symbol_ids, self.grammar, fixed=False)
+            if model.dtype != torch.float32:
+                logger.warning(UNSTEADY, model.dtype, "only Qwen2.5-VL's engine excludes it")
 
     def nodes(self, rows: int) -> int:
         """Return the nodes of each row's tree when this many rows are decoded together."""

@@ -14,6 +14,7 @@ import torch
 from vla0.core.codec import Grammar
 from vla0.decode.draft import Draft
 from vla0.decode.engine import Engine
+from vla0.decode.support import fused
 from vla0.files import set_aside
 
 logger = logging.getLogger(__name__)
@@ -129,10 +130,10 @@ def cache_file() -> Path:
 def key_of(engine: Engine) -> str:
     """Describe what the times of a pass depend on: device, number format and model size."""
     model: Any = engine.model
-    text, name = model.config.text_config, device_name(model.device)
+    text, name = model.config.get_text_config(), device_name(model.device)
     return (
         f"{name}, {str(model.dtype).removeprefix('torch.')}, {text.num_hidden_layers} layers "
-        f"of {text.hidden_size}"
+        f"of {text.hidden_size}{'' if fused(model) else f', {model.config.model_type}'}"
     )
 
 

@@ -35,8 +35,21 @@ def adapted(model: Any, lora: Lora, freeze_vision: bool) -> Any:
             LoraConfig(r=lora.rank, lora_dropout=lora.dropout, target_modules=layers, **settings),
         )
     if freeze_vision:
-        model.get_encoder(modality="image").requires_grad_(False)
+        vision_part(model).requires_grad_(False)
     return model
+
+
+def vision_part(model: Any) -> torch.nn.Module:
+    """Return the vision tower of a model.
+
+    Raises:
+        InputError: When the model has none apart from its language model.
+    """
+    part = model.get_encoder(modality="image")
+    if model.get_decoder() in part.modules():
+        got = f"none in {type(model).__name__}"
+        raise InputError("a vision tower apart from the language model", got, "train all weights")
+    return part
 
 
 def lora_layers(model: Any, freeze_vision: bool) -> list[str]:
@@ -47,12 +60,24 @@ def lora_layers(model: Any, freeze_vision: bool) -> list[str]:
         freeze_vision: Leave the tower's out.
 
     Raises:
-        InputError: When there is none.
+        InputError: When there is none, or no vision tower.
     """
-    parts = [model.get_decoder()] + ([] if freeze_vision else [model.get_encoder(modality="image")])
+    parts = [model.get_decoder()] + ([] if freeze_vision else [vision_part(model)])
     wanted = {
-        part for module in parts for part in module.modules() if isinstance(part, torch.nn.Linear)
+        part
+        for module in parts
+        for part in module.modules()
+        if isinstance(part, torch.nn.Linear) and part is not model.get_output_embeddings()
     }
+    inside = sum(part.weight.numel() for part in wanted if part in set(parts[0].modules()))
+    every = sum(weight.numel() for weight in parts[0].parameters())
+    every -= model.get_input_embeddings().weight.numel()
+    if inside < every / 2:
+        logger.warning(
+            "LoRA lies beside %.0f %% of the language model's weights: the others, such as stacked "
+            "experts, are no linear layers, and stay as they are",
+            100 * inside / every,
+        )
     names = [name for name, part in model.named_modules() if part in wanted]
     if not names:
         raise InputError("linear layers for LoRA", "none", "leave model.lora out")

@@ -27,7 +27,8 @@ def answered(
     labelled = (labels != IGNORE).any(dim=0)
     kept = labels.shape[1] - int(labelled.int().argmax()) if labelled.any() else 1
     outputs = model(**inputs, logits_to_keep=kept + 1, use_cache=False)
-    return outputs, outputs.logits[:, :-1], labels[:, -kept:]
+    # Models that do not know that argument give the logits of all tokens.
+    return outputs, outputs.logits[:, -kept - 1 : -1], labels[:, -kept:]
 
 
 def summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -159,12 +159,13 @@ def _announce(config, output, vlm, samples, parts, steps, processes) -> None:
         raise InputError(expected, got, "free some, or choose another logging.output_dir")
     if int(os.environ.get("RANK", 0)) != 0:
         return
-    if licence := restricted(config.model.name):
-        logger.warning(
-            "%s is under the licence '%s': read it before commercial use, also of what is trained",
-            config.model.name,
-            licence,
-        )
+    for name in filter(None, (config.model.name, config.model.teacher)):
+        if licence := restricted(name):
+            logger.warning(
+                "%s is under the licence '%s': read it before commercial use of what is trained",
+                name,
+                licence,
+            )
     for part in parts.values():
         for text in (*part.source.problems(), *part.remarks):
             logger.warning("%s: %s", part.source.config.dataset, text)

@@ -20,7 +20,18 @@ from vla0.train.loss import answered
 INPUT = "teacher."  # prefix of the teacher's inputs in a batch
 SHARE = 0.5  # of the loss, where training.teacher_weight does not say
 # What must be the same for the same text to stand for the same actions.
-SAME = ("chunk_size", "bins", "low", "high", "relative_dims", "periodic", "fps", "state")
+SAME = (
+    "chunk_size",
+    "bins",
+    "low",
+    "high",
+    "relative_dims",
+    "periodic",
+    "fps",
+    "state",
+    "history",
+    "depth",
+)
 
 
 @dataclass(frozen=True)
