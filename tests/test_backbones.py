@@ -492,3 +492,11 @@ def test_a_vision_tower_that_is_not_apart_is_not_frozen_in_silence(own_processor
     for lora in (Lora(), Lora(rank=2)):
         with pytest.raises(InputError, match="vision tower apart"):
             adapted(model, lora, freeze_vision=not lora.rank)
+
+
+def test_in_16_bits_it_is_said_that_guesses_may_decide_between_equals(own_policy, caplog):
+    model = type(own_policy.model)(own_policy.model.config).to(torch.bfloat16).eval()
+    chosen = decoder(model, own_policy.prompt)
+    assert isinstance(chosen, SpeculativeDecoder)
+    known = isinstance(chosen.engine, FusedEngine)
+    assert ("may depend on other guesses" in caplog.text) is not known

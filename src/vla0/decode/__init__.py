@@ -6,10 +6,13 @@ For each row, every decoder returns exactly the (H, D) levels that `core.greedy.
 import logging
 from typing import Any
 
+import torch
+
 from vla0.core.greedy import GreedyDecoder, decode
 from vla0.core.prompt import Prompt
 from vla0.decode.probe import unfit
-from vla0.decode.speculative import SpeculativeDecoder
+from vla0.decode.speculative import UNSTEADY, SpeculativeDecoder
+from vla0.decode.support import fused
 
 __all__ = ["GreedyDecoder", "SpeculativeDecoder", "decode", "decoder"]
 
@@ -24,6 +27,8 @@ def decoder(model: Any, prompt: Prompt) -> SpeculativeDecoder | GreedyDecoder:
     fast = SpeculativeDecoder(model, prompt)
     reason = unfit(fast.engine, prompt)
     if reason is None:
+        if model.dtype != torch.float32 and not fused(model):
+            logger.warning(UNSTEADY, model.dtype, "only Qwen2.5-VL's engine excludes it")
         return fast
     logger.warning("decoding one token a pass: %s", reason)
     return GreedyDecoder(model, prompt)

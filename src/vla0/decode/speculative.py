@@ -109,8 +109,6 @@ class SpeculativeDecoder:
             )
         else:
             self.engine = Engine(model, prompt.symbol_ids, self.grammar, fixed=False)
-            if model.dtype != torch.float32:
-                logger.warning(UNSTEADY, model.dtype, "only Qwen2.5-VL's engine excludes it")
 
     def nodes(self, rows: int) -> int:
         """Return the nodes of each row's tree when this many rows are decoded together."""
