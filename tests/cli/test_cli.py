@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import make_recipe
 
-from vla0 import cli
+from vla0 import InputError, cli
 
 
 @pytest.fixture
@@ -178,7 +178,7 @@ def test_an_option_that_would_do_nothing_is_refused(vla0, words, named):
 HEAVY = ("torch", "transformers", "lerobot", "datasets")
 TOLD = f"""
 import sys
-from vla0 import cli
+from vla0 import InputError, cli
 try:
     cli.main()
 except SystemExit as end:
@@ -277,3 +277,34 @@ def test_a_config_of_before_is_refused_with_its_names_of_now(vla0, dataset, tmp_
         "'relative'",
         "called 'relative_dims' now",
     )
+
+
+@pytest.mark.parametrize("turned_into", [None, ImportError, InputError])
+def test_an_interrupt_is_one_whatever_a_module_that_is_being_loaded_makes_of_it(
+    vla0, monkeypatch, turned_into
+):
+    """pybind11 raises ImportError from it, and that may look like a missing package."""
+
+    def loading(*_, **__):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            if turned_into is None:
+                raise
+            if turned_into is ImportError:
+                raise ImportError("initialization failed") from error
+            raise InputError("torchao, for int8", "none installed", "install it") from None
+
+    monkeypatch.setattr(cli, "app", loading)
+    code, _, err = vla0("train")
+    assert code == 130
+    assert err == "vla0: interrupted; the same command goes on where it stopped\n"
+
+
+def test_a_package_that_cannot_be_loaded_is_no_interrupt(vla0, monkeypatch):
+    def loading(*_, **__):
+        raise ImportError("libGL.so.1")
+
+    monkeypatch.setattr(cli, "app", loading)
+    with pytest.raises(ImportError, match="libGL"):
+        vla0("train")

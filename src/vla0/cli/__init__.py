@@ -71,11 +71,22 @@ def main() -> None:
     try:
         refuse_old_names(sys.argv[1:])
         app()
-    except InputError as error:
-        if debug:
+    except (KeyboardInterrupt, ImportError, InputError) as error:
+        if _interrupted(error):
+            print("vla0: interrupted; the same command goes on where it stopped", file=sys.stderr)
+            sys.exit(130)
+        if debug or not isinstance(error, InputError):
             raise
         print(f"vla0: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("vla0: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Return whether an error is an interrupt, or came of one.
+
+    An interrupt while a compiled module is loaded becomes an ImportError, and that may become the
+    InputError of a package that is missing.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
