@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoModelForImageTextToText
 
 from vla0.checkpoint.tiny import bpe
-from vla0.checkpoint.tiny_families import Size
+from vla0.checkpoint.tiny_families import Size, qwen_ids
 
 AYA_CHAT = (  # Aya Vision's turns, without its preamble and tools
     "{{ bos_token }}{% for message in messages %}<|START_OF_TURN_TOKEN|>"
@@ -70,18 +70,10 @@ def hybrid_model(processor: Any, **size: int) -> Any:
     text |= {"linear_num_value_heads": 2, "linear_num_key_heads": 2}
     text |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
     text["layer_types"] = ["linear_attention", "full_attention"] * (made.layers // 2)
-    ids = processor.tokenizer.convert_tokens_to_ids
     config = transformers.Qwen3_5Config(
         text_config=text,
-        vision_config={
-            "depth": made.vision_layers, "hidden_size": made.vision_width,
-            "intermediate_size": made.vision_width * 2, "num_heads": made.vision_heads,
-            "out_hidden_size": made.width,
-        },
-        image_token_id=ids("<|image_pad|>"),
-        video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"),
-        vision_end_token_id=ids("<|vision_end|>"),
+        vision_config=made.qwen_vision(),
         tie_word_embeddings=True,
-    )  # fmt: skip
+        **qwen_ids(processor),
+    )
     return AutoModelForImageTextToText.from_config(config).eval()

@@ -120,7 +120,7 @@ class Backbone:
     Args:
         name: Its name, `config.model_type`.
         processor: The name of its processor's class.
-        image_options: Options of its image processor, beside TILING, which is always off.
+        image_options: Options of its image processor, beside TILING.
         reader: Reads chats faster than the processor. It is compared with it once.
     """
 

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 
 from vla0.bench.inputs import Episodes, moving_pictures
 from vla0.core.codec import ActionCodec, Grammar
+from vla0.core.greedy import model_inputs
 from vla0.core.prompt import Prompt
 from vla0.core.rollout import rest
 from vla0.decode import GreedyDecoder, SpeculativeDecoder
@@ -237,9 +238,9 @@ def parting(
         else tensor
         for name, tensor in batch.items()
     }
-    inputs = {name: tensor.to(policy.model.device) for name, tensor in inputs.items()}
-    inputs["pixel_values"] = inputs["pixel_values"].to(policy.model.dtype)
-    logits = policy.model(**inputs, logits_to_keep=1).logits[row, -1].float()
+    logits = (
+        policy.model(**model_inputs(policy.model, inputs), logits_to_keep=1).logits[row, -1].float()
+    )
     first, second = torch.topk(
         logits[[prompt.symbol_ids[s] for s in grammar.allowed(state)]], 2
     ).values.tolist()

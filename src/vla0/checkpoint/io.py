@@ -60,7 +60,7 @@ def load(
                 "name a vision-language model",
             )
         if quantization is not None:
-            settings["quantization_config"] = four_bits(folder, dtype)
+            settings["quantization_config"] = four_bits(config, dtype)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(folder, **settings)
         model, info = loaded
         processor = AutoProcessor.from_pretrained(folder)
@@ -98,13 +98,13 @@ def opening_of(folder: Path, spec: Spec) -> str:
         raise InputError(f"the processor in '{folder}'", reason, "install or copy that") from None
 
 
-def four_bits(folder: Path, dtype: str | torch.dtype) -> BitsAndBytesConfig:
+def four_bits(config: Any, dtype: str | torch.dtype) -> BitsAndBytesConfig:
     """Return the settings for weights in 4 bits, as in QLoRA.
 
     Only the language model's linear layers are quantised; the output layer is not one of them.
 
     Args:
-        folder: Folder of the model.
+        config: The model's configuration.
         dtype: Type in which the model computes. "auto" means float32.
 
     Raises:
@@ -118,7 +118,7 @@ def four_bits(folder: Path, dtype: str | torch.dtype) -> BitsAndBytesConfig:
         )
     computed = torch.float32 if dtype == "auto" else dtype
     with torch.device("meta"):
-        model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
+        model: Any = AutoModelForImageTextToText.from_config(config)
     inside = set(model.get_decoder().modules()) - {model.get_output_embeddings()}
     outside = [
         name

@@ -92,6 +92,17 @@ class Size:
             **more,
         }
 
+    def qwen_vision(self, **more: Any) -> dict[str, Any]:
+        """Return the settings of Qwen's vision towers."""
+        return {
+            "depth": self.vision_layers,
+            "hidden_size": self.vision_width,
+            "intermediate_size": self.vision_width * 2,
+            "num_heads": self.vision_heads,
+            "out_hidden_size": self.width,
+            **more,
+        }
+
     def sections(self) -> list[int]:
         """Return how Qwen's models divide rotary pairs: a quarter encodes time, the rest place."""
         pairs = self.width // self.heads // 2
@@ -137,7 +148,8 @@ def _ids(processor: Any, **tokens: str) -> dict[str, int]:
     }
 
 
-def _qwen_ids(processor: Any) -> dict[str, int]:
+def qwen_ids(processor: Any) -> dict[str, int]:
+    """Return the tokens that configurations of Qwen's models name."""
     return _ids(
         processor,
         image_token_id="<|image_pad|>",
@@ -150,35 +162,22 @@ def _qwen_ids(processor: Any) -> dict[str, int]:
 def _qwen2_5_vl(size: Size, processor: Any, side: int) -> Any:
     text = size.text(processor.tokenizer, **_rope(mrope_section=size.sections()))
     del text["head_dim"]
-    vision = {
-        "depth": size.vision_layers,
-        "hidden_size": size.vision_width,
-        "intermediate_size": size.vision_width * 2,
-        "num_heads": size.vision_heads,
-        "out_hidden_size": size.width,
-        "fullatt_block_indexes": list(range(size.vision_layers)),
-    }
+    vision = size.qwen_vision(fullatt_block_indexes=list(range(size.vision_layers)))
     return lib.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **_qwen_ids(processor)
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **qwen_ids(processor)
     )
 
 
 def _qwen3_vl(size: Size, processor: Any, side: int) -> Any:
     rope = _rope(mrope_section=size.sections(), mrope_interleaved=True)
-    vision = {
-        "depth": size.vision_layers,
-        "hidden_size": size.vision_width,
-        "intermediate_size": size.vision_width * 2,
-        "num_heads": size.vision_heads,
-        "out_hidden_size": size.width,
-        # Layers of the language model take the tower's inner features too.
-        "deepstack_visual_indexes": list(range(min(size.vision_layers, size.layers, 3))),
-    }
+    # Layers of the language model take the tower's inner features too.
+    deep = list(range(min(size.vision_layers, size.layers, 3)))
+    vision = size.qwen_vision(deepstack_visual_indexes=deep)
     return lib.Qwen3VLConfig(
         text_config=size.text(processor.tokenizer, **rope),
         vision_config=vision,
         tie_word_embeddings=True,
-        **_qwen_ids(processor),
+        **qwen_ids(processor),
     )
 
 

@@ -1,6 +1,6 @@
 """Constrained greedy decoding, a token per pass. Faster decoders must give the same results."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -76,6 +76,14 @@ class GreedyDecoder:
         yield list(self.decode(batch, num_steps, guesses, prefixes))
 
 
+def model_inputs(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a batch on the model's device, with pixels in its number format."""
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return inputs
+
+
 @torch.inference_mode()
 def decode(
     model: Any,
@@ -95,10 +103,8 @@ def decode(
     grammar = Grammar(codec.bins, prompt.spec.numbers)
     numbers = steps * prompt.spec.dimensions
     starts = [(levels.size, "") for levels in prefixes or ()]
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     output = model.generate(
-        **batch,
+        **model_inputs(model, batch),
         logits_processor=LogitsProcessorList(
             [GrammarLogits(grammar, prompt.symbol_ids, numbers, starts)]
         ),

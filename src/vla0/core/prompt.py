@@ -143,11 +143,11 @@ class Prompt:
 
         Those are an end of a turn, an image and the like. The images are in the first piece.
         """
-        cuts = [match.start() + 1 for match in self.marks.finditer(user_text)]
-        if not cuts:
+        if not self.marks.search(user_text):
             return [chat]
         before, _, after = self.chat(len(images), PLACE).partition(PLACE)
-        user_text = user_text if chat == before + user_text + after else user_text.strip()
+        if chat != before + user_text + after:  # a template that trims
+            user_text = user_text.strip()
         if chat != before + user_text + after:
             raise InputError(
                 "words without tokens of the model's",

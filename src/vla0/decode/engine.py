@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from transformers import DynamicCache
 
 from vla0.core.codec import Grammar
+from vla0.core.greedy import model_inputs
 from vla0.decode.draft import Tree, drawn
 from vla0.decode.kv_cache import CudaGraph, KVCache, below
 from vla0.decode.support import cache_argument, layer_types
@@ -139,9 +140,7 @@ class Engine:
         Returns:
             Its cache, the position (B,) of the last tokens, and the hidden states (B, L, width).
         """
-        inputs = {name: value.to(self.model.device) for name, value in batch.items()}
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        inputs = model_inputs(self.model, batch)
         if not hasattr(self.model.base_model, "get_rope_index"):  # the others compute their own
             seen = inputs["attention_mask"]
             inputs["position_ids"] = (seen.cumsum(1) - 1).clamp(min=0)
@@ -157,8 +156,9 @@ class Engine:
         (position,) = positions
         if position is None:  # of a text without images: they are counted
             position = inputs["attention_mask"].cumsum(1) - 1
-        elif (axes := position.ndim) == 3:
-            self.axes, position = axes, position[-1]
+        else:
+            self.axes = position.ndim
+            position = position if position.ndim == 2 else position[-1]
         self.shapes = [(layer.keys.shape[1], layer.keys.shape[3]) for layer in cache.layers]
         return cache, position[:, -1].cpu().numpy(), output.last_hidden_state
 
@@ -202,11 +202,11 @@ class Engine:
         start = state.next_slot
         state.cache.span = slice(start, start + tree[0].shape[1])
         state.passes += 1
-        return [np.array([start]), state.accepted, *self._seen(state), *tree]
+        return [np.array([start]), state.accepted, self._seen(state), *tree]
 
-    def _seen(self, state: DecodeState) -> list[np.ndarray]:
+    def _seen(self, state: DecodeState) -> np.ndarray:
         """Return what nodes see besides their own tree, for `_next`."""
-        return [state.seen if self.fixed else state.seen[:, : state.next_slot]]
+        return state.seen if self.fixed else state.seen[:, : state.next_slot]
 
     def accept(self, state: DecodeState, paths: Sequence[Sequence[int]]) -> None:
         """Keep the nodes of each row's path in the last trees, and drop their other nodes.

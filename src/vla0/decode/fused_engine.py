@@ -96,8 +96,8 @@ class FusedEngine(Engine):
         )
         return state, self._verdict(judgement, rows)
 
-    def _seen(self, state: DecodeState) -> list[np.ndarray]:
-        return [state.padding] if self.invariant else super()._seen(state)
+    def _seen(self, state: DecodeState) -> np.ndarray:
+        return state.padding if self.invariant else super()._seen(state)
 
     def _positions(self, batch: dict[str, torch.Tensor], grids: list[Grid]) -> np.ndarray:
         """Return the positions (3, B, L) of the prompts' tokens, remembered for prompts alike."""

@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -241,8 +241,12 @@ def collect(
     with whole_folder(out) as partial:
         store.mkdir(exist_ok=True)
         demonstrations = _stream(config, workers, failures, store)
-        for task in _write_dataset(partial, f"local/{out.name}", config, demonstrations):
-            solved[task] += 1
+        # Closed before the folder goes: what is interrupted here must not write into it later.
+        with contextlib.closing(
+            _write_dataset(partial, f"local/{out.name}", config, demonstrations)
+        ) as written:
+            for task in written:
+                solved[task] += 1
         if not any(solved.values()):
             shutil.rmtree(store)
             raise InputError(
@@ -260,7 +264,7 @@ def _write_dataset(
     repo_id: str,
     config: CollectConfig,
     demonstrations: Iterable[tuple[str, Demonstration]],
-) -> Iterator[str]:
+) -> Generator[str]:
     """Write demonstrations into a new LeRobotDataset, and yield the task of each one written."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 

@@ -83,6 +83,10 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
     if resume is not None:
         refuse_other_data(output, sources)
     vlm, processor, specs = _start(config, sources, output / "last" if resume else None)
+    teacher = None
+    if config.model.teacher is not None:
+        dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
+        teacher = load_teacher(config.model.teacher, specs, dtype)
     parts = [Samples(source, specs[name], training.seed) for name, source in sources.items()]
     samples = (
         Mixture(parts, [s.config.weight for s in sources.values()], training.seed)
@@ -114,10 +118,6 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
         config.logging.keep_last,
     )
     prompts = [Prompt(spec, processor) for spec in specs.values()]
-    teacher = None
-    if config.model.teacher is not None:
-        dtype = torch.bfloat16 if training.precision == "bf16" else torch.float32
-        teacher = load_teacher(config.model.teacher, specs, dtype)
     trainer = VLA0Trainer(
         model=vlm, args=arguments(config, output, steps, per_epoch, plain(vlm)),
         train_dataset=samples,
@@ -129,9 +129,9 @@ def _run(config: TrainConfig, measure: Measure | None) -> Path:
     if training.shard and not trainer.is_fsdp_enabled:  # accelerate would silently go on
         raise InputError(SEVERAL, f"{processes} on {trainer.args.device}", "leave it out here")
     trainer.held_out_collator = collator(prompts, None)
-    trainer.symbol_ids = prompts[0].symbol_ids
     if teacher is not None:
         teacher.model.to(trainer.args.device)
+        trainer.symbol_ids = prompts[0].symbol_ids
         trainer.teacher, trainer.teacher_weight = teacher, training.teacher_weight or SHARE
     checkpoints.trainer = trainer
     if all_steps_done:  # but the run was killed during its last save
