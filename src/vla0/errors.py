@@ -27,6 +27,7 @@ class InputError(ValueError):
         return f"expected {expected}; got {got}; {remedy}"
 
 
+NEAR = 0.4  # difflib's ratio from which a known word may be what was meant
 RENAMED = {  # keys and names that earlier versions had
     "committed": "action_prefix",
     "control": "baseline",
@@ -64,18 +65,23 @@ def refuse_unknown(
     known = list(known)
     for key in keys:
         if key not in known:
-            raise InputError(
-                f"a known key in {where}", f"unknown key '{key}'", nearest(key, known, elsewhere)
-            )
+            remedy = nearest(key, known, elsewhere, "remove it")
+            raise InputError(f"a known key in {where}", f"unknown key '{key}'", remedy)
 
 
-def nearest(word: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
+def nearest(
+    word: str,
+    known: Iterable[str],
+    elsewhere: Mapping[str, str] | None = None,
+    otherwise: str = "take one of those",
+) -> str:
     """Return the remedy for an unknown word: its new name, or the nearest known word.
 
     Args:
         word: The unknown word.
         known: The words that are known.
         elsewhere: Words that are known in another place → their full names.
+        otherwise: The remedy where no known word is near.
 
     Returns:
         The remedy, for an InputError.
@@ -84,8 +90,8 @@ def nearest(word: str, known: Iterable[str], elsewhere: Mapping[str, str] | None
     known += [name for name in places if name not in known]
     if (now := RENAMED.get(word)) and now.partition(".")[0] in known:
         return f"it is called '{places.get(now, now)}' now"
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
-    return f"did you mean '{places.get(near[0], near[0])}'?" if near else "remove it"
+    near = difflib.get_close_matches(word, known, n=1, cutoff=NEAR)
+    return f"did you mean '{places.get(near[0], near[0])}'?" if near else otherwise
 
 
 def given(**settings: Any) -> dict[str, Any]:

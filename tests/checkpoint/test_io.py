@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vla0 import InputError
 from vla0.checkpoint import io as models
-from vla0.checkpoint.tiny import tiny_model
+from vla0.checkpoint.tiny import family_of, tiny_model
 from vla0.policy import VLA0
 
 
@@ -168,3 +168,12 @@ def test_a_device_that_is_not_there_is_refused(policy, tmp_path, device):
     policy.save_pretrained(tmp_path / "checkpoint")
     with pytest.raises(InputError, match="a torch device of this machine"):
         VLA0.from_pretrained(tmp_path / "checkpoint", device)
+
+
+@pytest.mark.parametrize(
+    "name, remedy", [("qwen3vl", "did you mean 'qwen3_vl'?"), ("nope", "take one of those")]
+)
+def test_an_unknown_family_gets_a_suggestion_only_where_one_is_near(name, remedy):
+    with pytest.raises(InputError) as caught:
+        family_of(f"tiny:{name}")
+    assert str(caught.value).endswith(f"got 'tiny:{name}'; {remedy}")

@@ -523,9 +523,10 @@ def test_words_of_a_robot_are_told_from_misspelt_options():
     assert robot_words(["--robot.port", "/dev/x", "--robot.id=me"], known, "so101") == [
         "--robot.type=so101", "--robot.port=/dev/x", "--robot.id=me"
     ]  # fmt: skip
-    for words in (["--livee"], ["--robot.id=me", "stray"]):
-        with pytest.raises(InputError, match="did you mean"):
-            robot_words(words, known, None)
+    with pytest.raises(InputError, match="did you mean '--live'"):
+        robot_words(["--livee"], known, None)
+    with pytest.raises(InputError, match="'stray'; remove it"):
+        robot_words(["--robot.id=me", "stray"], known, None)
 
 
 @pytest.mark.parametrize(

@@ -313,9 +313,8 @@ def robot_words(arguments: list[str], options: list[str], kind: str | None) -> l
         elif open_word and not word.startswith("--"):
             words[-1] += f"={word}"
         else:
-            raise InputError(
-                "an option of `vla0 robot`, or --robot.*", f"'{word}'", nearest(word, options)
-            )
+            remedy = nearest(word, options, otherwise="remove it")
+            raise InputError("an option of `vla0 robot`, or --robot.*", f"'{word}'", remedy)
         open_word = "=" not in words[-1]
     return words
 
