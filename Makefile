@@ -24,8 +24,14 @@ install: .venv/installed rendering
 	$(UV) sync --frozen --all-extras
 	@touch .venv/installed
 
+# The demo needs neither LIBERO nor its 340 MB of meshes. What is installed already stays.
+.venv/demo: pyproject.toml uv.lock $(filter .tools/bin/uv,$(UV))
+	$(UV) sync --frozen --inexact --no-default-groups --extra lerobot --extra metaworld
+	@touch .venv/demo
+
 # The simulator draws its pictures without a screen through EGL.
-rendering: .venv/installed
+INSTALLED ?= .venv/installed
+rendering: $(INSTALLED)
 	@$(CHECK) || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && apt-get install -y -qq --no-install-recommends $(GL_PACKAGES) && $(CHECK); \
@@ -42,7 +48,7 @@ browser:
 
 # Of another family: make demo BACKBONE=qwen3_vl, or internvl, smolvlm, gemma3.
 demo:
-	@started=$$(date +%s) && $(MAKE) --no-print-directory install && \
+	@started=$$(date +%s) && $(MAKE) --no-print-directory rendering INSTALLED=.venv/demo && \
 	  $(RUN)/python examples/demo.py --install-s $$(( $$(date +%s) - started )) \
 	    $(if $(BACKBONE),--backbone $(BACKBONE) --out runs/demo-$(BACKBONE) --dataset runs/demo/dataset)
 

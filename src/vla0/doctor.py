@@ -65,8 +65,7 @@ def diagnose() -> list[Finding]:
         ),
         ("MuJoCo", _mujoco, f"pip install mujoco=={libero_files.MUJOCO}: results depend on it", ()),
         ("Meta-World", lambda: metadata.version("metaworld"), "pip install 'vla0[metaworld]'", ()),
-        ("LIBERO", lambda: metadata.version("hf-libero"), "pip install 'vla0[libero]'", ()),
-        ("LIBERO's meshes", _meshes, "vla0 download libero-assets, or set VLA0_LIBERO_ASSETS", ()),
+        ("LIBERO", _libero, "pip install 'vla0[libero]'", ()),
         (
             "disk",
             _disk,
@@ -169,12 +168,10 @@ def _mujoco() -> str:
     return version
 
 
-def _meshes() -> str:
-    """Return the folder of LIBERO's meshes, and say how many are stand-ins."""
-    count = libero_files.standins()
-    return f"{libero_files.assets()}" + (
-        f", {count} are stand-ins: no published number compares" if count else ""
-    )
+def _libero() -> str:
+    """Return the version of LIBERO, or raise InputError when a file is not as it was installed."""
+    libero_files.check_installed(hashed=True)
+    return metadata.version(libero_files.DISTRIBUTION)
 
 
 def _disk() -> str:

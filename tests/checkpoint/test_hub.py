@@ -31,7 +31,7 @@ def hub(monkeypatch):
     return holds
 
 
-@pytest.mark.parametrize("name", ["libero", "libero-assets", "nobody/nothing"])
+@pytest.mark.parametrize("name", ["libero", "libero-images", "nobody/nothing"])
 def test_offline_is_one_line_that_says_what_to_do(name, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "vla0", "download", name, "--out", str(tmp_path / "x")],
@@ -44,8 +44,8 @@ def test_offline_is_one_line_that_says_what_to_do(name, tmp_path):
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(InputError, match="did you mean 'libero-assets'"):
-        download("libero-asset")
+    with pytest.raises(InputError, match="did you mean 'libero-images'"):
+        download("libero-image")
 
 
 def test_a_dataset_of_v21_is_converted_where_it_lies(hub, tmp_path):

@@ -171,7 +171,7 @@ def test_a_device_that_is_not_there_is_refused(policy, tmp_path, device):
 
 
 @pytest.mark.parametrize(
-    "name, remedy", [("qwen3vl", "did you mean 'qwen3_vl'?"), ("nope", "take one of those")]
+    ("name", "remedy"), [("qwen3vl", "did you mean 'qwen3_vl'?"), ("nope", "take one of those")]
 )
 def test_an_unknown_family_gets_a_suggestion_only_where_one_is_near(name, remedy):
     with pytest.raises(InputError) as caught:

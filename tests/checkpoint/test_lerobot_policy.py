@@ -29,7 +29,6 @@ from vla0.core.prompt import Prompt
 from vla0.core.rollout import ChunkPolicy
 from vla0.data.dataset import Samples, collator
 from vla0.data.lerobot import DataConfig, Source
-from vla0.sim import libero_files
 from vla0.train.loss import answered
 
 pytest.importorskip("lerobot_policy_vla0", reason="the plugin is not installed")
@@ -743,20 +742,13 @@ def test_lerobot_eval_runs_in_its_own_simulators(tmp_path, env):
         "--env.task=drawer-close-v3",
         '--rename_map={"observation.image": "observation.images.front"}',
     ]
-    prelude = ""
     if env == "libero":
-        try:
-            libero_files.assets()
-        except InputError as error:
-            pytest.skip(str(error))
-        # hf-libero without a prompt or download
-        prelude = "from vla0.sim import libero_files; libero_files.environment(); "
         words = ["--env.task=libero_object", "--env.task_ids=[0]", "--env.episode_length=16"]
     done = subprocess.run(
         [
             sys.executable,
             "-c",
-            f"{prelude}from lerobot.scripts.lerobot_eval import main; main()",
+            "from lerobot.scripts.lerobot_eval import main; main()",
             f"--policy.path={tmp_path / 'checkpoint'}",
             "--policy.device=cpu",
             f"--env.type={env}",

@@ -252,9 +252,10 @@ def test_libraries_that_talk_of_themselves_are_not_heard(tmp_path):
         ("bench decode --recipe x.yaml", "--config"),
         ("eval --checkpoint x --start above", "--option start="),
         ("collect libero --quick", "--option quick=true"),
-        ("eval --checkpoint x --assets y", "VLA0_LIBERO_ASSETS"),
+        ("eval --checkpoint x --assets y", "pip install 'vla0[libero]'"),
         ("bench train", "benchmarks/training.py"),
         ("bench data", "benchmarks/reading.py"),
+        ("download libero-assets", "pip install 'vla0[libero]'"),
     ],
 )
 def test_a_flag_of_before_is_refused_with_its_name_of_now(vla0, words, now):

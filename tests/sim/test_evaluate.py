@@ -275,7 +275,7 @@ def test_a_suite_is_its_tasks_together():
         }
     }
     shown = table(lines)
-    assert [str(cell) for cell in list(shown.columns)[-1].cells] == ["", "", "96.2 %", ""]
+    assert [str(cell) for cell in list(shown.columns)[-1].cells] == ["", "", "VLA-0: 96.2 %", ""]
     assert suites({"drawer-close-v3": {}}) == {}
 
 

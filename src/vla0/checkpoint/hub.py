@@ -1,4 +1,4 @@
-"""Download datasets and LIBERO's meshes from the Hub, and upload checkpoints to it.
+"""Download datasets from the Hub, and upload checkpoints to it.
 
 The Hub's client resumes interrupted transfers and checks the files.
 """
@@ -17,24 +17,20 @@ from vla0.files import write_whole
 
 logger = logging.getLogger(__name__)
 
-ASSETS = "libero-assets"
-ASSETS_FOLDER = Path.home() / ".cache" / "libero" / "assets"  # where hf-libero looks for them
 KNOWN = {  # name → dataset on the Hub
-    ASSETS: "lerobot/libero-assets",
     "libero": "lerobot/libero",  # 1,693 episodes of all four suites, v3.0, videos
     "libero-images": "HuggingFaceVLA/libero",  # the same with pictures
 }
 
 
 def download(name: str, out: str | Path | None = None) -> Path:
-    """Download a dataset, or LIBERO's meshes, unless it is already there.
+    """Download a dataset, unless it is already there.
 
     A dataset of format v2.0 or v2.1 is converted to v3.0 in place.
 
     Args:
         name: A key of KNOWN, or the "owner/name" of a LeRobot dataset on the Hub.
-        out: The folder to write. None takes data/<name>, and for LIBERO's meshes the folder where
-            hf-libero looks for them.
+        out: The folder to write. None takes data/<name>.
 
     Returns:
         The folder.
@@ -56,7 +52,7 @@ def download(name: str, out: str | Path | None = None) -> Path:
             f"'{name}'",
             nearest(name, KNOWN),
         )
-    place = ASSETS_FOLDER if name == ASSETS else Path("data") / name.rpartition("/")[2]
+    place = Path("data") / name.rpartition("/")[2]
     folder, repo = Path(out or place).expanduser(), KNOWN.get(name, name)
     try:
         snapshot_download(repo, repo_type="dataset", local_dir=folder)
@@ -73,8 +69,7 @@ def download(name: str, out: str | Path | None = None) -> Path:
             reason,
             "check the name and the connection; the same command goes on where it stopped",
         ) from None
-    if name != ASSETS:
-        upgrade(folder, repo)
+    upgrade(folder, repo)
     return folder
 
 

@@ -29,11 +29,12 @@ def bench() -> None:
 OLD_COMMANDS = {
     "bench train": "python benchmarks/training.py",
     "bench data": "python benchmarks/reading.py",
+    "download libero-assets": "pip install 'vla0[libero]'",
 }
 OLD_FLAGS = {
     "--start": "--option start=...",
     "--quick": "--option quick=true",
-    "--assets": "VLA0_LIBERO_ASSETS=FOLDER before the command",
+    "--assets": "pip install 'vla0[libero]'",
 }
 
 

