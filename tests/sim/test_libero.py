@@ -31,7 +31,7 @@ ENDS = ("", "_lan", "_object", "_swap", "_task")
 GOLDEN = Path(__file__).parents[1] / "golden"
 SPEC = importlib.util.find_spec("libero")
 # of libero_frames.png, from the top: what hf-libero 0.1.4 draws of initial state 3 after settling
-DRAWN = ("libero_object/3", "libero_spatial/0", "libero_goal/3", "libero_10/2")
+DRAWN = ("libero_object/3", "libero_spatial/0", "libero_goal/3", "libero_10/2", "libero_spatial/4")
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +256,7 @@ def test_the_pictures_are_those_of_hf_libero_with_its_own_meshes(world):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
 def test_the_pictures_of_every_suite_are_those_of_hf_libero(number):
     env = LiberoEnv(DRAWN[number])
     mean, most = differs(env.reset(3), number)

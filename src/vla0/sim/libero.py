@@ -125,11 +125,16 @@ class LiberoEnv:
                 camera_widths=image_size,
                 camera_names=["agentview", "robot0_eye_in_hand"],
             )
-            self.env.seed(SEED)
-            self.env.reset()
+            self.world = self.env.env
+            # The benchmark seeds again here and resets, which builds the same world a second time.
+            # By then LIBERO has each sampler of an open door twice, and draws other places.
+            if self.world.object_property_initializers:
+                self.env.seed(SEED)
+                self.env.reset()
+            else:
+                self.env.sim.forward()
         import mujoco
 
-        self.world = self.env.env
         # From here on a reset is soft: it restores this world instead of building another one,
         # which takes seconds.
         self.world.hard_reset = False
