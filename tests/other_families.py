@@ -59,6 +59,30 @@ def aya_model(processor: Any, seed: int = 0, **size: int) -> Any:
         return AutoModelForImageTextToText.from_config(config).eval()
 
 
+NEXT_CHAT = (  # of a LLaVA-NeXT
+    "{% for message in messages %}{{ message.role }}: {% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}</s>"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def next_processor(words: Iterable[str]) -> Any:
+    """The processor of LLaVA-NeXT, which cuts pictures into tiles that no option turns off."""
+    tokenizer = bpe(
+        words, ("<pad>", "</s>", "<image>"), eos_token="</s>", pad_token="<pad>",
+        chat_template=NEXT_CHAT, extra_special_tokens={"image_token": "<image>"},
+    )  # fmt: skip
+    images = transformers.LlavaNextImageProcessor(
+        size={"shortest_edge": 56},
+        crop_size={"height": 56, "width": 56},
+        image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
+    )
+    return transformers.LlavaNextProcessor(
+        images, tokenizer, patch_size=14, vision_feature_select_strategy="default",
+        chat_template=NEXT_CHAT, num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
 def hybrid_model(processor: Any, **size: int) -> Any:
     """Qwen3.5, whose layers are recurrent but for every fourth; its processor is Qwen3-VL's."""
     made = Size(**size)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TASKS, make_observation, make_recipe, make_spec
-from other_families import aya_model, aya_processor, hybrid_model
+from other_families import aya_model, aya_processor, hybrid_model, next_processor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vla0 import InputError
@@ -134,6 +134,16 @@ def test_a_large_picture_is_not_cut_into_tiles(family, own_policy):
         for side in (56, 448)
     }
     assert len(lengths) == 1
+
+
+def test_what_tiles_cost_is_said_where_no_option_turns_them_off(caplog):
+    """Of 4 x 4 tokens whole, and as many again as a tile, with one at the end of each row."""
+    prompt = Prompt(replace(make_spec(), image_size=56), next_processor(["0 1"]))
+    assert "one of 56 x 56 pixels takes 36 tokens" in caplog.text
+    assert "see image_grid_pinpoints in the model's preprocessor_config.json" in caplog.text
+    caplog.clear()
+    Prompt(prompt.spec, aya_processor(["0 1"]))  # it has max_patches too, which are off
+    assert "tiles" not in caplog.text
 
 
 def test_the_loss_is_the_models_own(own_policy):

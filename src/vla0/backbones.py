@@ -17,8 +17,10 @@ from vla0.errors import InputError
 logger = logging.getLogger(__name__)
 
 # Options by which some processors cut a picture into tiles, each of which costs as many tokens as a
-# picture. Where they are, they are off; others (image_grid_pinpoints, max_patches) are not known.
+# picture. Where they are, they are off.
 TILING = ("crop_to_patches", "do_image_splitting", "do_pan_and_scan")
+# Such options that no value turns off: of LLaVA-NeXT, Llama 4 and Llama 3.2. They are named.
+TILES = ("image_grid_pinpoints", "max_patches", "max_image_tiles")
 
 PLACE = "\x00"  # stands for the user's words in a chat
 ANSWER = "0 1 2"  # stands for an answer in a chat
@@ -334,6 +336,7 @@ def checked_reader(
     """
     fast = of_processor(processor).reader
     if fast is None:
+        _name_tiles(processor, options, size, chat)
         return read
     images = [[np.zeros((size, size, 3), np.uint8)] * count for count in (1, 2)]
     given = processor, images, [chat(count, f"{count} 0?") for count in (1, 2)], options
@@ -350,3 +353,26 @@ def checked_reader(
             )
             return read
     return fast
+
+
+def _name_tiles(
+    processor: Any, options: Mapping[str, Any], size: int, chat: Callable[[int, str], str]
+) -> None:
+    """Log what a picture costs where a processor cuts it into tiles, and which option says so."""
+    names = [name for name in TILES if getattr(processor.image_processor, name, None)]
+    if not names or set(TILING) & set(options):
+        return
+    picture = np.zeros((size, size, 3), np.uint8)
+    with_picture, without = (
+        len(read(processor, [[picture] * count], [chat(count, "0")], options)[0]["input_ids"][0])
+        for count in (1, 0)
+    )
+    logger.warning(
+        "%s cuts pictures into tiles: one of %d x %d pixels takes %d tokens. Fewer take less time: "
+        "see %s in the model's preprocessor_config.json",
+        type(processor).__name__,
+        size,
+        size,
+        with_picture - without,
+        ", ".join(names),
+    )
