@@ -161,3 +161,21 @@ def evaluate(
     else:
         console.print(table(trial(checkpoint, settings, out, **others)))
         say(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="folders that `vla0 eval` wrote")],
+    out: Annotated[Path, typer.Option(help="page to write")] = Path("comparison.html"),
+) -> None:
+    """Put evaluations side by side: intervals, and pairs of the same task and seed."""
+    from vla0.sim.compare import compare as run
+    from vla0.sim.compare import tables, write_page
+
+    comparison = run(folders)
+    if comparison.left_out:
+        say(f"{comparison.left_out} episodes are left out: not all have them")
+    for shown in tables(comparison):
+        console.print(shown)
+    write_page(comparison, out)
+    say(f"page: {out}")

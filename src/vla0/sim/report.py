@@ -89,14 +89,19 @@ def write_report(
         _section(out, *section, lines_of[section], shown[section], scale, names)
         for section in lines_of
     ]
-    page = (
+    file = out / "report.html"
+    page(file, title, parts)
+    return file
+
+
+def page(file: Path, title: str, parts: Sequence[str]) -> None:
+    """Write parts of HTML as one file that loads nothing."""
+    file.write_text(
         f"<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
         f"content='width=device-width'>"
-        f"<title>{escape(title)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>",
+        encoding="utf-8",
     )
-    file = out / "report.html"
-    file.write_text(page, encoding="utf-8")
-    return file
 
 
 Rows = Mapping[str, Mapping[str, Any]]  # the summary of each task
@@ -127,13 +132,13 @@ def _table(summarised: Mapping[str, Rows]) -> str:
     all_tasks = sorted({task for tasks in summarised.values() for task in tasks})
     published = any(suite in PUBLISHED for suite in grouped.get("policy", {}))
     rows = [
-        f"<tr><td>{_wrapping(task)}{_cells([tasks.get(task) for tasks in summarised.values()])}"
+        f"<tr><td>{wrapping(task)}{_cells([tasks.get(task) for tasks in summarised.values()])}"
         for task in all_tasks
     ]
     for suite in sorted({suite for rows_of in grouped.values() for suite in rows_of}):
         stated = f"<td>{PUBLISHED[suite]}" if published and suite in PUBLISHED else ""
         cells = _cells([rows_of.get(suite) for rows_of in grouped.values()])
-        rows.append(f"<tr><td><strong>{_wrapping(suite)}</strong>{cells}{stated}")
+        rows.append(f"<tr><td><strong>{wrapping(suite)}</strong>{cells}{stated}")
     means = "".join(
         f"<td>{'' if math.isnan(mean := mean_success(tasks)) else f'<strong>{mean:.1%}</strong>'}"
         for tasks in summarised.values()
@@ -155,10 +160,10 @@ def _table(summarised: Mapping[str, Rows]) -> str:
 
 def _cells(rows: Sequence[Mapping[str, Any] | None]) -> str:
     """Return the cells of a row of the table."""
-    return "".join(f"<td>{'' if row is None else _cell(row)}" for row in rows)
+    return "".join(f"<td>{'' if row is None else cell(row)}" for row in rows)
 
 
-def _cell(row: Mapping[str, Any]) -> str:
+def cell(row: Mapping[str, Any]) -> str:
     """Return what a cell says: successes, a bar, the interval, steps and errors."""
     rate, low, high = row["successes"] / max(row["episodes"], 1), row["low"], row["high"]
     steps = f", {row['steps']:.0f} steps" if row.get("steps") is not None else ""
@@ -174,7 +179,7 @@ def _cell(row: Mapping[str, Any]) -> str:
     )
 
 
-def _wrapping(name: str) -> str:
+def wrapping(name: str) -> str:
     """Escape a name and let it wrap at underscores and slashes."""
     return escape(name).replace("_", "_<wbr>").replace("/", "/<wbr>")
 
@@ -246,7 +251,7 @@ def _section(
         else ""
     )
     return (
-        f"<h2>{escape(policy)}: {_wrapping(task)}</h2><p>{len(shown)} of {ended} episodes, "
+        f"<h2>{escape(policy)}: {wrapping(task)}</h2><p>{len(shown)} of {ended} episodes, "
         f"failures first; the others are in "
         f"videos/. Below a video each action dimension over time: executed in blue{chunks}.</p>"
         f"<div class=grid>{figures}</div>{errors}"
