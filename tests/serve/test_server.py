@@ -25,7 +25,8 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from vla0 import InputError, Observation
-from vla0.cli.act import pairs_of, serve
+from vla0.cli.act import serve
+from vla0.cli.screen import pairs_of
 from vla0.policy import VLA0
 from vla0.serve import msgpack_numpy as wire
 from vla0.serve.batches import Batches, together

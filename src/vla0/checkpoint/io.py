@@ -250,10 +250,11 @@ def untrained(model: Any) -> Any:
         return in_windows(type(model)(model.config).to(model.device, model.dtype).eval())
 
 
-def fingerprint(model: Any, spec: Spec) -> str:
+def fingerprint(model: Any, spec: Spec | str) -> str:
     """Return 16 hexadecimal digits that tell checkpoints apart.
 
-    They are a digest of the Spec and of a sample of every weight.
+    They are a digest of the Spec, or of what else tells models apart, and of a sample of every
+    weight.
     """
     digest = hashlib.sha256(repr(spec).encode())
     for name, weight in model.state_dict().items():

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from vla0.cli.screen import app, console, say
+from vla0.cli.screen import app, console, pairs_of, say
 from vla0.core.spec import MAIN, Spec
 from vla0.errors import InputError, given, nearest, refuse_idle
 from vla0.quiet import quiet
@@ -279,19 +279,6 @@ def robot(
         say(f"{len(latencies)} chunks, {latencies[len(latencies) // 2] * 1e3:.0f} ms in the median")
     if reports and reports[-1].stopped is not None:
         raise typer.Exit(130 if reports[-1].stopped.startswith("SIG") else 1)
-
-
-def pairs_of(option: str, words: list[str]) -> dict[str, str]:
-    """Parse CAMERA=NAME words into {camera: name}.
-
-    Raises:
-        InputError: When a word is not of this form, or a camera or a name appears twice.
-    """
-    pairs = {camera: name for camera, _, name in (word.partition("=") for word in words)}
-    unambiguous = len(pairs) == len(set(pairs.values())) == len(words)
-    if not unambiguous or not all(camera and name for camera, name in pairs.items()):
-        raise InputError(f"{option} CAMERA=NAME, each once", f"{words}", "give both of each")
-    return pairs
 
 
 def robot_words(arguments: list[str], options: list[str], kind: str | None) -> list[str]:

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from vla0.cli.screen import app, console, options_given, say
+from vla0.cli.screen import app, console, options_given, pairs_of, say
 from vla0.core.spec import MAIN, Spec
-from vla0.errors import given, refuse_idle
+from vla0.errors import InputError, given, refuse_idle
 from vla0.quiet import quiet
 
 
@@ -40,7 +40,15 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    checkpoint: Annotated[str, typer.Option(help="checkpoint folder or Hub id")],
+    checkpoint: Annotated[str | None, typer.Option(help="checkpoint folder or Hub id")] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(help="another's in its place: lerobot:DIR_OR_ID, such as ACT or SmolVLA"),
+    ] = None,
+    key: Annotated[
+        list[str] | None,
+        typer.Option(help="CAMERA=PICTURE of --policy, where it has names of its own"),
+    ] = None,
     embodiment: Annotated[
         str, typer.Option(help="of a checkpoint trained on a mixture: whose robot acts")
     ] = MAIN,
@@ -106,7 +114,7 @@ def evaluate(
         str | None, typer.Option(help="a checkpoint trained with tile: false, for the ablation")
     ] = None,
 ) -> None:
-    """Try a checkpoint in a simulator: a table, videos and a report.
+    """Try a policy in a simulator: a table, videos and a report.
 
     The same command again continues where it stopped.
     """
@@ -116,6 +124,16 @@ def evaluate(
     from vla0.sim.results import ablation_table, table
     from vla0.sim.simulator import tasks_of
 
+    if (checkpoint is None) == (policy is None):
+        got = "none" if checkpoint is None else "both"
+        raise InputError("--checkpoint, or --policy for another's", got, "give one of them")
+    if policy is None:
+        refuse_idle({"--key": key}, "--policy")
+    else:
+        embodied = None if embodiment == MAIN else embodiment
+        others = {"--approximate": approximate, "--ray": ray, "--ablation": ablation}
+        others |= {"--embodiment": embodied}
+        refuse_idle(others, "--checkpoint")
     if ablation:
         refuse_idle(
             {"--n-action-steps": n_action_steps, "--ensemble": ensemble},
@@ -133,6 +151,21 @@ def evaluate(
         **given(n_action_steps=n_action_steps, ensemble=ensemble),
     )
     refuse_unknown_baselines(baseline or [])
+    if policy is not None:
+        from vla0.sim import foreign
+
+        quiet()
+        free = {"n_action_steps": n_action_steps, "ensemble": ensemble, "image_size": image_size}
+        own = [name for name, value in free.items() if value is None]
+        out = out or Path("runs") / f"{Path(policy).name.replace(':', '-')}-eval"
+        lines = foreign.trial(
+            policy, settings, out, pairs_of("--key", key or []), own, baseline or [], workers,
+            device, render,
+        )  # fmt: skip
+        console.print(table(lines))
+        say(f"report: {out / 'report.html'}")
+        return
+    assert checkpoint is not None
     Spec.load(locate(checkpoint, weights=False), embodiment)
     # These imports take long, so they come after the checks of the options.
     from vla0.sim.experiment import ablation as run_ablation

@@ -32,3 +32,16 @@ def options_given(words: Sequence[str] | None) -> dict[str, Any]:
     if wrong := [word for word in words or () if not word.partition("=")[0] or "=" not in word]:
         raise InputError("--option KEY=VALUE", f"'{wrong[0]}'", "e.g. --option quick=true")
     return OmegaConf.to_container(OmegaConf.from_dotlist(list(words or ())))  # type: ignore[return-value]
+
+
+def pairs_of(option: str, words: list[str]) -> dict[str, str]:
+    """Parse CAMERA=NAME words into {camera: name}.
+
+    Raises:
+        InputError: When a word is not of this form, or a camera or a name appears twice.
+    """
+    pairs = {camera: name for camera, _, name in (word.partition("=") for word in words)}
+    unambiguous = len(pairs) == len(set(pairs.values())) == len(words)
+    if not unambiguous or not all(camera and name for camera, name in pairs.items()):
+        raise InputError(f"{option} CAMERA=NAME, each once", f"{words}", "give both of each")
+    return pairs

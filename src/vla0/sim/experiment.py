@@ -103,7 +103,23 @@ def trial(
         render=render,
         pool=pool,
     )
-    write_report(out, f"{checkpoint} on {settings.env}", spec.action_names)
+    return reported(lines, names, settings, out, checkpoint, spec.action_names)
+
+
+def reported(
+    lines: list[dict[str, Any]],
+    names: Sequence[str],
+    settings: EvalConfig,
+    out: Path,
+    title: str,
+    action_names: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Write the report of an evaluation, and return its lines.
+
+    Raises:
+        InputError: When episodes of the policies `names` were given up after crashes.
+    """
+    write_report(out, f"{title} on {settings.env}", action_names)
     done = Counter((line["policy"], line["task"]) for line in lines if line["error"] is None)
     unfinished = sum(
         max(0, settings.episodes - done[name, task]) for name in names for task in settings.tasks

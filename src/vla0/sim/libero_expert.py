@@ -4,7 +4,6 @@ It reads the poses of the objects from the simulator and looks at no picture.
 """
 
 from collections.abc import Iterator
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -163,7 +162,7 @@ class LiberoExpert:
             first.append(flat(out))
         for axis in [axis for one in first for axis in (one, np.array([-one[1], one[0]]))]:
             reach = np.abs((corners[:, :2] - centre[:2]) @ axis).max() - 0.01
-            for depth in (0.025, 0.01):  # the upper one keeps the palm above a drawer's walls
+            for depth in (0.025, 0.014):  # the upper one keeps the palm above a drawer's walls
                 for side in (1, -1):
                     for aside in (0, 0.015, -0.015, 0.03, -0.03):
                         along = side * np.sqrt(max(reach**2 - aside**2, 0))
@@ -188,19 +187,22 @@ class LiberoExpert:
     def _place(self, thing: str, place: str) -> Iterator[np.ndarray]:
         """Yield actions that carry the held object to a place and let it go there."""
         hand = self.hand
-        corners = hand.corners(thing)
-        offset = middle(corners)[:2] - hand.position[:2]  # from the hand to the object's centre
-        hanging = hand.position[2] - corners[:, 2].min()
+        hanging = hand.position[2] - hand.corners(thing)[:, 2].min()
         spot, top = self._spot(thing, place)
-        over = np.append(spot[:2] - offset, max(top + hanging + 0.08, hand.position[2]))
-        over_here = np.append(hand.position[:2], over[2])
-        for action in chain(
-            hand.move(over_here, self.turned, CLOSED, 0.03),
-            hand.move(over, self.turned, CLOSED, 0.015),
-        ):
-            if hand.position[2] - hand.corners(thing)[:, 2].min() > hanging + 0.08:
-                return  # the object has slipped out of the hand
-            yield action
+        offset, height = np.full(2, np.inf), max(top + hanging + 0.08, hand.position[2])
+        over = np.append(hand.position[:2], height)
+        yield from hand.move(over, self.turned, CLOSED, 0.03)
+        while True:
+            # From the hand to the object's centre. It may turn in the fingers on the way.
+            now = middle(hand.corners(thing))[:2] - hand.position[:2]
+            if np.linalg.norm(now - offset) < 0.01:
+                break
+            offset = now
+            over = np.append(spot[:2] - offset, height)
+            for action in hand.move(over, self.turned, CLOSED, 0.015):
+                if hand.position[2] - hand.corners(thing)[:, 2].min() > hanging + 0.08:
+                    return  # the object has slipped out of the hand
+                yield action
         lowered = np.append(over[:2], top + hanging + 0.015)
         yield from hand.move(lowered, self.turned, CLOSED, 0.01, limit=25)
         width = hand.width
