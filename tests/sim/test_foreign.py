@@ -98,12 +98,13 @@ def test_its_chunks_are_those_of_lerobot(tiny_act):
 
 
 def test_an_evaluation_is_by_its_own_recipe_beside_baselines_and_goes_on(tiny_act, tmp_path):
-    lines = foreign.trial(tiny_act, CONFIG, tmp_path, {}, OWN, ["blank", "random"], 1, "cpu")
+    loaded = foreign.load(tiny_act, WORLD, {}, "cpu")
+    lines = foreign.trial(loaded, "act", CONFIG, tmp_path, OWN, ["blank", "random"], 1)
     assert sorted({line["policy"] for line in lines}) == ["blank", "policy", "random"]
     settings = json.loads((tmp_path / "evaluation.json").read_text())
     assert (settings["n_action_steps"], settings["ensemble"]) == (3, "none")
     assert (tmp_path / "report.html").is_file()
-    again = foreign.trial(tiny_act, CONFIG, tmp_path, {}, OWN, ["blank", "random"], 1, "cpu")
+    again = foreign.trial(loaded, "act", CONFIG, tmp_path, OWN, ["blank", "random"], 1)
     assert again == lines == read_episodes(tmp_path / "episodes.jsonl")
 
 
@@ -152,13 +153,14 @@ def test_what_cannot_be_loaded_is_refused_in_words(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             foreign.load(name, WORLD, {}, "cpu")
+    loaded = foreign.load(act(tmp_path / "act"), WORLD, {}, "cpu")
     past = DiffusionConfig(**features(), crop_shape=None, down_dims=(32,), horizon=8)
     (tmp_path / "past").mkdir()
     past._save_pretrained(tmp_path / "past")
     with pytest.raises(InputError, match="sees the present alone; got n_obs_steps 2"):
         foreign.load(f"lerobot:{tmp_path / 'past'}", WORLD, {}, "cpu")
     with pytest.raises(InputError, match=r"a baseline of .* with --policy; got 'untrained'"):
-        foreign.trial("lerobot:x", CONFIG, tmp_path, {}, [], ["untrained"])
+        foreign.trial(loaded, "x", CONFIG, tmp_path, [], ["untrained"])
 
 
 def test_the_command_evaluates_it_and_refuses_what_would_do_nothing(
@@ -193,7 +195,8 @@ def test_ours_and_lerobots_are_compared_on_the_same_episodes(tiny_act, policy, t
         action_names=None,
     )  # fmt: skip
     VLA0(policy.model, policy.processor, spec).save_pretrained(tmp_path / "checkpoint")
-    foreign.trial(tiny_act, CONFIG, tmp_path / "act", {}, OWN, (), 1, "cpu")
+    loaded = foreign.load(tiny_act, WORLD, {}, "cpu")
+    foreign.trial(loaded, "act", CONFIG, tmp_path / "act", OWN, workers=1)
     trial(str(tmp_path / "checkpoint"), CONFIG, tmp_path / "ours", workers=1, device="cpu")
     (pair,) = compare([tmp_path / "act", tmp_path / "ours"]).pairs
     assert pair.both + pair.first + pair.second + pair.neither == 2

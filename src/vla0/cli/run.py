@@ -43,11 +43,15 @@ def evaluate(
     checkpoint: Annotated[str | None, typer.Option(help="checkpoint folder or Hub id")] = None,
     policy: Annotated[
         str | None,
-        typer.Option(help="another's in its place: lerobot:DIR_OR_ID, such as ACT or SmolVLA"),
+        typer.Option(
+            help="another's in its place: lerobot:DIR_OR_ID, or ws://HOST:PORT of openpi's protocol"
+        ),
     ] = None,
     key: Annotated[
         list[str] | None,
-        typer.Option(help="CAMERA=PICTURE of --policy, where it has names of its own"),
+        typer.Option(
+            help="CAMERA=PICTURE, or state=NAME, of --policy, where it has names of its own"
+        ),
     ] = None,
     embodiment: Annotated[
         str, typer.Option(help="of a checkpoint trained on a mixture: whose robot acts")
@@ -152,16 +156,25 @@ def evaluate(
     )
     refuse_unknown_baselines(baseline or [])
     if policy is not None:
+        from vla0.serve.client import NoAnswerError
+        from vla0.serve.evaluated import served
         from vla0.sim import foreign
+        from vla0.sim.simulator import simulator
 
         quiet()
         free = {"n_action_steps": n_action_steps, "ensemble": ensemble, "image_size": image_size}
         own = [name for name, value in free.items() if value is None]
+        target, names = simulator(env), pairs_of("--key", key or [])
+        if policy.startswith(("ws://", "wss://")):
+            refuse_idle({"--device": device}, "a policy that runs here")
+            try:
+                other = served(policy, target, names, target.instruction(settings.tasks[0]))
+            except NoAnswerError as error:
+                raise InputError(f"an answer of {policy}", str(error), "see its log") from None
+        else:
+            other = foreign.load(policy, target, names, device)
         out = out or Path("runs") / f"{Path(policy).name.replace(':', '-')}-eval"
-        lines = foreign.trial(
-            policy, settings, out, pairs_of("--key", key or []), own, baseline or [], workers,
-            device, render,
-        )  # fmt: skip
+        lines = foreign.trial(other, policy, settings, out, own, baseline or [], workers, render)
         console.print(table(lines))
         say(f"report: {out / 'report.html'}")
         return

@@ -41,6 +41,7 @@ class RemotePolicy:
         timeout_s: Seconds from an observation to its chunk, at most.
         patience_s: Seconds for the first connection, at most.
         certificate: PEM file to trust, if no known authority has signed the server's certificate.
+        names: {camera, or "state": its name in messages}, for a server with names of its own.
 
     Raises:
         InputError: An argument cannot be used, or the server refuses the client.
@@ -54,8 +55,9 @@ class RemotePolicy:
         timeout_s: float = 2.0,
         patience_s: float = 10.0,
         certificate: str | Path | None = None,
+        names: Mapping[str, str] | None = None,
     ):
-        self.url, self.timeout_s = url, timeout_s
+        self.url, self.timeout_s, self.names = url, timeout_s, dict(names or {})
         if not 0 < timeout_s < float("inf"):
             raise InputError(
                 "timeout_s > 0", f"{timeout_s}", "it is how long an answer may take, seconds"
@@ -209,9 +211,10 @@ class RemotePolicy:
             "images": dict(observation.images),
             "prompt": observation.instruction,
         }
-        names = self.metadata.get("cameras")
+        names = self.names or self.metadata.get("cameras")
         if isinstance(names, Mapping):
-            if missing := [camera for camera in names if camera not in observation.images]:
+            known = {*observation.images, "state"} if self.names else observation.images
+            if missing := [camera for camera in names if camera not in known]:
                 got = f"{list(observation.images)}"
                 raise InputError(
                     f"pictures of {list(names)}",
@@ -224,7 +227,7 @@ class RemotePolicy:
                 if camera in names
             }
         if observation.state is not None:
-            message["state"] = np.asarray(observation.state, np.float64)
+            message[self.names.get("state", "state")] = np.asarray(observation.state, np.float64)
         self.number += 1
         if self.metadata.get("extensions"):
             message |= {

@@ -1,4 +1,4 @@
-"""LeRobot's policies, as the evaluator asks policies: observations in, chunks out."""
+"""Policies that are not ours in the evaluator; those that LeRobot loads."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,54 +35,55 @@ class Foreign:
     Args:
         predict: Turns B observations into chunks (B, H, D).
         chunk_size: Steps of its chunks.
-        n_action_steps: Steps of a chunk that it executes by its own recipe.
+        n_action_steps: Steps of a chunk that it executes by its own recipe, None if not known.
         image_size: Side of the pictures that it was trained with, None where they are not square.
         mark: What tells its weights from others'.
     """
 
     predict: Predict
     chunk_size: int
-    n_action_steps: int
+    n_action_steps: int | None
     image_size: int | None
     mark: str
 
 
 def trial(
-    name: str,
+    policy: Foreign,
+    title: str,
     settings: EvalConfig,
     out: Path,
-    keys: Mapping[str, str],
-    own: Sequence[str],
+    own: Sequence[str] = (),
     baseline: Sequence[str] = (),
     workers: int | None = None,
-    device: str | None = None,
     render: bool = False,
 ) -> list[dict[str, Any]]:
-    """Evaluate a policy of LeRobot's as `vla0.sim.experiment.trial` evaluates ours.
+    """Evaluate a policy that is not ours as `vla0.sim.experiment.trial` evaluates ours.
 
     Args:
-        name: See `load`.
+        policy: The policy.
+        title: Its name in the report.
         settings: What is evaluated.
         out: Folder of the results.
-        keys: See `load`.
         own: Names of the settings that are the policy's own, since the user gave none:
             "n_action_steps", "ensemble" and "image_size".
         baseline: Of "blank", "swapped" and "random".
         workers: Number of simulator processes. None lets `evaluate` choose.
-        device: Where the policy runs. None takes the GPU where there is one.
         render: Film every step.
 
     Returns:
         The lines of episodes.jsonl.
 
     Raises:
-        InputError: When `load` raises it, or when episodes were given up after crashes.
+        InputError: When a baseline is not one of those, the steps to execute are not known, or
+            episodes were given up after crashes.
     """
     if wrong := [kind for kind in baseline if kind not in BASELINES]:
         expected = f"a baseline of {BASELINES} with --policy"
         raise InputError(expected, f"'{wrong[0]}'", "leave it out")
+    if policy.n_action_steps is None and "n_action_steps" in own:
+        got = f"none; its chunks have {policy.chunk_size} steps"
+        raise InputError("--n-action-steps for a server", got, "take what its recipe says")
     target = simulator(settings.env)
-    policy = load(name, target, keys, device)
     recipe = {
         "n_action_steps": policy.n_action_steps,
         "ensemble": NONE,
@@ -103,7 +104,7 @@ def trial(
     lines = evaluate(
         predicts, policy.chunk_size, settings, out, workers, identity=identity, render=render
     )
-    return reported(lines, list(predicts), settings, out, name, target.actions)
+    return reported(lines, list(predicts), settings, out, title, target.actions)
 
 
 def load(name: str, target: Simulator, keys: Mapping[str, str], device: str | None) -> Foreign:

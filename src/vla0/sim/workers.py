@@ -27,9 +27,9 @@ from vla0.files import set_aside
 
 logger = logging.getLogger(__name__)
 
-Predict = Callable[
-    [Sequence[Observation]], np.ndarray
-]  # turns B observations into chunks (B, H, D)
+# Turns B observations into chunks (B, H, D). An exception in the place of a chunk (H, D) is an
+# error of that episode alone, which is tried again.
+Predict = Callable[[Sequence[Observation]], np.ndarray | Sequence[np.ndarray | Exception]]
 Job = tuple[str, str, int]  # policy, task, seed
 ATTEMPTS = 3  # how often an episode is tried whose simulator crashes
 IDLE_S = 0.05  # a batch is decoded when all processes ask, or when none asked for so long
@@ -227,7 +227,9 @@ def _work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
 
     def ask(observation: Observation) -> np.ndarray:
         send("asks", observation)
-        return receive()
+        if isinstance(chunk := receive(), Exception):
+            raise chunk
+        return chunk
 
     policy = ChunkPolicy(ask, *rollout.acting)
     while True:

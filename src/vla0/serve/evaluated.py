@@ -1,0 +1,86 @@
+"""A server's policy in the evaluator: any server of openpi's protocol."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from vla0.core.spec import Observation
+from vla0.errors import InputError
+from vla0.serve.client import RemotePolicy
+from vla0.sim.foreign import Foreign
+from vla0.sim.simulator import Simulator
+
+TIMEOUT_S = 60.0  # for an answer: a server may compile at the first question
+MOST = 1000  # steps of a chunk
+
+
+def served(
+    url: str,
+    target: Simulator,
+    names: Mapping[str, str],
+    instruction: str,
+    timeout_s: float = TIMEOUT_S,
+) -> Foreign:
+    """Connect to a server, and ask it once, with black pictures, how long its chunks are.
+
+    An answer that is late, does not come, or has another shape becomes an error line of its
+    episode, which is tried again. It is never a failure of the policy.
+
+    Args:
+        url: Address of the server, ws://host:port or wss://host:port.
+        target: The simulator in which it will act.
+        names: {camera, or "state": its name in messages}. Without any, the pictures go under
+            "images" by the simulator's names, and the state under "state".
+        instruction: Any sentence of the simulator's.
+        timeout_s: Seconds that an answer may take.
+
+    Raises:
+        InputError: When it is no such server, or its answer does not fit the simulator.
+        NoAnswerError: When it does not answer.
+    """
+    if unknown := [name for name in names if name not in (*target.cameras, "state")]:
+        expected = f"--key of {(*target.cameras, 'state')}"
+        raise InputError(expected, f"'{unknown[0]}'", "correct it")
+    remote = RemotePolicy(url, timeout_s=timeout_s, names=names)
+    if remote.metadata.get("ensemble") not in (None, "none"):
+        raise InputError(
+            "a server that sends whole chunks",
+            f"one that ensembles ({remote.metadata['ensemble']}), over the episodes of all workers",
+            "serve with --ensemble none; give --ensemble here",
+        )
+    side, states = target.image_size, len(target.states)
+    black = {camera: np.zeros((side, side, 3), np.uint8) for camera in target.cameras}
+    first = remote.predict(
+        Observation(black, instruction, np.zeros(states, np.float32) if states else None)
+    )
+    if first.shape[1] != len(target.actions) or len(first) > MOST:
+        raise InputError(
+            f"at most {MOST} actions of {len(target.actions)} numbers, as the simulator takes",
+            f"shape {first.shape} from {url}",
+            "serve a policy that was trained for it",
+        )
+
+    def predict(observations: Sequence[Observation]) -> list[np.ndarray | Exception]:
+        return [_answer(remote, observation, first.shape) for observation in observations]
+
+    said = sorted((str(key), str(value)) for key, value in remote.metadata.items())
+    mark = f"{url} {hashlib.sha256(repr(said).encode()).hexdigest()[:8]}"
+    steps = remote.metadata.get("n_action_steps")
+    return Foreign(predict, len(first), steps if isinstance(steps, int) else None, None, mark)
+
+
+def _answer(
+    remote: RemotePolicy, observation: Observation, shape: tuple[int, ...]
+) -> np.ndarray | Exception:
+    """Return a chunk, or what was wrong with it."""
+    try:
+        chunk = remote.predict(observation)
+    except TimeoutError as error:
+        remote.close()  # over a new connection no late answer can be taken for the next one
+        return RuntimeError(str(error))
+    except InputError as error:
+        return RuntimeError(str(error))
+    if chunk.shape == shape:
+        return chunk
+    return RuntimeError(f"{remote.url} answered {chunk.shape}, and {shape} at first")
