@@ -75,3 +75,13 @@ def test_a_trial_on_ray_is_the_trial_here(checkpoints, tmp_path):
         assert read_episodes(tmp_path / name / "episodes.jsonl") == lines
         assert (tmp_path / name / "report.html").exists()
     assert found["here"] == found["ray"]
+
+
+def test_a_policy_that_sees_past_pictures_is_given_them(policy, tmp_path):
+    spec = make_spec(
+        low=(-1.0,) * 4, high=(1.0,) * 4, cameras=("front",), state=None, fps=80.0,
+        action_names=None, history=3,
+    )  # fmt: skip
+    VLA0(policy.model, policy.processor, spec).save_pretrained(tmp_path / "checkpoint")
+    lines = trial(str(tmp_path / "checkpoint"), CONFIG, tmp_path / "out", ["blank"], workers=1)
+    assert [(line["error"], line["steps"]) for line in lines] == [(None, 3)] * 4

@@ -22,7 +22,7 @@ from vla0.core.spec import Observation
 from vla0.policy import VLA0
 from vla0.sim import foreign
 from vla0.sim.compare import compare
-from vla0.sim.evaluate import EvalConfig
+from vla0.sim.evaluate import EvalConfig, Past
 from vla0.sim.experiment import trial
 from vla0.sim.results import read_episodes
 from vla0.sim.simulator import simulator
@@ -154,13 +154,31 @@ def test_what_cannot_be_loaded_is_refused_in_words(tmp_path):
         with pytest.raises(InputError, match=message):
             foreign.load(name, WORLD, {}, "cpu")
     loaded = foreign.load(act(tmp_path / "act"), WORLD, {}, "cpu")
-    past = DiffusionConfig(**features(), crop_shape=None, down_dims=(32,), horizon=8)
-    (tmp_path / "past").mkdir()
-    past._save_pretrained(tmp_path / "past")
-    with pytest.raises(InputError, match="sees the present alone; got n_obs_steps 2"):
-        foreign.load(f"lerobot:{tmp_path / 'past'}", WORLD, {}, "cpu")
     with pytest.raises(InputError, match=r"a baseline of .* with --policy; got 'untrained'"):
         foreign.trial(loaded, "x", CONFIG, tmp_path, [], ["untrained"])
+
+
+def test_a_policy_that_sees_the_past_is_given_it(tmp_path):
+    """Diffusion Policy: two pictures and two states, and eight of sixteen steps."""
+    pytest.importorskip("diffusers", reason="pip install 'lerobot[diffusion]'")
+    from lerobot.policies.diffusion.modeling_diffusion import DiffusionPolicy
+
+    config = DiffusionConfig(
+        **features(), horizon=16, n_action_steps=8, crop_shape=None, down_dims=(16,), num_inference_steps=2,
+        spatial_softmax_num_keypoints=4, diffusion_step_embed_dim=16, pretrained_backbone_weights=None,
+    )  # fmt: skip
+    DiffusionPolicy(config).save_pretrained(tmp_path / "policy")
+    bounds = {"min": torch.full((4,), -1.0), "max": torch.ones(4)}
+    statistics = {"action": bounds, "observation.state": bounds}
+    statistics[FRONT] = {"mean": torch.zeros(3, 1, 1), "std": torch.ones(3, 1, 1)}
+    for part in make_pre_post_processors(config, dataset_stats=statistics):
+        part.save_pretrained(tmp_path / "policy")
+    loaded = foreign.load(f"lerobot:{tmp_path / 'policy'}", WORLD, {}, "cpu")
+    assert (loaded.chunk_size, loaded.past) == (8, Past(2, True))
+    lines = foreign.trial(loaded, "diffusion", CONFIG, tmp_path / "out", OWN, workers=1)
+    assert [line["error"] for line in lines] == [None, None]
+    settings = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert settings["past"] == {"count": 2, "states": True}
 
 
 def test_the_command_evaluates_it_and_refuses_what_would_do_nothing(

@@ -17,6 +17,7 @@ from vla0.core.rollout import Env
 from vla0.core.spec import tupled
 from vla0.errors import InputError, refuse_unknown
 from vla0.files import clear_aside, held, read_json, write_whole
+from vla0.sim.history import Remembering
 from vla0.sim.results import mend, read_episodes
 from vla0.sim.simulator import SIMULATORS, options_of, simulator
 from vla0.sim.workers import ATTEMPTS, Predict, RolloutConfig, WorkerPool
@@ -93,6 +94,27 @@ def make_env(config: EvalConfig, task: str) -> Env:
     )
 
 
+@dataclass(frozen=True)
+class Past:
+    """What a policy sees of the past.
+
+    Args:
+        count: Pictures of each camera, the present one included.
+        states: Whether it sees past states too.
+    """
+
+    count: int = 1
+    states: bool = False
+
+
+PRESENT = Past()
+
+
+def _remembering(make: Callable[[str], Env], past: Past, task: str) -> Env:
+    """Make an Env whose observations hold what a policy sees of the past."""
+    return Remembering(make(task), past.count, past.states)
+
+
 def evaluate(
     policies: Mapping[str, Predict],
     chunk_size: int,
@@ -103,6 +125,7 @@ def evaluate(
     identity: Mapping[str, Any] | None = None,
     render: bool = False,
     pool: Callable[..., Any] = WorkerPool,
+    past: Past = PRESENT,
 ) -> list[dict[str, Any]]:
     """Run the episodes that are missing in `out`/episodes.jsonl.
 
@@ -123,6 +146,7 @@ def evaluate(
             in `out`.
         render: Film every step. Otherwise the videos hold what the policy looked at.
         pool: Class that plays the episodes: WorkerPool here, or the one of vla0.sim.ray_workers.
+        past: What the policies see of the past.
 
     Returns:
         The lines of episodes.jsonl: one for each finished episode and each error.
@@ -137,19 +161,21 @@ def evaluate(
         config.ensemble_k,
         config.periodic,
     )
+    make: Callable[[str], Env] = partial(make_env, config)
+    if past.count > 1:
+        make = partial(_remembering, make, past)
+        identity = {**(identity or {}), "past": asdict(past)}
     TemporalEnsemble(*acting)  # raises InputError for bad settings before anything starts
     with held(Path(out), "evaluation"):
         try:
-            return _run(
-                policies, acting, config, Path(out), workers, make_env, identity, render, pool
-            )
+            return _run(policies, acting, config, Path(out), workers, make, identity, render, pool)
         finally:
             # These files are left by processes that died while they filmed, in this run or before.
             clear_aside(Path(out) / "videos")
 
 
 def _run(
-    policies, acting, config: EvalConfig, out: Path, workers, make_env, identity, render, pool
+    policies, acting, config: EvalConfig, out: Path, workers, make, identity, render, pool
 ) -> list[dict[str, Any]]:
     """Do what `evaluate` says, while the folder is locked."""
     (out / "videos").mkdir(exist_ok=True)
@@ -185,7 +211,7 @@ def _run(
                     progress.advance(bar)
 
             rollout = RolloutConfig(
-                make_env=partial(make_env, config),
+                make_env=make,
                 acting=acting,
                 keep=1 if heavy else len(config.tasks),
                 render=render,

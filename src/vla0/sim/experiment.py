@@ -17,7 +17,7 @@ from vla0.core.spec import MAIN, Spec
 from vla0.decode.approximate import MODES
 from vla0.errors import InputError
 from vla0.policy import VLA0
-from vla0.sim.evaluate import EvalConfig, evaluate
+from vla0.sim.evaluate import EvalConfig, Past, evaluate
 from vla0.sim.ray_workers import RayWorkerPool
 from vla0.sim.report import refuse_unknown_baselines, write_report
 from vla0.sim.results import mean_success, summary
@@ -102,6 +102,7 @@ def trial(
         identity=identity,
         render=render,
         pool=pool,
+        past=Past(spec.history),
     )
     return reported(lines, names, settings, out, checkpoint, spec.action_names)
 
@@ -341,7 +342,11 @@ def measured(
         fit(policy.spec, settings.env)
         tried_settings = following(settings, policy.spec)
         lines = evaluate(
-            {"policy": policy.predict_batch}, policy.spec.chunk_size, tried_settings, out
+            {"policy": policy.predict_batch},
+            policy.spec.chunk_size,
+            tried_settings,
+            out,
+            past=Past(policy.spec.history),
         )
         return {"success": mean_success(summary(lines)["policy"])}
 

@@ -15,7 +15,7 @@ from vla0.checkpoint.location import locate
 from vla0.core.ensemble import NONE
 from vla0.core.spec import Observation
 from vla0.errors import InputError
-from vla0.sim.evaluate import EvalConfig, evaluate
+from vla0.sim.evaluate import PRESENT, EvalConfig, Past, evaluate
 from vla0.sim.experiment import blanked, random_actions, reported, swapped
 from vla0.sim.simulator import Simulator, simulator
 from vla0.sim.workers import Predict
@@ -38,6 +38,7 @@ class Foreign:
         n_action_steps: Steps of a chunk that it executes by its own recipe, None if not known.
         image_size: Side of the pictures that it was trained with, None where they are not square.
         mark: What tells its weights from others'.
+        past: What it sees of the past.
     """
 
     predict: Predict
@@ -45,6 +46,7 @@ class Foreign:
     n_action_steps: int | None
     image_size: int | None
     mark: str
+    past: Past = PRESENT
 
 
 def trial(
@@ -102,7 +104,14 @@ def trial(
         predicts["random"] = random_actions(low, high, policy.chunk_size)
     identity = {"checkpoint": policy.mark, "versions": target.provenance()}
     lines = evaluate(
-        predicts, policy.chunk_size, settings, out, workers, identity=identity, render=render
+        predicts,
+        policy.chunk_size,
+        settings,
+        out,
+        workers,
+        identity=identity,
+        render=render,
+        past=policy.past,
     )
     return reported(lines, list(predicts), settings, out, title, target.actions)
 
@@ -149,7 +158,8 @@ def load(name: str, target: Simulator, keys: Mapping[str, str], device: str | No
         batch: dict[str, Any] = {"task": [observation.instruction for observation in observations]}
         for camera, key in cameras.items():
             frames = np.stack([observation.images[camera] for observation in observations])
-            batch[key] = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255
+            # (B, h, w, 3), or (B, n, h, w, 3) with pictures of the past
+            batch[key] = torch.from_numpy(frames).movedim(-1, -3).float() / 255
         if states:
             rows = [np.asarray(observation.state, np.float32) for observation in observations]
             batch[STATE] = torch.from_numpy(np.stack(rows))
@@ -164,7 +174,7 @@ def load(name: str, target: Simulator, keys: Mapping[str, str], device: str | No
     chunk_size = getattr(config, "chunk_size", None) or config.n_action_steps
     return Foreign(
         predict, chunk_size, config.n_action_steps, sides.pop() if len(sides) == 1 else None,
-        fingerprint(policy, config.type),
+        fingerprint(policy, config.type), Past(getattr(config, "n_obs_steps", 1), True),
     )  # fmt: skip
 
 
@@ -200,12 +210,6 @@ def _cameras(config: Any, target: Simulator, keys: Mapping[str, str]) -> dict[st
 
 def _fit(config: Any, target: Simulator, states: int) -> None:
     """Raise InputError where actions, state or observations are not the simulator's."""
-    if getattr(config, "n_obs_steps", 1) > 1:
-        raise InputError(
-            "a policy that sees the present alone",
-            f"n_obs_steps {config.n_obs_steps}",
-            "use lerobot-eval: the evaluator keeps no past pictures yet",
-        )
     for what, feature, expected in (
         ("actions", config.action_feature, len(target.actions)),
         ("a state", config.robot_state_feature, states),

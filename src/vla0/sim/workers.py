@@ -268,7 +268,7 @@ def episode(job: Job, env: Env, policy: ChunkPolicy, out: Path, render: bool) ->
 
     def film(observation: Observation, _: np.ndarray) -> None:
         if render or policy.looked:
-            frames.append(dict(observation.images))
+            frames.append({c: f if f.ndim == 3 else f[-1] for c, f in observation.images.items()})
 
     finished = rollout(env, policy, seed, film)
     video = f"videos/{name}_{task.replace('/', '-')}_{seed}.mp4"
