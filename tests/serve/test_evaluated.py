@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,6 +84,38 @@ def test_a_fault_is_an_error_line_and_tried_again_and_no_failure(tmp_path, fault
     assert sorted(line["seed"] for line in ended) == [CONFIG.first_seed, CONFIG.first_seed + 1]
     assert all(line["steps"] == 6 for line in ended)
     assert read_episodes(tmp_path / "episodes.jsonl") == lines
+
+
+def test_a_server_that_is_gone_ends_the_evaluation_and_the_same_command_goes_on(tmp_path):
+    asked = []
+
+    def answers(count, message):
+        asked.append(message)
+        return openpi()(count, message) if len(asked) < 3 else []
+
+    with faked(answers, {}) as url:
+        policy = served(url, WORLD, NAMES, "reach the goal", timeout_s=0.2)
+        with pytest.raises(InputError, match=r"none to 3 observations in a row.*goes on"):
+            foreign.trial(policy, url, CONFIG, tmp_path, workers=1)
+        lines = read_episodes(tmp_path / "episodes.jsonl")
+        assert all(line["error"].startswith("NoChunkError") for line in lines)
+    with faked(openpi(), {}) as again:
+        back = replace(served(again, WORLD, NAMES, "reach the goal"), mark=policy.mark)
+        lines = foreign.trial(back, again, CONFIG, tmp_path, workers=1)
+    assert sum(line["error"] is None for line in lines) == 2
+
+
+def test_pictures_that_are_not_named_are_sent_by_their_own_names():
+    seen = []
+    with faked(openpi(seen=seen), {}) as url:
+        served(url, WORLD, {"state": "observation/state"}, "reach the goal")
+    assert list(seen[0]["images"]) == ["front"]
+
+
+@pytest.mark.parametrize("url", ["ws://", "ws://h/#x", "ws://h:abc", "ws://h:99999"])
+def test_an_address_that_is_none_is_refused(url):
+    with pytest.raises(InputError, match="correct the address"):
+        served(url, WORLD, NAMES, "x")
 
 
 def test_what_does_not_fit_is_refused_before_an_episode(tmp_path):

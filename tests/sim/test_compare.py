@@ -117,6 +117,19 @@ def test_evaluations_by_other_protocols_are_refused(tmp_path, key, value, messag
         compare(folders)
 
 
+def test_a_rate_that_a_simulator_does_not_have_and_a_default_written_out_are_no_difference(
+    tmp_path,
+):
+    one = evaluated(tmp_path / "one", {("press", 0)}, env="libero", fps=10.0, options={})
+    other = evaluated(
+        tmp_path / "other", set(), env="libero", fps=20.0, options={"quick": False}
+    )  # fmt: skip
+    assert compare([one, other]).pairs[0].first == 1
+    quick = evaluated(tmp_path / "quick", set(), env="libero", options={"quick": True})
+    with pytest.raises(InputError, match="options"):
+        compare([one, quick])
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path):
     one = evaluated(tmp_path / "one", set())
     for folders in ([one], [one, tmp_path / "." / "one"]):

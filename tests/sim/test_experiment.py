@@ -11,9 +11,10 @@ if importlib.util.find_spec("metaworld") is None:
     pytest.skip("Meta-World is an extra: make install", allow_module_level=True)
 
 from vla0 import InputError
+from vla0.core.spec import Observation
 from vla0.policy import VLA0
 from vla0.sim.evaluate import EvalConfig
-from vla0.sim.experiment import ROWS, SEPARATE, _load, ablation, trial
+from vla0.sim.experiment import ROWS, SEPARATE, _load, ablation, swapped, trial
 from vla0.sim.results import ablation_table, read_episodes
 
 CONFIG = EvalConfig(tasks=("reach-v3",), episodes=2, max_steps=3, image_size=56)
@@ -85,3 +86,19 @@ def test_a_policy_that_sees_past_pictures_is_given_them(policy, tmp_path):
     VLA0(policy.model, policy.processor, spec).save_pretrained(tmp_path / "checkpoint")
     lines = trial(str(tmp_path / "checkpoint"), CONFIG, tmp_path / "out", ["blank"], workers=1)
     assert [(line["error"], line["steps"]) for line in lines] == [(None, 3)] * 4
+
+
+def test_a_swapped_instruction_is_another_one_of_the_same_suite():
+    def told(tasks):
+        said = []
+        predict = swapped(lambda looks: said.extend(o.instruction for o in looks), tasks)
+        for _, instruction in tasks:
+            predict([Observation({}, instruction)])
+        return said
+
+    assert told([("a/1", "open"), ("a/2", "open"), ("a/3", "shut")]) == ["shut", "shut", "open"]
+    assert told([("a/1", "x"), ("a/2", "y"), ("b/1", "v"), ("b/2", "w")]) == ["y", "x", "w", "v"]
+    with pytest.raises(InputError, match="'x' in several; evaluate the suites one by one"):
+        told([("a/1", "x"), ("a/2", "y"), ("b/1", "x"), ("b/2", "w")])
+    with pytest.raises(InputError, match="two tasks of a suite"):
+        told([("a/1", "x"), ("a/2", "x")])

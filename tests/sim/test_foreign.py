@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -141,6 +142,39 @@ def test_a_picture_of_another_name_is_found_by_its_key(tmp_path):
     name = act(tmp_path / "policy", pictures=("observation.image",))
     loaded = foreign.load(name, WORLD, {"front": "observation.image"}, "cpu")
     assert loaded.predict(looks(1)).shape == (1, 6, 4)
+
+
+def test_two_pictures_never_share_a_name(monkeypatch, tmp_path):
+    """The wrist's own default is that of the picture that the view from outside is given as."""
+    monkeypatch.setattr(WORLD.__class__, "cameras", {"front": FRONT, "wrist": "observation.image"})
+    name = act(tmp_path / "policy", pictures=("observation.image",))
+    loaded = foreign.load(name, WORLD, {"front": "observation.image"}, "cpu")
+    looked = looks(1)
+    dark = {"wrist": np.zeros((SIDE, SIDE, 3), np.uint8)}
+    both = [Observation({**looked[0].images, **dark}, looked[0].instruction, looked[0].state)]
+    np.testing.assert_array_equal(loaded.predict(both), loaded.predict(looked))
+
+
+def test_statistics_config_and_cameras_tell_policies_apart(tiny_act, tmp_path):
+    folder = tmp_path / "policy"
+    shutil.copytree(tiny_act.removeprefix("lerobot:"), folder)
+    name, marks = f"lerobot:{folder}", []
+    marks.append(foreign.load(name, WORLD, {}, "cpu").mark)
+    assert marks[0] == foreign.load(tiny_act, WORLD, {}, "cpu").mark
+    for file in ("policy_postprocessor.json", "config.json"):
+        (folder / file).write_text((folder / file).read_text() + " ")
+        marks.append(foreign.load(name, WORLD, {}, "cpu").mark)
+    assert len(set(marks)) == 3
+
+
+def test_a_policy_that_averages_its_chunks_is_not_tried_without(tmp_path):
+    name = act(tmp_path / "policy")
+    file = tmp_path / "policy" / "config.json"
+    config = json.loads(file.read_text()) | {"temporal_ensemble_coeff": 0.01, "n_action_steps": 1}
+    file.write_text(json.dumps(config))
+    loaded = foreign.load(name, WORLD, {}, "cpu")
+    with pytest.raises(InputError, match="--ensemble for a policy that averages"):
+        foreign.trial(loaded, "act", CONFIG, tmp_path / "out", OWN)
 
 
 def test_what_cannot_be_loaded_is_refused_in_words(tmp_path):

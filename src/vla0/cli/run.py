@@ -173,7 +173,8 @@ def evaluate(
                 raise InputError(f"an answer of {policy}", str(error), "see its log") from None
         else:
             other = foreign.load(policy, target, names, device)
-        out = out or Path("runs") / f"{Path(policy).name.replace(':', '-')}-eval"
+        place = policy.partition(":")[2].strip("/").replace(":", "-")
+        out = out or Path("runs") / f"{'_'.join(Path(place).parts[-3:])}-eval"
         lines = foreign.trial(other, policy, settings, out, own, baseline or [], workers, render)
         console.print(table(lines))
         say(f"report: {out / 'report.html'}")
@@ -218,7 +219,10 @@ def compare(
     from vla0.sim.compare import compare as run
     from vla0.sim.compare import tables, write_page
 
+    if out.is_dir():
+        raise InputError("a page to write", f"the folder '{out}'", "give --out FILE.html")
     comparison = run(folders)
+    out.parent.mkdir(parents=True, exist_ok=True)
     if comparison.left_out:
         say(f"{comparison.left_out} episodes are left out: not all have them")
     for shown in tables(comparison):

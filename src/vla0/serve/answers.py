@@ -29,7 +29,7 @@ KINDS = {  # key of the metadata → what its value must be, if it is there
     "extensions": (_names, "a list of names"), "cameras": (_renamed, "a mapping of names"),
 }  # fmt: skip
 # the metadata that must not change while a robot acts
-SAME = ("spec", "ensemble", "n_action_steps", *KINDS)
+SAME = ("spec", "checkpoint", "ensemble", "n_action_steps", *KINDS)
 
 
 def metadata_of(metadata: dict[str, Any], previous: Mapping[str, Any], url: str) -> dict[str, Any]:

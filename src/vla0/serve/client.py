@@ -11,9 +11,10 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.frames import CloseCode
 from websockets.sync.client import ClientConnection, connect
+from websockets.uri import parse_uri
 
 from vla0.core.spec import Observation, Spec
 from vla0.errors import InputError
@@ -68,6 +69,11 @@ class RemotePolicy:
                 f"'{url}'",
                 "give the address that `vla0 serve` shows",
             )
+        try:
+            parse_uri(url)
+        except (InvalidURI, ValueError) as error:
+            got = f"'{url}' ({error})"
+            raise InputError("ws://host:port", got, "correct the address") from None
         if key is not None and (not key.isascii() or not key.isprintable()):
             raise InputError(
                 "a key of one line of ASCII", "another", "strip what the file holds beside it"
@@ -221,11 +227,11 @@ class RemotePolicy:
                     got,
                     f"give '{missing[0]}', in the checkpoint's own names",
                 )
-            message |= {
-                names[camera]: frame
-                for camera, frame in message.pop("images").items()
-                if camera in names
-            }
+            images = message.pop("images")
+            message |= {names[camera]: images[camera] for camera in names if camera in images}
+            unnamed = {camera: frame for camera, frame in images.items() if camera not in names}
+            if self.names and unnamed:
+                message["images"] = unnamed
         if observation.state is not None:
             message[self.names.get("state", "state")] = np.asarray(observation.state, np.float64)
         self.number += 1

@@ -1,6 +1,7 @@
 """A server's policy in the evaluator: any server of openpi's protocol."""
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,9 +11,13 @@ from vla0.errors import InputError
 from vla0.serve.client import RemotePolicy
 from vla0.sim.foreign import Foreign
 from vla0.sim.simulator import Simulator
+from vla0.sim.workers import NoChunkError
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 60.0  # for an answer: a server may compile at the first question
 MOST = 1000  # steps of a chunk
+MISSED = 3  # answers in a row that do not come, after which the evaluation ends
 
 
 def served(
@@ -25,7 +30,8 @@ def served(
     """Connect to a server, and ask it once, with black pictures, how long its chunks are.
 
     An answer that is late, does not come, or has another shape becomes an error line of its
-    episode, which is tried again. It is never a failure of the policy.
+    episode, which is tried again. It is never a failure of the policy. Where several in a row do
+    not come, InputError ends the evaluation, which the same command continues.
 
     Args:
         url: Address of the server, ws://host:port or wss://host:port.
@@ -61,13 +67,37 @@ def served(
             "serve a policy that was trained for it",
         )
 
+    missed = 0
+
     def predict(observations: Sequence[Observation]) -> list[np.ndarray | Exception]:
-        return [_answer(remote, observation, first.shape) for observation in observations]
+        nonlocal missed
+        answers = []
+        for observation in observations:
+            answers.append(answer := _answer(remote, observation, first.shape))
+            missed = missed + 1 if isinstance(answer, _MissedError) else 0
+            if missed >= MISSED:
+                raise InputError(
+                    f"answers of {url}",
+                    f"none to {missed} observations in a row: {answer}",
+                    "start it again; the same command goes on",
+                )
+        return answers
 
     said = sorted((str(key), str(value)) for key, value in remote.metadata.items())
-    mark = f"{url} {hashlib.sha256(repr(said).encode()).hexdigest()[:8]}"
-    steps = remote.metadata.get("n_action_steps")
+    if not remote.metadata.get("checkpoint"):
+        logger.warning(
+            "%s does not say which weights it has: evaluate into another folder (--out) when it "
+            "has loaded others",
+            url,
+        )
+    mark = f"{url} {hashlib.sha256(repr((said, sorted(names.items()))).encode()).hexdigest()[:8]}"
+    # Ours says how many steps it would send with an ensemble, which is no recipe for whole chunks.
+    steps = None if remote.metadata.get("extensions") else remote.metadata.get("n_action_steps")
     return Foreign(predict, len(first), steps if isinstance(steps, int) else None, None, mark)
+
+
+class _MissedError(NoChunkError):
+    """Raised where an answer did not come."""
 
 
 def _answer(
@@ -78,9 +108,9 @@ def _answer(
         chunk = remote.predict(observation)
     except TimeoutError as error:
         remote.close()  # over a new connection no late answer can be taken for the next one
-        return RuntimeError(str(error))
+        return _MissedError(str(error))
     except InputError as error:
-        return RuntimeError(str(error))
+        return NoChunkError(str(error))
     if chunk.shape == shape:
         return chunk
-    return RuntimeError(f"{remote.url} answered {chunk.shape}, and {shape} at first")
+    return NoChunkError(f"{remote.url} answered {chunk.shape}, and {shape} at first")

@@ -19,6 +19,7 @@ from websockets.http11 import Request as Handshake
 from websockets.http11 import Response
 
 import vla0
+from vla0.checkpoint.io import fingerprint
 from vla0.core.ensemble import NONE, TemporalEnsemble, steps_used
 from vla0.errors import InputError, refuse_idle
 from vla0.policy import TextPolicy
@@ -110,6 +111,8 @@ class Server:
         steps = None if ensemble == NONE else steps_used(spec.chunk_size, n_action_steps, ensemble)
         # a user's own policy need not have `see`
         self.see = getattr(policy, "see", lambda observation: observation)
+        model = getattr(policy, "model", None)
+        self.mark = None if model is None else fingerprint(model, spec)
         self.metrics = Metrics()
         self.batches = Batches(policy, steps, self.limits.batch, self.metrics)
         self.clients, self.stopping, self.next_at = 0, False, 0.0
@@ -119,6 +122,7 @@ class Server:
         spec = self.policy.spec
         return {
             "server": f"vla0 {vla0.__version__}",
+            "checkpoint": self.mark,
             "cameras": {c: self.keys.get(c) or next(names(c)) for c in spec.cameras},
             "state": None if spec.state is None else len(spec.state[0]),
             "chunk_size": spec.chunk_size,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from html import escape
 from itertools import combinations
 from pathlib import Path
@@ -14,12 +14,13 @@ from vla0.errors import InputError
 from vla0.files import read_json
 from vla0.sim.report import cell, page, wrapping
 from vla0.sim.results import read_episodes, summary, wilson
+from vla0.sim.simulator import SIMULATORS, options_of, simulator
 
 POLICY = "policy"  # whose episodes are compared; the baselines beside it are not
 # What must be the same: with another simulator, version, rate or limit it is another benchmark.
 PROTOCOL = ("env", "max_steps", "fps", "options", "versions")
 # What may differ, since it belongs to a policy, and is shown.
-OF_A_POLICY = ("checkpoint", "n_action_steps", "ensemble", "image_size")
+OF_A_POLICY = ("checkpoint", "n_action_steps", "ensemble", "ensemble_k", "image_size", "past")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     first = names[0]
     for name in names[1:]:
         for key in PROTOCOL:
-            given, expected = settings[name].get(key), settings[first].get(key)
+            given, expected = (_protocol(settings[which], key) for which in (name, first))
             if given != expected:
                 raise InputError(
                     f"evaluations by one protocol: {key} {expected} in '{first}'",
@@ -149,6 +150,16 @@ def _settings(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError("a folder of `vla0 eval`", f"no '{file}'", "name one that it wrote")
     return read_json(file, "evaluate into another folder")
+
+
+def _protocol(settings: dict[str, Any], key: str) -> Any:
+    """Return a setting of the protocol, alike where it means the same."""
+    value, env = settings.get(key), settings.get("env")
+    if env not in SIMULATORS:
+        return value
+    if key == "fps":  # where a simulator has one rate, the policy's changes nothing
+        return value if simulator(env).any_fps else None
+    return asdict(options_of(env, value or {})) if key == "options" else value
 
 
 def _mean(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:

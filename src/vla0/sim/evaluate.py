@@ -20,7 +20,7 @@ from vla0.files import clear_aside, held, read_json, write_whole
 from vla0.sim.history import Remembering
 from vla0.sim.results import mend, read_episodes
 from vla0.sim.simulator import SIMULATORS, options_of, simulator
-from vla0.sim.workers import ATTEMPTS, Predict, RolloutConfig, WorkerPool
+from vla0.sim.workers import ATTEMPTS, NoChunkError, Predict, RolloutConfig, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,11 @@ def _run(
     mend(log)
     lines = read_episodes(log)
     done = {(e["policy"], e["task"], e["seed"]) for e in lines if e["error"] is None}
-    failed = [(e["policy"], e["task"], e["seed"]) for e in lines if e["error"] is not None]
+    failed = [
+        (e["policy"], e["task"], e["seed"])
+        for e in lines
+        if e["error"] is not None and not e["error"].startswith(NoChunkError.__name__)
+    ]
     first = config.first_seed or 0
     seeds = range(first, first + config.episodes)
     heavy = config.env in SIMULATORS and simulator(config.env).heavy

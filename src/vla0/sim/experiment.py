@@ -250,7 +250,7 @@ def blanked(predict: Predict) -> Predict:
 
 
 def swapped(predict: Predict, tasks: Sequence[tuple[str, str]]) -> Predict:
-    """Return the policy with the instruction of the next task in the suite.
+    """Return the policy with the next other instruction in the suite.
 
     It shows what the policy does when the instruction is wrong.
 
@@ -259,20 +259,29 @@ def swapped(predict: Predict, tasks: Sequence[tuple[str, str]]) -> Predict:
         tasks: (task, instruction) of all tasks that are evaluated.
 
     Raises:
-        InputError: When a suite has only one task.
+        InputError: When a suite has only one instruction, or two suites have one instruction with
+            different next ones.
     """
     swap: dict[str, str] = {}
     for suite in {task.rpartition("/")[0] for task, _ in tasks}:
         instructions = [
             instruction for task, instruction in tasks if task.rpartition("/")[0] == suite
         ]
-        if len(instructions) < 2:
+        if len(set(instructions)) < 2:
             raise InputError(
                 "two tasks of a suite or more, to exchange instructions",
                 f"{instructions}",
                 "evaluate more tasks",
             )
-        swap |= dict(zip(instructions, instructions[1:] + instructions[:1], strict=True))
+        for place, instruction in enumerate(instructions):
+            others = [*instructions[place + 1 :], *instructions[:place]]
+            other = next(text for text in others if text != instruction)
+            if swap.setdefault(instruction, other) != other:
+                raise InputError(
+                    "an instruction that stands for one task, to exchange instructions",
+                    f"'{instruction}' in several",
+                    "evaluate the suites one by one",
+                )
 
     def deaf(observations):
         return predict([replace(o, instruction=swap[o.instruction]) for o in observations])

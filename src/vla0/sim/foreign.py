@@ -1,6 +1,6 @@
 """Policies that are not ours in the evaluator; those that LeRobot loads."""
 
-import logging
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,8 +20,6 @@ from vla0.sim.experiment import blanked, random_actions, reported, swapped
 from vla0.sim.simulator import Simulator, simulator
 from vla0.sim.workers import Predict
 
-logger = logging.getLogger(__name__)
-
 LEROBOT = "lerobot:"  # prefix of the name of a policy that LeRobot loads
 STATE = "observation.state"
 BASELINES = ("blank", "swapped", "random")
@@ -37,8 +35,10 @@ class Foreign:
         chunk_size: Steps of its chunks.
         n_action_steps: Steps of a chunk that it executes by its own recipe, None if not known.
         image_size: Side of the pictures that it was trained with, None where they are not square.
-        mark: What tells its weights from others'.
+        mark: What tells it from others, as far as is known.
         past: What it sees of the past.
+        ensemble: How it averages overlapping chunks by its own recipe, in our words. None if that
+            has none.
     """
 
     predict: Predict
@@ -47,6 +47,7 @@ class Foreign:
     image_size: int | None
     mark: str
     past: Past = PRESENT
+    ensemble: str | None = NONE
 
 
 def trial(
@@ -85,10 +86,13 @@ def trial(
     if policy.n_action_steps is None and "n_action_steps" in own:
         got = f"none; its chunks have {policy.chunk_size} steps"
         raise InputError("--n-action-steps for a server", got, "take what its recipe says")
+    if policy.ensemble is None and "ensemble" in own:
+        got = "temporal_ensemble_coeff, which is LeRobot's own way"
+        raise InputError("--ensemble for a policy that averages its chunks", got, "v1, say")
     target = simulator(settings.env)
     recipe = {
         "n_action_steps": policy.n_action_steps,
-        "ensemble": NONE,
+        "ensemble": policy.ensemble,
         "image_size": policy.image_size,
     }
     recipe = {key: value for key, value in recipe.items() if key in own}
@@ -145,6 +149,7 @@ def load(name: str, target: Simulator, keys: Mapping[str, str], device: str | No
         config: Any = PreTrainedConfig.from_pretrained(folder)
     config.device = device
     cameras = _cameras(config, target, keys)
+    past = getattr(config, "n_obs_steps", 1)
     states = len(target.states) if config.robot_state_feature is not None else 0
     _fit(config, target, states)
     with _explained(folder):
@@ -152,6 +157,8 @@ def load(name: str, target: Simulator, keys: Mapping[str, str], device: str | No
         before, after = make_pre_post_processors(
             config, str(folder), preprocessor_overrides={"device_processor": {"device": device}}
         )
+
+    steps: list[int] = []  # of a chunk, known after the first
 
     @torch.inference_mode()
     def predict(observations: Sequence[Observation]) -> np.ndarray:
@@ -164,18 +171,44 @@ def load(name: str, target: Simulator, keys: Mapping[str, str], device: str | No
             rows = [np.asarray(observation.state, np.float32) for observation in observations]
             batch[STATE] = torch.from_numpy(np.stack(rows))
         chunks = after(policy.predict_action_chunk(before(batch)))
-        expected = (len(observations), len(target.actions))
-        if chunks.ndim != 3 or (chunks.shape[0], chunks.shape[2]) != expected:
+        expected = (len(observations), *steps, len(target.actions))
+        given = chunks.shape if steps else (chunks.shape[0], *chunks.shape[2:])
+        if chunks.ndim != 3 or given != expected:
             got = f"{tuple(chunks.shape)} from {type(policy).__name__}"
-            raise InputError(f"chunks (B, H, D) with B, D = {expected}", got, "use another policy")
+            raise InputError(f"chunks (B, H, D) of {expected}", got, "use another policy")
         return chunks.float().cpu().numpy()
 
+    black = Observation(
+        {
+            camera: np.zeros((*shape[: past > 1], *shape[1:]), np.uint8)
+            for camera, key in cameras.items()
+            for _, height, width in [config.input_features[key].shape]
+            for shape in [(past, height, width, 3)]
+        },
+        "do it",
+        np.zeros((past, states) if past > 1 else states, np.float32) if states else None,
+    )
+    with _explained(folder):  # also finds policies that ask to be queried step by step
+        steps.append(predict([black]).shape[1])
+    own = getattr(config, "temporal_ensemble", None)  # of our own plugin, in our words
+    averages = getattr(config, "temporal_ensemble_coeff", None) is not None
     sides = {side for key in cameras.values() for side in config.input_features[key].shape[1:]}
-    chunk_size = getattr(config, "chunk_size", None) or config.n_action_steps
     return Foreign(
-        predict, chunk_size, config.n_action_steps, sides.pop() if len(sides) == 1 else None,
-        fingerprint(policy, config.type), Past(getattr(config, "n_obs_steps", 1), True),
-    )  # fmt: skip
+        predict,
+        steps[0],
+        min(getattr(config, "n_action_steps", None) or steps[0], steps[0]),
+        sides.pop() if len(sides) == 1 else None,
+        fingerprint(policy, _rest(folder, cameras)),
+        Past(past, True),
+        None if averages else own or NONE,
+    )
+
+
+def _rest(folder: Path, cameras: Mapping[str, str]) -> str:
+    """Return what a policy's chunks depend on beside its weights: config, statistics, cameras."""
+    files = sorted({folder / "config.json", *folder.glob("policy_*processor*")})
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    return f"{digests} {sorted(cameras.items())}"
 
 
 @contextmanager
@@ -195,7 +228,11 @@ def _cameras(config: Any, target: Simulator, keys: Mapping[str, str]) -> dict[st
     """Return {camera of the simulator: the policy's name of its picture}, for what it takes."""
     if unknown := [camera for camera in keys if camera not in target.cameras]:
         raise InputError(f"cameras of {tuple(target.cameras)}", f"'{unknown[0]}'", "correct --key")
-    named = {camera: keys.get(camera, key) for camera, key in target.cameras.items()}
+    named = {
+        camera: keys.get(camera, key)
+        for camera, key in target.cameras.items()
+        if camera in keys or key not in keys.values()
+    }
     wanted = set(config.image_features)
     missing = {key for key in wanted - set(named.values()) if EMPTY not in key}
     unused = {key for key in keys.values() if key not in wanted}

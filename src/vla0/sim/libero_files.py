@@ -68,7 +68,7 @@ def task_named(task: str) -> str:
     """
     suite, _, name = task.partition("/")
     known = tasks(suite)
-    if name.isdigit() and int(name) < len(known):
+    if name.isdecimal() and int(name) < len(known):
         return known[int(name)]
     full = f"{known[0].partition('/')[0]}/{name}"
     if full not in known:
@@ -180,7 +180,10 @@ def _changed(distribution: str, hashed: bool) -> Iterator[str]:
         yield distribution
         return
     # RECORD itself, because Distribution.files leaves out what is missing.
-    for name, digest, size in csv.reader((found.read_text("RECORD") or "").splitlines()):
+    if (record := found.read_text("RECORD")) is None:
+        yield f"{distribution} (no RECORD)"
+        return
+    for name, digest, size in csv.reader(record.splitlines()):
         if not digest:  # written after the installation
             continue
         path = Path(str(found.locate_file(name)))

@@ -36,6 +36,14 @@ IDLE_S = 0.05  # a batch is decoded when all processes ask, or when none asked f
 SILENT_S = 300.0  # a process that sends nothing for so long is taken for dead
 
 
+class NoChunkError(Exception):
+    """Given in place of a chunk that a policy elsewhere did not send.
+
+    Its episode has an error line that begins with this name, and is tried again, also after the
+    run: it says nothing of the simulator.
+    """
+
+
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How episodes are rolled out in a process."""
@@ -154,12 +162,13 @@ class WorkerPool:
                 ):
                     try:
                         pipe.send(chunk)
-                        # The clock restarts here, because decoding may have taken long.
-                        self.busy[pipe] = (self.busy[pipe][0], time.monotonic())
                     except OSError:
                         logger.debug(
                             "a process died while its chunk was decoded; `wait` reports it"
                         )
+        # Decoding may have taken long, and others may have spoken meanwhile: nobody was silent.
+        now = time.monotonic()
+        self.busy = {pipe: (job, now) for pipe, (job, _) in self.busy.items()}
 
     def _drop_silent(self, jobs, record) -> None:
         """Replace the processes that have sent nothing for too long."""
@@ -243,6 +252,8 @@ def _work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
             send("ends", episode(job, envs[task], policy, out, rollout.render))
         except InputError as error:
             send("refused", error)
+        except NoChunkError as error:  # the world is as good as before
+            send("ends", _line(job, error=f"{NoChunkError.__name__}: {error}"))
         except Exception as error:
             # Whatever a simulator raises becomes an error line, never a failure of the policy.
             envs.pop(task, None)

