@@ -13,8 +13,9 @@ from worlds import make_line, walk
 
 from vla0 import InputError, Spec
 from vla0.files import held
+from vla0.sim.baselines import blanked, random_actions, swapped
 from vla0.sim.evaluate import EvalConfig, evaluate, make_env
-from vla0.sim.experiment import blanked, fit, random_actions, swapped
+from vla0.sim.experiment import fit
 from vla0.sim.results import mean_success, mend, read_episodes, suites, summary, table, wilson
 from vla0.sim.workers import RolloutConfig, work, write_video
 

@@ -13,8 +13,9 @@ if importlib.util.find_spec("metaworld") is None:
 from vla0 import InputError
 from vla0.core.spec import Observation
 from vla0.policy import VLA0
+from vla0.sim.baselines import swapped
 from vla0.sim.evaluate import EvalConfig
-from vla0.sim.experiment import ROWS, SEPARATE, _load, ablation, swapped, trial
+from vla0.sim.experiment import ROWS, SEPARATE, _load, ablation, trial
 from vla0.sim.results import ablation_table, read_episodes
 
 CONFIG = EvalConfig(tasks=("reach-v3",), episodes=2, max_steps=3, image_size=56)

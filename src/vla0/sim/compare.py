@@ -13,7 +13,7 @@ from rich.table import Table
 from vla0.errors import InputError
 from vla0.files import read_json
 from vla0.sim.report import cell, page, wrapping
-from vla0.sim.results import read_episodes, summary, wilson
+from vla0.sim.results import Z, cells, read_episodes, summary, together
 from vla0.sim.simulator import SIMULATORS, options_of, simulator
 
 POLICY = "policy"  # whose episodes are compared; the baselines beside it are not
@@ -49,7 +49,7 @@ class Pair:
         """
         total = self.both + self.first + self.second + self.neither
         worse, better = (self.first + 1) / (total + 2), (self.second + 1) / (total + 2)
-        half = 1.959964 * math.sqrt((worse + better - (better - worse) ** 2) / (total + 2))
+        half = Z * math.sqrt((worse + better - (better - worse) ** 2) / (total + 2))
         middle = better - worse
         plain = (self.second - self.first) / total
         return plain, max(-1.0, middle - half), min(1.0, middle + half)
@@ -162,13 +162,6 @@ def _protocol(settings: dict[str, Any], key: str) -> Any:
     return asdict(options_of(env, value or {})) if key == "options" else value
 
 
-def _mean(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the row of all tasks together."""
-    episodes, solved = (sum(row[key] for row in rows.values()) for key in ("episodes", "successes"))
-    low, high = wilson(solved, episodes)
-    return {"episodes": episodes, "successes": solved, "low": low, "high": high}
-
-
 def _said(pair: Pair) -> tuple[str, ...]:
     """Return what is said of a pair, column by column."""
     middle, low, high = pair.difference
@@ -191,15 +184,14 @@ def tables(comparison: Comparison) -> tuple[Table, Table]:
     tasks = list(comparison.rows[names[0]])
     for task in [*tasks, None]:
         rows = [
-            _mean(comparison.rows[name]) if task is None else comparison.rows[name][task]
+            together(comparison.rows[name].values())
+            if task is None
+            else comparison.rows[name][task]
             for name in names
         ]
         first.add_row(
             "all" if task is None else task,
-            *(
-                f"{r['successes']} of {r['episodes']}, {r['low']:.0%} to {r['high']:.0%}"
-                for r in rows
-            ),
+            *(", ".join(cells(row)) for row in rows),
             style="bold" if task is None else None,
         )
     second = Table(*HEADS, box=None, pad_edge=False)
@@ -219,7 +211,7 @@ def write_page(comparison: Comparison, file: Path) -> None:
     ]
     rows.append(
         "<tr><td><strong>all</strong>"
-        + "".join(f"<td>{cell(_mean(comparison.rows[name]))}" for name in names)
+        + "".join(f"<td>{cell(together(comparison.rows[name].values()))}" for name in names)
     )
     pairs = "".join(
         "<tr>" + "".join(f"<td>{escape(text)}" for text in _said(pair)) for pair in comparison.pairs

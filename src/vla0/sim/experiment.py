@@ -17,6 +17,7 @@ from vla0.core.spec import MAIN, Spec
 from vla0.decode.approximate import MODES
 from vla0.errors import InputError
 from vla0.policy import VLA0
+from vla0.sim.baselines import baselines
 from vla0.sim.evaluate import EvalConfig, Past, evaluate
 from vla0.sim.ray_workers import RayWorkerPool
 from vla0.sim.report import refuse_unknown_baselines, write_report
@@ -234,71 +235,6 @@ def fit(spec: Spec, env: str) -> None:
             )
 
 
-def blanked(predict: Predict) -> Predict:
-    """Return the policy with every picture black, which shows what it does without looking."""
-
-    def blind(observations):
-        dark = [
-            {camera: np.zeros_like(frame) for camera, frame in o.images.items()}
-            for o in observations
-        ]
-        return predict(
-            [replace(o, images=images) for images, o in zip(dark, observations, strict=True)]
-        )
-
-    return blind
-
-
-def swapped(predict: Predict, tasks: Sequence[tuple[str, str]]) -> Predict:
-    """Return the policy with the next other instruction in the suite.
-
-    It shows what the policy does when the instruction is wrong.
-
-    Args:
-        predict: The policy.
-        tasks: (task, instruction) of all tasks that are evaluated.
-
-    Raises:
-        InputError: When a suite has only one instruction, or two suites have one instruction with
-            different next ones.
-    """
-    swap: dict[str, str] = {}
-    for suite in {task.rpartition("/")[0] for task, _ in tasks}:
-        instructions = [
-            instruction for task, instruction in tasks if task.rpartition("/")[0] == suite
-        ]
-        if len(set(instructions)) < 2:
-            raise InputError(
-                "two tasks of a suite or more, to exchange instructions",
-                f"{instructions}",
-                "evaluate more tasks",
-            )
-        for place, instruction in enumerate(instructions):
-            others = [*instructions[place + 1 :], *instructions[:place]]
-            other = next(text for text in others if text != instruction)
-            if swap.setdefault(instruction, other) != other:
-                raise InputError(
-                    "an instruction that stands for one task, to exchange instructions",
-                    f"'{instruction}' in several",
-                    "evaluate the suites one by one",
-                )
-
-    def deaf(observations):
-        return predict([replace(o, instruction=swap[o.instruction]) for o in observations])
-
-    return deaf
-
-
-def random_actions(
-    low: Sequence[float], high: Sequence[float], chunk_size: int, seed: int = 0
-) -> Predict:
-    """Return a policy whose actions are uniformly random between the bounds (D,)."""
-    rng = np.random.default_rng(seed)
-    return lambda observations: rng.uniform(
-        low, high, (len(observations), chunk_size, len(low))
-    ).astype(np.float32)
-
-
 def policies(policy: VLA0, names: Sequence[str], settings: EvalConfig) -> dict[str, Predict]:
     """Return the policies that are evaluated, which decode only the steps that are used.
 
@@ -312,17 +248,11 @@ def policies(policy: VLA0, names: Sequence[str], settings: EvalConfig) -> dict[s
     """
     steps = steps_used(policy.spec.chunk_size, settings.n_action_steps, settings.ensemble)
     predict = partial(policy.predict_batch, num_steps=steps)
-    instruction = simulator(settings.env).instruction
     result: dict[str, Predict] = {"policy": predict}
     for name in MODES:
         if name in names:
             result[name] = partial(policy.approximate(name).predict_batch, num_steps=steps)
-    if "blank" in names:
-        result["blank"] = blanked(predict)
-    if "swapped" in names:
-        result["swapped"] = swapped(predict, [(task, instruction(task)) for task in settings.tasks])
-    if "random" in names:
-        result["random"] = random_actions(policy.spec.low, policy.spec.high, steps)
+    result |= baselines(predict, names, settings, policy.spec.low, policy.spec.high, steps)
     if "untrained" in names:
         random_policy = VLA0(untrained(policy.model), policy.processor, policy.spec)
         result["untrained"] = partial(random_policy.predict_batch, num_steps=steps)

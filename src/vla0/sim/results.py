@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,14 @@ def mend(file: Path) -> None:
             os.truncate(file, complete)
 
 
+Z = 1.959964  # standard deviations on either side of a mean in a 95 % interval
+
+
 def wilson(successes: int, episodes: int) -> tuple[float, float]:
     """Return the 95 % interval of a success rate (Wilson 1927), or (0, 1) without episodes."""
     if episodes == 0:
         return 0.0, 1.0
-    z, rate = 1.959964, successes / episodes
+    z, rate = Z, successes / episodes
     centre = rate + z * z / (2 * episodes)
     half = z * math.sqrt(rate * (1 - rate) / episodes + z * z / (4 * episodes * episodes))
     return max(0.0, (centre - half) / (1 + z * z / episodes)), min(
@@ -154,13 +157,18 @@ def suites(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """
     by_suite: dict[str, dict[str, Any]] = {}
     for suite in sorted({task.partition("/")[0] for task in rows if "/" in task}):
-        suite_rows = [row for task, row in rows.items() if task.startswith(f"{suite}/")]
-        episodes, successes = (
-            sum(row[key] for row in suite_rows) for key in ("episodes", "successes")
+        by_suite[suite] = together(
+            row for task, row in rows.items() if task.startswith(f"{suite}/")
         )
-        low, high = wilson(successes, episodes)
-        by_suite[suite] = {"episodes": episodes, "successes": successes, "low": low, "high": high}
     return by_suite
+
+
+def together(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sum rows of several tasks up: {episodes, successes, low, high}."""
+    rows = list(rows)
+    episodes, successes = (sum(row[key] for row in rows) for key in ("episodes", "successes"))
+    low, high = wilson(successes, episodes)
+    return {"episodes": episodes, "successes": successes, "low": low, "high": high}
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> Table:
@@ -186,11 +194,11 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
         for task, row in rows.items():
             steps = "" if row["steps"] is None else f"{row['steps']:.0f}"
             wrong = [str(row["errors"] or "")] if errors else []
-            result.add_row(policy, _words(task), *_cells(row), steps, *wrong)
+            result.add_row(policy, _words(task), *cells(row), steps, *wrong)
         for suite, row in suites(rows).items():
             stated = PUBLISHED.get(suite, "") if policy == "policy" else ""
             result.add_row(
-                policy, suite, *_cells(row), "", *([""] if errors else []), stated, style="bold"
+                policy, suite, *cells(row), "", *([""] if errors else []), stated, style="bold"
             )
         result.add_row(policy, "mean", f"{mean_success(rows):.1%}", end_section=True, style="bold")
     return result
@@ -210,16 +218,16 @@ def ablation_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     names = sorted({suite for suite_rows in summarised.values() for suite in suites(suite_rows)})
     result = Table("row", *names, "mean", "VLA-0, mean of four suites")
     for row, suite_rows in summarised.items():
-        cells = [" ".join(_cells(suites(suite_rows)[name])) for name in names]
+        shown = [" ".join(cells(suites(suite_rows)[name])) for name in names]
         result.add_row(
             row,
-            *cells,
+            *shown,
             f"{mean_success(suite_rows):.1%}",
             f"{PUBLISHED_ROWS[row]} %" if row in PUBLISHED_ROWS else "",
         )
     return result
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, str]:
+def cells(row: Mapping[str, Any]) -> tuple[str, str]:
     """Write the successes and the interval of a row."""
     return f"{row['successes']} of {row['episodes']}", f"{row['low']:.0%} to {row['high']:.0%}"

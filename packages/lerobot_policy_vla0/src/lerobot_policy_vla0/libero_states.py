@@ -28,9 +28,8 @@ def write_states() -> None:
         files = package() / "init_files"
     except InputError:
         return
-    task = tasks("object")[0]
     configured = CONFIG in os.environ or (Path.home() / USERS).is_file()
-    if configured or (files / f"{task}.pruned_init").is_file():
+    if configured or any((files / "libero_object").glob("*.pruned_init")):
         return
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     folder = cache / "vla0" / f"{DISTRIBUTION}-{metadata.version(DISTRIBUTION)}"
