@@ -32,6 +32,7 @@ from safetensors import safe_open
 
 from vla0.checkpoint.io import fingerprint
 from vla0.checkpoint.tiny import tiny_model, tiny_processor
+from vla0.checkpoint.tiny_families import FAMILIES
 from vla0.errors import InputError
 from vla0.files import write_whole
 from vla0.policy import VLA0
@@ -44,6 +45,7 @@ from vla0.train.config import TrainConfig, read_config
 
 TEXT = "text"
 FAMILY = "smolvlm"  # of SmolVLA's backbone
+VLM_SIDE = FAMILIES[FAMILY].side  # of its pictures, in pixels
 CALIBRATION = (10, 40)  # steps of two short runs, whose difference is what a step takes
 console = Console()
 
@@ -92,7 +94,8 @@ def lerobot_rows(chunk: int, side: int) -> dict[str, list[str]]:
         "SmolVLA": [
             "--policy.type=smolvla", *chunks, "--policy.num_vlm_layers=4",
             "--policy.train_expert_only=false", "--policy.freeze_vision_encoder=false",
-            f"--policy.resize_imgs_with_padding=[{side},{side}]", "--policy.optimizer_lr=1e-3",
+            f"--policy.resize_imgs_with_padding=[{VLM_SIDE},{VLM_SIDE}]",
+            "--policy.optimizer_lr=1e-3",
             "--policy.scheduler_warmup_steps=50",
         ],
     }  # fmt: skip
@@ -227,7 +230,7 @@ def lerobot_trained(
     if "--policy.type=smolvla" in options:
         options = [
             *options,
-            f"--policy.vlm_model_name={small_vlm(folder.parent / FAMILY, options)}",
+            f"--policy.vlm_model_name={small_vlm(folder.parent / FAMILY)}",
         ]
     taken = []
     for steps in CALIBRATION:
@@ -268,14 +271,13 @@ def lerobot_train(
         raise InputError("lerobot-train to end", got, f"see '{log}'")
 
 
-def small_vlm(folder: Path, options: Sequence[str]) -> Path:
+def small_vlm(folder: Path) -> Path:
     """Write SmolVLM's architecture at the size of our tiny models, with random weights."""
     if not folder.exists():
-        (side,) = {word for word in options if "resize_imgs" in word}
         processor = tiny_processor(
             ["button drawer window press close push pick place"],
             family=FAMILY,
-            side=int(side.partition("[")[2].partition(",")[0]),
+            side=VLM_SIDE,
         )
         model = tiny_model(processor, vision_width=192, vision_heads=6)
         # LeRobot freezes an output layer of its own, as SmolVLM2 has one.
