@@ -28,6 +28,17 @@ MASKS |= {"no masking": ["augmentation.mask=none"]}
 ACTED = {"ensembling v1": ["--ensemble", "v1"], "ensembling mean": ["--ensemble", "mean"]}
 console = Console()
 
+# Options of a benchmark that trains and tries rows with seeds.
+Dataset = Annotated[Path, typer.Option()]
+Out = Annotated[Path, typer.Option()]
+Simulated = Annotated[str, typer.Option("--env", help="metaworld or libero")]
+Steps = Annotated[int | None, typer.Option(help="of training, instead of the plan's")]
+Seeds = Annotated[
+    list[int] | None, typer.Option(help="several times for several; default 0, 1 and 2")
+]
+Episodes = Annotated[int, typer.Option(help="for each task and seed")]
+Rows = Annotated[list[str] | None, typer.Option(help="only this row; several times for several")]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -79,17 +90,13 @@ PLANS = {
 
 
 def run(
-    dataset: Annotated[Path, typer.Option()],
-    out: Annotated[Path, typer.Option()],
-    env: Annotated[str, typer.Option(help="metaworld or libero")] = "metaworld",
-    steps: Annotated[int | None, typer.Option(help="of training, instead of the plan's")] = None,
-    seed: Annotated[
-        list[int] | None, typer.Option(help="several times for several; default 0, 1 and 2")
-    ] = None,
-    episodes: Annotated[int, typer.Option(help="for each task and seed")] = 20,
-    row: Annotated[
-        list[str] | None, typer.Option(help="only this row; several times for several")
-    ] = None,
+    dataset: Dataset,
+    out: Out,
+    env: Simulated = "metaworld",
+    steps: Steps = None,
+    seed: Seeds = None,
+    episodes: Episodes = 20,
+    row: Rows = None,
 ) -> None:
     """Train and try what is missing, and print the table after each seed."""
     plan = PLANS[env]

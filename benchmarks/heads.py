@@ -315,8 +315,3 @@ def predictor(model: Headed, prompt: Prompt) -> Callable[[Sequence[Observation]]
         return unscaled(chunks.float().cpu().numpy(), prompt.spec)
 
     return predict
-
-
-def parameters(model: nn.Module) -> int:
-    """Count the weights, shared ones once."""
-    return sum(weight.numel() for weight in model.parameters())

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ import heads
 import numpy as np
 import torch
 import typer
-from ablation import file_of, table
+from ablation import Dataset, Episodes, Out, Rows, Seeds, Simulated, Steps, file_of, table
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -35,7 +35,6 @@ from vla0.checkpoint.tiny import tiny_model, tiny_processor
 from vla0.checkpoint.tiny_families import FAMILIES
 from vla0.errors import InputError
 from vla0.files import write_whole
-from vla0.policy import VLA0
 from vla0.quiet import quiet
 from vla0.sim import experiment, foreign
 from vla0.sim.evaluate import EvalConfig
@@ -47,6 +46,9 @@ TEXT = "text"
 FAMILY = "smolvlm"  # of SmolVLA's backbone
 VLM_SIDE = FAMILIES[FAMILY].side  # of its pictures, in pixels
 CALIBRATION = (10, 40)  # steps of two short runs, whose difference is what a step takes
+# Where the weights of a training are in its folder; LeRobot has one place for all its policies.
+PLACES = {TEXT: "last", **dict.fromkeys(heads.HEADS, ".")}
+LEROBOT_PLACE = "checkpoints/last/pretrained_model"
 console = Console()
 
 
@@ -64,7 +66,7 @@ class Plan:
     config: Path
     steps: int
     settings: Mapping[str, Any]
-    rows: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    rows: Mapping[str, Sequence[str]]
 
 
 def lerobot_rows(chunk: int, side: int) -> dict[str, list[str]]:
@@ -126,17 +128,13 @@ PLANS = {
 
 
 def run(
-    dataset: Annotated[Path, typer.Option()],
-    out: Annotated[Path, typer.Option()],
-    env: Annotated[str, typer.Option(help="metaworld or libero")] = "metaworld",
-    steps: Annotated[int | None, typer.Option(help="of training, instead of the plan's")] = None,
-    seed: Annotated[
-        list[int] | None, typer.Option(help="several times for several; default 0, 1 and 2")
-    ] = None,
-    episodes: Annotated[int, typer.Option(help="for each task and seed")] = 40,
-    row: Annotated[
-        list[str] | None, typer.Option(help="only this row; several times for several")
-    ] = None,
+    dataset: Dataset,
+    out: Out,
+    env: Simulated = "metaworld",
+    steps: Steps = None,
+    seed: Seeds = None,
+    episodes: Episodes = 40,
+    row: Rows = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of the config, for our backbone")
     ] = None,
@@ -181,57 +179,59 @@ def tried(
     config = read_config(TrainConfig, plan.config, own)
     settings = EvalConfig(episodes=episodes, **plan.settings)
     result = out / f"{file_of(name)}-{seed}-eval"
-    note = out / f"{file_of(name)}-{seed}.json"
+    note = note_of(out, name, seed)
     console.print(f"[bold]{name}, seed {seed}[/bold]")
-    started = time.monotonic()
+    trained = folder / PLACES.get(name, LEROBOT_PLACE)
+    if not note.exists():
+        # What is left of a training that was interrupted does not tell how long it took.
+        shutil.rmtree(folder, ignore_errors=True)
+        if name in plan.rows:
+            told = [*plan.rows[name], *options, f"--seed={seed}"]
+            told += [f"--batch_size={config.training.batch_size}"]
+            told += [f"--num_workers={config.data.num_workers}"]
+            seconds = lerobot_trained(told, dataset, folder, text_seconds(out, seed))
+        else:
+            started = time.monotonic()
+            training.main(config) if name == TEXT else heads.train(config, name)
+            seconds = time.monotonic() - started
+        found = {"train_s": round(seconds, 1), "weights": stored(trained / heads.WEIGHTS)}
+        write_whole(note, json.dumps(found | {"threads": torch.get_num_threads()}) + "\n")
     if name == TEXT:
-        training.main(config)
-        seconds = time.monotonic() - started
-        policy = VLA0.from_pretrained(folder / "last")
-        write_note(note, seconds, heads.parameters(policy.model))
-        experiment.trial(str(folder / "last"), settings, result)
+        experiment.trial(str(trained), settings, result)
     elif name in heads.HEADS:
-        heads.train(config, name)
-        seconds = time.monotonic() - started
         model, prompt = heads.load(config, name)
-        predict = heads.predictor(model, prompt)
-        write_note(note, seconds, heads.parameters(model))
         mark = fingerprint(model, prompt.spec)
+        predict = heads.predictor(model, prompt)
         policy = foreign.Foreign(predict, prompt.spec.chunk_size, None, None, mark)
         foreign.trial(policy, name, settings, result)
     else:
-        text = out / f"{file_of(TEXT)}-{seed}.json"
-        if not text.exists():
-            got = f"no '{text}'"
-            raise InputError("the seconds that the text took", got, f"--row {TEXT} first")
-        limit = json.loads(text.read_text())["train_s"]
-        told = [*plan.rows[name], *options, f"--seed={seed}"]
-        told += [f"--batch_size={config.training.batch_size}"]
-        told += [f"--num_workers={config.data.num_workers}"]
-        trained, seconds = lerobot_trained(told, dataset, folder, limit)
         policy = foreign.load(f"lerobot:{trained}", simulator(settings.env), {}, None)
-        write_note(note, seconds, stored(trained / "model.safetensors"))
         own_recipe = ("n_action_steps", "ensemble", "image_size")
         foreign.trial(policy, name, settings, result, own_recipe)
 
 
-def lerobot_trained(
-    options: Sequence[str], dataset: Path, folder: Path, limit_s: float
-) -> tuple[Path, float]:
+def note_of(out: Path, name: str, seed: int | str) -> Path:
+    """Return the file of what a training took, which is there once it has ended."""
+    return out / f"{file_of(name)}-{seed}.json"
+
+
+def text_seconds(out: Path, seed: int) -> float:
+    """Return the seconds that the text of a seed was trained for."""
+    note = note_of(out, TEXT, seed)
+    if not note.exists():
+        got = f"no '{note}'"
+        raise InputError("the seconds that the text took", got, f"--row {TEXT} first")
+    return json.loads(note.read_text())["train_s"]
+
+
+def lerobot_trained(options: Sequence[str], dataset: Path, folder: Path, limit_s: float) -> float:
     """Train a policy of LeRobot's for about `limit_s` seconds, as its users do.
 
     Returns:
-        Its folder, and the seconds of its steps. Starting does not count.
+        The seconds of its steps. Starting does not count.
     """
-    trained = folder / "checkpoints" / "last" / "pretrained_model"
-    said = folder.with_name(f"{folder.name}.steps.json")
-    if trained.exists():
-        return trained, json.loads(said.read_text())["seconds"]
     if "--policy.type=smolvla" in options:
-        options = [
-            *options,
-            f"--policy.vlm_model_name={small_vlm(folder.parent / FAMILY)}",
-        ]
+        options = [*options, f"--policy.vlm_model_name={small_vlm(folder.parent / FAMILY)}"]
     taken = []
     for steps in CALIBRATION:
         started = time.monotonic()
@@ -242,9 +242,7 @@ def lerobot_trained(
     console.print(f"{a_step:.2f} s a step, {steps} steps in {limit_s:.0f} s")
     started = time.monotonic()
     lerobot_train(options, dataset, folder, steps, save=True)
-    seconds = time.monotonic() - started - (taken[0] - CALIBRATION[0] * a_step)
-    write_whole(said, json.dumps({"steps": steps, "seconds": seconds}) + "\n")
-    return trained, seconds
+    return time.monotonic() - started - (taken[0] - CALIBRATION[0] * a_step)
 
 
 def lerobot_train(
@@ -294,18 +292,13 @@ def stored(file: Path) -> int:
     return sum(int(np.prod(shape)) for shape in shapes)
 
 
-def write_note(note: Path, seconds: float, weights: int) -> None:
-    """Write down what a training took, unless that was done before."""
-    if not note.exists():
-        found = {"train_s": round(seconds, 1), "weights": weights}
-        write_whole(note, json.dumps(found | {"threads": torch.get_num_threads()}) + "\n")
-
-
 def facts(out: Path, names: Sequence[str]) -> Table:
-    """Return a table of what `write_note` wrote, by row."""
+    """Return a table of the notes of what trainings took, by row."""
     result = Table("row", "weights, millions", "training, minutes")
     for name in names:
-        notes = [json.loads(f.read_text()) for f in sorted(out.glob(f"{file_of(name)}-[0-9].json"))]
+        notes = [
+            json.loads(f.read_text()) for f in sorted(out.glob(note_of(out, name, "[0-9]*").name))
+        ]
         if notes:
             minutes = ", ".join(f"{note['train_s'] / 60:.1f}" for note in notes)
             result.add_row(name, f"{notes[0]['weights'] / 1e6:.2f}", minutes)
