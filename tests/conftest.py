@@ -4,6 +4,7 @@ beside the checkout.
 
 import asyncio
 import os
+import pickle
 import threading
 import time
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from vla0 import Observation, Spec
 from vla0.checkpoint.tiny import tiny_model, tiny_processor
@@ -25,6 +27,21 @@ from vla0.train.config import LoggingConfig, ModelConfig, TrainConfig, TrainingC
 
 SHARED = Path(__file__).parents[2] / "shared"
 TASKS = ("push the red block", "open the drawer")
+QWEN = {
+    "action_type": "original",
+    "original_action_dim": 7,
+    "horizon": 8,
+    "history": 1,
+    "num_cam": 2,
+    "num_bins_actions": 1000,
+    "tiled_rgb_imgs": True,
+    "rgb_img_size": [224, 224],
+    "add_vision_id": True,
+    "qwen_model_id": "Qwen/Qwen2.5-VL-3B-Instruct",
+}
+OPTIONS = "IMAGE.crop_img:0.875:IMAGE.img_size:224:IMAGE.cam_list:('3p1','3p2')"
+LOW = np.array([-0.9375, -0.9375, -0.9375, -0.25821429, -0.375, -0.3675, -1], np.float32)
+HIGH = np.array([0.9375, 0.9375, 0.9375, 0.35571429, 0.375, 0.375, 1], np.float32)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -86,6 +103,20 @@ def make_observation(seed: int) -> Observation:
         camera: rng.integers(0, 256, (48, 64, 3), dtype=np.uint8) for camera in ("front", "wrist")
     }
     return Observation(images, TASKS[seed % 2], rng.random(2))
+
+
+@pytest.fixture
+def official_run(policy, tmp_path):
+    """The structure of an official run folder, with the tiny model."""
+    folder = tmp_path / "run"
+    policy.model.save_pretrained(folder / "model_last")
+    policy.processor.save_pretrained(folder / "model_last")
+    config = {"MODEL": {"QWEN": QWEN}, "DATALOADER": {"ROBOVERSE": {"cfg_opts": OPTIONS}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    statistics = {"out_ori_act": {"min": LOW, "max": HIGH, "mean": LOW * 0, "count": np.float32(7)}}
+    (folder / "dataset_stats.pkl").write_bytes(pickle.dumps(statistics, protocol=4))
+    (folder / "model_last.pth").write_bytes(b"the optimiser, which nobody reads")
+    return folder
 
 
 @pytest.fixture(scope="session")

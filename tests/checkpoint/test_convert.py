@@ -8,46 +8,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_observation
+from conftest import HIGH, LOW, make_observation
 from PIL import Image
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
 
 from vla0 import VLA0, InputError, Observation
 from vla0.checkpoint.convert import convert, read_spec
 
-QWEN = {
-    "action_type": "original",
-    "original_action_dim": 7,
-    "horizon": 8,
-    "history": 1,
-    "num_cam": 2,
-    "num_bins_actions": 1000,
-    "tiled_rgb_imgs": True,
-    "rgb_img_size": [224, 224],
-    "add_vision_id": True,
-    "qwen_model_id": "Qwen/Qwen2.5-VL-3B-Instruct",
-}
-OPTIONS = "IMAGE.crop_img:0.875:IMAGE.img_size:224:IMAGE.cam_list:('3p1','3p2')"
-LOW = np.array([-0.9375, -0.9375, -0.9375, -0.25821429, -0.375, -0.3675, -1], np.float32)
-HIGH = np.array([0.9375, 0.9375, 0.9375, 0.35571429, 0.375, 0.375, 1], np.float32)
 
-
-@pytest.fixture
-def run(policy, tmp_path):
-    """The structure of an official run folder, with the tiny model."""
-    folder = tmp_path / "run"
-    policy.model.save_pretrained(folder / "model_last")
-    policy.processor.save_pretrained(folder / "model_last")
-    config = {"MODEL": {"QWEN": QWEN}, "DATALOADER": {"ROBOVERSE": {"cfg_opts": OPTIONS}}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    statistics = {"out_ori_act": {"min": LOW, "max": HIGH, "mean": LOW * 0, "count": np.float32(7)}}
-    (folder / "dataset_stats.pkl").write_bytes(pickle.dumps(statistics, protocol=4))
-    (folder / "model_last.pth").write_bytes(b"the optimiser, which nobody reads")
-    return folder
-
-
-def test_a_run_becomes_a_checkpoint_that_acts(run, policy, tmp_path):
-    spec = convert(run, tmp_path / "out")
+def test_a_run_becomes_a_checkpoint_that_acts(official_run, policy, tmp_path):
+    spec = convert(official_run, tmp_path / "out")
     assert (spec.chunk_size, spec.dimensions, spec.bins, spec.crop, spec.image_size) == (
         8,
         7,
@@ -105,15 +75,18 @@ def official(processor, frames, instruction, actions):
 
 
 def test_the_same_picture_sentence_and_weights_give_the_official_tokens_pixels_and_loss(
-    run, tmp_path
+    official_run, tmp_path
 ):
-    convert(run, tmp_path / "out")
+    convert(official_run, tmp_path / "out")
     ours = VLA0.from_pretrained(tmp_path / "out")
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 256, (256, 256, 3), dtype=np.uint8) for _ in range(2)]
     actions = rng.uniform(LOW, HIGH, (8, 7)).astype(np.float32)
     inputs, labels = official(
-        AutoProcessor.from_pretrained(run / "model_last"), frames, "open the drawer", actions
+        AutoProcessor.from_pretrained(official_run / "model_last"),
+        frames,
+        "open the drawer",
+        actions,
     )
     # The official answer ends with a newline that decoding never reaches: a row of
     # docs/differences.md.
@@ -131,28 +104,28 @@ def test_the_same_picture_sentence_and_weights_give_the_official_tokens_pixels_a
     torch.testing.assert_close(batch["pixel_values"], inputs["pixel_values"])
     torch.testing.assert_close(batch["image_grid_thw"], inputs["image_grid_thw"])
     with torch.no_grad():
-        theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(run / "model_last")
+        theirs = Qwen2_5_VLForConditionalGeneration.from_pretrained(official_run / "model_last")
         torch.testing.assert_close(ours.model(**batch).loss, theirs(**inputs, labels=labels).loss)
 
 
-def test_what_the_config_does_not_say_is_asked_for(run, tmp_path):
-    assert read_spec(run, vision_id=True).vision_id
-    config = yaml.safe_load((run / "config.yaml").read_text())
+def test_what_the_config_does_not_say_is_asked_for(official_run, tmp_path):
+    assert read_spec(official_run, vision_id=True).vision_id
+    config = yaml.safe_load((official_run / "config.yaml").read_text())
     config["DATALOADER"]["ROBOVERSE"]["cfg_opts"] = ""
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (official_run / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(InputError, match=r"--crop 0\.875"):
-        read_spec(run)
-    assert read_spec(run, crop=0.9).crop == 0.9
+        read_spec(official_run)
+    assert read_spec(official_run, crop=0.9).crop == 0.9
 
 
-def test_a_pickle_that_would_run_code_runs_nothing(run, tmp_path):
+def test_a_pickle_that_would_run_code_runs_nothing(official_run, tmp_path):
     class Hostile:
         def __reduce__(self):
             return (open, (str(tmp_path / "owned"), "w"))
 
-    (run / "dataset_stats.pkl").write_bytes(pickle.dumps({"out_ori_act": Hostile()}))
+    (official_run / "dataset_stats.pkl").write_bytes(pickle.dumps({"out_ori_act": Hostile()}))
     with pytest.raises(InputError, match="numpy arrays alone"):
-        convert(run, tmp_path / "out")
+        convert(official_run, tmp_path / "out")
     assert not (tmp_path / "owned").exists()
     assert not (tmp_path / "out").exists()
 
@@ -161,10 +134,10 @@ def test_a_pickle_that_would_run_code_runs_nothing(run, tmp_path):
     "gone",
     ["config.yaml", "dataset_stats.pkl", "model_last/model.safetensors", "model_last/config.json"],
 )
-def test_an_incomplete_run_is_refused_and_leaves_nothing(run, gone, tmp_path):
-    (run / gone).unlink()
+def test_an_incomplete_run_is_refused_and_leaves_nothing(official_run, gone, tmp_path):
+    (official_run / gone).unlink()
     with pytest.raises(InputError):
-        convert(run, tmp_path / "out")
+        convert(official_run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
@@ -178,19 +151,19 @@ def test_an_incomplete_run_is_refused_and_leaves_nothing(run, gone, tmp_path):
         {"num_bins_actions": 1},
     ],
 )
-def test_a_config_that_does_not_fit_is_refused(run, change):
-    config = yaml.safe_load((run / "config.yaml").read_text())
+def test_a_config_that_does_not_fit_is_refused(official_run, change):
+    config = yaml.safe_load((official_run / "config.yaml").read_text())
     config["MODEL"]["QWEN"] |= change
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (official_run / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(InputError):
-        read_spec(run)
+        read_spec(official_run)
 
 
 @pytest.mark.parametrize(
     "damage",
     [b"", b"\x80\x04garbage", pickle.dumps([1, 2]), pickle.dumps({"out_ori_act": {"min": LOW}})],
 )
-def test_damaged_statistics_are_refused(run, damage):
-    (run / "dataset_stats.pkl").write_bytes(damage)
+def test_damaged_statistics_are_refused(official_run, damage):
+    (official_run / "dataset_stats.pkl").write_bytes(damage)
     with pytest.raises(InputError):
-        read_spec(run)
+        read_spec(official_run)

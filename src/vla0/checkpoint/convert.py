@@ -11,6 +11,7 @@ from transformers import AutoProcessor
 
 from vla0.checkpoint.io import link_files
 from vla0.checkpoint.lerobot_config import describe
+from vla0.checkpoint.location import locate
 from vla0.checkpoint.safe_pickle import load_arrays
 from vla0.core.prompt import Prompt
 from vla0.core.spec import SPEC_FILE, Spec
@@ -19,6 +20,8 @@ from vla0.files import whole_folder
 
 CAMERAS = ("agentview", "wrist")  # in the order of the official LIBERO config
 REMEDY = "give the folder of an official run: config.yaml, dataset_stats.pkl and model_last/"
+NEEDED = ("config.yaml", "dataset_stats.pkl")
+FETCHED = ("*config.yaml", "*dataset_stats.pkl", "*model_last/*")  # and no optimizer, no videos
 KEPT = (".safetensors", ".json", ".txt", ".jinja", ".model")
 
 
@@ -28,7 +31,7 @@ def convert(
     """Convert an official run folder to a checkpoint.
 
     Args:
-        run: The official run folder.
+        run: The official run folder, or its id on the Hub.
         out: Where the checkpoint is written.
         vision_id: Whether "Picture 1: " precedes an image. The released weights were trained
             without it, whatever their config.yaml says, because transformers ignored it then.
@@ -40,7 +43,7 @@ def convert(
     Raises:
         InputError: When `run` is not such a folder, or `out` holds other files.
     """
-    run, out = Path(run), Path(out)
+    run, out = find_run(run), Path(out)
     spec = read_spec(run, vision_id, crop)
     weights = run / "model_last"
     if not (weights / "config.json").is_file() or not list(weights.glob("*.safetensors")):
@@ -58,6 +61,25 @@ def convert(
     return spec
 
 
+def find_run(run: str | Path) -> Path:
+    """Return the folder of an official run.
+
+    Args:
+        run: That folder, one that holds it, or its id on the Hub, whence it is fetched.
+
+    Raises:
+        InputError: When there is none, or more than one.
+    """
+    folder = locate(run, only=FETCHED)
+    places = [folder, *sorted(place for place in folder.iterdir() if place.is_dir())]
+    found = [place for place in places if all((place / name).is_file() for name in NEEDED)]
+    if not found:
+        return folder  # read_spec names what is missing
+    if len(found) > 1:
+        raise InputError("one run", f"{[str(place) for place in found]}", "name one of them")
+    return found[0]
+
+
 def read_spec(run: Path, vision_id: bool = False, crop: float | None = None) -> Spec:
     """Make the Spec of an official run folder from its config.yaml and dataset_stats.pkl.
 
@@ -69,7 +91,7 @@ def read_spec(run: Path, vision_id: bool = False, crop: float | None = None) -> 
     Raises:
         InputError: When one of these files is missing or not understood.
     """
-    for name in ("config.yaml", "dataset_stats.pkl"):
+    for name in NEEDED:
         if not (run / name).is_file():
             raise InputError(f"'{name}' in '{run}'", "none", REMEDY)
     try:

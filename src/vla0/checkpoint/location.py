@@ -1,5 +1,6 @@
 """Find a checkpoint: a local folder, or one that is fetched from the Hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ def of_the_hub(name: str | Path) -> bool:
     return str(name).count("/") == 1 and not str(name).startswith((".", "/", "~"))
 
 
-def locate(path: str | Path, weights: bool = True) -> Path:
+def locate(path: str | Path, weights: bool = True, only: Sequence[str] | None = None) -> Path:
     """Return the local folder of a checkpoint, and fetch it from the Hub if necessary.
 
     Args:
         path: Checkpoint folder, or id of a model on the Hub.
         weights: Whether to fetch the weights too.
+        only: Patterns of the files to fetch. None fetches all but pickles.
 
     Raises:
         InputError: When path is neither a folder nor a checkpoint that the Hub delivers.
@@ -28,10 +30,15 @@ def locate(path: str | Path, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    unwanted = [] if only else UNWANTED
+    if not weights:
+        unwanted = [*unwanted, "*.safetensors"]
     try:
         return Path(
             snapshot_download(
-                str(path), ignore_patterns=UNWANTED if weights else [*UNWANTED, "*.safetensors"]
+                str(path),
+                allow_patterns=None if only is None else list(only),
+                ignore_patterns=unwanted or None,
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -164,7 +164,8 @@ def convert(
     run: Annotated[
         Path,
         typer.Argument(
-            help="run folder of the official VLA-0 code, or adapters of lerobot-train --peft"
+            help="run of the official VLA-0 code (folder or Hub id), or adapters of lerobot-train "
+            "--peft"
         ),
     ],
     out: Annotated[Path, typer.Argument(help="new checkpoint folder")],

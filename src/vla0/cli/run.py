@@ -211,6 +211,51 @@ def evaluate(
 
 
 @app.command()
+def reproduce(
+    name: Annotated[str | None, typer.Argument(help="without it: what there is")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="the checkpoint, where it is here: a folder, or another id")
+    ] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help="of the figures, e.g. libero_goal; default all")
+    ] = None,
+    episodes: Annotated[
+        int | None, typer.Option(help="episodes for each task; default as published")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the results; default runs/reproduce/NAME")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="environments at once; default 8 a core")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="torch device; default the GPU where there is one")
+    ] = None,
+) -> None:
+    """Evaluate a published checkpoint by its protocol, and say whether the figure holds.
+
+    The same command again continues where it stopped.
+    """
+    from vla0.sim import reproduce as reproduction
+
+    if name is None:
+        refuse_idle({"--model": model, "--part": part, "--out": out}, "a NAME")
+        console.print(reproduction.listing())
+        return
+    quiet()
+    entry = reproduction.find(name)
+    out = out or Path("runs") / "reproduce" / name
+    result = reproduction.reproduce(name, out, model, part or [], episodes, workers, device)
+    console.print(reproduction.table(result))
+    say(f"published: {entry.source}")
+    for what, stated, here in result.differing:
+        say(f"differs: {what}: {stated} there, {here} here")
+    for remark in entry.remarks:
+        say(f"known: {remark}")
+    say(f"reports: {out}/*/report.html; {out / 'reproduction.json'}")
+
+
+@app.command()
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="folders that `vla0 eval` wrote")],
     out: Annotated[Path, typer.Option(help="page to write")] = Path("comparison.html"),

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from vla0.errors import InputError, nearest
-from vla0.sim.results import PUBLISHED, mean_success, read_episodes, suites, summary, wilson
+from vla0.sim.published import BESIDE
+from vla0.sim.results import mean_success, read_episodes, suites, summary, wilson
 
 BASELINES = {  # the policies to compare with, and what the page says about each
     "blank": "the policy was given black pictures; the videos show what was there",
@@ -130,13 +131,13 @@ def _table(summarised: Mapping[str, Rows]) -> str:
     """
     grouped = {policy: suites(tasks) for policy, tasks in summarised.items()}
     all_tasks = sorted({task for tasks in summarised.values() for task in tasks})
-    published = any(suite in PUBLISHED for suite in grouped.get("policy", {}))
+    published = any(suite in BESIDE for suite in grouped.get("policy", {}))
     rows = [
         f"<tr><td>{wrapping(task)}{_cells([tasks.get(task) for tasks in summarised.values()])}"
         for task in all_tasks
     ]
     for suite in sorted({suite for rows_of in grouped.values() for suite in rows_of}):
-        stated = f"<td>{PUBLISHED[suite]}" if published and suite in PUBLISHED else ""
+        stated = f"<td>{BESIDE[suite]}" if published and suite in BESIDE else ""
         cells = _cells([rows_of.get(suite) for rows_of in grouped.values()])
         rows.append(f"<tr><td><strong>{wrapping(suite)}</strong>{cells}{stated}")
     means = "".join(

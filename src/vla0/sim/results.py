@@ -12,26 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from vla0.errors import InputError
-
-# Published successes: of VLA-0 (arXiv 2510.13054; the mean over the four suites is 94.7 %), and of
-# π0.5 on LIBERO-PRO (its README of 2026-11; the mean over the sixteen is 53.3 %).
-PUBLISHED = {
-    "libero_spatial": "VLA-0: 97.0 %",
-    "libero_object": "VLA-0: 97.8 %",
-    "libero_goal": "VLA-0: 96.2 %",
-    "libero_10": "VLA-0: 87.6 %",
-} | {
-    f"libero_{suite}_{change}": f"π0.5: {percent} %"
-    for suite, percents in {
-        "goal": (97, 97, 38, 0),
-        "spatial": (97, 97, 20, 1),
-        "10": (93, 92, 8, 1),
-        "object": (96, 98, 17, 1),
-    }.items()
-    for change, percent in zip(("lan", "object", "swap", "task"), percents, strict=True)
-}
-# The ablation of the same paper: means over the four suites.
-PUBLISHED_ROWS = {"ensembling mean": 94.7, "no ensembling": 92.0, "separate images": 94.5}
+from vla0.sim.published import ABLATION, BESIDE
 
 KINDS: dict[str, Any] = {  # the type of the value for each key of a line
     "policy": str,
@@ -196,7 +177,7 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
             wrong = [str(row["errors"] or "")] if errors else []
             result.add_row(policy, _words(task), *cells(row), steps, *wrong)
         for suite, row in suites(rows).items():
-            stated = PUBLISHED.get(suite, "") if policy == "policy" else ""
+            stated = BESIDE.get(suite, "") if policy == "policy" else ""
             result.add_row(
                 policy, suite, *cells(row), "", *([""] if errors else []), stated, style="bold"
             )
@@ -223,7 +204,7 @@ def ablation_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
             row,
             *shown,
             f"{mean_success(suite_rows):.1%}",
-            f"{PUBLISHED_ROWS[row]} %" if row in PUBLISHED_ROWS else "",
+            f"{ABLATION[row]} %" if row in ABLATION else "",
         )
     return result
 
