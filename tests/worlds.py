@@ -145,3 +145,28 @@ class Reach:
                 place + self.wild * np.random.default_rng(len(chunk) + self.queries).normal(size=6)
             )
         return np.array(chunk, np.float32)
+
+
+class Sides:
+    """Done at once when the first action goes to the side that the instruction names."""
+
+    fps, max_steps = 20.0, 1
+
+    def __init__(self, side: str):
+        self.side = side
+
+    def reset(self, seed):
+        return self._observe()
+
+    def step(self, action):
+        return self._observe(), bool((action[0] > 0) == (self.side == "right"))
+
+    def close(self):
+        pass
+
+    def _observe(self):
+        return Observation({"front": np.zeros((56, 56, 3), np.uint8)}, f"push {self.side}")
+
+
+def make_sides(side):
+    return Sides(side)

@@ -113,7 +113,7 @@ class TextPolicy:
         self._check(num_steps)
         with self.alone:
             levels = self.decoder.decode(*self._asked(observations, num_steps))
-        return np.stack([self._actions(*pair) for pair in zip(levels, observations, strict=True)])
+        return np.stack([self.actions(*pair) for pair in zip(levels, observations, strict=True)])
 
     def see(self, observation: Observation) -> Observation:
         """Return the observation, with as much of it prepared as can be done before a query."""
@@ -140,7 +140,7 @@ class TextPolicy:
                 (levels,) = next(parts, (None,))
             if levels is None:
                 return
-            yield from self._actions(levels[steps_yielded:], observation)
+            yield from self.actions(levels[steps_yielded:], observation)
             steps_yielded = len(levels)
 
     def ensemble_actions(
@@ -217,7 +217,7 @@ class TextPolicy:
 
     def _asked(self, observations: Sequence[Observation], num_steps: int | None) -> tuple[Any, ...]:
         """Return the arguments for the decoder."""
-        guesses = [self._guess(observation) for observation in observations]
+        guesses = [self.guess(observation) for observation in observations]
         if all(observation.action_prefix is None for observation in observations):
             return self.prompt.observe(observations), num_steps, guesses
         prefixes = [
@@ -244,11 +244,11 @@ class TextPolicy:
             )
         return self.codec.encode(to_written(action_prefix, observation, self.spec))
 
-    def _actions(self, levels: np.ndarray, observation: Observation) -> np.ndarray:
+    def actions(self, levels: np.ndarray, observation: Observation) -> np.ndarray:
         """Turn (n, D) levels into (n, D) float32 actions."""
         return from_written(self.codec.decode(levels), observation, self.spec).astype(np.float32)
 
-    def _guess(self, observation: Observation) -> np.ndarray | None:
+    def guess(self, observation: Observation) -> np.ndarray | None:
         """Return (H, D) levels close to the expected chunk, or None without draft actions."""
         if observation.draft_actions is None:
             return None

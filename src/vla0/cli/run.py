@@ -38,6 +38,35 @@ def train(
     say(f"checkpoint: {last}")
 
 
+@app.command()
+def rl(
+    config: Annotated[Path, typer.Option(help="config, e.g. configs/rl_demo.yaml")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="fields of the config, dots go deeper"),
+    ] = None,
+) -> None:
+    """Go on from a checkpoint by its success in a simulator (reinforcement learning, GRPO).
+
+    The same command again continues where it stopped.
+    """
+    from vla0.rl.config import RLConfig
+    from vla0.sim.evaluate import EvalConfig
+    from vla0.sim.simulator import tasks_of
+    from vla0.train.config import build, read_yaml
+
+    rl_config = build(RLConfig, read_yaml(config, overrides or []), str(config))
+    settings = build(EvalConfig, rl_config.simulator, "simulator")
+    tasks_of(settings.env, settings.tasks, None)
+    # This import takes long, so it comes after the checks of the config.
+    from vla0.rl.run import main
+
+    quiet()
+    last = main(rl_config)
+    say(f"checkpoint: {last}")
+    say(f"report: {last.parent / 'report.html'}")
+
+
 @app.command("eval")
 def evaluate(
     checkpoint: Annotated[str | None, typer.Option(help="checkpoint folder or Hub id")] = None,

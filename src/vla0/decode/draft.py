@@ -102,12 +102,12 @@ def drawn(trees: Sequence[Tree], grammar: Grammar, rows: int, nodes: int) -> tup
             row_paths[node, :depth] = row_paths[parent, :depth]
             row_depths.append(depth)
         depths[row, : len(tree)] = row_depths
-        allowed[row, : len(tree)] = [_may_follow(grammar, state) for state in tree.states]
+        allowed[row, : len(tree)] = [may_follow(grammar, state) for state in tree.states]
     allowed[..., 0] |= ~allowed.any(2)  # padding, and nodes after the end: one symbol is allowed
     return symbols, depths, paths, allowed
 
 
-def _may_follow(grammar: Grammar, state: State) -> np.ndarray:
+def may_follow(grammar: Grammar, state: State) -> np.ndarray:
     """Return which of the 12 symbols may follow a state, as (12,) bool."""
     number, digits = state
     if number == grammar.count:

@@ -18,6 +18,7 @@ from vla0.core.prompt import Prompt
 from vla0.decode.draft import Draft, Expectation, State, Tree, after
 from vla0.decode.engine import DecodeState, Engine
 from vla0.decode.fused_engine import FusedEngine
+from vla0.decode.sampling import Sampling
 from vla0.decode.support import fused
 from vla0.decode.tree_size import measured_tree_size
 from vla0.errors import InputError
@@ -149,8 +150,16 @@ class SpeculativeDecoder:
         num_steps: int | None = None,
         guesses: Sequence[np.ndarray | None] | None = None,
         prefixes: Sequence[np.ndarray] | None = None,
+        sampling: Sampling | None = None,
     ) -> Iterator[list[np.ndarray]]:
         """Decode a batch as `decode` does, and yield after each pass what is finished.
+
+        Args:
+            batch: As for `decode`.
+            num_steps: As for `decode`.
+            guesses: As for `decode`.
+            prefixes: As for `decode`.
+            sampling: How answers are drawn at random. None takes the likeliest.
 
         Yields:
             For each row, the levels (H', D) of its finished steps. The last item has all steps.
@@ -171,6 +180,9 @@ class SpeculativeDecoder:
             Row(Draft(self.grammar, self.expectation.prior(guess), numbers), self.grammar.start)
             for guess in guesses
         ]
+        if sampling is not None:
+            for place, row in enumerate(rows):
+                row.draft = sampling.draft(place, row.draft)
         for row, levels in zip(rows, prefixes or (), strict=False):
             row.symbols = [SYMBOLS.index(character) for character in written(levels)]
             row.state = (levels.size, "")
@@ -193,6 +205,8 @@ class SpeculativeDecoder:
                 self.last_state = state
             else:
                 picks, probabilities = self.engine.step(state, trees)
+            if sampling is not None:
+                picks = sampling.picks(trees, probabilities)
             judged = zip(rows, trees, picks, probabilities, strict=True)
             self.engine.accept(state, [self._advance(*each) for each in judged])
             if self.learning:

@@ -115,6 +115,16 @@ def _remembering(make: Callable[[str], Env], past: Past, task: str) -> Env:
     return Remembering(make(task), past.count, past.states)
 
 
+def world(
+    config: EvalConfig,
+    past: Past = PRESENT,
+    make_env: Callable[[EvalConfig, str], Env] = make_env,
+) -> Callable[[str], Env]:
+    """Return what makes the Env of a task, with as much of the past as a policy sees."""
+    make: Callable[[str], Env] = partial(make_env, config)
+    return partial(_remembering, make, past) if past.count > 1 else make
+
+
 def evaluate(
     policies: Mapping[str, Predict],
     chunk_size: int,
@@ -161,9 +171,8 @@ def evaluate(
         config.ensemble_k,
         config.periodic,
     )
-    make: Callable[[str], Env] = partial(make_env, config)
+    make = world(config, past, make_env)
     if past.count > 1:
-        make = partial(_remembering, make, past)
         identity = {**(identity or {}), "past": asdict(past)}
     TemporalEnsemble(*acting)  # raises InputError for bad settings before anything starts
     with held(Path(out), "evaluation"):

@@ -63,12 +63,12 @@ class WorkerPool:
     Args:
         policies: The policies by name.
         rollout: How the processes roll out episodes.
-        out: Folder for the videos and the actions of the episodes.
+        out: Folder for the videos and the actions of the episodes. None keeps none.
         count: Number of processes.
     """
 
     def __init__(
-        self, policies: Mapping[str, Predict], rollout: RolloutConfig, out: Path, count: int
+        self, policies: Mapping[str, Predict], rollout: RolloutConfig, out: Path | None, count: int
     ):
         self.policies, self.rollout, self.out, self.count = policies, rollout, out, count
         # All of these have the pipe to a process as the key.
@@ -103,10 +103,15 @@ class WorkerPool:
                     self._answer()
                 self._drop_silent(jobs, record)
         finally:
-            for process in self.processes.values():
-                process.kill()
-            for process in self.processes.values():
-                process.join()
+            self.close()
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self.processes.values():
+            process.kill()
+        for process in self.processes.values():
+            process.join()
+        self.processes = {}
 
     def _spawn(self) -> None:
         """Start a process."""
@@ -166,7 +171,10 @@ class WorkerPool:
                         logger.debug(
                             "a process died while its chunk was decoded; `wait` reports it"
                         )
-        # Decoding may have taken long, and others may have spoken meanwhile: nobody was silent.
+        self._all_heard()
+
+    def _all_heard(self) -> None:
+        """Count nobody as silent: a decode may take long, and others spoke meanwhile."""
         now = time.monotonic()
         self.busy = {pipe: (job, now) for pipe, (job, _) in self.busy.items()}
 
@@ -205,19 +213,19 @@ class _ParentGoneError(BaseException):  # not an Exception, which would count as
     """Raised when the parent has ended or was killed, so that nobody waits for an episode."""
 
 
-def work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
+def work(pipe: Connection, rollout: RolloutConfig, out: Path | None) -> None:
     """Play episodes in a process, with chunks from the parent, until the parent ends.
 
     Args:
         pipe: Leads to the parent.
         rollout: How episodes are rolled out.
-        out: Folder for the videos and the actions of the episodes.
+        out: Folder for the videos and the actions of the episodes. None keeps none.
     """
     with suppress(_ParentGoneError, KeyboardInterrupt):
         _work(pipe, rollout, out)
 
 
-def _work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
+def _work(pipe: Connection, rollout: RolloutConfig, out: Path | None) -> None:
     """Do what `work` says, and raise _ParentGoneError when the parent ends."""
     envs: dict[str, Env] = {}
 
@@ -261,8 +269,10 @@ def _work(pipe: Connection, rollout: RolloutConfig, out: Path) -> None:
             send("ends", _line(job, error=f"{type(error).__name__}: {error}"))
 
 
-def episode(job: Job, env: Env, policy: ChunkPolicy, out: Path, render: bool) -> dict[str, Any]:
-    """Play an episode, and save its video and its actions in `out`/videos.
+def episode(
+    job: Job, env: Env, policy: ChunkPolicy, out: Path | None, render: bool
+) -> dict[str, Any]:
+    """Play an episode, and save its video and its actions in `out`/videos, unless that is None.
 
     Args:
         job: The names of the policy and of the task, and the seed.
@@ -281,10 +291,14 @@ def episode(job: Job, env: Env, policy: ChunkPolicy, out: Path, render: bool) ->
         if render or policy.looked:
             frames.append({c: f if f.ndim == 3 else f[-1] for c, f in observation.images.items()})
 
-    finished = rollout(env, policy, seed, film)
-    video = f"videos/{name}_{task.replace('/', '-')}_{seed}.mp4"
-    write_video(out / video, frames, env.fps if render else env.fps / policy.n_action_steps)
-    _write_actions((out / video).with_suffix(".npz"), finished)
+    video = None
+    if out is None:
+        finished = rollout(env, policy, seed)
+    else:
+        finished = rollout(env, policy, seed, film)
+        video = f"videos/{name}_{task.replace('/', '-')}_{seed}.mp4"
+        write_video(out / video, frames, env.fps if render else env.fps / policy.n_action_steps)
+        _write_actions((out / video).with_suffix(".npz"), finished)
     seconds = round(time.monotonic() - started, 2)
     return _line(job, success=finished.success, steps=finished.steps, seconds=seconds, video=video)
 

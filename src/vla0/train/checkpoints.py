@@ -135,48 +135,67 @@ class CheckpointCallback(TrainerCallback):
 
     def _metrics(self) -> list[dict[str, Any]]:
         """Read the lines of metrics.jsonl."""
-        file = self.output / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        return measured(self.output)
 
     def _rank(self, step: str, metrics: dict[str, float]) -> None:
         """Write the metrics of a checkpoint, and point `best` to it if it is the best one."""
-        every = [m for m in self._metrics() if m["step"] < step] + [{"step": step, **metrics}]
-        write_whole(self.output / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in every))
-        measure = next(
-            (name for name in ("success", "held_out_loss") if any(name in m for m in every)), None
-        )
-        if measure is None:
-            best = every[-1]
-        else:  # the later one of equals
-            sign = 1 if measure == "success" else -1
-            best = max(
-                (m for m in reversed(every) if measure in m), key=lambda m: sign * m[measure]
-            )
-        if best["step"] == step or not (self.output / "best").exists():
-            point(self.output / "best", step)
+        rank(self.output, step, metrics)
 
     def _prune(self, step: int) -> None:
-        """Remove old checkpoints, all training states but the newest two, and unfinished folders.
+        """Remove old checkpoints and training states."""
+        prune(self.output, step, self.keep_last)
 
-        `last`, `best` and the newest `keep_last` checkpoints stay.
-        """
-        kept = {(self.output / name).resolve().name for name in ("last", "best")}
-        # A checkpoint's evaluation lies beside it, as step-000500-eval, and is no checkpoint.
-        folders = sorted(
-            f for f in self.output.glob("step-*") if f.name.removeprefix("step-").isdecimal()
-        )
-        for folder in folders[: -self.keep_last]:
-            if folder.name not in kept:
-                shutil.rmtree(folder)
-        states = {
-            int(f.name.removeprefix("checkpoint-")): f
-            for f in (self.output / "state").glob("checkpoint-*")
-        }
-        # A state of a later step is what a kill left.
-        kept_states = sorted(number for number in states if number <= step)[-2:]
-        dropped = [folder for number, folder in states.items() if number not in kept_states]
-        for folder in [*unfinished(self.output, r"step-\d+"), *dropped]:
+
+def measured(output: Path) -> list[dict[str, Any]]:
+    """Read the lines of a run's metrics.jsonl."""
+    file = output / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def rank(output: Path, step: str, metrics: Mapping[str, float]) -> None:
+    """Write the metrics of a checkpoint, and point `best` to it if it is the best one.
+
+    Args:
+        output: The folder of the run.
+        step: Name of the checkpoint's folder.
+        metrics: What was measured.
+    """
+    every = [m for m in measured(output) if m["step"] < step] + [{"step": step, **metrics}]
+    write_whole(output / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in every))
+    measure = next(
+        (name for name in ("success", "held_out_loss") if any(name in m for m in every)), None
+    )
+    if measure is None:
+        best = every[-1]
+    else:  # the later one of equals
+        sign = 1 if measure == "success" else -1
+        best = max((m for m in reversed(every) if measure in m), key=lambda m: sign * m[measure])
+    if best["step"] == step or not (output / "best").exists():
+        point(output / "best", step)
+
+
+def prune(output: Path, step: int, keep_last: int) -> None:
+    """Remove old checkpoints, all training states but the newest two, and unfinished folders.
+
+    Args:
+        output: The folder of the run.
+        step: The step of the newest checkpoint.
+        keep_last: The newest checkpoints that stay, besides `last` and `best`.
+    """
+    kept = {(output / name).resolve().name for name in ("last", "best")}
+    # A checkpoint's evaluation lies beside it, as step-000500-eval, and is no checkpoint.
+    folders = sorted(f for f in output.glob("step-*") if f.name.removeprefix("step-").isdecimal())
+    for folder in folders[:-keep_last]:
+        if folder.name not in kept:
             shutil.rmtree(folder)
+    states = {
+        int(f.name.removeprefix("checkpoint-")): f for f in (output / "state").glob("checkpoint-*")
+    }
+    # A state of a later step is what a kill left.
+    kept_states = sorted(number for number in states if number <= step)[-2:]
+    dropped = [folder for number, folder in states.items() if number not in kept_states]
+    for folder in [*unfinished(output, r"step-\d+"), *dropped]:
+        shutil.rmtree(folder)
 
 
 def point(link: Path, name: str) -> None:

@@ -53,21 +53,35 @@ def resumable(config: TrainConfig, output: Path, processes: int) -> Path | None:
             "one of an earlier version (recipe.json)",
             remedy,
         )
-    before = _flat({key: value for key, value in _read(file).items() if key != DATA})
-    now = _flat(recorded(config, processes))
-    for key in {**now, **before}:
-        if before.get(key) != now.get(key) and not key.startswith(FREE):
-            raise InputError(
-                f"the config of '{output}' to go on with",
-                f"{key}: {now.get(key)} instead of {before.get(key)}",
-                "choose another output_dir, or remove that folder",
-            )
+    before = {key: value for key, value in _read(file).items() if key != DATA}
+    refuse_other_config(output, before, recorded(config, processes), FREE)
     state = output / "state" / f"checkpoint-{int(last.resolve().name.removeprefix('step-'))}"
     if not state.is_dir():
         raise InputError(
             f"the training state of '{last}'", f"no '{state}'", "choose another output_dir"
         )
     return state
+
+
+def refuse_other_config(
+    output: Path, before: Mapping[str, Any], now: Mapping[str, Any], free: tuple[str, ...]
+) -> None:
+    """Raise InputError where a run would resume with a config that it did not begin with.
+
+    Args:
+        output: The folder of the run.
+        before: The config that it began with.
+        now: The config of now.
+        free: Beginnings of keys that may change.
+    """
+    before, now = _flat(before), _flat(now)
+    for key in {**now, **before}:
+        if before.get(key) != now.get(key) and not key.startswith(free):
+            raise InputError(
+                f"the config of '{output}' to go on with",
+                f"{key}: {now.get(key)} instead of {before.get(key)}",
+                "choose another output_dir, or remove that folder",
+            )
 
 
 def refuse_other_data(output: Path, sources: Mapping[str, Source]) -> None:

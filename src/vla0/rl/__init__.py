@@ -1,0 +1,1 @@
+"""Learn from success: reinforcement learning of a policy that writes actions as text."""

@@ -1,0 +1,124 @@
+"""What a config of `vla0 rl` may say."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vla0.errors import InputError
+from vla0.train.config import Lora
+
+RATIOS = ("token", "chunk")
+
+
+def _at_least(least: float, **values: float | None) -> None:
+    """Raise InputError for a value that is below the least."""
+    for name, value in values.items():
+        if value is not None and not value >= least:
+            raise InputError(f"{name} >= {least:g}", f"{value}", "give a larger number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutsConfig:
+    """The episodes that are played at random in each round, and judged by their success."""
+
+    group_size: int = 8  # episodes from the same initial state, which are compared
+    groups: int = 8  # groups of a round whose episodes differ in success
+    # How many times as many initial states are tried, at most, to find these groups
+    waves: int = 3
+    temperature: float = 1.0  # 1: drawn from the model's own probabilities; larger: more varied
+    # of the initial states; None: the later half of the seeds that demonstrations may have
+    first_seed: int | None = None
+    workers: int | None = None  # worlds at once; None: 8 a core, or one where worlds are heavy
+
+    def __post_init__(self):
+        if self.group_size < 2:
+            remedy = "success is compared within a group: 8 is usual"
+            raise InputError("rollouts.group_size >= 2", f"{self.group_size}", remedy)
+        _at_least(1, groups=self.groups, waves=self.waves, workers=self.workers)
+        if not self.temperature > 0:
+            raise InputError(
+                "rollouts.temperature above 0",
+                f"{self.temperature}",
+                "without chance all episodes of a group are the same: 1 is usual",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateConfig:
+    """How the weights follow success: GRPO (Z. Shao et al., arXiv 2402.03300)."""
+
+    learning_rate: float = 1e-6  # of AdamW, constant
+    steps_per_round: int = 4  # steps of the optimizer in a pass over a round's episodes
+    epochs: int = 1  # passes over a round's episodes
+    batch_size: int = 8  # chunks in one pass through the model; the result does not depend on it
+    # How far below and above 1 a ratio of probabilities may move what is learned. The second is
+    # larger, so that rare chunks can become likelier (Q. Yu et al., arXiv 2503.14476)
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    ratio: str = "token"  # whose ratio is clipped: "token" or "chunk", of all its tokens together
+    # divide a group's advantages by their deviation; if not, hard initial states count less
+    scale_by_deviation: bool = True
+    kl: float = 0.0  # weight of the divergence from the checkpoint at the start
+    max_grad_norm: float = 1.0  # 0: gradients are not clipped
+    lora: Lora = field(default_factory=Lora)  # few weights to train beside frozen ones
+    # of the weights that act: "bf16" or "fp32"; null: as the checkpoint was saved. What is learned
+    # is added up in 32 bits
+    precision: str | None = None
+    gradient_checkpointing: bool = False  # less memory, more time
+
+    def __post_init__(self):
+        _at_least(
+            1, steps_per_round=self.steps_per_round, epochs=self.epochs, batch_size=self.batch_size
+        )
+        _at_least(0, clip_low=self.clip_low, clip_high=self.clip_high, kl=self.kl)
+        _at_least(0, max_grad_norm=self.max_grad_norm)
+        if not self.learning_rate > 0:
+            raise InputError("update.learning_rate > 0", f"{self.learning_rate}", "1e-6, say")
+        if self.ratio not in RATIOS:
+            raise InputError(f"update.ratio of {RATIOS}", f"'{self.ratio}'", "choose one of those")
+        if self.precision not in (None, "bf16", "fp32"):
+            got = f"'{self.precision}'"
+            raise InputError("update.precision: bf16, fp32 or null", got, "choose one of those")
+        if self.lora.dropout:
+            raise InputError(
+                "no update.lora.dropout",
+                f"{self.lora.dropout}",
+                "leave it out: what acts must be what is trained",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where a run saves and logs, and when it ends."""
+
+    output_dir: str  # folder of the run, for checkpoints, last, best and TensorBoard
+    measure_every_n_rounds: int = 5  # greedy acting at held-out seeds, and a checkpoint
+    keep_last: int = 1  # newest checkpoints to keep, besides `best`
+    # the run ends when held-out success is so far below the best; null: never
+    stop_below_best: float | None = 0.2
+
+    def __post_init__(self):
+        _at_least(1, measure_every_n_rounds=self.measure_every_n_rounds, keep_last=self.keep_last)
+        _at_least(0, stop_below_best=self.stop_below_best)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig:
+    """The config of reinforcement learning."""
+
+    checkpoint: str  # what it begins with: a folder or Hub id; it must succeed at times
+    # the tasks and how to act there (vla0.sim.evaluate.EvalConfig); its episodes and first_seed are
+    # those of the held-out measurements
+    simulator: Mapping[str, Any]
+    logging: RunConfig
+    rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    num_rounds: int | None = None  # give this, max_minutes, or both
+    max_minutes: float | None = None  # a round that has begun is finished
+    seed: int = 0  # of the initial states, what is drawn, and the order of chunks
+
+    def __post_init__(self):
+        if self.num_rounds is None and self.max_minutes is None:
+            raise InputError("num_rounds or max_minutes", "neither", "say when the run ends")
+        _at_least(1, num_rounds=self.num_rounds)
+        _at_least(0, max_minutes=self.max_minutes)

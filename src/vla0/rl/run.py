@@ -1,0 +1,406 @@
+"""Play, compare, learn: rounds of reinforcement learning from a config, to `last` and `best`."""
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from vla0.checkpoint import io as models
+from vla0.checkpoint.io import fingerprint
+from vla0.checkpoint.location import locate
+from vla0.core.ensemble import steps_used
+from vla0.core.spec import MAIN, Spec
+from vla0.errors import InputError
+from vla0.files import held, read_json, settle, write_whole
+from vla0.policy import VLA0
+from vla0.rl.config import RLConfig
+from vla0.rl.report import write_report
+from vla0.rl.rollouts import Played, RolloutPool, greedy, sampled
+from vla0.rl.update import Learner, weighed
+from vla0.sim.evaluate import EvalConfig, Past, world
+from vla0.sim.experiment import fit, following
+from vla0.sim.results import mend, wilson
+from vla0.sim.simulator import simulator
+from vla0.sim.workers import Job, RolloutConfig
+from vla0.train.checkpoints import FINISHED, measured, point, prune, rank
+from vla0.train.config import build
+from vla0.train.lora import adapted, merged, plain
+from vla0.train.model_card import card
+from vla0.train.resume import DAMAGED, refuse_other_config
+
+logger = logging.getLogger(__name__)
+
+CONFIG, ROUNDS, EPISODES = "rl_config.json", "rounds.jsonl", "episodes.jsonl"
+# Keys of a config that may change when a run resumes.
+FREE = ("logging.", "rollouts.workers", "num_rounds", "max_minutes", "update.batch_size")
+DTYPES: dict[str | None, Any] = {None: "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+OTHER = "choose another logging.output_dir, or remove that folder"
+
+
+@dataclass
+class State:
+    """How far a run is.
+
+    Args:
+        rounds: Rounds that have ended.
+        starts: Initial states that have been used.
+        minutes: Minutes that it took.
+        ended: Why it is at its end, or None.
+    """
+
+    rounds: int = 0
+    starts: int = 0
+    minutes: float = 0.0
+    ended: str | None = None
+
+
+@dataclass
+class Round:
+    """What was played in a round.
+
+    Args:
+        useful: Groups whose episodes differ in success.
+        played: All episodes, also of the other groups.
+        groups: How many groups were played.
+        seconds: {"play_s": until the last episode had ended, "decode_s": of that, the model's}.
+    """
+
+    useful: list[list[Played]] = field(default_factory=list)
+    played: list[Played] = field(default_factory=list)
+    groups: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"play_s": 0.0, "decode_s": 0.0})
+
+
+def main(config: RLConfig) -> Path:
+    """Run reinforcement learning, or go on where the same config stopped.
+
+    Returns:
+        The folder `last`.
+
+    Raises:
+        InputError: When the config, the checkpoint and the simulator do not fit, when nothing can
+            be learned because no episode or every episode succeeds, or memory is short.
+    """
+    output = Path(config.logging.output_dir)
+    settings = build(EvalConfig, config.simulator, "simulator")
+    simulator(settings.env).ready()
+    with held(output, "training"):
+        run = Run(config, settings, output)
+        try:
+            return run.go()
+        except torch.OutOfMemoryError as error:
+            remedy = "halve update.batch_size, which changes nothing else; then "
+            remedy += "update.gradient_checkpointing=true, or update.lora.rank=32"
+            got = str(error).splitlines()[0]
+            expected = f"memory for update.batch_size={config.update.batch_size}"
+            raise InputError(expected, got, remedy) from error
+        finally:
+            run.pool.close()
+
+
+class Run:
+    """One run, with its model, its worlds and its folder."""
+
+    def __init__(self, config: RLConfig, settings: EvalConfig, output: Path):
+        self.config, self.output = config, output
+        folder = locate(config.checkpoint)
+        spec = Spec.load(folder)
+        fit(spec, settings.env)
+        self.settings = following(settings, spec)
+        self.target = simulator(settings.env)
+        self.steps = steps_used(spec.chunk_size, settings.n_action_steps, settings.ensemble)
+        dtype = DTYPES[config.update.precision]
+        vlm, self.processor = models.load(folder, None, dtype)
+        identity = {"began with": fingerprint(vlm, spec), "versions": self.target.provenance()}
+        self.recorded = json.loads(json.dumps(dataclasses.asdict(config) | identity))
+        self._refuse_others()
+        start = models.load(folder, None, dtype)[0].eval() if config.update.kl else None
+        torch.manual_seed(config.seed)  # of LoRA's first weights
+        self.model = adapted(vlm.eval(), config.update.lora, False).eval()
+        self.policy = VLA0(plain(self.model), self.processor, spec)
+        self.learner = Learner(
+            self.model, self.policy.prompt, config.update, config.rollouts.temperature, start
+        )
+        acting = (
+            spec.chunk_size,
+            settings.n_action_steps,
+            settings.ensemble,
+            spec.ensemble_k,
+            self.settings.periodic,
+        )
+        heavy = self.target.heavy
+        rollout = RolloutConfig(
+            make_env=world(self.settings, Past(spec.history)),
+            acting=acting,
+            keep=1 if heavy else len(settings.tasks),
+        )
+        count = config.rollouts.workers or (1 if heavy else 8) * (os.cpu_count() or 1)
+        self.pool = RolloutPool(rollout, count)
+        self.state = State()
+
+    def go(self) -> Path:
+        """Do the rounds that are missing."""
+        output, config = self.output, self.config
+        for name in ("state", "tensorboard"):
+            (output / name).mkdir(parents=True, exist_ok=True)
+        write_whole(output / CONFIG, json.dumps(self.recorded, indent=2) + "\n")
+        self._resume()
+        self.board = SummaryWriter(
+            str(output / "tensorboard"), purge_step=self.state.rounds or None
+        )
+        if not self.state.rounds and not (output / "last").exists():
+            self._save()
+        self._finish()
+        self.began = time.monotonic() - 60 * self.state.minutes
+        while (reason := self.state.ended or self._over()) is None:
+            self._round()
+            self.state.minutes = (time.monotonic() - self.began) / 60
+            if self.state.rounds % config.logging.measure_every_n_rounds == 0 or self._over():
+                self._save()
+                self._finish()
+        if self._name() != (output / "last").resolve().name:
+            self._save()
+            self._finish()
+        logger.info("ended: %s", reason)
+        write_report(output)
+        return output / "last"
+
+    def _over(self) -> str | None:
+        """Return why the run is over by its config, or None."""
+        config, state = self.config, self.state
+        if config.num_rounds is not None and state.rounds >= config.num_rounds:
+            return f"{state.rounds} rounds"
+        if config.max_minutes is not None and state.minutes >= config.max_minutes:
+            return f"{state.minutes:.0f} minutes"
+        return None
+
+    def _name(self) -> str:
+        """Return the name of the folder of a checkpoint of now."""
+        return f"step-{self.state.rounds:06d}"
+
+    def _round(self) -> None:
+        """Play, learn, and record both."""
+        number = self.state.rounds + 1
+        result = self._play(number)
+        solved = sum(episode.success for episode in result.played)
+        total = len(result.played)
+        if not total:
+            raise InputError(
+                "episodes that end", "none: all were given up after crashes", "see the log"
+            )
+        line: dict[str, Any] = {
+            "round": number,
+            "success": solved / total,
+            "episodes": total,
+            "groups": result.groups,
+            "useful": len(result.useful),
+            **result.seconds,
+        }
+        if not result.useful:
+            self._nothing_to_learn(solved, total)
+        else:
+            queries = weighed(result.useful, self.config.update.scale_by_deviation)
+            line |= self.learner.learn(queries, [self.config.seed, number])
+        self.state.rounds = number
+        with (self.output / EPISODES).open("a", encoding="utf-8") as file:
+            file.writelines(
+                json.dumps({"round": number, **episode.line}) + "\n" for episode in result.played
+            )
+        with (self.output / ROUNDS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        for key, value in line.items():
+            self.board.add_scalar(f"rl/{key}", value, number)
+        low, high = wilson(solved, total)
+        logger.info(
+            "round %d: %d of %d solved (%.0f to %.0f %%), %d of %d groups differ; "
+            "%.0f s playing, %.0f s learning",
+            number,
+            solved,
+            total,
+            100 * low,
+            100 * high,
+            len(result.useful),
+            result.groups,
+            line["play_s"],
+            line.get("update_s", 0.0),
+        )
+
+    def _nothing_to_learn(self, solved: int, total: int) -> None:
+        """Raise InputError or end the run where no group's episodes differ in success."""
+        got = f"{solved} of {total} solved, no group with both success and failure"
+        if solved == 0:
+            remedy = (
+                "begin with a checkpoint that succeeds at times (more demonstrations or steps), "
+                "easier tasks, a larger rollouts.temperature or rollouts.group_size"
+            )
+            raise InputError("episodes that succeed", got, remedy)
+        if solved == total:
+            if self.state.rounds == 0:
+                remedy = "there is nothing to learn: choose harder tasks, or a larger temperature"
+                raise InputError("episodes that fail", got, remedy)
+            self.state.ended = "every episode of a round succeeded"
+        logger.warning("nothing was learned in this round: %s", got)
+
+    def _play(self, number: int) -> Round:
+        """Play groups until enough of them differ, or enough initial states were tried."""
+        rollouts, result = self.config.rollouts, Round()
+        answer = sampled(
+            self.policy, rollouts.temperature, self.steps, lambda job: self._seed(number, job)
+        )
+        for _ in range(rollouts.waves):
+            missing = rollouts.groups - len(result.useful)
+            if missing <= 0:
+                break
+            groups = [self._group(number, self.state.starts + place) for place in range(missing)]
+            self.state.starts += missing
+            started = time.monotonic()
+            played = self.pool.play([job for group in groups for job in group], answer)
+            result.seconds["play_s"] += time.monotonic() - started
+            result.seconds["decode_s"] += self.pool.seconds
+            by_job = {episode.job: episode for episode in played}
+            for group in groups:
+                ended = [by_job[job] for job in group if job in by_job]
+                if len({episode.success for episode in ended}) > 1:
+                    result.useful.append(ended)
+                else:  # what it saw is not needed, and takes memory
+                    for episode in ended:
+                        episode.turns.clear()
+            result.groups += len(groups)
+            result.played += played
+        return result
+
+    def _group(self, number: int, start: int) -> list[Job]:
+        """Return the jobs of a group: the same task and initial state for all its members."""
+        seeds, tasks = self.target.seeds, self.settings.tasks
+        first = self.config.rollouts.first_seed
+        if first is None:
+            first = seeds[len(seeds) // 2]
+        seed = seeds.start + (first - seeds.start + start // len(tasks)) % len(seeds)
+        task = tasks[start % len(tasks)]
+        return [
+            (f"round-{number}-start-{start}-member-{member}", task, seed)
+            for member in range(self.config.rollouts.group_size)
+        ]
+
+    def _seed(self, number: int, job: Job) -> Sequence[int]:
+        """Return the seed of what is drawn in an episode."""
+        name, task, seed = job
+        start, member = (int(name.split("-")[place]) for place in (3, 5))
+        return [
+            self.config.seed, number, start, member, self.settings.tasks.index(task), seed
+        ]  # fmt: skip
+
+    def _save(self) -> None:
+        """Write the training state and a checkpoint, and point `last` to it."""
+        folder, output = self.output / self._name(), self.output
+        state = output / "state" / f"checkpoint-{self.state.rounds}"
+        state.mkdir(parents=True, exist_ok=True)
+        torch.save(self.learner.state(), state / "learner.pt")
+        write_whole(state / "state.json", json.dumps(dataclasses.asdict(self.state)))
+        model = plain(self.model)
+        models.save(
+            folder, model, self.processor, {MAIN: self.policy.spec}, merged(self.model)
+        )  # fmt: skip
+        for place in (state, folder):
+            settle(place)
+        point(output / "last", folder.name)
+
+    def _finish(self) -> None:
+        """Measure the checkpoint `last`, rank it, prune and draw, unless that is done."""
+        name, output = self._name(), self.output
+        if (output / name / FINISHED).is_file():
+            return
+        metrics = self._measure()
+        best = max((m["success"] for m in measured(output) if m["step"] < name), default=0.0)
+        remark = f"It went on from '{Path(self.config.checkpoint).name}' by its success there."
+        text = card(
+            {MAIN: (self.settings.env, self.policy.spec)}, self.state.rounds, metrics, [remark]
+        )
+        write_whole(output / name / "README.md", text)
+        rank(output, name, metrics)
+        prune(output, self.state.rounds, self.config.logging.keep_last)
+        write_report(output)
+        write_whole(output / name / FINISHED, (output / FINISHED).read_bytes())
+        self.board.add_scalar("rl/held_out_success", metrics["success"], self.state.rounds)
+        below = self.config.logging.stop_below_best
+        if below is not None and metrics["success"] < best - below:
+            self.state.ended = (
+                f"held-out success fell to {metrics['success']:.0%}, from {best:.0%} before; "
+                "`best` is that one. A smaller update.learning_rate, or update.kl=0.05, may hold it"
+            )
+            logger.warning("%s", self.state.ended)
+            self._keep_state()
+
+    def _keep_state(self) -> None:
+        """Write how far the run is, once more."""
+        file = self.output / "state" / f"checkpoint-{self.state.rounds}" / "state.json"
+        write_whole(file, json.dumps(dataclasses.asdict(self.state)))
+
+    def _measure(self) -> dict[str, float]:
+        """Act greedily at held-out seeds."""
+        first, settings = self.settings.first_seed or 0, self.settings
+        jobs = [
+            ("held out", task, seed)
+            for seed in range(first, first + settings.episodes)
+            for task in settings.tasks
+        ]
+        played = self.pool.play(jobs, greedy(self.policy, self.steps))
+        if len(played) < len(jobs):
+            got = f"{len(jobs) - len(played)} given up after crashes"
+            raise InputError("every episode to end", got, "see the log")
+        rates = {
+            task: float(np.mean([e.success for e in played if e.job[1] == task]))
+            for task in settings.tasks
+        }
+        mean = float(np.mean(list(rates.values())))
+        logger.info(
+            "%s: %d of %d held-out episodes solved",
+            self._name(),
+            sum(episode.success for episode in played),
+            len(played),
+        )
+        each = {f"success/{task}": rate for task, rate in rates.items()} if len(rates) > 1 else {}
+        return {"success": mean, "episodes": float(len(played)), **each}
+
+    def _refuse_others(self) -> None:
+        """Raise InputError where another run is in the folder."""
+        file = self.output / CONFIG
+        if file.exists():
+            refuse_other_config(self.output, read_json(file, DAMAGED), self.recorded, FREE)
+        elif (self.output / "last").exists():
+            raise InputError(f"a run of vla0 rl in '{self.output}'", "another", OTHER)
+
+    def _resume(self) -> None:
+        """Take over the state of the checkpoint `last`, and forget what came after it."""
+        last = self.output / "last"
+        if not last.exists():
+            for name in (EPISODES, ROUNDS):
+                (self.output / name).unlink(missing_ok=True)
+            return
+        folder = (
+            self.output / "state" / f"checkpoint-{int(last.resolve().name.removeprefix('step-'))}"
+        )
+        self.state = State(**read_json(folder / "state.json", DAMAGED))
+        try:
+            content = torch.load(folder / "learner.pt", self.policy.model.device, weights_only=True)
+            self.learner.load(content)
+        except (OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
+            got = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            expected = f"a training state that is whole in '{folder}'"
+            raise InputError(expected, got, DAMAGED) from None
+        for name in (EPISODES, ROUNDS):
+            file = self.output / name
+            mend(file)
+            if file.exists():
+                lines = [json.loads(line) for line in file.read_text().splitlines()]
+                kept = [line for line in lines if line["round"] <= self.state.rounds]
+                write_whole(file, "".join(json.dumps(line) + "\n" for line in kept))
