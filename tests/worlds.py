@@ -148,7 +148,10 @@ class Reach:
 
 
 class Sides:
-    """Done at once when the first action goes to the side that the instruction names."""
+    """Done at once when the first action goes to the side that the instruction names.
+
+    "always" and "never" name none.
+    """
 
     fps, max_steps = 20.0, 1
 
@@ -159,7 +162,8 @@ class Sides:
         return self._observe()
 
     def step(self, action):
-        return self._observe(), bool((action[0] > 0) == (self.side == "right"))
+        right = {"right": True, "left": False}.get(self.side)
+        return self._observe(), self.side == "always" or (action[0] > 0) == right
 
     def close(self):
         pass

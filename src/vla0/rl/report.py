@@ -104,8 +104,8 @@ def _drawn(rounds: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, 
         rates = [line["success"] for line in held_out]
         bounds = [_interval(line["success"], line["episodes"]) for line in held_out]
         apart = [
-            [rate - low for rate, (low, _) in zip(rates, bounds, strict=True)],
-            [high - rate for rate, (_, high) in zip(rates, bounds, strict=True)],
+            [max(0.0, rate - low) for rate, (low, _) in zip(rates, bounds, strict=True)],
+            [max(0.0, high - rate) for rate, (_, high) in zip(rates, bounds, strict=True)],
         ]
         left.errorbar(
             [line["round"] for line in held_out], rates, yerr=apart, color=BLUE, marker="o", ms=4,

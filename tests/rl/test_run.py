@@ -1,0 +1,218 @@
+"""A run learns, resumes bit for bit, keeps every episode, and says when nothing can be learned."""
+
+import json
+import types
+
+import pytest
+import torch
+import worlds
+from conftest import make_spec
+
+from vla0 import InputError
+from vla0.checkpoint.tiny import tiny_model
+from vla0.policy import VLA0
+from vla0.rl import run as module
+from vla0.rl.config import RLConfig, RolloutsConfig, RunConfig, UpdateConfig
+from vla0.rl.run import main
+from vla0.train.config import Lora, build
+
+SMALL = {"width": 48, "layers": 2, "heads": 3}
+SMALL |= {"vision_width": 32, "vision_layers": 1, "vision_heads": 2}
+TOY = types.SimpleNamespace(
+    seeds=range(10), heavy=False, ready=lambda: None, provenance=lambda: {"toy": "1"}
+)
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setattr(module, "simulator", lambda name: TOY)
+    monkeypatch.setattr(module, "fit", lambda spec, env: None)
+    monkeypatch.setattr(module, "world", lambda settings, past: worlds.make_sides)
+
+
+@pytest.fixture(scope="module")
+def start(processor, tmp_path_factory):
+    spec = make_spec(
+        low=(-1.0,), high=(1.0,), cameras=("front",), state=None, chunk_size=1, bins=9, crop=1.0
+    )
+    folder = tmp_path_factory.mktemp("start") / "checkpoint"
+    VLA0(tiny_model(processor, **SMALL, seed=1), processor, spec).save_pretrained(folder)
+    return str(folder)
+
+
+def config(start, output, tasks=("left", "right"), rounds=4, **changes):
+    update = {"learning_rate": 2e-3, "batch_size": 32, **changes.pop("update", {})}
+    logging = {"measure_every_n_rounds": 2, "stop_below_best": None, **changes.pop("logging", {})}
+    rollouts = {"group_size": 6, "groups": 2, "workers": 2, **changes.pop("rollouts", {})}
+    return RLConfig(
+        checkpoint=start,
+        simulator={"env": "toy", "tasks": list(tasks), "episodes": 2, "ensemble": "none"},
+        logging=RunConfig(output_dir=str(output), **logging),
+        rollouts=RolloutsConfig(**rollouts),
+        update=UpdateConfig(**update),
+        num_rounds=rounds,
+        **changes,
+    )
+
+
+def weights(folder):
+    return VLA0.from_pretrained(folder, "cpu").model.state_dict()
+
+
+def same(one, other):
+    one, other = weights(one), weights(other)
+    return all(torch.equal(weight, other[name]) for name, weight in one.items())
+
+
+def rounds_of(output):
+    return [json.loads(line) for line in (output / "rounds.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_keeps_every_episode_and_draws_itself(start, tmp_path):
+    last = main(config(start, tmp_path / "run", rounds=20))
+    rounds = rounds_of(tmp_path / "run")
+    assert rounds[-1]["success"] > 0.8 > rounds[0]["success"]
+    episodes = (tmp_path / "run" / "episodes.jsonl").read_text().splitlines()
+    assert len(episodes) == sum(line["episodes"] for line in rounds)
+    for name in ("last", "best"):
+        assert (tmp_path / "run" / name / "vla0.json").is_file()
+        assert (tmp_path / "run" / name / "training.png").stat().st_size > 5000
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "at the start" in page
+    assert "data:image/png" in page
+    assert last.resolve().name == "step-000020"
+    assert VLA0.from_pretrained(last, "cpu").spec.bins == 9
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_run_that_was_killed_ends_as_one_that_was_not(start, tmp_path, monkeypatch, rank):
+    changes = {"update": {"lora": Lora(rank)}}
+    whole = main(config(start, tmp_path / "whole", **changes))
+    play, left = module.Run._play, [3]
+
+    def killed(run, number):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return play(run, number)
+
+    monkeypatch.setattr(module.Run, "_play", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(config(start, tmp_path / "cut", **changes))
+    assert (tmp_path / "cut" / "last").resolve().name == "step-000002"
+    monkeypatch.setattr(module.Run, "_play", play)
+    cut = main(config(start, tmp_path / "cut", **changes))
+    assert same(whole, cut)
+    assert not same(whole, start)
+    keys = ("round", "success", "episodes", "useful", "tokens")
+    assert [[line[key] for key in keys] for line in rounds_of(tmp_path / "whole")] == [
+        [line[key] for key in keys] for line in rounds_of(tmp_path / "cut")
+    ]
+    measured = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+    assert measured[0] == measured[1]
+
+
+@pytest.mark.parametrize("moment", ["point", "rank", "prune"])
+def test_a_save_that_was_cut_is_made_good(start, tmp_path, monkeypatch, moment):
+    whole = main(config(start, tmp_path / "whole"))
+    original, left = getattr(module, moment), [3]  # at the start, after two rounds, at the end
+
+    def killed(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(module, moment, killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(config(start, tmp_path / "cut"))
+    monkeypatch.setattr(module, moment, original)
+    cut = main(config(start, tmp_path / "cut"))
+    assert same(whole, cut)
+    for name in ("metrics.jsonl", "best"):
+        one, other = tmp_path / "whole" / name, tmp_path / "cut" / name
+        if name == "best":
+            assert one.resolve().name == other.resolve().name
+        else:
+            assert one.read_text() == other.read_text()
+
+
+def test_a_run_that_has_ended_does_nothing_more(start, tmp_path):
+    main(config(start, tmp_path / "run", rounds=2))
+    before = (tmp_path / "run" / "rounds.jsonl").read_bytes()
+    main(config(start, tmp_path / "run", rounds=2))
+    assert (tmp_path / "run" / "rounds.jsonl").read_bytes() == before
+    main(config(start, tmp_path / "run", rounds=3))  # and goes on where it is given more
+    assert len(rounds_of(tmp_path / "run")) == 3
+
+
+def test_a_policy_that_never_or_always_succeeds_is_told_after_one_round(start, tmp_path):
+    for task, expected in (("never", "episodes that succeed"), ("always", "episodes that fail")):
+        with pytest.raises(InputError, match=expected):
+            main(config(start, tmp_path / task, tasks=(task,)))
+        assert not (tmp_path / task / "rounds.jsonl").exists()
+
+
+def test_a_fall_is_told_and_ends_the_run(start, tmp_path, monkeypatch, caplog):
+    rates = iter([0.9, 0.5])
+    monkeypatch.setattr(
+        module.Run, "_measure", lambda run: {"success": next(rates), "episodes": 20.0}
+    )
+    main(config(start, tmp_path / "run", rounds=9, logging={"stop_below_best": 0.2}))
+    assert len(rounds_of(tmp_path / "run")) == 2
+    assert "fell to 50%" in caplog.text
+    assert (tmp_path / "run" / "best").resolve().name == "step-000000"
+    main(config(start, tmp_path / "run", rounds=9, logging={"stop_below_best": 0.2}))
+    assert len(rounds_of(tmp_path / "run")) == 2  # and stays ended
+
+
+def test_another_config_checkpoint_or_damage_is_refused(start, processor, tmp_path):
+    main(config(start, tmp_path / "run", rounds=2))
+    with pytest.raises(InputError, match=r"update\.learning_rate: 0\.001 instead of 0.002"):
+        main(config(start, tmp_path / "run", rounds=2, update={"learning_rate": 1e-3}))
+    other = tmp_path / "other"
+    policy = VLA0.from_pretrained(start, "cpu")
+    with torch.no_grad():
+        policy.model.get_input_embeddings().weight.mul_(1.5)
+    policy.save_pretrained(other)
+    with pytest.raises(InputError, match="checkpoint"):
+        main(config(str(other), tmp_path / "run", rounds=2))
+    state = tmp_path / "run" / "state" / "checkpoint-2"
+    whole = (state / "learner.pt").read_bytes()
+    (state / "learner.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="a training state that is whole"):
+        main(config(start, tmp_path / "run", rounds=4))
+    (state / "learner.pt").write_bytes(whole)
+    (state / "state.json").write_text("{")
+    with pytest.raises(InputError, match=r"state\.json"):
+        main(config(start, tmp_path / "run", rounds=4))
+
+
+def test_too_little_memory_names_the_setting(start, tmp_path, monkeypatch):
+    def none(*arguments):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(module.Learner, "learn", none)
+    with pytest.raises(InputError, match=r"halve update\.batch_size"):
+        main(config(start, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rollouts": {"temperature": 0.0}}, "temperature above 0"),
+        ({"rollouts": {"group_size": 1}}, "group_size >= 2"),
+        ({"update": {"ratio": "word"}}, "ratio of"),
+        ({"update": {"learning_rate": 0.0}}, "learning_rate > 0"),
+        ({"update": {"precision": "fp16"}}, "precision"),
+        ({"update": {"lora": {"rank": 4, "dropout": 0.1}}}, "no update.lora.dropout"),
+        ({"num_rounds": None}, "num_rounds or max_minutes"),
+        ({"rolouts": {}}, "unknown key 'rolouts'"),
+    ],
+)
+def test_what_cannot_be_is_refused(change, message):
+    content = {
+        "checkpoint": "x", "simulator": {}, "logging": {"output_dir": "y"}, "num_rounds": 1, **change
+    }  # fmt: skip
+    with pytest.raises(InputError, match=message):
+        build(RLConfig, content, "a config")
