@@ -41,6 +41,7 @@ from vla0.sim.evaluate import EvalConfig
 from vla0.sim.simulator import simulator
 from vla0.train import run as training
 from vla0.train.config import TrainConfig, read_config
+from vla0.train.resume import recorded
 
 TEXT = "text"
 FAMILY = "smolvlm"  # of SmolVLA's backbone
@@ -182,20 +183,28 @@ def tried(
     note = note_of(out, name, seed)
     console.print(f"[bold]{name}, seed {seed}[/bold]")
     trained = folder / PLACES.get(name, LEROBOT_PLACE)
-    if not note.exists():
+    asked: Any = json.loads(json.dumps(recorded(config, 1)))
+    del asked["logging"]
+    if name in plan.rows:
+        asked = [*plan.rows[name], *options, f"--seed={seed}"]
+        asked += [f"--batch_size={config.training.batch_size}"]
+        asked += [f"--num_workers={config.data.num_workers}"]
+    if note.exists():
+        if json.loads(note.read_text())["asked"] != asked:
+            expected = f"the settings of the training in '{note}'"
+            raise InputError(expected, "others", "choose another --out")
+    else:
         # What is left of a training that was interrupted does not tell how long it took.
         shutil.rmtree(folder, ignore_errors=True)
         if name in plan.rows:
-            told = [*plan.rows[name], *options, f"--seed={seed}"]
-            told += [f"--batch_size={config.training.batch_size}"]
-            told += [f"--num_workers={config.data.num_workers}"]
-            seconds = lerobot_trained(told, dataset, folder, text_seconds(out, seed))
+            seconds = lerobot_trained(asked, dataset, folder, text_seconds(out, seed))
         else:
             started = time.monotonic()
             training.main(config) if name == TEXT else heads.train(config, name)
             seconds = time.monotonic() - started
         found = {"train_s": round(seconds, 1), "weights": stored(trained / heads.WEIGHTS)}
-        write_whole(note, json.dumps(found | {"threads": torch.get_num_threads()}) + "\n")
+        found |= {"threads": torch.get_num_threads(), "asked": asked}
+        write_whole(note, json.dumps(found) + "\n")
     if name == TEXT:
         experiment.trial(str(trained), settings, result)
     elif name in heads.HEADS:

@@ -21,6 +21,10 @@ SECTIONS = (  # heading, file, class, what the keys begin with
     ("training", "train/config.py", "TrainingConfig", "training."),
     ("logging", "train/config.py", "LoggingConfig", "logging."),
     ("simulator", "sim/evaluate.py", "EvalConfig", "simulator."),
+    ("Reinforcement learning: `vla0 rl`", "rl/config.py", "RLConfig", ""),
+    ("rollouts", "rl/config.py", "RolloutsConfig", "rollouts."),
+    ("update", "rl/config.py", "UpdateConfig", "update."),
+    ("logging, of `vla0 rl`", "rl/config.py", "RunConfig", "logging."),
     ("A checkpoint: `vla0.json`", "core/spec.py", "Spec", ""),
 )
 ROOMS = {
@@ -31,6 +35,7 @@ ROOMS = {
     "policy.py": "VLA0",
     "train": "Training",
     "sim": "Simulators and evaluation",
+    "rl": "Reinforcement learning",
     "serve": "Serving and its clients",
     "robot": "Robots",
     "inspect": "`vla0 inspect`",
@@ -84,7 +89,8 @@ def cell(text: str) -> str:
 def configuration() -> str:
     """The page of all keys."""
     parts = [
-        "# Configuration reference\n\nWhat a YAML file for `vla0 train` may say, and `key=value` "
+        "# Configuration reference\n\nWhat a YAML file for `vla0 train` or `vla0 rl` may "
+        "say, and `key=value` "
         "behind it: "
         "`vla0 train --config mine.yaml training.batch_size=4`. A key that is not here is refused "
         "with the nearest "

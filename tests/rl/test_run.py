@@ -2,6 +2,7 @@
 
 import json
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from vla0.checkpoint.tiny import tiny_model
 from vla0.policy import VLA0
 from vla0.rl import run as module
 from vla0.rl.config import RLConfig, RolloutsConfig, RunConfig, UpdateConfig
+from vla0.rl.play import Player
 from vla0.rl.run import main
 from vla0.train.config import Lora, build
 
@@ -86,21 +88,21 @@ def test_a_run_learns_keeps_every_episode_and_draws_itself(start, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(start, tmp_path, monkeypatch, rank):
-    changes = {"update": {"lora": Lora(rank)}}
+    changes: dict[str, Any] = {"update": {"lora": Lora(rank)}}
     whole = main(config(start, tmp_path / "whole", **changes))
-    play, left = module.Run._play, [3]
+    play, left = Player.play, [3]
 
-    def killed(run, number):
+    def killed(player, number, start):
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        return play(run, number)
+        return play(player, number, start)
 
-    monkeypatch.setattr(module.Run, "_play", killed)
+    monkeypatch.setattr(Player, "play", killed)
     with pytest.raises(KeyboardInterrupt):
         main(config(start, tmp_path / "cut", **changes))
     assert (tmp_path / "cut" / "last").resolve().name == "step-000002"
-    monkeypatch.setattr(module.Run, "_play", play)
+    monkeypatch.setattr(Player, "play", play)
     cut = main(config(start, tmp_path / "cut", **changes))
     assert same(whole, cut)
     assert not same(whole, start)
@@ -156,7 +158,7 @@ def test_a_policy_that_never_or_always_succeeds_is_told_after_one_round(start, t
 def test_a_fall_is_told_and_ends_the_run(start, tmp_path, monkeypatch, caplog):
     rates = iter([0.9, 0.5])
     monkeypatch.setattr(
-        module.Run, "_measure", lambda run: {"success": next(rates), "episodes": 20.0}
+        Player, "measure", lambda player: {"success": next(rates), "episodes": 20.0}
     )
     main(config(start, tmp_path / "run", rounds=9, logging={"stop_below_best": 0.2}))
     assert len(rounds_of(tmp_path / "run")) == 2

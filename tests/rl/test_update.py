@@ -197,7 +197,7 @@ def test_weights_of_16_bits_follow_steps_that_are_too_small_for_them(fresh):
 
 
 def test_the_divergence_holds_the_model_near_its_start(processor):
-    ends = []
+    ends, told = [], {}
     for kl in (0.0, 5.0):
         policy = VLA0(tiny_model(processor, **SMALL, seed=4), processor, make_spec(bins=30))
         first = tiny_model(processor, **SMALL, seed=4).eval() if kl else None

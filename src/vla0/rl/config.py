@@ -51,9 +51,8 @@ class UpdateConfig:
     steps_per_round: int = 4  # steps of the optimizer in a pass over a round's episodes
     epochs: int = 1  # passes over a round's episodes
     batch_size: int = 8  # chunks in one pass through the model; the result does not depend on it
-    # How far below and above 1 a ratio of probabilities may move what is learned. The second is
-    # larger, so that rare chunks can become likelier (Q. Yu et al., arXiv 2503.14476)
-    clip_low: float = 0.2
+    clip_low: float = 0.2  # how far below 1 a ratio of probabilities moves what is learned
+    # how far above; more, so that rare chunks can become likelier (Q. Yu et al., arXiv 2503.14476)
     clip_high: float = 0.28
     ratio: str = "token"  # whose ratio is clipped: "token" or "chunk", of all its tokens together
     # divide a group's advantages by their deviation; if not, hard initial states count less

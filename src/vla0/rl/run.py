@@ -5,32 +5,30 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from vla0.checkpoint import io as models
 from vla0.checkpoint.io import fingerprint
 from vla0.checkpoint.location import locate
-from vla0.core.ensemble import steps_used
 from vla0.core.spec import MAIN, Spec
 from vla0.errors import InputError
 from vla0.files import held, read_json, settle, write_whole
 from vla0.policy import VLA0
 from vla0.rl.config import RLConfig
+from vla0.rl.play import Player
 from vla0.rl.report import write_report
-from vla0.rl.rollouts import Played, RolloutPool, greedy, sampled
+from vla0.rl.rollouts import RolloutPool
 from vla0.rl.update import Learner, weighed
 from vla0.sim.evaluate import EvalConfig, Past, world
 from vla0.sim.experiment import fit, following
 from vla0.sim.results import mend, wilson
 from vla0.sim.simulator import simulator
-from vla0.sim.workers import Job, RolloutConfig
+from vla0.sim.workers import RolloutConfig
 from vla0.train.checkpoints import FINISHED, measured, point, prune, rank
 from vla0.train.config import build
 from vla0.train.lora import adapted, merged, plain
@@ -61,23 +59,6 @@ class State:
     starts: int = 0
     minutes: float = 0.0
     ended: str | None = None
-
-
-@dataclass
-class Round:
-    """What was played in a round.
-
-    Args:
-        useful: Groups whose episodes differ in success.
-        played: All episodes, also of the other groups.
-        groups: How many groups were played.
-        seconds: {"play_s": until the last episode had ended, "decode_s": of that, the model's}.
-    """
-
-    useful: list[list[Played]] = field(default_factory=list)
-    played: list[Played] = field(default_factory=list)
-    groups: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {"play_s": 0.0, "decode_s": 0.0})
 
 
 def main(config: RLConfig) -> Path:
@@ -117,7 +98,6 @@ class Run:
         fit(spec, settings.env)
         self.settings = following(settings, spec)
         self.target = simulator(settings.env)
-        self.steps = steps_used(spec.chunk_size, settings.n_action_steps, settings.ensemble)
         dtype = DTYPES[config.update.precision]
         vlm, self.processor = models.load(folder, None, dtype)
         identity = {"began with": fingerprint(vlm, spec), "versions": self.target.provenance()}
@@ -145,6 +125,7 @@ class Run:
         )
         count = config.rollouts.workers or (1 if heavy else 8) * (os.cpu_count() or 1)
         self.pool = RolloutPool(rollout, count)
+        self.player = Player(config, self.settings, self.target.seeds, self.policy, self.pool)
         self.state = State()
 
     def go(self) -> Path:
@@ -190,7 +171,8 @@ class Run:
     def _round(self) -> None:
         """Play, learn, and record both."""
         number = self.state.rounds + 1
-        result = self._play(number)
+        result = self.player.play(number, self.state.starts)
+        self.state.starts += result.groups
         solved = sum(episode.success for episode in result.played)
         total = len(result.played)
         if not total:
@@ -250,55 +232,6 @@ class Run:
             self.state.ended = "every episode of a round succeeded"
         logger.warning("nothing was learned in this round: %s", got)
 
-    def _play(self, number: int) -> Round:
-        """Play groups until enough of them differ, or enough initial states were tried."""
-        rollouts, result = self.config.rollouts, Round()
-        answer = sampled(
-            self.policy, rollouts.temperature, self.steps, lambda job: self._seed(number, job)
-        )
-        for _ in range(rollouts.waves):
-            missing = rollouts.groups - len(result.useful)
-            if missing <= 0:
-                break
-            groups = [self._group(number, self.state.starts + place) for place in range(missing)]
-            self.state.starts += missing
-            started = time.monotonic()
-            played = self.pool.play([job for group in groups for job in group], answer)
-            result.seconds["play_s"] += time.monotonic() - started
-            result.seconds["decode_s"] += self.pool.seconds
-            by_job = {episode.job: episode for episode in played}
-            for group in groups:
-                ended = [by_job[job] for job in group if job in by_job]
-                if len({episode.success for episode in ended}) > 1:
-                    result.useful.append(ended)
-                else:  # what it saw is not needed, and takes memory
-                    for episode in ended:
-                        episode.turns.clear()
-            result.groups += len(groups)
-            result.played += played
-        return result
-
-    def _group(self, number: int, start: int) -> list[Job]:
-        """Return the jobs of a group: the same task and initial state for all its members."""
-        seeds, tasks = self.target.seeds, self.settings.tasks
-        first = self.config.rollouts.first_seed
-        if first is None:
-            first = seeds[len(seeds) // 2]
-        seed = seeds.start + (first - seeds.start + start // len(tasks)) % len(seeds)
-        task = tasks[start % len(tasks)]
-        return [
-            (f"round-{number}-start-{start}-member-{member}", task, seed)
-            for member in range(self.config.rollouts.group_size)
-        ]
-
-    def _seed(self, number: int, job: Job) -> Sequence[int]:
-        """Return the seed of what is drawn in an episode."""
-        name, task, seed = job
-        start, member = (int(name.split("-")[place]) for place in (3, 5))
-        return [
-            self.config.seed, number, start, member, self.settings.tasks.index(task), seed
-        ]  # fmt: skip
-
     def _save(self) -> None:
         """Write the training state and a checkpoint, and point `last` to it."""
         folder, output = self.output / self._name(), self.output
@@ -319,7 +252,13 @@ class Run:
         name, output = self._name(), self.output
         if (output / name / FINISHED).is_file():
             return
-        metrics = self._measure()
+        metrics = self.player.measure()
+        logger.info(
+            "%s: %.1f %% of %d held-out episodes solved",
+            name,
+            100 * metrics["success"],
+            metrics["episodes"],
+        )
         best = max((m["success"] for m in measured(output) if m["step"] < name), default=0.0)
         remark = f"It went on from '{Path(self.config.checkpoint).name}' by its success there."
         text = card(
@@ -344,32 +283,6 @@ class Run:
         """Write how far the run is, once more."""
         file = self.output / "state" / f"checkpoint-{self.state.rounds}" / "state.json"
         write_whole(file, json.dumps(dataclasses.asdict(self.state)))
-
-    def _measure(self) -> dict[str, float]:
-        """Act greedily at held-out seeds."""
-        first, settings = self.settings.first_seed or 0, self.settings
-        jobs = [
-            ("held out", task, seed)
-            for seed in range(first, first + settings.episodes)
-            for task in settings.tasks
-        ]
-        played = self.pool.play(jobs, greedy(self.policy, self.steps))
-        if len(played) < len(jobs):
-            got = f"{len(jobs) - len(played)} given up after crashes"
-            raise InputError("every episode to end", got, "see the log")
-        rates = {
-            task: float(np.mean([e.success for e in played if e.job[1] == task]))
-            for task in settings.tasks
-        }
-        mean = float(np.mean(list(rates.values())))
-        logger.info(
-            "%s: %d of %d held-out episodes solved",
-            self._name(),
-            sum(episode.success for episode in played),
-            len(played),
-        )
-        each = {f"success/{task}": rate for task, rate in rates.items()} if len(rates) > 1 else {}
-        return {"success": mean, "episodes": float(len(played)), **each}
 
     def _refuse_others(self) -> None:
         """Raise InputError where another run is in the folder."""

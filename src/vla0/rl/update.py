@@ -189,7 +189,8 @@ class Learner:
         several = config.epochs * config.steps_per_round > 1
         # With a single step the model that is trained is still the one that played.
         old = self._old([query.turn for query in queries]) if several else [None] * len(queries)
-        sums = dict.fromkeys(("tokens", "ratio", "clipped", "kl", "norm", "steps"), 0.0)
+        names = ("tokens", "ratio", "clipped", "kl", "norm", "steps")
+        sums: dict[str, float] = dict.fromkeys(names, 0.0)
         for _ in range(config.epochs):
             order = rng.permutation(len(queries))
             for step in np.array_split(order, min(config.steps_per_round, len(queries))):

@@ -1,0 +1,136 @@
+"""Play the groups of a round, and the held-out episodes."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vla0.core.ensemble import steps_used
+from vla0.errors import InputError
+from vla0.policy import VLA0
+from vla0.rl.config import RLConfig
+from vla0.rl.rollouts import Played, RolloutPool, greedy, sampled
+from vla0.sim.evaluate import EvalConfig
+from vla0.sim.workers import Job
+
+
+@dataclass
+class Round:
+    """What was played in a round.
+
+    Args:
+        useful: Groups whose episodes differ in success.
+        played: All episodes, also of the other groups.
+        groups: How many groups were played.
+        seconds: {"play_s": until the last episode had ended, "decode_s": of that, the model's}.
+    """
+
+    useful: list[list[Played]] = field(default_factory=list)
+    played: list[Played] = field(default_factory=list)
+    groups: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"play_s": 0.0, "decode_s": 0.0})
+
+
+class Player:
+    """Plays what a config says.
+
+    Args:
+        config: The config of the run.
+        settings: How to act; with the seeds of the held-out episodes.
+        seeds: The simulator's seeds of initial states that rounds may have.
+        policy: The policy.
+        pool: The worlds.
+    """
+
+    def __init__(
+        self, config: RLConfig, settings: EvalConfig, seeds: range, policy: VLA0, pool: RolloutPool
+    ):
+        self.config, self.settings, self.seeds = config, settings, seeds
+        self.policy, self.pool = policy, pool
+        chunk_size = policy.spec.chunk_size
+        self.steps = steps_used(chunk_size, settings.n_action_steps, settings.ensemble)
+        first = config.rollouts.first_seed
+        self.first = seeds[len(seeds) // 2] if first is None else first
+        if self.first not in seeds:
+            expected = f"rollouts.first_seed in {seeds.start}..{seeds.stop - 1}"
+            raise InputError(expected, f"{first}", "the others are those of evaluations")
+
+    def measure(self) -> dict[str, float]:
+        """Act greedily at held-out seeds.
+
+        Returns:
+            The mean "success" of the tasks, that of each where there are several, and "episodes".
+
+        Raises:
+            InputError: When episodes were given up after crashes.
+        """
+        first, settings = self.settings.first_seed or 0, self.settings
+        jobs = [
+            ("held out", task, seed)
+            for seed in range(first, first + settings.episodes)
+            for task in settings.tasks
+        ]
+        played = self.pool.play(jobs, greedy(self.policy, self.steps))
+        if len(played) < len(jobs):
+            got = f"{len(jobs) - len(played)} given up after crashes"
+            raise InputError("every episode to end", got, "see the log")
+        rates = {
+            task: float(np.mean([e.success for e in played if e.job[1] == task]))
+            for task in settings.tasks
+        }
+        mean = float(np.mean(list(rates.values())))
+        each = {f"success/{task}": rate for task, rate in rates.items()} if len(rates) > 1 else {}
+        return {"success": mean, "episodes": float(len(played)), **each}
+
+    def play(self, number: int, start: int) -> Round:
+        """Play groups until enough of them differ, or enough initial states were tried.
+
+        Args:
+            number: The number of the round.
+            start: How many initial states the rounds before have used.
+        """
+        rollouts, result = self.config.rollouts, Round()
+        answer = sampled(
+            self.policy, rollouts.temperature, self.steps, lambda job: self._seed(number, job)
+        )
+        for _ in range(rollouts.waves):
+            missing = rollouts.groups - len(result.useful)
+            if missing <= 0:
+                break
+            groups = [
+                self._group(number, start + result.groups + place) for place in range(missing)
+            ]
+            started = time.monotonic()
+            played = self.pool.play([job for group in groups for job in group], answer)
+            result.seconds["play_s"] += time.monotonic() - started
+            result.seconds["decode_s"] += self.pool.seconds
+            by_job = {episode.job: episode for episode in played}
+            for group in groups:
+                ended = [by_job[job] for job in group if job in by_job]
+                if len({episode.success for episode in ended}) > 1:
+                    result.useful.append(ended)
+                else:  # what it saw is not needed, and takes memory
+                    for episode in ended:
+                        episode.turns.clear()
+            result.groups += len(groups)
+            result.played += played
+        return result
+
+    def _group(self, number: int, start: int) -> list[Job]:
+        """Return the jobs of a group: the same task and initial state for all its members."""
+        seeds, tasks = self.seeds, self.settings.tasks
+        seed = seeds.start + (self.first - seeds.start + start // len(tasks)) % len(seeds)
+        task = tasks[start % len(tasks)]
+        return [
+            (f"round-{number}-start-{start}-member-{member}", task, seed)
+            for member in range(self.config.rollouts.group_size)
+        ]
+
+    def _seed(self, number: int, job: Job) -> Sequence[int]:
+        """Return the seed of what is drawn in an episode."""
+        name, task, seed = job
+        start, member = (int(name.split("-")[place]) for place in (3, 5))
+        return [
+            self.config.seed, number, start, member, self.settings.tasks.index(task), seed
+        ]  # fmt: skip
