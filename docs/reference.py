@@ -25,6 +25,7 @@ SECTIONS = (  # heading, file, class, what the keys begin with
     ("rollouts", "rl/config.py", "RolloutsConfig", "rollouts."),
     ("update", "rl/config.py", "UpdateConfig", "update."),
     ("logging, of `vla0 rl`", "rl/config.py", "RunConfig", "logging."),
+    ("`vla0 rl --offline`", "rl/config.py", "OfflineConfig", ""),
     ("A checkpoint: `vla0.json`", "core/spec.py", "Spec", ""),
 )
 ROOMS = {

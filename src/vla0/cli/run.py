@@ -41,6 +41,10 @@ def train(
 @app.command()
 def rl(
     config: Annotated[Path, typer.Option(help="config, e.g. configs/rl_demo.yaml")],
+    offline: Annotated[
+        str | None,
+        typer.Option(help="learn one round from this dataset of judged episodes, and play none"),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="fields of the config, dots go deeper"),
@@ -50,6 +54,10 @@ def rl(
 
     The same command again continues where it stopped.
     """
+    if offline is not None:
+        _offline(config, [*(overrides or []), f"data.dataset={offline}"])
+        return
+    from vla0.checkpoint.location import locate
     from vla0.rl.config import RLConfig
     from vla0.sim.evaluate import EvalConfig
     from vla0.sim.simulator import tasks_of
@@ -58,6 +66,7 @@ def rl(
     rl_config = build(RLConfig, read_yaml(config, overrides or []), str(config))
     settings = build(EvalConfig, rl_config.simulator, "simulator")
     tasks_of(settings.env, settings.tasks, None)
+    Spec.load(locate(rl_config.checkpoint, weights=False))
     # This import takes long, so it comes after the checks of the config.
     from vla0.rl.run import main
 
@@ -65,6 +74,24 @@ def rl(
     last = main(rl_config)
     say(f"checkpoint: {last}")
     say(f"report: {last.parent / 'report.html'}")
+
+
+def _offline(config: Path, overrides: list[str]) -> None:
+    """Learn from a dataset of judged episodes."""
+    from vla0.checkpoint.location import locate
+    from vla0.data.storage import refuse_missing
+    from vla0.rl.config import OfflineConfig
+    from vla0.train.config import build, read_yaml
+
+    rl_config = build(OfflineConfig, read_yaml(config, overrides), str(config))
+    refuse_missing(rl_config.data.dataset)
+    Spec.load(locate(rl_config.checkpoint, weights=False))
+    # This import takes long, so it comes after the checks of the config.
+    from vla0.rl.offline import offline
+
+    quiet()
+    last = offline(rl_config)
+    say(f"checkpoint: {last}")
 
 
 @app.command("eval")

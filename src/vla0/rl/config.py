@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vla0.errors import InputError
+from vla0.data.config import DataConfig
+from vla0.errors import InputError, refuse_idle
 from vla0.train.config import Lora
 
 RATIOS = ("token", "chunk")
+WAYS = ("filter", "weighted")
 
 
 def _at_least(least: float, **values: float | None) -> None:
@@ -121,3 +123,32 @@ class RLConfig:
             raise InputError("num_rounds or max_minutes", "neither", "say when the run ends")
         _at_least(1, num_rounds=self.num_rounds)
         _at_least(0, max_minutes=self.max_minutes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineConfig:
+    """The config of `vla0 rl --offline`."""
+
+    checkpoint: str  # what it begins with: a folder or Hub id
+    data: DataConfig  # the recorded episodes, with `next.success`, and the names of their columns
+    output_dir: str  # folder of the result
+    # "filter": only episodes that succeeded; "weighted": all, those that went better count more
+    episodes: str = "filter"
+    temperature: float = 0.5  # of "weighted": the smaller, the less failures count
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    seed: int = 0  # of the order of chunks
+
+    def __post_init__(self):
+        if self.episodes not in WAYS:
+            raise InputError(f"episodes of {WAYS}", f"'{self.episodes}'", "choose one of those")
+        if not self.temperature > 0:
+            raise InputError("temperature above 0", f"{self.temperature}", "0.5 is the default")
+        if self.data.mixture:
+            raise InputError("one dataset", "data.mixture", "learn from one after the other")
+        usual = UpdateConfig()
+        names = ("ratio", "clip_low", "clip_high", "scale_by_deviation")
+        changed = {name: getattr(self.update, name) != getattr(usual, name) for name in names}
+        refuse_idle(
+            {f"update.{name}": True if other else None for name, other in changed.items()},
+            "rounds that are played (no --offline)",
+        )

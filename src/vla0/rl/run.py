@@ -23,7 +23,7 @@ from vla0.rl.config import RLConfig
 from vla0.rl.play import Player
 from vla0.rl.report import write_report
 from vla0.rl.rollouts import RolloutPool
-from vla0.rl.update import Learner, weighed
+from vla0.rl.update import DTYPES, Learner, memory, weighed
 from vla0.sim.evaluate import EvalConfig, Past, world
 from vla0.sim.experiment import fit, following
 from vla0.sim.results import mend, wilson
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 CONFIG, ROUNDS, EPISODES = "rl_config.json", "rounds.jsonl", "episodes.jsonl"
 # Keys of a config that may change when a run resumes.
 FREE = ("logging.", "rollouts.workers", "num_rounds", "max_minutes", "update.batch_size")
-DTYPES: dict[str | None, Any] = {None: "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 OTHER = "choose another logging.output_dir, or remove that folder"
 
 
@@ -77,13 +76,8 @@ def main(config: RLConfig) -> Path:
     with held(output, "training"):
         run = Run(config, settings, output)
         try:
-            return run.go()
-        except torch.OutOfMemoryError as error:
-            remedy = "halve update.batch_size, which changes nothing else; then "
-            remedy += "update.gradient_checkpointing=true, or update.lora.rank=32"
-            got = str(error).splitlines()[0]
-            expected = f"memory for update.batch_size={config.update.batch_size}"
-            raise InputError(expected, got, remedy) from error
+            with memory(config.update):
+                return run.go()
         finally:
             run.pool.close()
 

@@ -6,25 +6,44 @@ those of Q. Yu et al., arXiv 2503.14476.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from vla0.core.codec import END, SPACE, SYMBOLS, Grammar, written
 from vla0.core.greedy import model_inputs
-from vla0.core.prompt import Prompt
+from vla0.core.prompt import Prompt, Seen
 from vla0.decode.draft import after, may_follow
+from vla0.errors import InputError
 from vla0.rl.config import UpdateConfig
-from vla0.rl.rollouts import Played, Turn
+from vla0.rl.rollouts import Played
+
+# Of the weights that act, by update.precision.
+DTYPES: dict[str | None, Any] = {None: "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Query(Protocol):
+    """What was seen and written at one step; `Turn` is one."""
+
+    @property
+    def seen(self) -> Seen:
+        """What the model saw."""
+        ...
+
+    @property
+    def levels(self) -> np.ndarray:
+        """(n, D) what was written."""
+        ...
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """A query, and how much better than its group its episode was."""
+    """A query, and how much better than its group its episode was, or how much it counts."""
 
-    turn: Turn
+    turn: Query
     advantage: float
 
 
@@ -67,7 +86,7 @@ def symbols_of(levels: np.ndarray, grammar: Grammar) -> list[int]:
 
 
 def log_probabilities(
-    model: Any, prompt: Prompt, turns: Sequence[Turn], temperature: float
+    model: Any, prompt: Prompt, turns: Sequence[Query], temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probabilities of what was written, of the distribution that it was drawn from.
 
@@ -174,19 +193,23 @@ class Learner:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
 
-    def learn(self, queries: Sequence[Weighed], seed: Sequence[int]) -> dict[str, float]:
+    def learn(
+        self, queries: Sequence[Weighed], seed: Sequence[int], imitate: bool = False
+    ) -> dict[str, float]:
         """Take the steps of one round.
 
         Args:
             queries: What was played, with advantages.
             seed: Of the order in which the queries come.
+            imitate: The queries were not played by this model: what was done in them becomes
+                likelier, each by its advantage, which must not be negative.
 
         Returns:
             What TensorBoard shows: mean ratio, share of tokens that a clip held, and so on.
         """
         started, config = time.monotonic(), self.config
         rng = np.random.default_rng(list(seed))
-        several = config.epochs * config.steps_per_round > 1
+        several = config.epochs * config.steps_per_round > 1 and not imitate
         # With a single step the model that is trained is still the one that played.
         old = self._old([query.turn for query in queries]) if several else [None] * len(queries)
         names = ("tokens", "ratio", "clipped", "kl", "norm", "steps")
@@ -194,7 +217,7 @@ class Learner:
         for _ in range(config.epochs):
             order = rng.permutation(len(queries))
             for step in np.array_split(order, min(config.steps_per_round, len(queries))):
-                self._step([(queries[i], old[i]) for i in step], sums)
+                self._step([(queries[i], old[i]) for i in step], sums, imitate)
         tokens = sums["tokens"] or 1.0
         return {
             "ratio": sums["ratio"] / tokens,
@@ -210,7 +233,7 @@ class Learner:
             yield items[first : first + self.config.batch_size]
 
     @torch.no_grad()
-    def _old(self, turns: Sequence[Turn]) -> list[torch.Tensor]:
+    def _old(self, turns: Sequence[Query]) -> list[torch.Tensor]:
         """Return the log-probabilities (n,) of each query by the model as it is."""
         found = []
         for batch in self._batches(turns):
@@ -219,7 +242,10 @@ class Learner:
         return found
 
     def _step(
-        self, items: Sequence[tuple[Weighed, torch.Tensor | None]], sums: dict[str, float]
+        self,
+        items: Sequence[tuple[Weighed, torch.Tensor | None]],
+        sums: dict[str, float],
+        imitate: bool,
     ) -> None:
         """Take one step of the optimizer; the loss is the mean over all tokens."""
         grammar = Grammar(self.prompt.spec.bins, self.prompt.spec.numbers)
@@ -233,6 +259,8 @@ class Learner:
                     old[row, there[row]] = before
             advantage = torch.tensor([q.advantage for q, _ in batch], device=new.device).float()
             losses, held = objective(new, old, there, advantage, self.config)
+            if imitate:
+                losses, held = -advantage[:, None] * new, torch.zeros_like(there)
             if self.start is not None:
                 with torch.no_grad():
                     first, _ = log_probabilities(self.start, self.prompt, turns, self.temperature)
@@ -278,3 +306,16 @@ class Learner:
             copy.copy_(state["weights"][name])
             self.weights[name].copy_(copy)
         self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+
+
+@contextmanager
+def memory(config: UpdateConfig) -> Iterator[None]:
+    """Turn a lack of memory into an InputError that names the setting to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedy = "halve update.batch_size, which changes nothing else; then "
+        remedy += "update.gradient_checkpointing=true, or update.lora.rank=32"
+        got = str(error).splitlines()[0]
+        expected = f"memory for update.batch_size={config.batch_size}"
+        raise InputError(expected, got, remedy) from error

@@ -1,0 +1,196 @@
+"""Learn from recorded episodes that a person or a simulator has judged, without a simulator.
+
+Advantage-weighted imitation: chunks of episodes that went better than others of their task count
+more (X. B. Peng et al., arXiv 1910.00177), or those of failures not at all.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vla0.checkpoint import io as models
+from vla0.checkpoint.location import locate
+from vla0.core.codec import ActionCodec
+from vla0.core.prompt import Prompt, Seen
+from vla0.core.relative import to_written
+from vla0.core.spec import MAIN, Sample, Spec
+from vla0.data.lerobot import Source
+from vla0.errors import InputError
+from vla0.files import held, write_whole
+from vla0.rl.config import OfflineConfig
+from vla0.rl.update import DTYPES, Learner, Weighed, memory
+from vla0.train.checkpoints import point
+from vla0.train.lora import adapted, merged, plain
+from vla0.train.model_card import card
+
+logger = logging.getLogger(__name__)
+
+SUCCESS = "next.success"  # LeRobot's column: whether the task is done after this step
+JUDGED = "judged"  # our recordings': whether somebody said so; without it all episodes are
+NAME = "step-000001"  # of the checkpoint
+
+
+class Recorded:
+    """A row of a dataset as a query: what the policy would see, and what was done.
+
+    Args:
+        source: The dataset.
+        row: Its row.
+        prompt: The prompt of the policy.
+    """
+
+    def __init__(self, source: Source, row: int, prompt: Prompt):
+        self.source, self.row, self.prompt = source, row, prompt
+        self.known: np.ndarray | None = None
+
+    def _sample(self) -> Sample:
+        spec = self.prompt.spec
+        return self.source.sample(self.row, spec.chunk_size, spec.history)
+
+    @property
+    def seen(self) -> Seen:
+        """What the model sees; read anew each time, since pictures take memory."""
+        return self.prompt.see(self._sample().observation)
+
+    @property
+    def levels(self) -> np.ndarray:
+        """(n, D) what it would have written, up to the end of the episode."""
+        if self.known is None:
+            sample, spec = self._sample(), self.prompt.spec
+            written = to_written(sample.actions, sample.observation, spec)
+            self.known = ActionCodec(spec).encode(written)[sample.valid]
+        return self.known
+
+
+def verdicts(source: Source) -> dict[int, bool]:
+    """Return {episode: whether it succeeded}, of the episodes that were judged.
+
+    Raises:
+        InputError: When the dataset has no verdicts, or none that differ from nothing.
+    """
+    dataset = source.dataset
+    if SUCCESS not in dataset.features:
+        raise InputError(
+            f"'{SUCCESS}' in '{source.config.dataset}'",
+            "no such column",
+            "record with `vla0 robot --live`, where s and f give a verdict",
+        )
+    succeeded = dataset.column(SUCCESS)[:, 0] > 0
+    judged = np.ones(len(succeeded), bool)
+    if JUDGED in dataset.features:
+        judged = dataset.column(JUDGED)[:, 0] > 0
+    found = {
+        int(episode): bool(succeeded[source.episode_of == episode].any())
+        for episode in np.unique(source.episode_of)
+        if judged[source.episode_of == episode].any()
+    }
+    if not found:
+        got = f"none in {len(np.unique(source.episode_of))} episodes"
+        raise InputError("episodes with a verdict", got, "press s or f at the end of an episode")
+    return found
+
+
+def weights_of(
+    verdict: Mapping[int, bool], task_of: Mapping[int, int], how: str, temperature: float
+) -> dict[int, float]:
+    """Return how much each episode counts, 1 in the mean; those that do not count are missing.
+
+    Args:
+        verdict: {episode: whether it succeeded}.
+        task_of: {episode: number of its instruction}.
+        how: "filter" or "weighted".
+        temperature: Of "weighted".
+
+    Raises:
+        InputError: When no episode succeeded.
+    """
+    if not any(verdict.values()):
+        raise InputError(
+            "an episode that succeeded", f"none of {len(verdict)}", "record some that do"
+        )
+    if how == "filter":
+        return {episode: 1.0 for episode, success in verdict.items() if success}
+    rates = {
+        task: np.mean([verdict[episode] for episode in verdict if task_of[episode] == task])
+        for task in {task_of[episode] for episode in verdict}
+    }
+    weights = {
+        episode: float(np.exp((success - rates[task_of[episode]]) / temperature))
+        for episode, success in verdict.items()
+    }
+    mean = float(np.mean(list(weights.values())))
+    return {episode: weight / mean for episode, weight in weights.items()}
+
+
+def offline(config: OfflineConfig) -> Path:
+    """Learn one round from recorded episodes.
+
+    Returns:
+        The folder `last`.
+
+    Raises:
+        InputError: When the dataset does not fit the checkpoint or has no verdicts, the folder
+            holds a result, or memory is short.
+    """
+    output = Path(config.output_dir)
+    if (output / "last").exists():
+        got = f"'{output / 'last'}', which exists"
+        raise InputError("a new output_dir", got, "choose another, or remove that folder")
+    folder = locate(config.checkpoint)
+    spec = Spec.load(folder)
+    source = Source(config.data)
+    _fit(spec, source, config.checkpoint)
+    verdict = verdicts(source)
+    starts = source.dataset.starts
+    task_of = {int(source.episode_of[row]): int(source.task_of[row]) for row in starts}
+    weights = weights_of(verdict, task_of, config.episodes, config.temperature)
+    with held(output, "training"), memory(config.update):
+        vlm, processor = models.load(folder, None, DTYPES[config.update.precision])
+        start = models.load(folder, None, DTYPES[config.update.precision])[0].eval()
+        torch.manual_seed(config.seed)  # of LoRA's first weights
+        model = adapted(vlm.eval(), config.update.lora, False).eval()
+        prompt = Prompt(spec, processor)
+        queries = [
+            Weighed(Recorded(source, row, prompt), weights[episode])
+            for row, episode in enumerate(map(int, source.episode_of))
+            if episode in weights
+        ]
+        logger.info(
+            "%d of %d episodes succeeded, %d have no verdict; %d chunks of %d episodes are learned",
+            sum(verdict.values()),
+            len(verdict),
+            len(starts) - len(verdict),
+            len(queries),
+            len(weights),
+        )
+        learner = Learner(model, prompt, config.update, 1.0, start if config.update.kl else None)
+        told = learner.learn(queries, [config.seed], imitate=True)
+        remark = (
+            f"It went on from '{Path(config.checkpoint).name}' by {len(weights)} judged episodes."
+        )
+        models.save(output / NAME, plain(model), processor, {MAIN: spec}, merged(model))
+        text = card({MAIN: (config.data.dataset, spec)}, 1, {}, [remark])
+        write_whole(output / NAME / "README.md", text)
+        point(output / "last", NAME)
+    logger.info("%.0f tokens, %.0f s", told["tokens"], told["update_s"])
+    return output / "last"
+
+
+def _fit(spec: Spec, source: Source, name: str) -> None:
+    """Raise InputError where a dataset is not what the checkpoint was trained on."""
+    remedy = "name its columns in data, as in the training of the checkpoint"
+    for what, expected, got in (
+        ("cameras", set(spec.cameras), set(source.cameras)),
+        ("numbers in an action", spec.dimensions, source.actions.shape[1]),
+        ("steps a second", spec.fps, source.fps),
+        (
+            "numbers in a state",
+            0 if spec.state is None else len(spec.state[0]),
+            0 if source.states is None else source.states.shape[1],
+        ),
+    ):
+        if expected != got and not (what == "numbers in a state" and spec.relative_dims):
+            raise InputError(f"{what}: {expected}, as '{name}' has", f"{got}", remedy)
