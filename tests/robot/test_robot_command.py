@@ -222,6 +222,36 @@ def test_the_command_records_what_was_sent_beside_what_was_predicted(tmp_path):
     assert "recorded" in done.stdout
 
 
+def test_a_key_says_whether_an_episode_succeeded_and_the_recording_keeps_it(arm, tmp_path):
+    """Three episodes: success, failure, and none said; what `vla0 rl --offline` reads of them."""
+    from vla0.data.config import DataConfig
+    from vla0.data.lerobot import Source
+    from vla0.rl.offline import verdicts
+
+    out, told = tmp_path / "recorded", []
+    keys = iter(["s", "f", "right"])
+    with serving(Reach()) as (url, _):
+        current = session(arm, url, seconds=20.0, episodes=3, reset_s=0.1, out=out)
+        current.told = told.append
+        thread = threading.Thread(target=current.run)
+        current.key("s")  # before there is an episode: said, and not taken for one
+        thread.start()
+        for key in keys:
+            count = len(arm.diary)
+            while len(arm.diary) < count + 8 or not current.acting:
+                time.sleep(0.01)
+            current.key(key)
+        thread.join(60)
+    assert sum("none is running" in line for line in told) == 1
+    recorded = [line for line in told if line.startswith("recorded")]
+    assert ["succeeded" in line for line in recorded] == [True, False, False]
+    assert ["failed" in line for line in recorded] == [False, True, False]
+    source = Source(DataConfig(dataset=str(out)))
+    assert verdicts(source) == {0: True, 1: False}
+    success = source.dataset.column("next.success")[:, 0]
+    assert np.flatnonzero(success).tolist() == [int(source.end[0]) - 1]  # its last step alone
+
+
 def test_a_viewer_that_takes_nothing_keeps_nobody_waiting(arm, caplog):
     """It listens and never reads: rerun itself would wait for it without end."""
     silent = socket.create_server(("127.0.0.1", 0))

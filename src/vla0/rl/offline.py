@@ -29,7 +29,8 @@ from vla0.train.model_card import card
 logger = logging.getLogger(__name__)
 
 SUCCESS = "next.success"  # LeRobot's column: whether the task is done after this step
-JUDGED = "judged"  # our recordings': whether somebody said so; without it all episodes are
+# That of `vla0 robot` (vla0.robot.record): whether somebody gave a verdict. Without it all are.
+JUDGED = "judged"
 NAME = "step-000001"  # of the checkpoint
 
 

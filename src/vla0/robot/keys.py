@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 STOP_KEYS = ("space", "esc", "q")
-KEYS = "space, esc or q stops the robot; right ends the episode; left ends it and forgets it"
+VERDICTS = {"s": True, "f": False}  # end the episode, which succeeded or failed
+KEYS = (
+    "space, esc or q stops the robot; right ends the episode; s ends it as a success, f as a "
+    "failure; left ends it and forgets it"
+)
 
 
 class Flag:

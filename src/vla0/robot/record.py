@@ -10,6 +10,8 @@ from vla0.errors import InputError
 from vla0.robot.lerobot_robot import LeRobotBody
 from vla0.robot.loop import Tick
 
+SUCCESS, JUDGED = "next.success", "judged"
+
 
 class Recorder:
     """Writes a LeRobotDataset v3.0 with the robot's own features and these of each step.
@@ -18,6 +20,9 @@ class Recorder:
     - `prediction` (D,): what the policy wanted, before the limits.
     - `chunk` (H * D,): the policy's newest chunk.
     - `chunk_age` (1,): steps since the first of that chunk.
+    - `next.success` (1,): whether somebody said at the end that the episode succeeded, in its last
+      step; False elsewhere. The name is LeRobot's.
+    - `judged` (1,): whether somebody gave a verdict, in the last step; False elsewhere.
 
     An episode begins with its first command. A step that the loop skipped is a copy of the step
     before.
@@ -63,6 +68,8 @@ class Recorder:
             "prediction": action,
             "chunk": {"dtype": "float32", "shape": (len(steps),), "names": steps},
             "chunk_age": {"dtype": "float32", "shape": (1,), "names": ["steps"]},
+            SUCCESS: {"dtype": "bool", "shape": (1,), "names": None},
+            JUDGED: {"dtype": "bool", "shape": (1,), "names": None},
         }
         try:
             self.dataset: Any = LeRobotDataset.create(
@@ -86,10 +93,11 @@ class Recorder:
         """Record a step, and copies of the last one for steps that the loop skipped."""
         if tick.command is None and self.frame is None:
             return
-        for _ in range(tick.step - self.step - 1 if self.frame is not None else 0):
-            self._add(self.frame)
+        if self.frame is not None:
+            for _ in range(tick.step - self.step):
+                self._add(self.frame)
+        # The last frame is held back until it is known whether it is the episode's last.
         self.frame, self.step = self._frame(tick), tick.step
-        self._add(self.frame)
 
     def _frame(self, tick: Tick) -> dict[str, Any]:
         """Return the dataset's frame of a step."""
@@ -116,16 +124,22 @@ class Recorder:
         }
         return frame
 
-    def _add(self, frame: dict[str, Any] | None) -> None:
-        self.dataset.add_frame(dict(frame or {}))
+    def _add(self, frame: dict[str, Any], verdict: bool | None = None) -> None:
+        said = {SUCCESS: np.array([verdict is True]), JUDGED: np.array([verdict is not None])}
+        self.dataset.add_frame(frame | said)
         self.frames += 1
 
-    def save(self) -> int:
+    def save(self, verdict: bool | None = None) -> int:
         """End the episode, and save it if it has any frames.
+
+        Args:
+            verdict: Whether it succeeded, where somebody said so.
 
         Returns:
             The number of its frames; 0 for an episode without a command.
         """
+        if self.frame is not None:
+            self._add(self.frame, verdict)
         count, self.frame, self.frames = self.frames, None, 0
         if count:
             self.dataset.save_episode()

@@ -14,7 +14,7 @@ import numpy as np
 
 from vla0.errors import InputError
 from vla0.robot.clock import RealWorld
-from vla0.robot.keys import STOP_KEYS, Flag, listening
+from vla0.robot.keys import STOP_KEYS, VERDICTS, Flag, listening
 from vla0.robot.lerobot_robot import LeRobotBody
 from vla0.robot.loop import Pacer, Report, Tick, drive
 from vla0.robot.motor_limits import limits_of, refuse_unlimited, start_of
@@ -140,16 +140,24 @@ class RobotSession:
         self.why: str | None = None  # the reason of the first stop, which may come between episodes
         self.saving = False
         self.ends, self.forgets = Flag(), Flag()
+        self.acting = False  # whether an episode is running
+        self.verdict: bool | None = None  # whether the last episode succeeded, if somebody said so
         self.reports: list[Report] = []
 
     def key(self, name: str) -> None:
-        """Handle a key: it stops the robot, ends the episode, or ends and forgets it."""
+        """Handle a key: it stops the robot, or ends the episode, with a verdict or forgotten."""
         if name in STOP_KEYS:
             self.stop(f"key '{name}'")
         elif name in ("left", "right", "enter"):
             if name == "left":
                 self.forgets.set()
             self.ends.set()
+        elif name in VERDICTS:
+            if self.acting:
+                self.verdict = VERDICTS[name]
+                self.ends.set()
+            else:
+                self.told(f"'{name}' ends an episode with a verdict, and none is running")
 
     def stop(self, reason: str) -> None:
         """Stop the robot and end the session, at once.
@@ -211,6 +219,7 @@ class RobotSession:
         config, spec = self.config, self.body.spec
         self.ends.clear()
         self.forgets.clear()
+        self.verdict, self.acting = None, True
         self.policy.reset()
         self.body.frames = {
             camera: frames.__class__(maxlen=spec.history)
@@ -251,6 +260,7 @@ class RobotSession:
                 "a robot, cameras and a disk that go on", text, "see to it; the robot was stopped"
             ) from error
         finally:
+            self.acting = False
             watchdog.set()
             self.told(
                 f"{guard.sent} commands{'' if config.live else ' (dry run: none was sent)'}, "
@@ -293,10 +303,11 @@ class RobotSession:
             if self.forgets.is_set():
                 recorder.discard()
                 self.told("forgotten")
-            elif frames := recorder.save():
+            elif frames := recorder.save(self.verdict):
+                said = {True: ", which succeeded", False: ", which failed"}.get(self.verdict, "")
                 self.told(
                     f"recorded {frames} frames as episode {recorder.episodes - 1} of "
-                    f"{self.config.out}"
+                    f"{self.config.out}{said}"
                 )
         except Exception as error:
             # the robot must be released even if the recording fails
