@@ -3,12 +3,14 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from vla0.core.ensemble import steps_used
 from vla0.errors import InputError
 from vla0.policy import VLA0
+from vla0.rl import processes
 from vla0.rl.config import RLConfig
 from vla0.rl.rollouts import Played, RolloutPool, greedy, sampled
 from vla0.sim.evaluate import EvalConfig
@@ -20,14 +22,16 @@ class Round:
     """What was played in a round.
 
     Args:
-        useful: Groups whose episodes differ in success.
-        played: All episodes, also of the other groups.
-        groups: How many groups were played.
+        own: This process's groups whose episodes differ in success.
+        useful: How many such groups there are in all processes.
+        lines: Lines of episodes.jsonl of all episodes in all processes, of the other groups too.
+        groups: How many groups were played in all processes.
         seconds: {"play_s": until the last episode had ended, "decode_s": of that, the model's}.
     """
 
-    useful: list[list[Played]] = field(default_factory=list)
-    played: list[Played] = field(default_factory=list)
+    own: list[list[Played]] = field(default_factory=list)
+    useful: int = 0
+    lines: list[dict[str, Any]] = field(default_factory=list)
     groups: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"play_s": 0.0, "decode_s": 0.0})
 
@@ -48,6 +52,7 @@ class Player:
     ):
         self.config, self.settings, self.seeds = config, settings, seeds
         self.policy, self.pool = policy, pool
+        self.heavy = pool.rollout.keep < len(settings.tasks)  # not all worlds of a process stay
         chunk_size = policy.spec.chunk_size
         self.steps = steps_used(chunk_size, settings.n_action_steps, settings.ensemble)
         first = config.rollouts.first_seed
@@ -71,17 +76,23 @@ class Player:
             for seed in range(first, first + settings.episodes)
             for task in settings.tasks
         ]
-        played = self.pool.play(jobs, greedy(self.policy, self.steps))
-        if len(played) < len(jobs):
-            got = f"{len(jobs) - len(played)} given up after crashes"
+        rank, count = processes.joined()
+        played = self.pool.play(jobs[rank::count], greedy(self.policy, self.steps))
+        ended = [
+            (episode.job[1], episode.success)
+            for own in processes.gathered(played)
+            for episode in own
+        ]
+        if len(ended) < len(jobs):
+            got = f"{len(jobs) - len(ended)} given up after crashes"
             raise InputError("every episode to end", got, "see the log")
         rates = {
-            task: float(np.mean([e.success for e in played if e.job[1] == task]))
-            for task in settings.tasks
+            name: float(np.mean([success for task, success in ended if task == name]))
+            for name in settings.tasks
         }
         mean = float(np.mean(list(rates.values())))
         each = {f"success/{task}": rate for task, rate in rates.items()} if len(rates) > 1 else {}
-        return {"success": mean, "episodes": float(len(played)), **each}
+        return {"success": mean, "episodes": float(len(ended)), **each}
 
     def play(self, number: int, start: int) -> Round:
         """Play groups until enough of them differ, or enough initial states were tried.
@@ -94,27 +105,36 @@ class Player:
         answer = sampled(
             self.policy, rollouts.temperature, self.steps, lambda job: self._seed(number, job)
         )
+        rank, count = processes.joined()
         for _ in range(rollouts.waves):
-            missing = rollouts.groups - len(result.useful)
+            missing = rollouts.groups - result.useful
             if missing <= 0:
                 break
             groups = [
                 self._group(number, start + result.groups + place) for place in range(missing)
             ]
+            if self.heavy:  # so that a process builds a world once for several groups
+                groups.sort(key=lambda group: self.settings.tasks.index(group[0][1]))
+            own = groups[rank::count]
             started = time.monotonic()
-            played = self.pool.play([job for group in groups for job in group], answer)
+            played = self.pool.play([job for group in own for job in group], answer)
             result.seconds["play_s"] += time.monotonic() - started
             result.seconds["decode_s"] += self.pool.seconds
             by_job = {episode.job: episode for episode in played}
-            for group in groups:
+            useful = 0
+            for group in own:
                 ended = [by_job[job] for job in group if job in by_job]
                 if len({episode.success for episode in ended}) > 1:
-                    result.useful.append(ended)
+                    result.own.append(ended)
+                    useful += 1
                 else:  # what it saw is not needed, and takes memory
                     for episode in ended:
                         episode.turns.clear()
+            told = processes.gathered((useful, [episode.line for episode in played]))
+            for others, lines in told:
+                result.useful += others
+                result.lines += lines
             result.groups += len(groups)
-            result.played += played
         return result
 
     def _group(self, number: int, start: int) -> list[Job]:

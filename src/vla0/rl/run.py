@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from vla0.core.spec import MAIN, Spec
 from vla0.errors import InputError
 from vla0.files import held, read_json, settle, write_whole
 from vla0.policy import VLA0
+from vla0.rl import processes
 from vla0.rl.config import RLConfig
 from vla0.rl.play import Player
 from vla0.rl.report import write_report
@@ -73,13 +75,16 @@ def main(config: RLConfig) -> Path:
     output = Path(config.logging.output_dir)
     settings = build(EvalConfig, config.simulator, "simulator")
     simulator(settings.env).ready()
-    with held(output, "training"):
+    rank, _ = processes.joined()
+    # The first of several processes locks the folder for all of them.
+    with held(output, "training") if rank == 0 else nullcontext():
         run = Run(config, settings, output)
         try:
             with memory(config.update):
                 return run.go()
         finally:
             run.pool.close()
+            processes.left()
 
 
 class Run:
@@ -93,6 +98,7 @@ class Run:
         self.settings = following(settings, spec)
         self.target = simulator(settings.env)
         dtype = DTYPES[config.update.precision]
+        self.first = processes.joined()[0] == 0  # the process that writes
         vlm, self.processor = models.load(folder, None, dtype)
         identity = {"began with": fingerprint(vlm, spec), "versions": self.target.provenance()}
         self.recorded = json.loads(json.dumps(dataclasses.asdict(config) | identity))
@@ -125,28 +131,30 @@ class Run:
     def go(self) -> Path:
         """Do the rounds that are missing."""
         output, config = self.output, self.config
-        for name in ("state", "tensorboard"):
-            (output / name).mkdir(parents=True, exist_ok=True)
-        write_whole(output / CONFIG, json.dumps(self.recorded, indent=2) + "\n")
         self._resume()
-        self.board = SummaryWriter(
-            str(output / "tensorboard"), purge_step=self.state.rounds or None
-        )
-        if not self.state.rounds and not (output / "last").exists():
+        if self.first:
+            for name in ("state", "tensorboard"):
+                (output / name).mkdir(parents=True, exist_ok=True)
+            write_whole(output / CONFIG, json.dumps(self.recorded, indent=2) + "\n")
+            place = str(output / "tensorboard")
+            self.board = SummaryWriter(place, purge_step=self.state.rounds or None)
+        if processes.of_the_first(not (output / "last").exists()):
             self._save()
         self._finish()
+        self.rounds_before, self.minutes_before = self.state.rounds, self.state.minutes
         self.began = time.monotonic() - 60 * self.state.minutes
         while (reason := self.state.ended or self._over()) is None:
             self._round()
-            self.state.minutes = (time.monotonic() - self.began) / 60
+            self.state.minutes = processes.of_the_first((time.monotonic() - self.began) / 60)
             if self.state.rounds % config.logging.measure_every_n_rounds == 0 or self._over():
                 self._save()
                 self._finish()
-        if self._name() != (output / "last").resolve().name:
+        if processes.of_the_first(self._name() != (output / "last").resolve().name):
             self._save()
             self._finish()
-        logger.info("ended: %s", reason)
-        write_report(output)
+        if self.first:
+            logger.info("ended: %s", reason)
+            write_report(output)
         return output / "last"
 
     def _over(self) -> str | None:
@@ -167,8 +175,8 @@ class Run:
         number = self.state.rounds + 1
         result = self.player.play(number, self.state.starts)
         self.state.starts += result.groups
-        solved = sum(episode.success for episode in result.played)
-        total = len(result.played)
+        solved = sum(bool(line["success"]) for line in result.lines)
+        total = len(result.lines)
         if not total:
             raise InputError(
                 "episodes that end", "none: all were given up after crashes", "see the log"
@@ -178,19 +186,23 @@ class Run:
             "success": solved / total,
             "episodes": total,
             "groups": result.groups,
-            "useful": len(result.useful),
+            "useful": result.useful,
             **result.seconds,
         }
         if not result.useful:
             self._nothing_to_learn(solved, total)
         else:
-            queries = weighed(result.useful, self.config.update.scale_by_deviation)
+            queries = weighed(result.own, self.config.update.scale_by_deviation)
             line |= self.learner.learn(queries, [self.config.seed, number])
         self.state.rounds = number
+        if self.first:
+            self._record(line, result.lines, solved)
+
+    def _record(self, line: dict[str, Any], lines: list[dict[str, Any]], solved: int) -> None:
+        """Write and say what came of a round."""
+        number, total = line["round"], line["episodes"]
         with (self.output / EPISODES).open("a", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps({"round": number, **episode.line}) + "\n" for episode in result.played
-            )
+            file.writelines(json.dumps({"round": number, **each}) + "\n" for each in lines)
         with (self.output / ROUNDS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         for key, value in line.items():
@@ -198,17 +210,29 @@ class Run:
         low, high = wilson(solved, total)
         logger.info(
             "round %d: %d of %d solved (%.0f to %.0f %%), %d of %d groups differ; "
-            "%.0f s playing, %.0f s learning",
+            "%.0f s playing, %.0f s learning; about %s left",
             number,
             solved,
             total,
             100 * low,
             100 * high,
-            len(result.useful),
-            result.groups,
+            line["useful"],
+            line["groups"],
             line["play_s"],
             line.get("update_s", 0.0),
+            self._left(),
         )
+
+    def _left(self) -> str:
+        """Return how long the run will go on, in words."""
+        minutes, config = (time.monotonic() - self.began) / 60, self.config
+        left = [] if config.max_minutes is None else [config.max_minutes - minutes]
+        if config.num_rounds is not None:
+            here = self.state.rounds - self.rounds_before
+            left.append(
+                (config.num_rounds - self.state.rounds) * (minutes - self.minutes_before) / here
+            )
+        return f"{max(0.0, min(left)):.0f} minutes"
 
     def _nothing_to_learn(self, solved: int, total: int) -> None:
         """Raise InputError or end the run where no group's episodes differ in success."""
@@ -228,6 +252,8 @@ class Run:
 
     def _save(self) -> None:
         """Write the training state and a checkpoint, and point `last` to it."""
+        if not self.first:
+            return
         folder, output = self.output / self._name(), self.output
         state = output / "state" / f"checkpoint-{self.state.rounds}"
         state.mkdir(parents=True, exist_ok=True)
@@ -244,9 +270,16 @@ class Run:
     def _finish(self) -> None:
         """Measure the checkpoint `last`, rank it, prune and draw, unless that is done."""
         name, output = self._name(), self.output
-        if (output / name / FINISHED).is_file():
+        if processes.of_the_first((output / name / FINISHED).is_file()):
             return
         metrics = self.player.measure()
+        if self.first:
+            self._publish(name, metrics)
+        self.state.ended = processes.of_the_first(self.state.ended)
+
+    def _publish(self, name: str, metrics: dict[str, float]) -> None:
+        """Write what was measured of a checkpoint, and end the run where success fell."""
+        output = self.output
         logger.info(
             "%s: %.1f %% of %d held-out episodes solved",
             name,
@@ -290,7 +323,7 @@ class Run:
         """Take over the state of the checkpoint `last`, and forget what came after it."""
         last = self.output / "last"
         if not last.exists():
-            for name in (EPISODES, ROUNDS):
+            for name in (EPISODES, ROUNDS) if self.first else ():
                 (self.output / name).unlink(missing_ok=True)
             return
         folder = (
@@ -304,7 +337,7 @@ class Run:
             got = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
             expected = f"a training state that is whole in '{folder}'"
             raise InputError(expected, got, DAMAGED) from None
-        for name in (EPISODES, ROUNDS):
+        for name in (EPISODES, ROUNDS) if self.first else ():
             file = self.output / name
             mend(file)
             if file.exists():

@@ -18,6 +18,7 @@ from vla0.core.greedy import model_inputs
 from vla0.core.prompt import Prompt, Seen
 from vla0.decode.draft import after, may_follow
 from vla0.errors import InputError
+from vla0.rl import processes
 from vla0.rl.config import UpdateConfig
 from vla0.rl.rollouts import Played
 
@@ -162,8 +163,7 @@ class Learner:
     """The weights that are trained, and their optimizer.
 
     Args:
-        model: The model, perhaps inside peft's wrapping; it stays in evaluation mode, so that what
-            is trained is what acts.
+        model: The model, perhaps inside peft's wrapping.
         prompt: Its prompt.
         config: How it learns.
         temperature: At which the episodes are played.
@@ -192,14 +192,22 @@ class Learner:
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
+        dropping = [m for m in model.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+        if config.gradient_checkpointing and dropping:
+            remedy = "leave it out: what acts must be what is trained"
+            raise InputError(
+                "a model without dropout for update.gradient_checkpointing",
+                f"{dropping[0]}",
+                remedy,
+            )
 
     def learn(
         self, queries: Sequence[Weighed], seed: Sequence[int], imitate: bool = False
     ) -> dict[str, float]:
-        """Take the steps of one round.
+        """Take the steps of one round. Where there are several processes, all take them together.
 
         Args:
-            queries: What was played, with advantages.
+            queries: What was played in this process, with advantages.
             seed: Of the order in which the queries come.
             imitate: The queries were not played by this model: what was done in them becomes
                 likelier, each by its advantage, which must not be negative.
@@ -208,6 +216,8 @@ class Learner:
             What TensorBoard shows: mean ratio, share of tokens that a clip held, and so on.
         """
         started, config = time.monotonic(), self.config
+        # transformers saves memory in training mode alone. Nothing else differs in it.
+        self.model.train(config.gradient_checkpointing)
         rng = np.random.default_rng(list(seed))
         several = config.epochs * config.steps_per_round > 1 and not imitate
         # With a single step the model that is trained is still the one that played.
@@ -216,8 +226,11 @@ class Learner:
         sums: dict[str, float] = dict.fromkeys(names, 0.0)
         for _ in range(config.epochs):
             order = rng.permutation(len(queries))
-            for step in np.array_split(order, min(config.steps_per_round, len(queries))):
+            for step in np.array_split(order, config.steps_per_round):
                 self._step([(queries[i], old[i]) for i in step], sums, imitate)
+        self.model.eval()
+        shared = ("ratio", "clipped", "kl")
+        sums |= dict(zip(shared, processes.summed(sums[name] for name in shared), strict=True))
         tokens = sums["tokens"] or 1.0
         return {
             "ratio": sums["ratio"] / tokens,
@@ -249,7 +262,10 @@ class Learner:
     ) -> None:
         """Take one step of the optimizer; the loss is the mean over all tokens."""
         grammar = Grammar(self.prompt.spec.bins, self.prompt.spec.numbers)
-        total = sum(len(symbols_of(query.turn.levels, grammar)) for query, _ in items)
+        own = sum(len(symbols_of(query.turn.levels, grammar)) for query, _ in items)
+        (total,) = processes.summed([own])
+        if not total:
+            return
         for batch in self._batches(items):
             turns = [query.turn for query, _ in batch]
             new, there = log_probabilities(self.model, self.prompt, turns, self.temperature)
@@ -282,10 +298,12 @@ class Learner:
             if copy is not weight:
                 copy.grad = None if weight.grad is None else weight.grad.float()
                 weight.grad = None
+        processes.sum_gradients(self.copies.values())
         limit = self.config.max_grad_norm or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self.copies.values(), limit))
         if not np.isfinite(norm):
-            raise FloatingPointError(f"a gradient of norm {norm}")
+            remedy = "choose a smaller update.learning_rate; the checkpoint before is whole"
+            raise InputError("finite gradients", f"a norm of {norm}", remedy)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
