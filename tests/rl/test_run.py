@@ -25,11 +25,13 @@ TOY = types.SimpleNamespace(
 )
 
 
-@pytest.fixture(autouse=True)
-def toy(monkeypatch):
-    monkeypatch.setattr(module, "simulator", lambda name: TOY)
-    monkeypatch.setattr(module, "fit", lambda spec, env: None)
-    monkeypatch.setattr(module, "world", lambda settings, past: worlds.make_sides)
+@pytest.fixture(scope="module", autouse=True)
+def toy():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(module, "simulator", lambda name: TOY)
+        monkeypatch.setattr(module, "fit", lambda spec, env: None)
+        monkeypatch.setattr(module, "world", lambda settings, past: worlds.make_sides)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +44,20 @@ def start(processor, tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def whole(start, tmp_path_factory):
+    """The folder of a run that was not interrupted, by LoRA's rank."""
+    folders = {}
+    for rank in (0, 4):
+        folders[rank] = tmp_path_factory.mktemp("whole") / f"rank-{rank}"
+        main(config(start, folders[rank], update={"lora": Lora(rank)}))
+    return folders
+
+
 def config(start, output, tasks=("left", "right"), rounds=4, **changes):
     update = {"learning_rate": 2e-3, "batch_size": 32, **changes.pop("update", {})}
     logging = {"measure_every_n_rounds": 2, "stop_below_best": None, **changes.pop("logging", {})}
-    rollouts = {"group_size": 6, "groups": 2, "workers": 2, **changes.pop("rollouts", {})}
+    rollouts = {"group_size": 6, "groups": 2, "workers": 1, **changes.pop("rollouts", {})}
     return RLConfig(
         checkpoint=start,
         simulator={"env": "toy", "tasks": list(tasks), "episodes": 2, "ensemble": "none"},
@@ -87,9 +99,8 @@ def test_a_run_learns_keeps_every_episode_and_draws_itself(start, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_a_run_that_was_killed_ends_as_one_that_was_not(start, tmp_path, monkeypatch, rank):
+def test_a_run_that_was_killed_ends_as_one_that_was_not(start, whole, tmp_path, monkeypatch, rank):
     changes: dict[str, Any] = {"update": {"lora": Lora(rank)}}
-    whole = main(config(start, tmp_path / "whole", **changes))
     play, left = Player.play, [3]
 
     def killed(player, number, start):
@@ -104,19 +115,18 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(start, tmp_path, monkeyp
     assert (tmp_path / "cut" / "last").resolve().name == "step-000002"
     monkeypatch.setattr(Player, "play", play)
     cut = main(config(start, tmp_path / "cut", **changes))
-    assert same(whole, cut)
-    assert not same(whole, start)
+    assert same(whole[rank] / "last", cut)
+    assert not same(cut, start)
     keys = ("round", "success", "episodes", "useful", "tokens")
-    assert [[line[key] for key in keys] for line in rounds_of(tmp_path / "whole")] == [
+    assert [[line[key] for key in keys] for line in rounds_of(whole[rank])] == [
         [line[key] for key in keys] for line in rounds_of(tmp_path / "cut")
     ]
-    measured = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+    measured = [(run / "metrics.jsonl").read_text() for run in (whole[rank], tmp_path / "cut")]
     assert measured[0] == measured[1]
 
 
 @pytest.mark.parametrize("moment", ["point", "rank", "prune"])
-def test_a_save_that_was_cut_is_made_good(start, tmp_path, monkeypatch, moment):
-    whole = main(config(start, tmp_path / "whole"))
+def test_a_save_that_was_cut_is_made_good(start, whole, tmp_path, monkeypatch, moment):
     original, left = getattr(module, moment), [3]  # at the start, after two rounds, at the end
 
     def killed(*arguments):
@@ -130,9 +140,9 @@ def test_a_save_that_was_cut_is_made_good(start, tmp_path, monkeypatch, moment):
         main(config(start, tmp_path / "cut"))
     monkeypatch.setattr(module, moment, original)
     cut = main(config(start, tmp_path / "cut"))
-    assert same(whole, cut)
+    assert same(whole[0] / "last", cut)
     for name in ("metrics.jsonl", "best"):
-        one, other = tmp_path / "whole" / name, tmp_path / "cut" / name
+        one, other = whole[0] / name, tmp_path / "cut" / name
         if name == "best":
             assert one.resolve().name == other.resolve().name
         else:
