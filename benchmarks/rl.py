@@ -9,6 +9,7 @@ are tried on the same unseen seeds, and the result also with its pictures blanke
 """
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -62,6 +63,8 @@ def trained(dataset: Path, folder: Path, steps: int, settings: list[str], out: P
     """Train the demo's config, unless that is done, and return the seconds that it took."""
     note = out / f"{folder.name}.json"
     if not note.exists():
+        # What is left of a training that was interrupted does not tell how long it took.
+        shutil.rmtree(folder, ignore_errors=True)
         started = time.monotonic()
         words = [f"data.dataset={dataset}", f"logging.output_dir={folder}", *settings]
         words += [f"{key}={steps}" for key in ("training.num_steps", "logging.save_every_n_steps")]

@@ -2,8 +2,8 @@
 
 python benchmarks/rollouts.py --checkpoint runs/rl_demo/start-0/last
 
-Three turns of each way in one run, each with processes of its own, whose start counts. For learning,
-answers are drawn at random, worlds wait for each other, and nothing is filmed.
+Three turns of each way in one run, each with processes of its own, whose start counts. For
+learning, answers are drawn at random, worlds wait for each other, and nothing is filmed.
 """
 
 import os

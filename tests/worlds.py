@@ -163,7 +163,7 @@ class Sides:
 
     def step(self, action):
         right = {"right": True, "left": False}.get(self.side)
-        return self._observe(), self.side == "always" or (action[0] > 0) == right
+        return self._observe(), self.side == "always" or bool(action[0] > 0) == right
 
     def close(self):
         pass
@@ -172,5 +172,5 @@ class Sides:
         return Observation({"front": np.zeros((56, 56, 3), np.uint8)}, f"push {self.side}")
 
 
-def make_sides(side):
+def make_sides(config, side):
     return Sides(side)

@@ -18,7 +18,7 @@ SMALL = {"width": 48, "layers": 2, "heads": 3}
 SMALL |= {"vision_width": 32, "vision_layers": 1, "vision_heads": 2}
 TESTS = Path(__file__).parents[1]
 SCRIPT = """
-import sys, types, torch
+import functools, sys, types, torch
 sys.path.insert(0, {tests!r})
 import worlds
 from vla0.rl import processes, run as module
@@ -27,10 +27,10 @@ from vla0.rl.config import RLConfig, RolloutsConfig, RunConfig, UpdateConfig
 if __name__ == "__main__":
     torch.set_num_threads(1)
     module.simulator = lambda name: types.SimpleNamespace(
-        seeds=range(10), heavy=False, ready=lambda: None, provenance=lambda: {{}}
+        seeds=range(10, 20), heavy=False, ready=lambda: None, provenance=lambda: {{}}
     )
     module.fit = lambda spec, env: None
-    module.world = lambda settings, past: worlds.make_sides
+    module.world = functools.partial(module.world, make_env=worlds.make_sides)
     weights, left = {{}}, processes.left
     learn = module.Learner.learn
 
@@ -47,7 +47,7 @@ if __name__ == "__main__":
         simulator={{"env": "toy", "tasks": ["left", "right"], "episodes": 2, "ensemble": "none"}},
         logging=RunConfig(output_dir=output, measure_every_n_rounds=2, stop_below_best=None),
         rollouts=RolloutsConfig(group_size=6, groups=3, workers=1),
-        update=UpdateConfig(learning_rate=2e-3, batch_size=32),
+        update=UpdateConfig(learning_rate=2e-3, batch_size=32, steps_per_round=1),
         num_rounds=int(sys.argv[3]),
     )
     module.main(config)
@@ -86,6 +86,13 @@ def test_two_processes_are_one_run(processor, tmp_path):
     for count in (1, 2):
         run(tmp_path, str(start), tmp_path / f"by-{count}", count)
     assert episodes(tmp_path / "by-1", 1) == episodes(tmp_path / "by-2", 1)
+    # One step a round: the gradient of both together is that of one which has all episodes.
+    first = [
+        json.loads((tmp_path / f"by-{n}" / "rounds.jsonl").read_text().splitlines()[0])
+        for n in (1, 2)
+    ]
+    assert first[0]["tokens"] == first[1]["tokens"]
+    assert first[0]["gradient_norm"] == pytest.approx(first[1]["gradient_norm"], rel=1e-3)
     one, other = (torch.load(tmp_path / f"by-2-{rank}.pt") for rank in (0, 1))
     assert one.keys() == other.keys()
     assert all(torch.equal(weight, other[name]) for name, weight in one.items())

@@ -100,7 +100,10 @@ def sides(processor):
         low=(-1.0,), high=(1.0,), cameras=("front",), state=None, chunk_size=1, bins=9, crop=1.0
     )
     pool = RolloutPool(
-        RolloutConfig(make_env=worlds.make_sides, acting=(1, 1, "none"), keep=2), count=2
+        RolloutConfig(
+            make_env=functools.partial(worlds.make_sides, None), acting=(1, 1, "none"), keep=2
+        ),
+        count=2,
     )
     yield VLA0(tiny_model(processor, **SMALL, seed=1), processor, spec), pool
     pool.close()

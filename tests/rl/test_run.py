@@ -1,6 +1,9 @@
 """A run learns, resumes bit for bit, keeps every episode, and says when nothing can be learned."""
 
+import dataclasses
+import functools
 import json
+import shutil
 import types
 from typing import Any
 
@@ -21,7 +24,7 @@ from vla0.train.config import Lora, build
 SMALL = {"width": 48, "layers": 2, "heads": 3}
 SMALL |= {"vision_width": 32, "vision_layers": 1, "vision_heads": 2}
 TOY = types.SimpleNamespace(
-    seeds=range(10), heavy=False, ready=lambda: None, provenance=lambda: {"toy": "1"}
+    seeds=range(10, 20), heavy=False, ready=lambda: None, provenance=lambda: {"toy": "1"}
 )
 
 
@@ -30,7 +33,8 @@ def toy():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(module, "simulator", lambda name: TOY)
         monkeypatch.setattr(module, "fit", lambda spec, env: None)
-        monkeypatch.setattr(module, "world", lambda settings, past: worlds.make_sides)
+        made = functools.partial(module.world, make_env=worlds.make_sides)
+        monkeypatch.setattr(module, "world", made)
         yield
 
 
@@ -105,9 +109,10 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(start, whole, tmp_path, 
 
     def killed(player, number, start):
         left[0] -= 1
+        result = play(player, number, start)
         if left[0] == 0:
             raise KeyboardInterrupt
-        return play(player, number, start)
+        return result
 
     monkeypatch.setattr(Player, "play", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -123,6 +128,11 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(start, whole, tmp_path, 
     ]
     measured = [(run / "metrics.jsonl").read_text() for run in (whole[rank], tmp_path / "cut")]
     assert measured[0] == measured[1]
+    lines = [
+        (run / "episodes.jsonl").read_text().splitlines() for run in (whole[rank], tmp_path / "cut")
+    ]
+    told = [[{**json.loads(line), "seconds": 0} for line in some] for some in lines]
+    assert told[0] == told[1]  # none of a round that was cut, and none twice
 
 
 @pytest.mark.parametrize("moment", ["point", "rank", "prune"])
@@ -165,8 +175,72 @@ def test_a_policy_that_never_or_always_succeeds_is_told_after_one_round(start, t
         assert not (tmp_path / task / "rounds.jsonl").exists()
 
 
+def test_a_round_without_success_later_on_is_said_and_the_run_goes_on(
+    start, tmp_path, monkeypatch, caplog
+):
+    main(config(start, tmp_path / "run", rounds=2))
+    play = Player.play
+
+    def unlucky(player, number, begun):
+        result = play(player, number, begun)
+        result.own, result.useful = [], 0
+        for line in result.lines:
+            line["success"] = False
+        return result
+
+    monkeypatch.setattr(Player, "play", unlucky)
+    main(config(start, tmp_path / "run", rounds=3))
+    assert [line["success"] for line in rounds_of(tmp_path / "run")][2] == 0
+    assert "nothing was learned" in caplog.text
+
+
+def test_chunks_of_which_a_part_is_executed_and_averaged(processor, tmp_path):
+    """Two steps of three are written and learned, and what overlaps is averaged."""
+    spec = make_spec(
+        low=(-1.0, -1.0), high=(1.0, 1.0), cameras=("front",), state=None, chunk_size=3, bins=9,
+        crop=1.0, history=2,
+    )  # fmt: skip
+    policy = VLA0(tiny_model(processor, **SMALL, seed=1), processor, spec)
+    policy.save_pretrained(tmp_path / "start")
+    for ensemble, steps, written in (("none", 2, 2), ("v1", 1, 3)):
+        made = config(str(tmp_path / "start"), tmp_path / ensemble, rounds=1)
+        acting = {**made.simulator, "n_action_steps": steps, "ensemble": ensemble}
+        main(dataclasses.replace(made, simulator=acting))
+        (line,) = rounds_of(tmp_path / ensemble)
+        queries = 6 * line["useful"]
+        assert line["tokens"] == pytest.approx(
+            4 * written * queries, rel=0.1
+        )  # digits, and what closes them
+
+
+def test_how_to_act_is_checked_before_anything_is_written(start, tmp_path):
+    made = config(start, tmp_path / "run")
+    for acting in ({"n_action_steps": 2}, {"ensemble": "v1"}):
+        wrong = dataclasses.replace(made, simulator={**made.simulator, **acting})
+        with pytest.raises(InputError):
+            main(wrong)
+    with pytest.raises(InputError, match="held-out seeds beside those of rounds"):
+        main(dataclasses.replace(made, simulator={**made.simulator, "first_seed": 12}))
+    assert not (tmp_path / "run" / "rl_config.json").exists()
+    assert not (tmp_path / "run" / "last").exists()
+
+
+def test_the_folder_of_something_else_is_left_alone(start, whole, tmp_path):
+    (tmp_path / "episodes.jsonl").write_text("{}\n")  # of `vla0 eval`
+    with pytest.raises(InputError, match=r"another's 'episodes\.jsonl'"):
+        main(config(start, tmp_path))
+    assert (tmp_path / "episodes.jsonl").read_text() == "{}\n"
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run, symlinks=True)
+    shutil.rmtree(run / "step-000004")
+    before = sorted(path.name for path in run.rglob("*"))
+    with pytest.raises(InputError, match="step-000004', which is not there"):
+        main(config(start, run))
+    assert before == sorted(path.name for path in run.rglob("*"))
+
+
 def test_a_fall_is_told_and_ends_the_run(start, tmp_path, monkeypatch, caplog):
-    rates = iter([0.9, 0.5])
+    rates = iter([0.9, 0.5, 0.4])
     monkeypatch.setattr(
         Player, "measure", lambda player: {"success": next(rates), "episodes": 20.0}
     )
@@ -176,6 +250,8 @@ def test_a_fall_is_told_and_ends_the_run(start, tmp_path, monkeypatch, caplog):
     assert (tmp_path / "run" / "best").resolve().name == "step-000000"
     main(config(start, tmp_path / "run", rounds=9, logging={"stop_below_best": 0.2}))
     assert len(rounds_of(tmp_path / "run")) == 2  # and stays ended
+    main(config(start, tmp_path / "run", rounds=3))  # unless a fall is no reason any more
+    assert len(rounds_of(tmp_path / "run")) == 3
 
 
 def test_another_config_checkpoint_or_damage_is_refused(start, processor, tmp_path):

@@ -120,7 +120,8 @@ def test_the_clip_holds_what_has_moved_far_enough_in_the_right_direction():
     found, which = objective(
         ratios.log(), torch.zeros_like(ratios), there, torch.tensor([1.0]), chunk
     )
-    np.testing.assert_allclose(found[0], [-1.2] * 4, rtol=1e-5)  # 0.5 * 1 * 1.2 * 2
+    # 0.5 * 1 * 1.2 * 2 is the ratio of the whole; all its tokens together have one loss.
+    np.testing.assert_allclose(found[0].sum(), -1.2, rtol=1e-5)
     there[0, 0] = False
     assert (
         objective(ratios.log(), torch.zeros_like(ratios), there, torch.ones(1), config)[0][0, 0]
@@ -194,6 +195,36 @@ def test_weights_of_16_bits_follow_steps_that_are_too_small_for_them(fresh):
     assert float(moved.detach().max()) > 2e-5  # several steps, added up
     assert torch.equal(weight, learner.copies[name].to(torch.bfloat16))
     assert float((weight - first).abs().max()) < 1e-2
+
+
+def test_gradients_of_16_bits_are_added_up_in_32(processor):
+    """One chunk a pass, or all at once: far apart if the sum were rounded at each pass."""
+    norms = []
+    for batch_size in (1, 24):
+        policy = VLA0(tiny_model(processor, **SMALL, seed=4), processor, make_spec(bins=30))
+        queries = [Weighed(turn, 1.0) for turn in drawn(policy, 2, num_steps=1)[0]] * 12
+        model = policy.model.to(torch.bfloat16)
+        config = UpdateConfig(learning_rate=1e-5, steps_per_round=1, batch_size=batch_size)
+        learner = Learner(model, policy.prompt, config, 1.0)
+        norms.append(learner.learn(queries, [1])["gradient_norm"])
+        assert all(weight.grad is None for weight in model.parameters())
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+
+
+def test_less_memory_changes_no_weight(processor):
+    ends, passes = [], []
+    for checkpointing in (False, True):
+        policy = VLA0(tiny_model(processor, **SMALL, seed=4), processor, make_spec(bins=30))
+        queries = [Weighed(turn, 1.0 - place) for place, turn in enumerate(drawn(policy, 3)[0])]
+        config = UpdateConfig(learning_rate=1e-3, gradient_checkpointing=checkpointing)
+        calls, layer = [], policy.model.get_decoder().layers[0]
+        layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        Learner(policy.model, policy.prompt, config, 1.0).learn(queries, [1])
+        ends.append(torch.cat([w.detach().flatten() for w in policy.model.parameters()]))
+        assert not policy.model.training
+        passes.append(len(calls))
+    assert passes[1] > passes[0]  # layers are computed again, in the backward pass
+    np.testing.assert_allclose(ends[0], ends[1], atol=1e-6)
 
 
 def test_the_divergence_holds_the_model_near_its_start(processor):

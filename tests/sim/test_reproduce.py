@@ -3,6 +3,7 @@
 import fnmatch
 import importlib.util
 import json
+import os
 import shutil
 
 import numpy as np
@@ -97,7 +98,9 @@ def test_parts_are_evaluated_by_the_published_protocol_and_go_on(ours, tmp_path,
 
     lines = [read_episodes(tmp_path / "out" / part / "episodes.jsonl") for part in TWO]
     again = reproduce("standin", tmp_path / "out", ours, ["reaching"], 2, 1, "cpu")
-    assert [outcome.name for outcome in again.outcomes] == ["reaching"]
+    assert again.outcomes == result.outcomes  # the other part is known
+    fewer = reproduce("standin", tmp_path / "out", ours, ["reaching"], 1, 1, "cpu")
+    assert [(o.name, o.episodes) for o in fewer.outcomes] == [("reaching", 1)]
     assert lines == [read_episodes(tmp_path / "out" / part / "episodes.jsonl") for part in TWO]
 
 
@@ -115,6 +118,8 @@ def test_a_policy_of_lerobots_is_evaluated_too(tmp_path, monkeypatch):
 def test_what_is_unknown_is_refused_before_anything_is_fetched(tmp_path):
     with pytest.raises(InputError, match="did you mean 'vla0-libero'"):
         reproduce("vla0-lbero", tmp_path)
+    with pytest.raises(InputError, match="--episodes of 1 or more"):
+        reproduce("vla0-libero", tmp_path, episodes=0)
     with pytest.raises(InputError, match="did you mean 'libero_goal'"):
         reproduce("vla0-libero", tmp_path, parts=["libero_gaol"])
 
@@ -148,12 +153,16 @@ def test_a_run_of_the_official_code_is_fetched_without_what_nobody_reads(
             if any(fnmatch.fnmatch(name, pattern) for pattern in ignore_patterns or ()):
                 continue
             fetched.append(name)
-            (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, tmp_path / "cache" / name)
+            place, blob = tmp_path / "cache" / name, tmp_path / "blobs" / f"{len(fetched)}"
+            for folder in (place.parent, blob.parent):
+                folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, blob)
+            place.symlink_to(os.path.relpath(blob, place.parent))  # as the Hub's cache has it
         return str(tmp_path / "cache")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert convert("someone/weights", tmp_path / "out").chunk_size == 8
+    assert VLA0.from_pretrained(tmp_path / "out", "cpu").spec.chunk_size == 8
     assert {"vla0/config.yaml", "vla0/dataset_stats.pkl"} < set(fetched)
     assert not [name for name in fetched if name.endswith((".mp4", ".pth"))]
 

@@ -71,9 +71,9 @@ def find_run(run: str | Path) -> Path:
         InputError: When there is none, or more than one.
     """
     folder = locate(run, only=FETCHED)
-    places = [folder, *sorted(place for place in folder.iterdir() if place.is_dir())]
+    places = sorted(place for place in folder.iterdir() if place.is_dir())
     found = [place for place in places if all((place / name).is_file() for name in NEEDED)]
-    if not found:
+    if not found or any((folder / name).is_file() for name in NEEDED):
         return folder  # read_spec names what is missing
     if len(found) > 1:
         raise InputError("one run", f"{[str(place) for place in found]}", "name one of them")

@@ -238,7 +238,8 @@ def link_files(source: Path, folder: Path, kept: Callable[[Path], bool]) -> None
     for file in source.iterdir():
         if file.is_file() and kept(file):
             try:
-                os.link(file, folder / file.name)
+                # The Hub's cache holds links: what they lead to is linked.
+                os.link(os.path.realpath(file), folder / file.name)
             except OSError:
                 shutil.copy2(file, folder / file.name)
 

@@ -96,9 +96,8 @@ class SpeculativeDecoder:
         self.learning = learning
         self.tree_size, self.acceptance_ratio, self.plain = tree_size, acceptance_ratio, plain
         self.chosen: dict[int, int] = {}
-        spec = prompt.spec
-        self.expectation = Expectation(spec.chunk_size, spec.dimensions, spec.bins)
-        self.grammar = Grammar(spec.bins, spec.numbers)
+        self.forget()
+        self.grammar = Grammar(prompt.spec.bins, prompt.spec.numbers)
         self.last_state: DecodeState | None = None
         cuda: bool = model.device.type == "cuda"
         if invariant is None:
@@ -116,6 +115,11 @@ class SpeculativeDecoder:
         if rows not in self.chosen:
             self.chosen[rows] = self.tree_size or measured_tree_size(self.engine, rows)
         return self.chosen[rows]
+
+    def forget(self) -> None:
+        """Forget what was learned of chunks, which decides what is guessed and changes no token."""
+        spec = self.prompt.spec
+        self.expectation = Expectation(spec.chunk_size, spec.dimensions, spec.bins)
 
     def decode(
         self,

@@ -145,6 +145,13 @@ class OfflineConfig:
             raise InputError("temperature above 0", f"{self.temperature}", "0.5 is the default")
         if self.data.mixture:
             raise InputError("one dataset", "data.mixture", "learn from one after the other")
+        plain = DataConfig(dataset=self.data.dataset)
+        idle = ("statistics", "relative_dims", "periodic", "weight", "num_workers")
+        other = [name for name in idle if getattr(self.data, name) != getattr(plain, name)]
+        refuse_idle(
+            {f"data.{name}": True for name in other},
+            "training anew (the checkpoint's Spec has them)",
+        )
         usual = UpdateConfig()
         names = ("ratio", "clip_low", "clip_high", "scale_by_deviation")
         changed = {name: getattr(self.update, name) != getattr(usual, name) for name in names}

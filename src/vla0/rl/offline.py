@@ -16,12 +16,12 @@ from vla0.checkpoint.location import locate
 from vla0.core.codec import ActionCodec
 from vla0.core.prompt import Prompt, Seen
 from vla0.core.relative import to_written
-from vla0.core.spec import MAIN, Sample, Spec
+from vla0.core.spec import MAIN, Sample, Spec, embodiments
 from vla0.data.lerobot import Source
 from vla0.errors import InputError
 from vla0.files import held, write_whole
 from vla0.rl.config import OfflineConfig
-from vla0.rl.update import DTYPES, Learner, Weighed, memory
+from vla0.rl.update import DTYPES, Learner, Weighed, learning
 from vla0.train.checkpoints import point
 from vla0.train.lora import adapted, merged, plain
 from vla0.train.model_card import card
@@ -148,16 +148,18 @@ def offline(config: OfflineConfig) -> Path:
     starts = source.dataset.starts
     task_of = {int(source.episode_of[row]): int(source.task_of[row]) for row in starts}
     weights = weights_of(verdict, task_of, config.episodes, config.temperature)
-    with held(output, "training"), memory(config.update):
+    with held(output, "training"), learning(config.update):
         vlm, processor = models.load(folder, None, DTYPES[config.update.precision])
-        start = models.load(folder, None, DTYPES[config.update.precision])[0].eval()
+        start = None
+        if config.update.kl:
+            start = models.load(folder, None, DTYPES[config.update.precision])[0].eval()
         torch.manual_seed(config.seed)  # of LoRA's first weights
         model = adapted(vlm.eval(), config.update.lora, False).eval()
         prompt = Prompt(spec, processor)
         queries = [
             Weighed(Recorded(source, row, prompt), weights[episode])
             for row, episode in enumerate(map(int, source.episode_of))
-            if episode in weights
+            if episode in weights and row < source.first_held_out
         ]
         logger.info(
             "%d of %d episodes succeeded, %d have no verdict; %d chunks of %d episodes are learned",
@@ -167,12 +169,13 @@ def offline(config: OfflineConfig) -> Path:
             len(queries),
             len(weights),
         )
-        learner = Learner(model, prompt, config.update, 1.0, start if config.update.kl else None)
+        learner = Learner(model, prompt, config.update, 1.0, start)
         told = learner.learn(queries, [config.seed], imitate=True)
         remark = (
             f"It went on from '{Path(config.checkpoint).name}' by {len(weights)} judged episodes."
         )
-        models.save(output / NAME, plain(model), processor, {MAIN: spec}, merged(model))
+        specs = {name: Spec.load(folder, name) for name in embodiments(folder)}
+        models.save(output / NAME, plain(model), processor, specs, merged(model))
         text = card({MAIN: (config.data.dataset, spec)}, 1, {}, [remark])
         write_whole(output / NAME / "README.md", text)
         point(output / "last", NAME)

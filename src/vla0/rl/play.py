@@ -12,7 +12,8 @@ from vla0.errors import InputError
 from vla0.policy import VLA0
 from vla0.rl import processes
 from vla0.rl.config import RLConfig
-from vla0.rl.rollouts import Played, RolloutPool, greedy, sampled
+from vla0.rl.rollouts import Played, RolloutPool, drawing, greedy, sampled
+from vla0.rl.update import memory
 from vla0.sim.evaluate import EvalConfig
 from vla0.sim.workers import Job
 
@@ -55,6 +56,11 @@ class Player:
         self.heavy = pool.rollout.keep < len(settings.tasks)  # not all worlds of a process stay
         chunk_size = policy.spec.chunk_size
         self.steps = steps_used(chunk_size, settings.n_action_steps, settings.ensemble)
+        held_out = settings.first_seed or 0
+        if seeds.start < held_out + settings.episodes and held_out < seeds.stop:
+            expected = f"held-out seeds beside those of rounds, {seeds.start}..{seeds.stop - 1}"
+            got = f"{held_out}..{held_out + settings.episodes - 1}"
+            raise InputError(expected, got, "leave simulator.first_seed out, or change it")
         first = config.rollouts.first_seed
         self.first = seeds[len(seeds) // 2] if first is None else first
         if self.first not in seeds:
@@ -76,8 +82,17 @@ class Player:
             for seed in range(first, first + settings.episodes)
             for task in settings.tasks
         ]
+        if self.heavy:
+            jobs.sort(key=lambda job: settings.tasks.index(job[1]))
         rank, count = processes.joined()
-        played = self.pool.play(jobs[rank::count], greedy(self.policy, self.steps))
+        if self.heavy:  # neighbours share a world
+            size = -(-len(jobs) // count)
+            own_jobs = jobs[rank * size : (rank + 1) * size]
+        else:
+            own_jobs = jobs[rank::count]
+        with self._memory():
+            drawing(self.policy).forget()
+            played = self.pool.play(own_jobs, greedy(self.policy, self.steps))
         ended = [
             (episode.job[1], episode.success)
             for own in processes.gathered(played)
@@ -102,6 +117,7 @@ class Player:
             start: How many initial states the rounds before have used.
         """
         rollouts, result = self.config.rollouts, Round()
+        drawing(self.policy).forget()  # or the last bits would depend on the rounds before
         answer = sampled(
             self.policy, rollouts.temperature, self.steps, lambda job: self._seed(number, job)
         )
@@ -117,7 +133,8 @@ class Player:
                 groups.sort(key=lambda group: self.settings.tasks.index(group[0][1]))
             own = groups[rank::count]
             started = time.monotonic()
-            played = self.pool.play([job for group in own for job in group], answer)
+            with self._memory():
+                played = self.pool.play([job for group in own for job in group], answer)
             result.seconds["play_s"] += time.monotonic() - started
             result.seconds["decode_s"] += self.pool.seconds
             by_job = {episode.job: episode for episode in played}
@@ -136,6 +153,11 @@ class Player:
                 result.lines += lines
             result.groups += len(groups)
         return result
+
+    def _memory(self) -> Any:
+        """Explain a lack of memory while episodes are played."""
+        remedy = "rollouts.workers=16 or fewer: as many chunks are decoded together"
+        return memory(f"{self.pool.count} worlds at once", remedy)
 
     def _group(self, number: int, start: int) -> list[Job]:
         """Return the jobs of a group: the same task and initial state for all its members."""

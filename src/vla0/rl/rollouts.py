@@ -111,7 +111,7 @@ class RolloutPool(WorkerPool):
 
     def run(self, jobs: deque[Job], record: Callable[[dict[str, Any]], None]) -> None:
         """Work through the jobs, and leave the processes for the next call."""
-        while len(self.processes) < self.count:
+        while len(self.processes) < min(self.count, len(jobs)):
             self._spawn()
         while jobs or self.busy:
             while missing := [pipe for pipe in self.busy if pipe not in self.asking]:
@@ -148,6 +148,14 @@ class RolloutPool(WorkerPool):
         self._all_heard()
 
 
+def drawing(policy: VLA0) -> SpeculativeDecoder:
+    """Return the decoder that draws, or raise InputError where the model has none."""
+    if not isinstance(policy.decoder, SpeculativeDecoder):
+        got = type(policy.model).__name__
+        raise InputError("a model that vla0's engine runs", got, "take another (docs/models.md)")
+    return policy.decoder
+
+
 def sampled(
     policy: VLA0, temperature: float, num_steps: int, seed_of: Callable[[Job], Sequence[int]]
 ) -> Answer:
@@ -162,10 +170,7 @@ def sampled(
     Raises:
         InputError: When the model has no decoder that draws.
     """
-    decoder = policy.decoder
-    if not isinstance(decoder, SpeculativeDecoder):
-        got = type(policy.model).__name__
-        raise InputError("a model that vla0's engine runs", got, "take another (docs/models.md)")
+    decoder = drawing(policy)
     grammar = Grammar(policy.spec.bins, policy.spec.numbers)
 
     def answer(jobs, observations):

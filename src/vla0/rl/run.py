@@ -16,7 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from vla0.checkpoint import io as models
 from vla0.checkpoint.io import fingerprint
 from vla0.checkpoint.location import locate
-from vla0.core.spec import MAIN, Spec
+from vla0.core.ensemble import TemporalEnsemble
+from vla0.core.spec import MAIN, Spec, embodiments
 from vla0.errors import InputError
 from vla0.files import held, read_json, settle, write_whole
 from vla0.policy import VLA0
@@ -24,8 +25,8 @@ from vla0.rl import processes
 from vla0.rl.config import RLConfig
 from vla0.rl.play import Player
 from vla0.rl.report import write_report
-from vla0.rl.rollouts import RolloutPool
-from vla0.rl.update import DTYPES, Learner, memory, weighed
+from vla0.rl.rollouts import RolloutPool, drawing
+from vla0.rl.update import DTYPES, Learner, learning, weighed
 from vla0.sim.evaluate import EvalConfig, Past, world
 from vla0.sim.experiment import fit, following
 from vla0.sim.results import mend, wilson
@@ -35,7 +36,7 @@ from vla0.train.checkpoints import FINISHED, measured, point, prune, rank
 from vla0.train.config import build
 from vla0.train.lora import adapted, merged, plain
 from vla0.train.model_card import card
-from vla0.train.resume import DAMAGED, refuse_other_config
+from vla0.train.resume import DAMAGED, refuse_dangling, refuse_other_config
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +54,15 @@ class State:
         rounds: Rounds that have ended.
         starts: Initial states that have been used.
         minutes: Minutes that it took.
-        ended: Why it is at its end, or None.
+        nodes: Guesses of a row in one pass, as measured at the start; they change the last bits.
+        solved: Whether every episode of the last round succeeded.
     """
 
     rounds: int = 0
     starts: int = 0
     minutes: float = 0.0
-    ended: str | None = None
+    nodes: int = 0
+    solved: bool = False
 
 
 def main(config: RLConfig) -> Path:
@@ -74,14 +77,14 @@ def main(config: RLConfig) -> Path:
     """
     output = Path(config.logging.output_dir)
     settings = build(EvalConfig, config.simulator, "simulator")
+    settings = dataclasses.replace(settings, tasks=tuple(dict.fromkeys(settings.tasks)))
     simulator(settings.env).ready()
     rank, _ = processes.joined()
     # The first of several processes locks the folder for all of them.
     with held(output, "training") if rank == 0 else nullcontext():
         run = Run(config, settings, output)
         try:
-            with memory(config.update):
-                return run.go()
+            return run.go()
         finally:
             run.pool.close()
             processes.left()
@@ -103,13 +106,6 @@ class Run:
         identity = {"began with": fingerprint(vlm, spec), "versions": self.target.provenance()}
         self.recorded = json.loads(json.dumps(dataclasses.asdict(config) | identity))
         self._refuse_others()
-        start = models.load(folder, None, dtype)[0].eval() if config.update.kl else None
-        torch.manual_seed(config.seed)  # of LoRA's first weights
-        self.model = adapted(vlm.eval(), config.update.lora, False).eval()
-        self.policy = VLA0(plain(self.model), self.processor, spec)
-        self.learner = Learner(
-            self.model, self.policy.prompt, config.update, config.rollouts.temperature, start
-        )
         acting = (
             spec.chunk_size,
             settings.n_action_steps,
@@ -117,13 +113,24 @@ class Run:
             spec.ensemble_k,
             self.settings.periodic,
         )
+        TemporalEnsemble(*acting)  # raises InputError for bad settings before anything is written
+        start = models.load(folder, None, dtype)[0].eval() if config.update.kl else None
+        torch.manual_seed(config.seed)  # of LoRA's first weights
+        self.model = adapted(vlm.eval(), config.update.lora, False).eval()
+        self.policy = VLA0(plain(self.model), self.processor, spec)
+        self.specs = {name: Spec.load(folder, name) for name in embodiments(folder)}
+        self.learner = Learner(
+            self.model, self.policy.prompt, config.update, config.rollouts.temperature, start
+        )
+        drawing(self.policy)
         heavy = self.target.heavy
         rollout = RolloutConfig(
             make_env=world(self.settings, Past(spec.history)),
             acting=acting,
             keep=1 if heavy else len(settings.tasks),
         )
-        count = config.rollouts.workers or (1 if heavy else 8) * (os.cpu_count() or 1)
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        count = config.rollouts.workers or (1 if heavy else 8) * max(1, cores)
         self.pool = RolloutPool(rollout, count)
         self.player = Player(config, self.settings, self.target.seeds, self.policy, self.pool)
         self.state = State()
@@ -132,18 +139,23 @@ class Run:
         """Do the rounds that are missing."""
         output, config = self.output, self.config
         self._resume()
+        decoder = drawing(self.policy)
+        self.state.nodes = processes.of_the_first(
+            self.state.nodes or decoder.nodes(decoder.engine.held(self.pool.count))
+        )
+        decoder.tree_size, decoder.chosen = self.state.nodes, {}
         if self.first:
             for name in ("state", "tensorboard"):
                 (output / name).mkdir(parents=True, exist_ok=True)
             write_whole(output / CONFIG, json.dumps(self.recorded, indent=2) + "\n")
             place = str(output / "tensorboard")
-            self.board = SummaryWriter(place, purge_step=self.state.rounds or None)
+            self.board = SummaryWriter(place, purge_step=self.state.rounds + 1)
         if processes.of_the_first(not (output / "last").exists()):
             self._save()
         self._finish()
         self.rounds_before, self.minutes_before = self.state.rounds, self.state.minutes
         self.began = time.monotonic() - 60 * self.state.minutes
-        while (reason := self.state.ended or self._over()) is None:
+        while (reason := self._over()) is None:
             self._round()
             self.state.minutes = processes.of_the_first((time.monotonic() - self.began) / 60)
             if self.state.rounds % config.logging.measure_every_n_rounds == 0 or self._over():
@@ -153,18 +165,35 @@ class Run:
             self._save()
             self._finish()
         if self.first:
-            logger.info("ended: %s", reason)
+            logger.log(logging.WARNING if self._fall() else logging.INFO, "ended: %s", reason)
             write_report(output)
         return output / "last"
 
     def _over(self) -> str | None:
-        """Return why the run is over by its config, or None."""
+        """Return why the run is over, or None."""
         config, state = self.config, self.state
+        if state.solved:
+            return "every episode of a round succeeded"
+        if fall := processes.of_the_first(self._fall()):
+            return fall
         if config.num_rounds is not None and state.rounds >= config.num_rounds:
             return f"{state.rounds} rounds"
         if config.max_minutes is not None and state.minutes >= config.max_minutes:
             return f"{state.minutes:.0f} minutes"
         return None
+
+    def _fall(self) -> str | None:
+        """Return what to say where held-out success has fallen too far, or None."""
+        below, every = self.config.logging.stop_below_best, measured(self.output)
+        if below is None or len(every) < 2:
+            return None
+        best, last = max(line["success"] for line in every[:-1]), every[-1]["success"]
+        if last >= best - below:
+            return None
+        return (
+            f"held-out success fell to {last:.0%}, from {best:.0%} before; `best` is that one. A "
+            "smaller update.learning_rate, or update.kl=0.05, may hold it"
+        )
 
     def _name(self) -> str:
         """Return the name of the folder of a checkpoint of now."""
@@ -193,7 +222,8 @@ class Run:
             self._nothing_to_learn(solved, total)
         else:
             queries = weighed(result.own, self.config.update.scale_by_deviation)
-            line |= self.learner.learn(queries, [self.config.seed, number])
+            with learning(self.config.update):
+                line |= self.learner.learn(queries, [self.config.seed, number])
         self.state.rounds = number
         if self.first:
             self._record(line, result.lines, solved)
@@ -235,19 +265,19 @@ class Run:
         return f"{max(0.0, min(left)):.0f} minutes"
 
     def _nothing_to_learn(self, solved: int, total: int) -> None:
-        """Raise InputError or end the run where no group's episodes differ in success."""
+        """Say that no group's episodes differ in success; at the start, raise InputError."""
         got = f"{solved} of {total} solved, no group with both success and failure"
-        if solved == 0:
+        first = self.state.rounds == 0
+        if solved == 0 and first:
             remedy = (
                 "begin with a checkpoint that succeeds at times (more demonstrations or steps), "
                 "easier tasks, a larger rollouts.temperature or rollouts.group_size"
             )
             raise InputError("episodes that succeed", got, remedy)
-        if solved == total:
-            if self.state.rounds == 0:
-                remedy = "there is nothing to learn: choose harder tasks, or a larger temperature"
-                raise InputError("episodes that fail", got, remedy)
-            self.state.ended = "every episode of a round succeeded"
+        if solved == total and first:
+            remedy = "there is nothing to learn: choose harder tasks, or a larger temperature"
+            raise InputError("episodes that fail", got, remedy)
+        self.state.solved = solved == total
         logger.warning("nothing was learned in this round: %s", got)
 
     def _save(self) -> None:
@@ -261,7 +291,7 @@ class Run:
         write_whole(state / "state.json", json.dumps(dataclasses.asdict(self.state)))
         model = plain(self.model)
         models.save(
-            folder, model, self.processor, {MAIN: self.policy.spec}, merged(self.model)
+            folder, model, self.processor, self.specs, merged(self.model)
         )  # fmt: skip
         for place in (state, folder):
             settle(place)
@@ -275,10 +305,9 @@ class Run:
         metrics = self.player.measure()
         if self.first:
             self._publish(name, metrics)
-        self.state.ended = processes.of_the_first(self.state.ended)
 
     def _publish(self, name: str, metrics: dict[str, float]) -> None:
-        """Write what was measured of a checkpoint, and end the run where success fell."""
+        """Write what was measured of a checkpoint."""
         output = self.output
         logger.info(
             "%s: %.1f %% of %d held-out episodes solved",
@@ -286,7 +315,6 @@ class Run:
             100 * metrics["success"],
             metrics["episodes"],
         )
-        best = max((m["success"] for m in measured(output) if m["step"] < name), default=0.0)
         remark = f"It went on from '{Path(self.config.checkpoint).name}' by its success there."
         text = card(
             {MAIN: (self.settings.env, self.policy.spec)}, self.state.rounds, metrics, [remark]
@@ -297,27 +325,18 @@ class Run:
         write_report(output)
         write_whole(output / name / FINISHED, (output / FINISHED).read_bytes())
         self.board.add_scalar("rl/held_out_success", metrics["success"], self.state.rounds)
-        below = self.config.logging.stop_below_best
-        if below is not None and metrics["success"] < best - below:
-            self.state.ended = (
-                f"held-out success fell to {metrics['success']:.0%}, from {best:.0%} before; "
-                "`best` is that one. A smaller update.learning_rate, or update.kl=0.05, may hold it"
-            )
-            logger.warning("%s", self.state.ended)
-            self._keep_state()
-
-    def _keep_state(self) -> None:
-        """Write how far the run is, once more."""
-        file = self.output / "state" / f"checkpoint-{self.state.rounds}" / "state.json"
-        write_whole(file, json.dumps(dataclasses.asdict(self.state)))
 
     def _refuse_others(self) -> None:
         """Raise InputError where another run is in the folder."""
         file = self.output / CONFIG
+        refuse_dangling(self.output / "last")
         if file.exists():
             refuse_other_config(self.output, read_json(file, DAMAGED), self.recorded, FREE)
-        elif (self.output / "last").exists():
-            raise InputError(f"a run of vla0 rl in '{self.output}'", "another", OTHER)
+            return
+        for name in ("last", EPISODES, "train_config.json"):
+            if (self.output / name).exists():
+                got = f"another's '{name}'"
+                raise InputError(f"a run of vla0 rl in '{self.output}', or nothing", got, OTHER)
 
     def _resume(self) -> None:
         """Take over the state of the checkpoint `last`, and forget what came after it."""

@@ -150,9 +150,10 @@ def objective(
         (B, n) losses, 0 where there is no token, and (B, n) bool.
     """
     apart = torch.where(present, new - old, 0.0)
-    if config.ratio == "chunk":
-        apart = apart.sum(1, keepdim=True).expand_as(apart)
     ratio, weight = apart.exp(), advantage[:, None]
+    if config.ratio == "chunk":  # one loss for all its tokens, of which each has a part
+        ratio = apart.sum(1, keepdim=True).exp().expand_as(apart)
+        weight = weight / present.sum(1, keepdim=True)
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     held = clipped * weight < ratio * weight
     loss = -torch.where(held, clipped, ratio) * weight
@@ -285,19 +286,24 @@ class Learner:
                 losses = losses + self.config.kl * divergence
                 sums["kl"] += float(divergence.detach().sum())
             (losses.sum() / total).backward()
+            self._add_up()
             sums["ratio"] += float((new.detach() - old).exp()[there].sum())
             sums["clipped"] += float(held.sum())
         sums["tokens"] += total
         sums["norm"] += self._follow()
         sums["steps"] += 1
 
-    def _follow(self) -> float:
-        """Let the weights follow their gradients, and return the norm of these."""
+    def _add_up(self) -> None:
+        """Add the gradients of weights of 16 bits up in their copies of 32."""
         for name, weight in self.weights.items():
             copy = self.copies[name]
-            if copy is not weight:
-                copy.grad = None if weight.grad is None else weight.grad.float()
+            if copy is not weight and weight.grad is not None:
+                more = weight.grad.float()
+                copy.grad = more if copy.grad is None else copy.grad + more
                 weight.grad = None
+
+    def _follow(self) -> float:
+        """Let the weights follow their gradients, and return the norm of these."""
         processes.sum_gradients(self.copies.values())
         limit = self.config.max_grad_norm or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(self.copies.values(), limit))
@@ -327,13 +333,17 @@ class Learner:
 
 
 @contextmanager
-def memory(config: UpdateConfig) -> Iterator[None]:
-    """Turn a lack of memory into an InputError that names the setting to change."""
+def memory(what: str, remedy: str) -> Iterator[None]:
+    """Turn a lack of memory into an InputError that names what took it and what to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        remedy = "halve update.batch_size, which changes nothing else; then "
-        remedy += "update.gradient_checkpointing=true, or update.lora.rank=32"
         got = str(error).splitlines()[0]
-        expected = f"memory for update.batch_size={config.batch_size}"
-        raise InputError(expected, got, remedy) from error
+        raise InputError(f"memory for {what}", got, remedy) from error
+
+
+def learning(config: UpdateConfig) -> Any:
+    """Explain a lack of memory while the weights are trained."""
+    remedy = "halve update.batch_size, which changes nothing else; then "
+    remedy += "update.gradient_checkpointing=true, or update.lora.rank=32"
+    return memory(f"update.batch_size={config.batch_size}", remedy)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from vla0.checkpoint.convert import convert
+from vla0.checkpoint.convert import FETCHED, convert
+from vla0.checkpoint.location import locate
 from vla0.core.spec import SPEC_FILE
 from vla0.errors import InputError, nearest
-from vla0.files import write_whole
+from vla0.files import held, read_json, write_whole
 from vla0.sim import foreign
 from vla0.sim.evaluate import EvalConfig
 from vla0.sim.experiment import trial
@@ -26,6 +27,8 @@ from vla0.sim.simulator import simulator, tasks_of
 # A difference of so much is of interest. Where its interval is wider, more episodes are needed.
 MARGIN = 0.05
 SAME, LOWER, HIGHER, UNCLEAR = "as published", "lower", "higher", "too few episodes to say"
+KEPT = "reproduction.json"
+MADE_OF = ".made-of"  # in a converted checkpoint: of which run
 RECORDED = ("torch", "transformers", "lerobot")  # beside what the simulator records
 
 
@@ -110,7 +113,8 @@ def reproduce(
 ) -> Reproduction:
     """Evaluate a published checkpoint by the protocol of its figures.
 
-    Each part has its own folder in `out`, in which an interrupted evaluation continues.
+    Each part has its own folder in `out`, in which an interrupted evaluation continues. Parts that
+    were evaluated before, of the same checkpoint and as many episodes, are in the result too.
 
     Args:
         name: A key of `CHECKPOINTS`.
@@ -127,6 +131,8 @@ def reproduce(
             fit the simulator.
     """
     entry = find(name)
+    if episodes is not None and episodes < 1:
+        raise InputError("--episodes of 1 or more", f"{episodes}", "leave it out for as published")
     if unknown := [part for part in parts if part not in entry.parts]:
         expected = f"parts of {tuple(entry.parts)}"
         raise InputError(expected, f"'{unknown[0]}'", nearest(unknown[0], entry.parts))
@@ -148,20 +154,24 @@ def reproduce(
         for part in tasks
     }
     run = _player(entry, model or entry.model, out, workers, device)
-    outcomes = []
+    asked = {"model": model or entry.model, "episodes": episodes or entry.episodes}
+    known = _before(out / KEPT, asked)
     for part, config in settings.items():
-        lines = run(config, out / part)
+        first = config.first_seed or 0
+        lines = [
+            line
+            for line in run(config, out / part)
+            if first <= line["seed"] < first + config.episodes
+        ]
         ours = together(summary(lines)["policy"].values())
-        stated_episodes = entry.episodes * len(tasks[part])
-        outcomes.append(
-            Outcome(
-                part,
-                entry.parts[part].percent / 100,
-                stated_episodes,
-                ours["successes"],
-                ours["episodes"],
-            )
+        known[part] = Outcome(
+            part,
+            entry.parts[part].percent / 100,
+            entry.episodes * len(tasks[part]),
+            ours["successes"],
+            ours["episodes"],
         )
+    outcomes = [known[part] for part in entry.parts if part in known]
     if len(outcomes) > 1:
         outcomes.append(_all(outcomes))
     versions = {str(key): str(value) for key, value in target.provenance().items()}
@@ -177,8 +187,20 @@ def reproduce(
     if model is not None:
         differing.append(("checkpoint", entry.model, model))
     result = Reproduction(tuple(outcomes), tuple(differing), versions)
-    write_whole(out / "reproduction.json", _written(name, entry, result))
+    write_whole(out / KEPT, _written(name, entry, result, asked))
     return result
+
+
+def _before(file: Path, asked: Mapping[str, Any]) -> dict[str, Outcome]:
+    """Return {part: outcome} that a file keeps of the same checkpoint and as many episodes."""
+    if not file.exists():
+        return {}
+    content = read_json(file, "remove it: the episodes are kept beside it")
+    if any(content.get(key) != value for key, value in asked.items()):
+        return {}
+    names = [field.name for field in fields(Outcome)]
+    kept = [Outcome(**{name: part[name] for name in names}) for part in content["parts"]]
+    return {outcome.name: outcome for outcome in kept if outcome.name != "all"}
 
 
 def _all(outcomes: Sequence[Outcome]) -> Outcome:
@@ -201,10 +223,15 @@ def _player(
         return lambda config, folder: foreign.trial(
             policy, name, config, folder, own=("image_size",), workers=workers
         )
+    looked = locate(model, only=(SPEC_FILE, *FETCHED))
     checkpoint = model
-    if not (Path(model) / SPEC_FILE).is_file():  # a run of the official code
+    if not (looked / SPEC_FILE).is_file():  # a run of the official code
         checkpoint = str(out / "checkpoint")
-        convert(model, checkpoint)
+        with held(out, "conversion"):
+            made = out / "checkpoint" / MADE_OF
+            if not made.exists() or made.read_text() != str(looked):
+                convert(looked, checkpoint)
+                write_whole(made, str(looked))
     return lambda config, folder: trial(checkpoint, config, folder, workers=workers, device=device)
 
 
@@ -222,12 +249,12 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _written(name: str, entry: Published, result: Reproduction) -> str:
+def _written(name: str, entry: Published, result: Reproduction, asked: Mapping[str, Any]) -> str:
     """Return what is kept of a reproduction, as JSON."""
     return json.dumps(
         {
             "name": name,
-            "model": entry.model,
+            **asked,
             "source": entry.source,
             "parts": [
                 {

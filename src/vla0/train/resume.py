@@ -37,13 +37,7 @@ def resumable(config: TrainConfig, output: Path, processes: int) -> Path | None:
             checkpoint or its training state is missing.
     """
     last, file = output / "last", output / "train_config.json"
-    if last.is_symlink() and not last.exists():
-        got = f"'{last.readlink()}', which is not there"
-        raise InputError(
-            f"the checkpoint that '{last}' names",
-            got,
-            "bring it back, or choose another output_dir",
-        )
+    refuse_dangling(last)
     if not last.exists():
         return None
     if not file.exists() and (output / "recipe.json").exists():
@@ -61,6 +55,17 @@ def resumable(config: TrainConfig, output: Path, processes: int) -> Path | None:
             f"the training state of '{last}'", f"no '{state}'", "choose another output_dir"
         )
     return state
+
+
+def refuse_dangling(last: Path) -> None:
+    """Raise InputError where the link `last` leads to no checkpoint."""
+    if last.is_symlink() and not last.exists():
+        got = f"'{last.readlink()}', which is not there"
+        raise InputError(
+            f"the checkpoint that '{last}' names",
+            got,
+            "bring it back, or choose another output_dir",
+        )
 
 
 def refuse_other_config(
