@@ -304,7 +304,9 @@ class RobotSession:
                 recorder.discard()
                 self.told("forgotten")
             elif frames := recorder.save(self.verdict):
-                said = {True: ", which succeeded", False: ", which failed"}.get(self.verdict, "")
+                said = ""
+                if self.verdict is not None:
+                    said = ", which succeeded" if self.verdict else ", which failed"
                 self.told(
                     f"recorded {frames} frames as episode {recorder.episodes - 1} of "
                     f"{self.config.out}{said}"
