@@ -111,9 +111,9 @@ class RLConfig:
     # the tasks and how to act there (vla0.sim.evaluate.EvalConfig); its episodes and first_seed are
     # those of the held-out measurements
     simulator: Mapping[str, Any]
-    logging: RunConfig
-    rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
-    update: UpdateConfig = field(default_factory=UpdateConfig)
+    logging: RunConfig  # see below
+    rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)  # see below
+    update: UpdateConfig = field(default_factory=UpdateConfig)  # see below
     num_rounds: int | None = None  # give this, max_minutes, or both
     max_minutes: float | None = None  # a round that has begun is finished
     seed: int = 0  # of the initial states, what is drawn, and the order of chunks
@@ -135,6 +135,7 @@ class OfflineConfig:
     # "filter": only episodes that succeeded; "weighted": all, those that went better count more
     episodes: str = "filter"
     temperature: float = 0.5  # of "weighted": the smaller, the less failures count
+    # see above; how ratios are clipped does nothing here
     update: UpdateConfig = field(default_factory=UpdateConfig)
     seed: int = 0  # of the order of chunks
 
