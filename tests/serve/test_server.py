@@ -728,6 +728,22 @@ def test_who_takes_more_of_the_server_than_others_waits_and_who_takes_as_much_do
     assert all(own.free_at <= time.monotonic() for own in (*alike, alone))
 
 
+def test_large_messages_make_their_sender_wait_where_others_ask_and_nowhere_else(policy):
+    large = {camera: np.zeros((1400, 1400, 3), np.uint8) for camera in make_observation(0).images}
+    with serving(policy) as (url, server):
+        robot, other = RemotePolicy(url), RemotePolicy(url)
+        (own, _) = server.batches.sessions
+        for _ in range(3):
+            robot.predict(replace(make_observation(0), images=large))
+        assert own.free_at == 0.0
+        other.predict(make_observation(1))
+        asked = time.monotonic()
+        robot.predict(replace(make_observation(0), images=large))
+        assert own.free_at > asked + 11.7e6 / ServerLimits().bytes_s
+        robot.close()
+        other.close()
+
+
 def test_who_sends_megabytes_in_vain_is_not_heard_for_a_while_and_does_not_keep_the_server_from_ending(
     policy,
 ):

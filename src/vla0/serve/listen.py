@@ -37,7 +37,7 @@ class ServerLimits:
     side: int = 4096  # pixels of a picture's longer side
     clients: int = 128  # connected at once
     rate: float = 200.0  # messages of one client in any second
-    bytes_s: float = 64 * 2**20  # bytes a second of one client; more is read later
+    bytes_s: float = 64 * 2**20  # bytes that count as a second of a client's use of the server
     batch: int = 64  # observations decoded together
 
     def __post_init__(self):

@@ -240,7 +240,8 @@ class Server:
             async for message in connection:
                 if self.stopping:
                     break
-                session.charge(len(message) / self.limits.bytes_s)
+                # what receiving took of the event loop, which is not measured
+                self.batches.charge(session, len(message) / self.limits.bytes_s)
                 try:
                     self._not_too_fast(session)
                     await self._answer(connection, session, message)
