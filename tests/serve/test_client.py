@@ -23,10 +23,15 @@ OURS = {
 
 
 @contextmanager
-def faked(answers, metadata=OURS):
+def faked(answers, metadata=OURS, key=None):
     """A server whose answers to (how many messages there were, message) are a list of what is sent;
     its address.
     """
+
+    def admit(connection, request):
+        if key is not None and request.headers.get("Authorization") != f"Api-Key {key}":
+            return connection.respond(401, "no key\n")
+        return None
 
     def talk(connection):
         connection.send(pack(metadata))
@@ -37,7 +42,7 @@ def faked(answers, metadata=OURS):
                 else:
                     connection.send(answer if isinstance(answer, str) else pack(answer))
 
-    with serve(talk, "127.0.0.1", 0) as server:
+    with serve(talk, "127.0.0.1", 0, process_request=admit) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
         server.shutdown()

@@ -62,6 +62,25 @@ def test_without_names_a_server_gets_the_simulators(tmp_path):
     assert seen[0]["state"].shape == (4,)
 
 
+def test_a_server_whose_policy_sees_the_past_is_sent_the_last_pictures(tmp_path):
+    seen = []
+    with faked(openpi(seen=seen), {"history": 3}) as url:
+        policy = served(url, WORLD, NAMES, "reach the goal")
+        lines = foreign.trial(policy, url, CONFIG, tmp_path, workers=1)
+    assert [line["error"] for line in lines] == [None, None]
+    asked = [message["observation/image"] for message in seen]
+    assert {frames.shape for frames in asked[1:]} == {(3, 56, 56, 3)}
+    first, second = asked[1], asked[2]  # of one episode, three steps apart
+    assert all(np.array_equal(frame, first[-1]) for frame in first)
+    assert not np.array_equal(second[0], second[-1])
+    assert all(message["observation/state"].shape == (4,) for message in seen)
+    with (
+        faked(openpi(), {"history": 0}) as url,
+        pytest.raises(InputError, match=r"a history of 1 to 64 pictures .* got 0"),
+    ):
+        served(url, WORLD, NAMES, "x")
+
+
 @pytest.mark.parametrize(
     "fault", [[1.0], ["broken"], [{"actions": CHUNK[:2]}], [{"actions": CHUNK * np.nan}]]
 )
@@ -159,3 +178,10 @@ def test_the_command_takes_a_server(tmp_path, monkeypatch, capsys):
         assert "0 of 1" in capsys.readouterr().out
         assert run(url, "--device", "cpu") == 2
         assert "--device" in capsys.readouterr().err
+    file = tmp_path / "key"
+    file.write_text("0123456789abcdef\n")
+    with faked(openpi(), {}, file.read_text().strip()) as url:
+        keys += ["--n-action-steps", "2", "--out", str(tmp_path / "keyed")]
+        assert run(url, *keys) == 2
+        assert "key" in capsys.readouterr().err
+        assert run(url, *keys, "--api-key-file", str(file)) == 0

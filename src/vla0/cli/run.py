@@ -109,6 +109,9 @@ def evaluate(
             help="CAMERA=PICTURE, or state=NAME, of --policy, where it has names of its own"
         ),
     ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="file of the key of --policy's server")
+    ] = None,
     embodiment: Annotated[
         str, typer.Option(help="of a checkpoint trained on a mixture: whose robot acts")
     ] = MAIN,
@@ -188,7 +191,7 @@ def evaluate(
         got = "none" if checkpoint is None else "both"
         raise InputError("--checkpoint, or --policy for another's", got, "give one of them")
     if policy is None:
-        refuse_idle({"--key": key}, "--policy")
+        refuse_idle({"--key": key, "--api-key-file": api_key_file}, "--policy")
     else:
         embodied = None if embodiment == MAIN else embodiment
         others = {"--approximate": approximate, "--ray": ray, "--ablation": ablation}
@@ -214,6 +217,7 @@ def evaluate(
     if policy is not None:
         from vla0.serve.client import NoAnswerError
         from vla0.serve.evaluated import served
+        from vla0.serve.listen import secret_of
         from vla0.sim import foreign
         from vla0.sim.simulator import simulator
 
@@ -224,10 +228,13 @@ def evaluate(
         if policy.startswith(("ws://", "wss://")):
             refuse_idle({"--device": device}, "a policy that runs here")
             try:
-                other = served(policy, target, names, target.instruction(settings.tasks[0]))
+                sentence = target.instruction(settings.tasks[0])
+                secret = secret_of(api_key_file)
+                other = served(policy, target, names, sentence, key=secret)
             except NoAnswerError as error:
                 raise InputError(f"an answer of {policy}", str(error), "see its log") from None
         else:
+            refuse_idle({"--api-key-file": api_key_file}, "--policy ws://HOST:PORT")
             other = foreign.load(policy, target, names, device)
         place = policy.partition(":")[2].strip("/").replace(":", "-")
         out = out or Path("runs") / f"{'_'.join(Path(place).parts[-3:])}-eval"

@@ -9,6 +9,7 @@ import numpy as np
 from vla0.core.spec import Observation
 from vla0.errors import InputError
 from vla0.serve.client import RemotePolicy
+from vla0.sim.evaluate import Past
 from vla0.sim.foreign import Foreign
 from vla0.sim.simulator import Simulator
 from vla0.sim.workers import NoChunkError
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 60.0  # for an answer: a server may compile at the first question
 MOST = 1000  # steps of a chunk
+MOST_PAST = 64  # pictures of a camera
 MISSED = 3  # answers in a row that do not come, after which the evaluation ends
 
 
@@ -26,6 +28,7 @@ def served(
     names: Mapping[str, str],
     instruction: str,
     timeout_s: float = TIMEOUT_S,
+    key: str | None = None,
 ) -> Foreign:
     """Connect to a server, and ask it once, with black pictures, how long its chunks are.
 
@@ -40,23 +43,32 @@ def served(
             "images" by the simulator's names, and the state under "state".
         instruction: Any sentence of the simulator's.
         timeout_s: Seconds that an answer may take.
+        key: The key of the server, if it has one.
 
     Raises:
-        InputError: When it is no such server, or its answer does not fit the simulator.
+        InputError: When it is no such server, refuses the key, or its answer does not fit the
+            simulator.
         NoAnswerError: When it does not answer.
     """
     if unknown := [name for name in names if name not in (*target.cameras, "state")]:
         expected = f"--key of {(*target.cameras, 'state')}"
         raise InputError(expected, f"'{unknown[0]}'", "correct it")
-    remote = RemotePolicy(url, timeout_s=timeout_s, names=names)
+    remote = RemotePolicy(url, key, timeout_s, names=names)
     if remote.metadata.get("ensemble") not in (None, "none"):
         raise InputError(
             "a server that sends whole chunks",
             f"one that ensembles ({remote.metadata['ensemble']}), over the episodes of all workers",
             "serve with --ensemble none; give --ensemble here",
         )
+    # only our servers have policies that see the past, and say so
+    past = remote.metadata.get("history", 1)
+    if not isinstance(past, int) or not 1 <= past <= MOST_PAST:
+        raise InputError(
+            f"a history of 1 to {MOST_PAST} pictures from {url}", f"{past!r}"[:80], "look at it"
+        )
     side, states = target.image_size, len(target.states)
-    black = {camera: np.zeros((side, side, 3), np.uint8) for camera in target.cameras}
+    before = (past,) if past > 1 else ()
+    black = {camera: np.zeros((*before, side, side, 3), np.uint8) for camera in target.cameras}
     first = remote.predict(
         Observation(black, instruction, np.zeros(states, np.float32) if states else None)
     )
@@ -93,7 +105,8 @@ def served(
     mark = f"{url} {hashlib.sha256(repr((said, sorted(names.items()))).encode()).hexdigest()[:8]}"
     # Ours says how many steps it would send with an ensemble, which is no recipe for whole chunks.
     steps = None if remote.metadata.get("extensions") else remote.metadata.get("n_action_steps")
-    return Foreign(predict, len(first), steps if isinstance(steps, int) else None, None, mark)
+    steps = steps if isinstance(steps, int) else None
+    return Foreign(predict, len(first), steps, None, mark, Past(past))
 
 
 class _MissedError(NoChunkError):
