@@ -105,7 +105,7 @@ def test_the_interval_covers_the_true_difference_in_95_of_100_comparisons(one, t
         ("fps", 80.0, "fps 40.0 in 'one'; got 80.0 in 'other'"),
         ("options", {}, "options"),
         ("versions", {"mujoco": "3.17"}, "versions"),
-        ("max_steps", None, "max_steps"),
+        ("max_steps", None, r"max_steps \[50\] in 'one'; got \[150\]"),
         ("env", "libero", "env metaworld"),
     ],
 )
@@ -125,6 +125,9 @@ def test_a_rate_that_a_simulator_does_not_have_and_a_default_written_out_are_no_
         tmp_path / "other", set(), env="libero", fps=20.0, options={"quick": False}
     )  # fmt: skip
     assert compare([one, other]).pairs[0].first == 1
+    capped = evaluated(tmp_path / "capped", {("press", 0)}, max_steps=150)
+    free = evaluated(tmp_path / "free", set(), max_steps=None)
+    assert compare([capped, free]).pairs[0].first == 1
     quick = evaluated(tmp_path / "quick", set(), env="libero", options={"quick": True})
     with pytest.raises(InputError, match="options"):
         compare([one, quick])

@@ -91,16 +91,6 @@ def compare(folders: Sequence[Path]) -> Comparison:
     """
     names = _names(folders)
     settings = {name: _settings(folder) for name, folder in zip(names, folders, strict=True)}
-    first = names[0]
-    for name in names[1:]:
-        for key in PROTOCOL:
-            given, expected = (_protocol(settings[which], key) for which in (name, first))
-            if given != expected:
-                raise InputError(
-                    f"evaluations by one protocol: {key} {expected} in '{first}'",
-                    f"{given} in '{name}'",
-                    "evaluate again with the same options and versions",
-                )
     episodes = {
         name: {
             (line["task"], line["seed"]): line
@@ -110,6 +100,17 @@ def compare(folders: Sequence[Path]) -> Comparison:
         for name, folder in zip(names, folders, strict=True)
     }
     common = set.intersection(*(set(own) for own in episodes.values()))
+    tasks = sorted({task for task, _ in common})
+    first = names[0]
+    for name in names[1:]:
+        for key in PROTOCOL:
+            given, expected = (_protocol(settings[which], key, tasks) for which in (name, first))
+            if given != expected:
+                raise InputError(
+                    f"evaluations by one protocol: {key} {expected} in '{first}'",
+                    f"{given} in '{name}'",
+                    "evaluate again with the same options and versions",
+                )
     if not common:
         raise InputError(
             "episodes of the same tasks and seeds", "none in common", "evaluate the same tasks"
@@ -152,13 +153,15 @@ def _settings(folder: Path) -> dict[str, Any]:
     return read_json(file, "evaluate into another folder")
 
 
-def _protocol(settings: dict[str, Any], key: str) -> Any:
-    """Return a setting of the protocol, alike where it means the same."""
+def _protocol(settings: dict[str, Any], key: str, tasks: Sequence[str]) -> Any:
+    """Return a setting of the protocol, alike where it means the same for some tasks."""
     value, env = settings.get(key), settings.get("env")
     if env not in SIMULATORS:
         return value
     if key == "fps":  # where a simulator has one rate, the policy's changes nothing
         return value if simulator(env).any_fps else None
+    if key == "max_steps":
+        return sorted({value or simulator(env).step_limit(task) for task in tasks})
     return asdict(options_of(env, value or {})) if key == "options" else value
 
 

@@ -336,6 +336,10 @@ class Libero:
         """Return the instruction that the policy receives for a task."""
         return instruction(task)
 
+    def step_limit(self, task: str) -> int:
+        """Return the steps of the task's suite after which an episode has failed."""
+        return step_limit(task)
+
     def provenance(self) -> dict[str, Any]:
         """Return the versions on which a result depends."""
         return provenance()

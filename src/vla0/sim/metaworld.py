@@ -223,6 +223,10 @@ class MetaWorld:
         """Return the instruction that the policy receives for a task."""
         return instruction(task)
 
+    def step_limit(self, task: str) -> int:
+        """Return the steps after which an episode has failed, if nobody says otherwise."""
+        return STEPS
+
     def provenance(self) -> dict[str, Any]:
         """Return the versions that a result depends on."""
         return provenance()

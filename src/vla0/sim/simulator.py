@@ -51,6 +51,10 @@ class Simulator(Protocol):
         """Return the instruction that the policy receives for a task."""
         ...
 
+    def step_limit(self, task: str) -> int:
+        """Return the steps after which an episode has failed, if nobody says otherwise."""
+        ...
+
     def provenance(self) -> dict[str, Any]:
         """Return what a result depends on: the versions, and whatever spoils a comparison."""
         ...
