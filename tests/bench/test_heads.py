@@ -1,18 +1,21 @@
 """The heads that text is compared with: they see what text sees, and they learn."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import heads
 import numpy as np
 import pytest
 import torch
 from conftest import make_observation, make_recipe
+from omegaconf import OmegaConf
 
 from vla0.checkpoint.tiny import tiny_model
 from vla0.core.prompt import Prompt
 from vla0.core.spec import Spec
 from vla0.train.config import TrainConfig, build
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = {"width": 48, "layers": 2, "heads": 3, "vision_width": 32, "vision_layers": 1}
 SMALL |= {"vision_heads": 2}
 
@@ -71,6 +74,18 @@ def test_tokens_of_bins_are_written_as_they_are_scored(vlm, processor, spec):
         hidden = heads.go_on(vlm, reading, head.tokens(levels[:, :-1]), causal=True)
         hidden = torch.cat([reading.last[:, None], hidden], dim=1)
     assert ((hidden @ head.tokens.weight.T).argmax(-1) == levels).all()
+
+
+@pytest.mark.parametrize("kind", heads.HEADS)
+@pytest.mark.parametrize("name", ["demo", "libero_tiny"])
+def test_what_is_compared_has_as_many_weights_within_five_percent(name, kind, processor, spec):
+    config = OmegaConf.to_container(OmegaConf.load(CONFIGS / f"{name}.yaml"))
+    vlm = tiny_model(processor, **config["model"]["tiny"])
+    sized = replace(spec, chunk_size=config["action"]["chunk_size"])
+    headed = heads.Headed(vlm, heads.HEADS[kind](vlm.config.text_config.hidden_size, sized))
+    text = sum(weight.numel() for weight in vlm.parameters())
+    whole = sum(weight.numel() for weight in headed.parameters())
+    assert 1 < whole / text < 1.05
 
 
 def test_actions_come_back_from_minus_one_to_one_and_clip_as_in_text(spec):
