@@ -64,6 +64,20 @@ def test_training_leaves_a_checkpoint_that_acts(dataset, tmp_path):
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
+@pytest.mark.parametrize("named", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_memory_of_a_gpu_grows_in_segments_unless_its_user_says_otherwise(
+    dataset, tmp_path, monkeypatch, named
+):
+    monkeypatch.setattr(os, "environ", {"HOME": str(tmp_path)})
+    if named is not None:
+        os.environ[named] = "max_split_size_mb:512"
+    with pytest.raises(InputError, match="teacher_weight"):
+        main(config_of(dataset, tmp_path / "run", teacher_weight=0.5))
+    said = {key: value for key, value in os.environ.items() if "ALLOC" in key}
+    expected = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert said == ({named: "max_split_size_mb:512"} if named else expected)
+
+
 def test_training_learns(tmp_path):
     """Four rows, learned by heart: what is read back through the grammar is what was recorded."""
     few = make_dataset(tmp_path / "few", lengths=(4,), dimensions=1)
