@@ -13,7 +13,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from vla0 import InputError
 from vla0.bench import inputs
 from vla0.bench.certificate import certificate
-from vla0.bench.decode import WAYS, bench, refuse, tables
+from vla0.bench.decode import BASELINE, WAYS, bench, refuse, tables
 from vla0.bench.inputs import SHAPE_3B, chosen, moving_pictures, recorded
 from vla0.cli.bench import write
 from vla0.core.spec import Spec
@@ -28,7 +28,9 @@ def test_every_way_is_timed_on_the_same_inputs_and_writes_the_same_tokens(policy
     assert [row.way for row in rows[: len(WAYS)]] == list(WAYS)
     assert rows[0].way == "generate"
     assert len(rows) == 4 * len(WAYS)
-    assert all(row.identical == 1 and row.margin is None for row in rows)
+    assert all(row.identical == (None if row.way == BASELINE else 1) for row in rows)
+    assert all(row.compared == (0 if row.way == BASELINE else row.chunks) for row in rows)
+    assert all(row.margin is None for row in rows)
     assert all(row.chunks == 3 * row.batch for row in rows)
     passes = {row.way: row.passes for row in rows if (row.batch, row.n_action_steps) == (1, 1)}
     assert passes["generate"] == passes["one token a pass"] > passes["forced symbols ride along"]

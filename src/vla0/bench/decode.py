@@ -43,6 +43,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
 # These ways are timed only when they are named, because not every machine has what they need.
 OTHERS: dict[str, dict[str, Any]] = {
     "compiled": {"compiled": True},
+    "compiled, one token a pass": {"compiled": True, "plain": True},
     "not invariant": {"invariant": False},
 }
 # Most nodes of a pass. In a large batch each row has fewer nodes, because the exhaustive ways would
@@ -64,8 +65,8 @@ class Timing:
     ms_median: float  # median time of a decode
     ms_p95: float  # 95th percentile of the time of a decode
     # share of the compared chunks that have the expected tokens, which are those of `generate` or
-    # of the plainest way
-    identical: float
+    # of the plainest way; None: nothing was compared
+    identical: float | None
     # difference between the two largest logits where the first differing chunk parts
     margin: float | None = None
     compared: int = 0  # number of compared chunks
@@ -170,7 +171,7 @@ def measure(
     same = [
         np.array_equal(a, b)
         # A slow way may have decoded fewer chunks.
-        for levels, expected_levels in zip(decoded, expected or decoded, strict=False)
+        for levels, expected_levels in zip(decoded, expected, strict=False)
         for a, b in zip(levels, expected_levels, strict=True)
     ]
     margin = None
@@ -186,7 +187,7 @@ def measure(
         passes=float(np.mean(passes)),
         ms_median=float(np.median(ms)),
         ms_p95=float(np.percentile(ms, 95)),
-        identical=float(np.mean(same)),
+        identical=float(np.mean(same)) if same else None,
         margin=margin,
         compared=len(same),
     )
@@ -270,7 +271,8 @@ def tables(rows: Sequence[Timing]) -> list[Table]:
                 f"{row.ms_p95:.1f}",
                 f"{base / row.ms_median:.1f}",
             )
-            same = f"{row.identical:.1%}" + ("" if row.margin is None else f", {row.margin:.2g}")
+            same = "" if row.identical is None else f"{row.identical:.1%}"
+            same += "" if row.margin is None else f", {row.margin:.2g}"
             table.add_row(row.way, *cells, same)
         if any(row.margin is not None for row in timings):
             table.caption = (
