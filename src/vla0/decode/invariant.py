@@ -102,9 +102,10 @@ def attending(config: Any) -> Iterator[None]:
 def gathered(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, trees: Trees, scaling: float
 ) -> torch.Tensor:
-    """Compute attention by copying each node's keys.
+    """Compute attention by copying each node's keys, one node at a time.
 
-    This is slow. It serves machines without Triton, and the kernel is compared with it.
+    This is slow. It serves machines without a GPU, and the kernel is compared with it. Nodes do not
+    share a call, because some CPUs round a product of one node other than a product of several.
     """
     rows, heads, nodes, width = query.shape
     slots, groups = key.shape[2], heads // key.shape[1]
@@ -118,10 +119,13 @@ def gathered(
         # (N, key heads, slots, width)
         keys, values = (content[row][:, slot[row]].transpose(0, 1) for content in (key, value))
         keys, values = (content.repeat_interleave(groups, 1) for content in (keys, values))
-        queries = query[row].transpose(0, 1)[:, :, None]  # (N, heads, 1, width)
-        out[row] = scaled_dot_product_attention(
-            queries, keys, values, seen[row][:, None, None], scale=scaling
-        )[:, :, 0]
+        for node in range(nodes):
+            one = slice(node, node + 1)
+            queries = query[row, :, one].contiguous()[None]  # (1, heads, 1, width)
+            mask = seen[row, one][:, None, None]
+            out[row, node] = scaled_dot_product_attention(
+                queries, keys[one], values[one], mask, scale=scaling
+            )[0, :, 0]
     return out
 
 
