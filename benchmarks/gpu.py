@@ -395,12 +395,11 @@ def compiled(stage: Stage) -> None:
     own = policy_of(stage, (stage.scratch / "policy").exists())
     inputs = decoding.inputs_of(own.prompt, observations, 1, 1, 21)
     parts(stage, own, inputs[0], 1, True, compiled=True)
-    plain, expected = decoding.measure(own, f"compiled, {PLAIN}", inputs[:4], 1, [], lambda: None)
-    row, levels = decoding.measure(own, "compiled", inputs, 1, expected, lambda: None)
-    # whether what is not compiled writes the same
-    other, _ = decoding.measure(own, TAIL, inputs, 1, levels, lambda: None)
-    for timing in (plain, row, other):
-        stage.note(**asdict(timing))
+    levels: list[np.ndarray] = []
+    # each is compared with the one before it
+    for way, count in ((f"compiled, {PLAIN}", 4), ("compiled", 21), (TAIL, 21)):
+        row, levels = decoding.measure(own, way, inputs[:count], 1, levels, lambda: None)
+        stage.note(**asdict(row))
 
 
 class Limit(TrainerCallback):
