@@ -29,7 +29,7 @@ ROWS = ("start", "rl", "control")
 def run(
     dataset: Dataset,
     out: Out,
-    steps: Annotated[int, typer.Option(help="of the training that is stopped early")] = 400,
+    steps: Annotated[int, typer.Option(help="of the training that is stopped early")] = 600,
     minutes: Annotated[float, typer.Option(help="of reinforcement learning, and of control")] = 30,
     seed: Seeds = None,
     episodes: Episodes = 40,
@@ -42,21 +42,27 @@ def run(
         start, learned, control = (out / f"{row}-{own}" for row in ROWS)
         begun = [f"training.seed={own}", f"model.tiny.seed={own}"]
         took = trained(dataset, start, steps, begun, out)
+        tried(out, "start", own, start / "last", episodes)
         settings = [f"checkpoint={start / 'last'}", f"logging.output_dir={learned}"]
         settings += [f"seed={own}", f"max_minutes={minutes}", *(set_ or ())]
         vla0("rl", "--config", "configs/rl_demo.yaml", *settings)
         write_report(learned)
+        tried(out, "rl", own, learned / "best", episodes, blank=True)
         more = round(60 * minutes * steps / took)
         anew = [f"model.name={start / 'last'}", f"training.seed={100 + own}"]
         trained(dataset, control, more, anew, out)
-        tasks = [word for task in TASKS for word in ("--task", task)]
-        for row, checkpoint in zip(
-            ROWS, (start / "last", learned / "best", control / "last"), strict=True
-        ):
-            words: list[Any] = ["--checkpoint", checkpoint, *tasks, "--episodes", episodes, *ACTING]
-            blank = ["--baseline", "blank"] if row == "rl" else []
-            vla0("eval", *words, *blank, "--out", out / f"{row}-{own}-eval")
+        tried(out, "control", own, control / "last", episodes)
         console.print(table(out, list(ROWS)))
+
+
+def tried(
+    out: Path, row: str, seed: int, checkpoint: Path, episodes: int, blank: bool = False
+) -> None:
+    """Try a checkpoint on unseen seeds, and with its pictures blanked where that is asked."""
+    tasks = [word for task in TASKS for word in ("--task", task)]
+    words: list[Any] = ["--checkpoint", checkpoint, *tasks, "--episodes", episodes, *ACTING]
+    words += ["--baseline", "blank"] if blank else []
+    vla0("eval", *words, "--out", out / f"{row}-{seed}-eval")
 
 
 def trained(dataset: Path, folder: Path, steps: int, settings: list[str], out: Path) -> float:

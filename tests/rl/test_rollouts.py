@@ -10,6 +10,7 @@ from conftest import make_spec
 
 from vla0 import InputError
 from vla0.checkpoint.tiny import tiny_model
+from vla0.core.spec import Observation
 from vla0.decode import GreedyDecoder
 from vla0.policy import VLA0
 from vla0.rl.config import UpdateConfig
@@ -129,6 +130,20 @@ def test_an_episode_is_a_function_of_the_model_and_its_seed(sides):
     assert levels != [[int(turn.levels[0, 0]) for turn in episode.turns] for episode in other]
 
 
+def test_queries_in_a_row_share_their_noise_and_each_is_drawn_as_alone(sides):
+    policy, _ = sides
+    seen = Observation({"front": np.zeros((8, 8, 3), np.uint8)}, "left")
+    queries = [(("0-1", "left", 0), query) for query in range(40)]
+
+    def levels(hold):
+        answered = sampled(policy, 1.0, 1, seed_of, hold)(queries, [seen] * len(queries))
+        return [int(turn.levels[0, 0]) for _, turn in answered]
+
+    alone = levels(1)
+    assert len(set(alone)) > 3
+    assert levels(4) == [level for level in alone[:10] for _ in range(4)]
+
+
 def test_what_succeeds_is_learned_and_the_words_decide(sides):
     """From one half to nearly always, where each of two instructions wants the other side."""
     policy, pool = sides
@@ -140,7 +155,7 @@ def test_what_succeeds_is_learned_and_the_words_decide(sides):
         groups = [group_of("left", number), group_of("right", number)]
         played = pool.play([job for group in groups for job in group], answer)
         rates.append(np.mean([episode.success for episode in played]))
-        queries = weighed([played[:8], played[8:]], scale=True)
+        queries = weighed([played[:8], played[8:]], UpdateConfig())
         if queries:
             learner.learn(queries, [number])
     assert np.mean(rates[:3]) < 0.8

@@ -99,8 +99,12 @@ def test_episodes_without_an_advantage_are_left_out(fresh):
             for success in successes
         ]
 
-    found = weighed([group(True, True), group(True, False)], scale=False)
-    assert [query.advantage for query in found] == [0.5, 0.5, -0.5, -0.5]
+    both = [group(True, True), group(True, False)]
+    for failures, wanted in ((1, [0.5, 0.5, -0.5, -0.5]), (0.5, [0.5, 0.5, -0.25, -0.25])):
+        config = UpdateConfig(scale_by_deviation=False, failures=failures)
+        assert [query.advantage for query in weighed(both, config)] == wanted
+    found = weighed(both, UpdateConfig(scale_by_deviation=False, failures=0))
+    assert [query.advantage for query in found] == [0.5, 0.5]
 
 
 def test_the_clip_holds_what_has_moved_far_enough_in_the_right_direction():

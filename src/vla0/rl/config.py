@@ -28,6 +28,9 @@ class RolloutsConfig:
     # How many times as many initial states are tried, at most, to find these groups
     waves: int = 3
     temperature: float = 1.0  # 1: drawn from the model's own probabilities; larger: more varied
+    # queries of an episode in a row that are drawn with the same noise: they stray to the same side,
+    # and success tells more of where to stray (J. Hollenstein et al., arXiv 2312.11091)
+    noise_hold: int = 1
     # of the initial states; None: the later half of the seeds that demonstrations may have
     first_seed: int | None = None
     workers: int | None = None  # worlds at once; None: 8 a core, or one where worlds are heavy
@@ -36,7 +39,13 @@ class RolloutsConfig:
         if self.group_size < 2:
             remedy = "success is compared within a group: 8 is usual"
             raise InputError("rollouts.group_size >= 2", f"{self.group_size}", remedy)
-        _at_least(1, groups=self.groups, waves=self.waves, workers=self.workers)
+        _at_least(
+            1,
+            groups=self.groups,
+            waves=self.waves,
+            workers=self.workers,
+            noise_hold=self.noise_hold,
+        )
         if not self.temperature > 0:
             raise InputError(
                 "rollouts.temperature above 0",
@@ -59,6 +68,9 @@ class UpdateConfig:
     ratio: str = "token"  # whose ratio is clipped: "token" or "chunk", of all its tokens together
     # divide a group's advantages by their deviation; if not, hard initial states count less
     scale_by_deviation: bool = True
+    # weight of episodes that went worse than their group; 0: only successes are learned from, which
+    # bears larger steps (RAFT++: W. Xiong et al., arXiv 2504.11343)
+    failures: float = 1.0
     kl: float = 0.0  # weight of the divergence from the checkpoint at the start
     max_grad_norm: float = 1.0  # 0: gradients are not clipped
     lora: Lora = field(default_factory=Lora)  # few weights to train beside frozen ones
@@ -72,7 +84,7 @@ class UpdateConfig:
             1, steps_per_round=self.steps_per_round, epochs=self.epochs, batch_size=self.batch_size
         )
         _at_least(0, clip_low=self.clip_low, clip_high=self.clip_high, kl=self.kl)
-        _at_least(0, max_grad_norm=self.max_grad_norm)
+        _at_least(0, max_grad_norm=self.max_grad_norm, failures=self.failures)
         if not self.learning_rate > 0:
             raise InputError("update.learning_rate > 0", f"{self.learning_rate}", "1e-6, say")
         if self.ratio not in RATIOS:
@@ -154,7 +166,7 @@ class OfflineConfig:
             "training anew (the checkpoint's Spec has them)",
         )
         usual = UpdateConfig()
-        names = ("ratio", "clip_low", "clip_high", "scale_by_deviation")
+        names = ("ratio", "clip_low", "clip_high", "scale_by_deviation", "failures")
         changed = {name: getattr(self.update, name) != getattr(usual, name) for name in names}
         refuse_idle(
             {f"update.{name}": True if other else None for name, other in changed.items()},

@@ -119,7 +119,11 @@ class Player:
         rollouts, result = self.config.rollouts, Round()
         drawing(self.policy).forget()  # or the last bits would depend on the rounds before
         answer = sampled(
-            self.policy, rollouts.temperature, self.steps, lambda job: self._seed(number, job)
+            self.policy,
+            rollouts.temperature,
+            self.steps,
+            lambda job: self._seed(number, job),
+            rollouts.noise_hold,
         )
         rank, count = processes.joined()
         for _ in range(rollouts.waves):

@@ -157,7 +157,11 @@ def drawing(policy: VLA0) -> SpeculativeDecoder:
 
 
 def sampled(
-    policy: VLA0, temperature: float, num_steps: int, seed_of: Callable[[Job], Sequence[int]]
+    policy: VLA0,
+    temperature: float,
+    num_steps: int,
+    seed_of: Callable[[Job], Sequence[int]],
+    noise_hold: int = 1,
 ) -> Answer:
     """Return what draws chunks at random, each a function of model, episode and step.
 
@@ -166,6 +170,8 @@ def sampled(
         temperature: Divides the log-probabilities.
         num_steps: Steps that are written, as many as are used.
         seed_of: The seed of all that is drawn in an episode.
+        noise_hold: Queries in a row that are drawn with the same noise. Each chunk is drawn from
+            the model's probabilities all the same, but those of a row stray to the same side.
 
     Raises:
         InputError: When the model has no decoder that draws.
@@ -174,7 +180,7 @@ def sampled(
     grammar = Grammar(policy.spec.bins, policy.spec.numbers)
 
     def answer(jobs, observations):
-        seeds = [[*seed_of(job), query] for job, query in jobs]
+        seeds = [[*seed_of(job), query // noise_hold] for job, query in jobs]
         noise = [noise_for(grammar, np.random.default_rng(seed)) for seed in seeds]
         seen = [policy.prompt.see(observation) for observation in observations]
         *_, levels = decoder.stream(

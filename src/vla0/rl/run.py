@@ -221,7 +221,7 @@ class Run:
         if not result.useful:
             self._nothing_to_learn(solved, total)
         else:
-            queries = weighed(result.own, self.config.update.scale_by_deviation)
+            queries = weighed(result.own, self.config.update)
             with learning(self.config.update):
                 line |= self.learner.learn(queries, [self.config.seed, number])
         self.state.rounds = number

@@ -66,17 +66,21 @@ def advantages(group: Sequence[float], scale: bool) -> list[float]:
     return (apart / spread if scale else apart).tolist()
 
 
-def weighed(groups: Sequence[Sequence[Played]], scale: bool) -> list[Weighed]:
-    """Return all queries of groups of episodes with their advantages, but for those of 0."""
-    return [
-        Weighed(turn, advantage)
-        for group in groups
-        for episode, advantage in zip(
-            group, advantages([float(e.success) for e in group], scale), strict=True
-        )
-        if advantage
-        for turn in episode.turns
-    ]
+def weighed(groups: Sequence[Sequence[Played]], config: UpdateConfig) -> list[Weighed]:
+    """Return all queries of groups of episodes with their advantages, but for those of 0.
+
+    Args:
+        groups: The episodes of each initial state.
+        config: Whether advantages are scaled, and how much failures count.
+    """
+    found = []
+    for group in groups:
+        apart = advantages([float(episode.success) for episode in group], config.scale_by_deviation)
+        for episode, advantage in zip(group, apart, strict=True):
+            weight = advantage if advantage > 0 else config.failures * advantage
+            if weight:
+                found += [Weighed(turn, weight) for turn in episode.turns]
+    return found
 
 
 def symbols_of(levels: np.ndarray, grammar: Grammar) -> list[int]:
