@@ -1,8 +1,8 @@
 """What each choice of a config is worth: the same config trained with one thing changed, several
 seeds, and tried.
 
-python benchmarks/ablation.py --env metaworld --dataset runs/demo/dataset --out runs/ablation python
-benchmarks/ablation.py --env libero --dataset runs/libero_tiny/dataset --out runs/ablation_libero
+python benchmarks/ablation.py --env metaworld --dataset DATASET --out runs/ablation
+python benchmarks/ablation.py --env libero --dataset DATASET --out runs/ablation_libero
 
 Each row is trained and tried by `vla0` commands, which are printed; the same command again goes on
 where it stopped. Rows do not know of each other: `--row` and `--seed` share them out over several

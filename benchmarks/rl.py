@@ -18,7 +18,6 @@ import typer
 from ablation import Dataset, Episodes, Out, Seeds, console, table, vla0
 
 from vla0.files import write_whole
-from vla0.rl.report import write_report
 
 TASKS = ("button-press-topdown-v3", "drawer-close-v3", "window-close-v3")
 # As configs/rl_demo.yaml acts.
@@ -46,7 +45,6 @@ def run(
         settings = [f"checkpoint={start / 'last'}", f"logging.output_dir={learned}"]
         settings += [f"seed={own}", f"max_minutes={minutes}", *(set_ or ())]
         vla0("rl", "--config", "configs/rl_demo.yaml", *settings)
-        write_report(learned)
         tried(out, "rl", own, learned / "best", episodes, blank=True)
         more = round(60 * minutes * steps / took)
         anew = [f"model.name={start / 'last'}", f"training.seed={100 + own}"]

@@ -35,6 +35,16 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert not re.findall(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', page)  # offline
 
 
+def test_every_file_that_the_docs_name_is_there():
+    """Within the repository or within src/vla0; results.md names those of its commits."""
+    others = {"mine.yaml", "convert_hf_to_gguf.py"}  # the reader's, and llama.cpp's
+    path = re.compile(r"`([\w./-]+\.(?:py|md|yaml|sh)|(?:src|docs|tests|benchmarks)/[\w/-]*/)`")
+    for page in {*ROOT.glob("*.md"), *DOCS.glob("*.md")} - {DOCS / "results.md"}:
+        for name in set(path.findall(page.read_text())) - others:
+            found = [(place / name).exists() for place in (ROOT, DOCS, ROOT / "src/vla0")]
+            assert any(found), f"{page.name}: {name}"
+
+
 def test_every_command_of_the_docs_is_one():
     """`vla0 NAME`, and the flags behind it."""
     from typer.main import get_command

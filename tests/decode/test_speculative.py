@@ -273,6 +273,16 @@ def test_the_width_is_measured_once_and_kept(policy, tmp_path, monkeypatch):
     width.cache_file().write_text("{")
     assert width.measured_tree_size(engine) == 8
     assert len(measured) == 3
+
+
+def test_measuring_compiles_nothing(policy, tmp_path, monkeypatch):
+    """There are more sizes than torch compiles one function for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *a: compiled.append(a))
+    fast = SpeculativeDecoder(policy.model, policy.prompt, compiled=True)
+    assert fast.nodes(1) in width.SIZES
+    assert not compiled
     assert json.loads(width.cache_file().read_text())
 
 

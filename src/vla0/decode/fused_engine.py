@@ -56,9 +56,12 @@ class FusedEngine(Engine):
         self.places: dict[tuple, np.ndarray] = {}
 
     def fresh(self) -> "FusedEngine":
-        """Return a new engine for the same model, without caches and graphs."""
+        """Return a new engine for the same model, without caches and graphs, and not compiled.
+
+        It is for measuring passes of many sizes, each of which would be compiled for itself.
+        """
         return FusedEngine(
-            self.model, list(self.ids), self.grammar, self.fixed, self.compiled, self.invariant
+            self.model, list(self.ids), self.grammar, self.fixed, invariant=self.invariant
         )
 
     def prefill(

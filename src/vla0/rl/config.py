@@ -28,8 +28,8 @@ class RolloutsConfig:
     # How many times as many initial states are tried, at most, to find these groups
     waves: int = 3
     temperature: float = 1.0  # 1: drawn from the model's own probabilities; larger: more varied
-    # queries of an episode in a row that are drawn with the same noise: they stray to the same side,
-    # and success tells more of where to stray (J. Hollenstein et al., arXiv 2312.11091)
+    # queries of an episode in a row that are drawn with the same noise: they stray to the same
+    # side, and success tells more of where to stray (J. Hollenstein et al., arXiv 2312.11091)
     noise_hold: int = 1
     # of the initial states; None: the later half of the seeds that demonstrations may have
     first_seed: int | None = None
