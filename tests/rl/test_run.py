@@ -5,8 +5,10 @@ import functools
 import json
 import shutil
 import types
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import worlds
@@ -17,7 +19,7 @@ from vla0.checkpoint.tiny import tiny_model
 from vla0.policy import VLA0
 from vla0.rl import run as module
 from vla0.rl.config import RLConfig, RolloutsConfig, RunConfig, UpdateConfig
-from vla0.rl.play import Player
+from vla0.rl.play import LEAST, Player, remembered, shares
 from vla0.rl.run import main
 from vla0.train.config import Lora, build
 
@@ -102,14 +104,35 @@ def test_a_run_learns_keeps_every_episode_and_draws_itself(start, tmp_path):
     assert VLA0.from_pretrained(last, "cpu").spec.bins == 9
 
 
+def test_tasks_whose_success_is_uncertain_get_more_initial_states():
+    tasks = ["solved", "even", "new"]
+    tried = {"solved": [200.0, 200.0], "even": [30.0, 60.0]}
+    least, even, new = shares(tasks, tried)
+    assert even == pytest.approx(new)
+    assert least / even == pytest.approx(LEAST / 0.25)
+    later = remembered(tried, [{"task": "even", "success": True}] * 100)
+    assert later["even"] == [115.0, 130.0]
+    assert later["solved"] == [100.0, 100.0]
+    player: Any = types.SimpleNamespace(
+        settings=types.SimpleNamespace(tasks=tasks), config=types.SimpleNamespace(seed=0)
+    )
+    whole = Counter()
+    for start in range(300):  # each wave has as many as its share says, but for rounding
+        found = Counter(Player._tasks(player, start, 7, tried))
+        whole += found
+        for task, share in zip(tasks, shares(tasks, tried), strict=True):
+            assert abs(found[task] - 7 * share) < 1
+    np.testing.assert_allclose([whole[t] / 2100 for t in tasks], [least, even, new], atol=0.02)
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_a_run_that_was_killed_ends_as_one_that_was_not(start, whole, tmp_path, monkeypatch, rank):
     changes: dict[str, Any] = {"update": {"lora": Lora(rank)}}
     play, left = Player.play, [3]
 
-    def killed(player, number, start):
+    def killed(*arguments):
         left[0] -= 1
-        result = play(player, number, start)
+        result = play(*arguments)
         if left[0] == 0:
             raise KeyboardInterrupt
         return result
@@ -181,8 +204,8 @@ def test_a_round_without_success_later_on_is_said_and_the_run_goes_on(
     main(config(start, tmp_path / "run", rounds=2))
     play = Player.play
 
-    def unlucky(player, number, begun):
-        result = play(player, number, begun)
+    def unlucky(*arguments):
+        result = play(*arguments)
         result.own, result.useful = [], 0
         for line in result.lines:
             line["success"] = False

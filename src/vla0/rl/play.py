@@ -1,7 +1,7 @@
 """Play the groups of a round, and the held-out episodes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,37 @@ class Round:
     lines: list[dict[str, Any]] = field(default_factory=list)
     groups: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"play_s": 0.0, "decode_s": 0.0})
+
+
+# Of each task: episodes that succeeded and all, of the rounds before; those long ago count less.
+Tried = Mapping[str, Sequence[float]]
+LEAST = 0.05  # of a task's weight, where an even chance has 0.25: what is solved must stay solved
+
+
+def remembered(tried: Tried, lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return what was tried up to and with a round, whose lines of episodes.jsonl these are."""
+    counts = {task: [solved / 2, total / 2] for task, (solved, total) in tried.items()}
+    for line in lines:
+        count = counts.setdefault(line["task"], [0.0, 0.0])
+        count[0] += bool(line["success"])
+        count[1] += 1
+    return counts
+
+
+def shares(tasks: Sequence[str], tried: Tried) -> np.ndarray:
+    """Return which share of the initial states each task gets.
+
+    Groups differ where success is uncertain: a task's weight is the variance of its success.
+
+    Args:
+        tasks: The tasks.
+        tried: How they went so far. A task that was not tried counts as an even chance.
+    """
+    rates = np.array(
+        [(solved + 1) / (total + 2) for solved, total in (tried.get(t, (0, 0)) for t in tasks)]
+    )
+    weights = np.maximum(rates * (1 - rates), LEAST)
+    return weights / weights.sum()
 
 
 class Player:
@@ -109,12 +140,13 @@ class Player:
         each = {f"success/{task}": rate for task, rate in rates.items()} if len(rates) > 1 else {}
         return {"success": mean, "episodes": float(len(ended)), **each}
 
-    def play(self, number: int, start: int) -> Round:
+    def play(self, number: int, start: int, tried: Tried) -> Round:
         """Play groups until enough of them differ, or enough initial states were tried.
 
         Args:
             number: The number of the round.
             start: How many initial states the rounds before have used.
+            tried: How the tasks went in them.
         """
         rollouts, result = self.config.rollouts, Round()
         drawing(self.policy).forget()  # or the last bits would depend on the rounds before
@@ -130,11 +162,10 @@ class Player:
             missing = rollouts.groups - result.useful
             if missing <= 0:
                 break
-            groups = [
-                self._group(number, start + result.groups + place) for place in range(missing)
-            ]
-            if self.heavy:  # so that a process builds a world once for several groups
-                groups.sort(key=lambda group: self.settings.tasks.index(group[0][1]))
+            first = start + result.groups
+            # In the tasks' order, so that a process builds a heavy world once for several groups
+            tasks = self._tasks(first, missing, remembered(tried, result.lines))
+            groups = [self._group(number, first + place, task) for place, task in enumerate(tasks)]
             own = groups[rank::count]
             started = time.monotonic()
             with self._memory():
@@ -163,11 +194,17 @@ class Player:
         remedy = "rollouts.workers=16 or fewer: as many chunks are decoded together"
         return memory(f"{self.pool.count} worlds at once", remedy)
 
-    def _group(self, number: int, start: int) -> list[Job]:
+    def _tasks(self, start: int, count: int, tried: Tried) -> list[str]:
+        """Return the tasks of a wave's groups, each as often as its share, rounded by chance."""
+        ends = np.cumsum(shares(self.settings.tasks, tried))
+        offset = np.random.default_rng([self.config.seed, start]).random()
+        places = np.searchsorted(ends[:-1], (np.arange(count) + offset) / count, side="right")
+        return [self.settings.tasks[place] for place in places]
+
+    def _group(self, number: int, start: int, task: str) -> list[Job]:
         """Return the jobs of a group: the same task and initial state for all its members."""
-        seeds, tasks = self.seeds, self.settings.tasks
-        seed = seeds.start + (self.first - seeds.start + start // len(tasks)) % len(seeds)
-        task = tasks[start % len(tasks)]
+        seeds = self.seeds
+        seed = seeds.start + (self.first - seeds.start + start) % len(seeds)
         return [
             (f"round-{number}-start-{start}-member-{member}", task, seed)
             for member in range(self.config.rollouts.group_size)

@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from vla0.files import held, read_json, settle, write_whole
 from vla0.policy import VLA0
 from vla0.rl import processes
 from vla0.rl.config import RLConfig
-from vla0.rl.play import Player
+from vla0.rl.play import Player, remembered
 from vla0.rl.report import write_report
 from vla0.rl.rollouts import RolloutPool, drawing
 from vla0.rl.update import DTYPES, Learner, learning, weighed
@@ -53,6 +53,7 @@ class State:
     Args:
         rounds: Rounds that have ended.
         starts: Initial states that have been used.
+        tried: {task: [episodes that succeeded, all]} so far; those long ago count less.
         minutes: Minutes that it took.
         nodes: Guesses of a row in one pass, as measured at the start; they change the last bits.
         solved: Whether every episode of the last round succeeded.
@@ -60,6 +61,7 @@ class State:
 
     rounds: int = 0
     starts: int = 0
+    tried: dict[str, list[float]] = field(default_factory=dict)
     minutes: float = 0.0
     nodes: int = 0
     solved: bool = False
@@ -202,8 +204,9 @@ class Run:
     def _round(self) -> None:
         """Play, learn, and record both."""
         number = self.state.rounds + 1
-        result = self.player.play(number, self.state.starts)
+        result = self.player.play(number, self.state.starts, self.state.tried)
         self.state.starts += result.groups
+        self.state.tried = remembered(self.state.tried, result.lines)
         solved = sum(bool(line["success"]) for line in result.lines)
         total = len(result.lines)
         if not total:
