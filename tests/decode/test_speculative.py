@@ -273,6 +273,7 @@ def test_the_width_is_measured_once_and_kept(policy, tmp_path, monkeypatch):
     width.cache_file().write_text("{")
     assert width.measured_tree_size(engine) == 8
     assert len(measured) == 3
+    assert json.loads(width.cache_file().read_text())
 
 
 def test_measuring_compiles_nothing(policy, tmp_path, monkeypatch):
@@ -283,7 +284,6 @@ def test_measuring_compiles_nothing(policy, tmp_path, monkeypatch):
     fast = SpeculativeDecoder(policy.model, policy.prompt, compiled=True)
     assert fast.nodes(1) in width.SIZES
     assert not compiled
-    assert json.loads(width.cache_file().read_text())
 
 
 def test_a_row_of_many_gets_fewer_nodes_where_nodes_cost_and_as_many_where_they_do_not():
