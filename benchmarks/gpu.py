@@ -632,7 +632,8 @@ def run(
     small: Annotated[bool, typer.Option(help="the tiny model: a rehearsal")] = False,
 ) -> None:
     """Run the stages that there is time for, and print what they found."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `vla0 train`
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # as `vla0 train`
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if unknown := [name for name in stage or () if name not in STAGES]:
         raise typer.BadParameter(
             f"expected a stage of {list(STAGES)}; got '{unknown[0]}'; choose one of those"

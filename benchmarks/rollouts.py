@@ -13,16 +13,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
-
-from vla0.core.ensemble import steps_used
-from vla0.policy import VLA0
-from vla0.quiet import quiet
-from vla0.rl.rollouts import RolloutPool, greedy, sampled
-from vla0.sim.evaluate import EvalConfig, evaluate, world
-from vla0.sim.experiment import following
-from vla0.sim.workers import RolloutConfig
 
 TASKS = ("button-press-topdown-v3", "drawer-close-v3", "window-close-v3")
 
@@ -34,6 +24,18 @@ def run(
     temperature: Annotated[float, typer.Option()] = 1.0,
 ) -> None:
     """Measure, and print steps per second of each way."""
+    # Here, because each process of a world imports this file anew, and needs none of these.
+    from rich.console import Console
+    from rich.table import Table
+
+    from vla0.core.ensemble import steps_used
+    from vla0.policy import VLA0
+    from vla0.quiet import quiet
+    from vla0.rl.rollouts import RolloutPool, greedy, sampled
+    from vla0.sim.evaluate import EvalConfig, evaluate, world
+    from vla0.sim.experiment import following
+    from vla0.sim.workers import RolloutConfig
+
     quiet()
     policy = VLA0.from_pretrained(checkpoint)
     settings = following(

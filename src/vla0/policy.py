@@ -229,20 +229,10 @@ class TextPolicy:
 
     def _begun(self, observation: Observation, steps: int) -> np.ndarray:
         """Return the (n, D) levels with which the observation's chunk begins."""
-        dimensions = self.spec.dimensions
-        if observation.action_prefix is None:
-            return np.zeros((0, dimensions), np.int64)
-        action_prefix = np.asarray(observation.action_prefix, np.float64)
-        if (
-            action_prefix.ndim != 2
-            or action_prefix.shape[1] != dimensions
-            or len(action_prefix) >= steps
-        ):
-            expected = f"action_prefix: fewer than {steps} actions of {dimensions}"
-            raise InputError(
-                expected, f"shape {action_prefix.shape}", "commit to fewer steps than a chunk has"
-            )
-        return self.codec.encode(to_written(action_prefix, observation, self.spec))
+        if (actions := observation.action_prefix) is None:
+            return np.zeros((0, self.spec.dimensions), np.int64)
+        remedy = "commit to fewer steps than a chunk has"
+        return self._encoded("action_prefix", actions, observation, range(steps), remedy)
 
     def actions(self, levels: np.ndarray, observation: Observation) -> np.ndarray:
         """Turn (n, D) levels into (n, D) float32 actions."""
@@ -250,22 +240,21 @@ class TextPolicy:
 
     def guess(self, observation: Observation) -> np.ndarray | None:
         """Return (H, D) levels close to the expected chunk, or None without draft actions."""
-        if observation.draft_actions is None:
+        if (actions := observation.draft_actions) is None:
             return None
-        expected = np.asarray(observation.draft_actions, np.float64)
-        chunk_size, dimensions = self.spec.chunk_size, self.spec.dimensions
-        if (
-            expected.ndim != 2
-            or expected.shape[1] != dimensions
-            or not 1 <= len(expected) <= chunk_size
-        ):
-            raise InputError(
-                f"draft_actions: 1 to {chunk_size} actions of {dimensions}",
-                f"shape {expected.shape}",
-                "give the rest of the last chunk",
-            )
-        levels = self.codec.encode(to_written(expected, observation, self.spec))
-        return filled(levels, chunk_size)
+        size, remedy = self.spec.chunk_size, "give the rest of the last chunk"
+        lengths = range(1, size + 1)
+        return filled(self._encoded("draft_actions", actions, observation, lengths, remedy), size)
+
+    def _encoded(
+        self, name: str, actions: Any, observation: Observation, lengths: range, remedy: str
+    ) -> np.ndarray:
+        """Return the (n, D) levels of actions (n, D), or raise InputError for another shape."""
+        values, dimensions = np.asarray(actions, np.float64), self.spec.dimensions
+        if values.ndim != 2 or values.shape[1] != dimensions or len(values) not in lengths:
+            expected = f"{name}: {lengths[0]} to {lengths[-1]} actions of {dimensions}"
+            raise InputError(expected, f"shape {values.shape}", remedy)
+        return self.codec.encode(to_written(values, observation, self.spec))
 
 
 class VLA0(TextPolicy):
@@ -368,6 +357,19 @@ class VLA0(TextPolicy):
         `predict_batch` then need not do it. Call this in a thread that would otherwise wait.
         """
         return replace(observation, seen=self.prompt.see(observation))
+
+    def compile(self) -> Self:
+        """Compile the layers, for fewer kernels a pass on a GPU, and return this policy.
+
+        Each size, by observations and length of prompts, takes seconds when it is first met.
+
+        Raises:
+            InputError: When the model is not Qwen2.5-VL, or the policy decodes approximately.
+        """
+        if self.mode is not None:
+            raise InputError("an exact policy, to compile", f"one made {self.mode}", "do not")
+        self.decoder = decoder(self.model, self.prompt, compiled=True)
+        return self
 
     def approximate(self, mode: str) -> "VLA0":
         """Return a second policy that decodes faster but may write other numbers.

@@ -1,6 +1,8 @@
 import copy
 import json
 import logging
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -284,6 +286,21 @@ def test_measuring_compiles_nothing(policy, tmp_path, monkeypatch):
     fast = SpeculativeDecoder(policy.model, policy.prompt, compiled=True)
     assert fast.nodes(1) in width.SIZES
     assert not compiled
+
+
+def test_a_compiled_policy_answers_prompts_of_more_sizes_than_torch_compiles_by_itself(
+    policy, monkeypatch
+):
+    """Each size of a pass is a compilation; after eight of one function torch raises."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    compiled = VLA0(policy.model, policy.processor, policy.spec).compile()
+    compiled.decoder.tree_size = 8
+    for words in range(0, 500, 80):
+        seen = replace(make_observation(words), instruction="go " + "on " * words)
+        np.testing.assert_array_equal(compiled.predict_batch([seen]), policy.predict_batch([seen]))
+    with pytest.raises(InputError, match="exact policy, to compile"):
+        policy.approximate("relaxed").compile()
 
 
 def test_a_row_of_many_gets_fewer_nodes_where_nodes_cost_and_as_many_where_they_do_not():

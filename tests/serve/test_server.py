@@ -29,7 +29,7 @@ from vla0.cli.act import serve
 from vla0.cli.screen import pairs_of
 from vla0.policy import VLA0
 from vla0.serve import msgpack_numpy as wire
-from vla0.serve.batches import Batches, together
+from vla0.serve.batches import Batches, together, warm_up
 from vla0.serve.client import NoAnswerError, RemotePolicy
 from vla0.serve.listen import ServerLimits
 from vla0.serve.messages import request
@@ -286,6 +286,23 @@ def test_bad_input_is_answered_and_hurts_nobody_else(policy):
             assert "binary messages" in rude.recv()
         np.testing.assert_array_equal(bystander.predict(observation), expected)
         bystander.close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"state": None, "relative_dims": (2,)},
+        {"history": 2},
+        {"depth": (("wrist", 0.1, 1.0),)},
+    ],
+)
+def test_any_policy_can_be_warmed_up(policy, processor, changes):
+    own = VLA0(policy.model, processor, replace(policy.spec, **changes))
+    counts, whole = [], own.predict_batch
+    own.predict_batch = lambda seen, *more: counts.append(len(seen)) or whole(seen, *more)
+    warm_up(own, 3)
+    assert counts == [1, 2, 3]
 
 
 def test_one_wrong_observation_of_a_batch_is_answered_alone(policy):

@@ -62,6 +62,9 @@ def serve(
     side: Annotated[
         int | None, typer.Option(help="pixels of a picture's side, at most; default 4096")
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="compile first: minutes, then faster, on a GPU")
+    ] = False,
     protocol: Annotated[
         str, typer.Option(help="openpi; lerobot, its robot_client's gRPC; or vla-eval, a harness")
     ] = "openpi",
@@ -103,7 +106,8 @@ def serve(
     if base_url is None:
         refuse_idle({"--engine": engine}, "--base-url")
     else:
-        refuse_idle({"--device": device}, "no --base-url, whose engine has its own,")
+        idle = {"--device": device, "--compiled": compiled}
+        refuse_idle(idle, "no --base-url, whose engine has its own,")
     if protocol == "lerobot" and ensemble != "none":
         raise InputError(
             "--protocol lerobot without --ensemble",
@@ -113,6 +117,7 @@ def serve(
     spec = Spec.load(locate(checkpoint, weights=False), embodiment)
     refuse_other_cameras(pairs, spec)  # this comes before a large model is loaded
     from vla0.policy import VLA0
+    from vla0.serve.batches import warm_up
     from vla0.serve.server import Server
 
     quiet()
@@ -120,6 +125,10 @@ def serve(
         policy = VLA0.remote(base_url, spec, **given(engine=engine))
     else:
         policy = VLA0.from_pretrained(checkpoint, device, embodiment=embodiment)
+        if compiled:
+            policy.compile()
+            say("compiling; fewer --clients take less time")
+        warm_up(policy, min(limits.batch, limits.clients) if compiled else 1)
     if protocol == "openpi":
         server = Server(
             policy,

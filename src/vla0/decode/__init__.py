@@ -19,12 +19,22 @@ __all__ = ["GreedyDecoder", "SpeculativeDecoder", "decode", "decoder"]
 logger = logging.getLogger(__name__)
 
 
-def decoder(model: Any, prompt: Prompt) -> SpeculativeDecoder | GreedyDecoder:
+def decoder(
+    model: Any, prompt: Prompt, compiled: bool = False
+) -> SpeculativeDecoder | GreedyDecoder:
     """Return the fastest decoder for a model.
 
     Where the engine cannot run the model, that is the plain decoder, and the log says why.
+
+    Args:
+        model: The model.
+        prompt: The prompt that makes its batches.
+        compiled: As for `SpeculativeDecoder`.
+
+    Raises:
+        InputError: When a model other than Qwen2.5-VL is to be compiled.
     """
-    fast = SpeculativeDecoder(model, prompt)
+    fast = SpeculativeDecoder(model, prompt, compiled=compiled)
     reason = unfit(fast.engine, prompt)
     if reason is None:
         if model.dtype != torch.float32 and not fused(model):

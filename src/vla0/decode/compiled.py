@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+SIZES = 64  # of passes, by rows, tokens and slots: more than one model meets
+
 
 class Own:
     """A cache of one layer's keys and values.
@@ -69,6 +71,9 @@ def layered(model: Any) -> Any:
 
     It shares the weights of the model, which is not changed.
     """
+    # Each size of a pass is compiled for itself, and after eight of them torch would raise.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(SIZES, dynamo.recompile_limit)
     run = torch.compile(_layer, fullgraph=True, dynamic=False)
     compiled_model = copy.copy(model)
     compiled_model._modules = dict(model._modules)

@@ -74,6 +74,9 @@ class SpeculativeDecoder:
         compiled: Compile the layers with torch.compile, which takes seconds at the first decode.
         invariant: Whether no choice may depend on the other guesses, in any number format. None
             means True where numbers have 16 bits on a GPU and the kernel works there.
+
+    Raises:
+        InputError: When a model other than Qwen2.5-VL is to be compiled.
     """
 
     def __init__(
@@ -107,6 +110,9 @@ class SpeculativeDecoder:
             self.engine: Engine = FusedEngine(
                 model, prompt.symbol_ids, self.grammar, fixed, compiled, bool(invariant)
             )
+        elif compiled:
+            got = type(model).__name__
+            raise InputError("Qwen2.5-VL, to compile its layers", got, "decode without")
         else:
             self.engine = Engine(model, prompt.symbol_ids, self.grammar, fixed=False)
 

@@ -182,6 +182,31 @@ class Batches:
             put(told(error))
 
 
+def warm_up(policy: TextPolicy, most: int = 1) -> None:
+    """Answer black pictures, so that no client waits for what is done at a size's first query.
+
+    Passes of that size are then measured, captured and compiled.
+
+    Args:
+        policy: The policy.
+        most: Observations that are decoded together, at most.
+    """
+    spec = policy.spec
+    before = (spec.history,) if spec.history > 1 else ()
+    depth = {camera for camera, *_ in spec.depth}
+    images = {
+        camera: np.zeros(
+            (*before, spec.image_size, spec.image_size, *(() if camera in depth else (3,))),
+            np.uint16 if camera in depth else np.uint8,
+        )
+        for camera in spec.cameras
+    }
+    state = np.mean(spec.state, 0) if spec.state else np.zeros(spec.dimensions)
+    black = Observation(images, "pick up the object and put it in its place", state)
+    for count in sorted({1 << doublings for doublings in range(most.bit_length())} | {most}):
+        policy.predict_batch([black] * count)
+
+
 def together(
     policy: TextPolicy, observations: Sequence[Observation], steps: int | None
 ) -> list[np.ndarray | InputError]:

@@ -70,7 +70,9 @@ def open_drawer(hand: Hand, goal: list[str], down: np.ndarray) -> Iterator[np.nd
         if hand.env.world._eval_predicate(goal):
             break
     yield from hand.move(hand.position + out * 0.08, level, OPEN, 0.02)
-    yield from hand.move(hand.position + out * 0.02 + up(0.1), down, OPEN, 0.04)
+    # Towards the robot: an arm that is stretched by then would stay so.
+    back = hand.position + out * 0.02 + np.array([-0.1, 0.0, 0.1])
+    yield from hand.move(back, down, OPEN, 0.04)
 
 
 def close_drawer(hand: Hand, goal: list[str], down: np.ndarray) -> Iterator[np.ndarray]:
@@ -112,6 +114,26 @@ def handle(hand: Hand, place: str) -> tuple[np.ndarray, np.ndarray]:
     out = hand.data.xaxis[joint] * (1 if high > -low else -1)
     boxes = hand.boxes({model.jnt_bodyid[joint]})
     return boxes[(boxes @ out).min(1).argmax()].mean(0), out
+
+
+def swept(hand: Hand, place: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return what a drawer covers from above when it is opened.
+
+    Args:
+        hand: The hand.
+        place: The region in the drawer.
+
+    Returns:
+        (2, 2) the least and most, in m, of two coordinates, and the matrix (2, 2) that gives them
+        for points (..., 2).
+    """
+    world, model = hand.env.world, hand.model
+    joint = hand.env.env.sim.model.joint_name2id(world.object_sites_dict[place].joints[0])
+    along = flat(handle(hand, place)[1])
+    frame = np.stack([along, [-along[1], along[0]]], 1)
+    covered = hand.boxes({model.jnt_bodyid[joint]}).reshape(-1, 3)[:, :2] @ frame
+    most = np.abs(model.jnt_range[joint]).max()
+    return np.stack([covered.min(0), covered.max(0) + np.array([most, 0.0])]), frame
 
 
 def drawers(hand: Hand) -> np.ndarray | None:

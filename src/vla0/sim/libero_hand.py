@@ -101,7 +101,8 @@ class Hand:
         """Return the corners (N, 8, 3) of the boxes around the solid parts of bodies."""
         model, boxes = self.model, []
         for geom in range(model.ngeom):
-            if model.geom_bodyid[geom] in bodies and model.geom_contype[geom]:
+            solid = model.geom_contype[geom] or model.geom_conaffinity[geom]
+            if model.geom_bodyid[geom] in bodies and solid:
                 box, rotation = model.geom_aabb[geom], self.data.geom_xmat[geom].reshape(3, 3)
                 boxes.append(self.data.geom_xpos[geom] + (box[:3] + HALVES * box[3:]) @ rotation.T)
         return np.array(boxes).reshape(-1, 8, 3)
