@@ -142,6 +142,8 @@ class LiberoExpert:
         for thing in [goal[1] for goal in self.goals if goal[0] == "in" and goal[2] == place]:
             corners = hand.corners(thing)
             centre = middle(corners)[:2]
+            if narrowest(corners[:, :2] - centre)[1] <= WIDEST:
+                continue  # the hand needs less room around it, and within it nothing to pull at
             spots = [
                 centre,
                 *(centre + far * way for far in (0.06, 0.08, 0.1, 0.12) for way in ways),

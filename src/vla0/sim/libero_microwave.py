@@ -11,7 +11,7 @@ from vla0.sim.libero_hand import CLOSED, OPEN, STIFF, Hand, flat, turned, up
 
 INSIDE = 0.045  # m from the front to the axis of a mug, whose handle then still looks out
 ASIDE = -0.034  # m from the microwave's middle: here the palm fits between the walls
-FLOOR = 0.072  # m of the region's middle above the floor
+FLOOR = 0.072  # m of the region's middle above the floor, and below the roof
 
 
 @dataclass
@@ -23,12 +23,14 @@ class Mug:
         towards: (2,) the unit vector from there to the handle.
         grip: (3,) where fingers hold the handle from above.
         bottom: Height in m of the lowest part.
+        height: Of the mug, in m.
     """
 
     axis: np.ndarray
     towards: np.ndarray
     grip: np.ndarray
     bottom: float
+    height: float
 
 
 def mug(hand: Hand, thing: str) -> Mug:
@@ -39,8 +41,9 @@ def mug(hand: Hand, thing: str) -> Mug:
     away = np.linalg.norm(parts[:, :2] - axis, axis=1)
     bar = parts[away.argmax()]
     towards = (bar[:2] - axis) / away.max()
-    top = boxes[..., 2].max()
-    return Mug(axis, towards, np.append(bar[:2] - 0.006 * towards, top - 0.03), boxes[..., 2].min())
+    bottom, top = boxes[..., 2].min(), boxes[..., 2].max()
+    grip = np.append(bar[:2] - 0.006 * towards, top - 0.03)
+    return Mug(axis, towards, grip, bottom, top - bottom)
 
 
 def put_in(hand: Hand, goal: list[str], down: np.ndarray) -> Iterator[np.ndarray]:
@@ -65,7 +68,8 @@ def put_in(hand: Hand, goal: list[str], down: np.ndarray) -> Iterator[np.ndarray
     yield from hand.close(hand.position, straddling)
     hanging = hand.position[2] - found.bottom
     reach = np.linalg.norm(hand.position[:2] - found.axis)
-    height = middle[2] - FLOOR + hanging + 0.015
+    lift = min(0.015, FLOOR - found.height / 2)
+    height = middle[2] - FLOOR + hanging + lift
     yield from hand.move(np.append(hand.position[:2], height), straddling, CLOSED, 0.01)
     # The handle comes to look out of the door.
     cross = found.towards[0] * out[1] - found.towards[1] * out[0]
@@ -75,7 +79,7 @@ def put_in(hand: Hand, goal: list[str], down: np.ndarray) -> Iterator[np.ndarray
     place[2] = height
     yield from hand.move(place + out * 0.12, inserting, CLOSED, 0.012, limit=90)
     yield from hand.move(place, inserting, CLOSED, 0.008, limit=40)
-    yield from hand.move(place - up(0.015), inserting, CLOSED, 0.006, limit=15)
+    yield from hand.move(place - up(lift), inserting, CLOSED, 0.006, limit=15)
     for _ in range(6):
         yield hand.towards(hand.position, inserting, OPEN)
     yield from hand.move(place + out * 0.1, inserting, OPEN, 0.02)
