@@ -116,8 +116,8 @@ def atoms(task: str, section: str) -> list[list[str]]:
 def has_expert(task: str) -> bool:
     """Return whether the scripted expert can solve a task.
 
-    It turns a stove's knob, pulls and pushes drawers, picks and places, puts a mug into an open
-    microwave, whose door it pulls and pushes.
+    It turns a stove's knob, pulls and pushes drawers and a microwave's door, picks, places and
+    drags, and puts a mug into an open microwave. Of LIBERO's own five suites those are all tasks.
     """
     for kind, *things in atoms(task, "goal"):
         place, microwave = things[-1], "microwave" in things[-1]
@@ -125,7 +125,10 @@ def has_expert(task: str) -> bool:
             drawer = re.search(r"cabinet_\d+_(top|middle|bottom)_region$", place)
             fine = bool(drawer) or microwave
         elif kind in ("in", "on"):
-            fine = not microwave or "mug" in things[0]
+            # Other mugs are too high, or have the handle on the robot's side; and where
+            # LIBERO-PRO swaps places, the microwave looks away from the robot.
+            known = "white_yellow_mug" in things[0] and not task.startswith("libero_10_swap/")
+            fine = not microwave or known
         else:
             fine = kind in ("turnon", "turnoff") and "stove" in place
         if not fine:
