@@ -141,8 +141,9 @@ def log_probabilities(
     each = torch.log_softmax(scores, -1)
     found = each.gather(-1, chosen)[..., 0]
     if any_digit.any():
-        digits = each[..., :SPACE].logsumexp(-1)
-        found = torch.where(torch.from_numpy(any_digit).to(device), digits, found)
+        # Only there: where no digit may follow, the gradient of this sum would be NaN.
+        where = torch.from_numpy(any_digit).to(device)
+        found = found.masked_scatter(where, each[where][:, :SPACE].logsumexp(-1))
     return torch.where(there, found, 0.0), there
 
 
