@@ -41,14 +41,12 @@ class Hand:
 
         They end when the hand is turned and less than `within` m from the target, or is stuck.
         """
-        places, errors = deque(maxlen=6), deque(maxlen=6)
+        places = deque(maxlen=6)
         for _ in range(limit):
             places.append(self.position)
-            error = np.linalg.norm(Rotation.from_matrix(rotation @ self.rotation.T).as_rotvec())
-            errors.append(error)
-            still = np.ptp(places, axis=0).max() < 0.003 and np.ptp(errors) < 0.03
-            if len(places) == 6 and still:
+            if len(places) == 6 and np.ptp(places, axis=0).max() < 0.003:
                 return
+            error = np.linalg.norm(Rotation.from_matrix(rotation @ self.rotation.T).as_rotvec())
             if np.linalg.norm(target - self.position) < within and error < 0.1:
                 return
             yield self.towards(target, rotation, gripper)
