@@ -9,6 +9,7 @@ from scipy.spatial.transform import Rotation
 from vla0.sim.libero_furniture import tilted
 from vla0.sim.libero_hand import CLOSED, OPEN, STIFF, Hand, flat, turned, up
 
+DEPTH = 0.1  # m of the region's middle behind the front
 INSIDE = 0.045  # m from the front to the axis of a mug, whose handle then still looks out
 ASIDE = -0.034  # m from the microwave's middle: here the palm fits between the walls
 FLOOR = 0.072  # m of the region's middle above the floor, and below the roof
@@ -75,7 +76,7 @@ def put_in(hand: Hand, goal: list[str], down: np.ndarray) -> Iterator[np.ndarray
     cross = found.towards[0] * out[1] - found.towards[1] * out[0]
     yaw = Rotation.from_euler("z", np.arctan2(cross, found.towards @ out[:2])).as_matrix()
     inserting = yaw @ straddling
-    place = middle + out * (0.1 - INSIDE + reach) + side * ASIDE
+    place = middle + out * (DEPTH - INSIDE + reach) + side * ASIDE
     place[2] = height
     yield from hand.move(place + out * 0.12, inserting, CLOSED, 0.012, limit=90)
     yield from hand.move(place, inserting, CLOSED, 0.008, limit=40)
