@@ -231,8 +231,7 @@ class TextPolicy:
         """Return the (n, D) levels with which the observation's chunk begins."""
         if (actions := observation.action_prefix) is None:
             return np.zeros((0, self.spec.dimensions), np.int64)
-        remedy = "commit to fewer steps than a chunk has"
-        return self._encoded("action_prefix", actions, observation, range(steps), remedy)
+        return self._encoded("action_prefix", actions, observation, range(steps))
 
     def actions(self, levels: np.ndarray, observation: Observation) -> np.ndarray:
         """Turn (n, D) levels into (n, D) float32 actions."""
@@ -242,19 +241,20 @@ class TextPolicy:
         """Return (H, D) levels close to the expected chunk, or None without draft actions."""
         if (actions := observation.draft_actions) is None:
             return None
-        size, remedy = self.spec.chunk_size, "give the rest of the last chunk"
-        lengths = range(1, size + 1)
-        return filled(self._encoded("draft_actions", actions, observation, lengths, remedy), size)
+        size = self.spec.chunk_size
+        levels = self._encoded("draft_actions", actions, observation, range(1, size + 1))
+        return filled(levels, size)
 
-    def _encoded(
-        self, name: str, actions: Any, observation: Observation, lengths: range, remedy: str
-    ) -> np.ndarray:
+    def _encoded(self, name: str, actions: Any, seen: Observation, lengths: range) -> np.ndarray:
         """Return the (n, D) levels of actions (n, D), or raise InputError for another shape."""
         values, dimensions = np.asarray(actions, np.float64), self.spec.dimensions
         if values.ndim != 2 or values.shape[1] != dimensions or len(values) not in lengths:
-            expected = f"{name}: {lengths[0]} to {lengths[-1]} actions of {dimensions}"
-            raise InputError(expected, f"shape {values.shape}", remedy)
-        return self.codec.encode(to_written(values, observation, self.spec))
+            raise InputError(
+                f"{lengths[0]} to {lengths[-1]} actions of {dimensions}",
+                f"{name} of shape {values.shape}",
+                "give the rest of the last chunk (draft_actions), or fewer steps (action_prefix)",
+            )
+        return self.codec.encode(to_written(values, seen, self.spec))
 
 
 class VLA0(TextPolicy):
@@ -367,7 +367,9 @@ class VLA0(TextPolicy):
             InputError: When the model is not Qwen2.5-VL, or the policy decodes approximately.
         """
         if self.mode is not None:
-            raise InputError("an exact policy, to compile", f"one made {self.mode}", "do not")
+            raise InputError(
+                "an exact policy, to compile", f"one made {self.mode}", "decode exactly"
+            )
         self.decoder = decoder(self.model, self.prompt, compiled=True)
         return self
 
