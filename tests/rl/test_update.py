@@ -71,26 +71,6 @@ def test_the_probabilities_that_are_trained_are_those_that_were_drawn_from(
         assert not found[~there].any()
 
 
-def test_without_last_digits_the_probability_is_that_of_any(fresh):
-    """Numbers are 0..30 here: 3 and 7 have one digit, 1x may be followed by any, 30 by 0 alone."""
-    (turn,), _ = drawn(fresh, 1)
-    rows = [[[3, 10 + last, 7], [30, 0, 10 + last]] for last in range(10)]
-    turns = [dataclasses.replace(turn, levels=np.array(row)) for row in rows]
-    with torch.no_grad():
-        fine, _ = log_probabilities(fresh.model, fresh.prompt, turns, 1.0)
-    coarse, _ = log_probabilities(fresh.model, fresh.prompt, turns, 1.0, False)
-    coarse.sum().backward()
-    assert all(w.grad is None or w.grad.isfinite().all() for w in fresh.model.parameters())
-    coarse = coarse.detach()
-    text = "3 1x 7 30 0 1x "
-    first = text.index("x")
-    assert torch.allclose(coarse[:, first], fine[:, first].logsumexp(0).expand(10), atol=1e-5)
-    unlike = {
-        place for place in range(len(text)) if not torch.equal(fine[:, place], coarse[:, place])
-    }
-    assert unlike == {first, text.rindex("x")}
-
-
 def test_a_chunk_ends_with_the_end_and_a_part_of_one_with_a_space():
     grammar = Grammar(30, 4)
     assert symbols_of(np.array([[3, 10]]), grammar) == [3, 10, 1, 0, 10]

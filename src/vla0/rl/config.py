@@ -71,9 +71,6 @@ class UpdateConfig:
     # weight of episodes that went worse than their group; 0: only successes are learned from, which
     # bears larger steps (RAFT++: W. Xiong et al., arXiv 2504.11343)
     failures: float = 1.0
-    # learn which digit is the last of a number of two or more, too; if not, only that there is one:
-    # it tells little of success, and adds much chance to what is learned
-    last_digits: bool = True
     kl: float = 0.0  # weight of the divergence from the checkpoint at the start
     max_grad_norm: float = 1.0  # 0: gradients are not clipped
     lora: Lora = field(default_factory=Lora)  # few weights to train beside frozen ones
@@ -169,7 +166,7 @@ class OfflineConfig:
             "training anew (the checkpoint's Spec has them)",
         )
         usual = UpdateConfig()
-        names = ("ratio", "clip_low", "clip_high", "scale_by_deviation", "failures", "last_digits")
+        names = ("ratio", "clip_low", "clip_high", "scale_by_deviation", "failures")
         changed = {name: getattr(self.update, name) != getattr(usual, name) for name in names}
         refuse_idle(
             {f"update.{name}": True if other else None for name, other in changed.items()},

@@ -91,11 +91,7 @@ def symbols_of(levels: np.ndarray, grammar: Grammar) -> list[int]:
 
 
 def log_probabilities(
-    model: Any,
-    prompt: Prompt,
-    turns: Sequence[Query],
-    temperature: float,
-    last_digits: bool = True,
+    model: Any, prompt: Prompt, turns: Sequence[Query], temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probabilities of what was written, of the distribution that it was drawn from.
 
@@ -106,8 +102,6 @@ def log_probabilities(
         prompt: Its prompt.
         turns: B queries.
         temperature: Divides the log-probabilities.
-        last_digits: Whether it matters which digit is the last of a number of two or more. If not,
-            the probability there is that of any digit.
 
     Returns:
         (B, n) fp32, padded on the left by 0, and (B, n) bool, where there is a symbol.
@@ -121,14 +115,12 @@ def log_probabilities(
     symbols = np.zeros((len(rows), longest), np.int64)
     allowed = np.zeros((len(rows), longest, len(SYMBOLS) + 1), np.bool_)
     allowed[..., 0] = True  # where there is none, so that nothing is infinite
-    present, any_digit = np.zeros((2, len(rows), longest), np.bool_)
+    present = np.zeros((len(rows), longest), np.bool_)
     for line, row in enumerate(rows):
         state, first = grammar.start, longest - len(row)
         symbols[line, first:], present[line, first:] = row, True
         for place, symbol in enumerate(row, first):
             allowed[line, place] = may_follow(grammar, state)
-            last = symbol < SPACE and state[1] and row[place - first + 1] >= SPACE
-            any_digit[line, place] = bool(last) and not last_digits
             state = after(state, symbol)
     inputs = model_inputs(model, batch)
     logits = model(**inputs, logits_to_keep=longest, use_cache=False).logits[:, -longest:]
@@ -138,12 +130,7 @@ def log_probabilities(
     scores = scores.masked_fill(~torch.from_numpy(allowed).to(device), -torch.inf)
     chosen = torch.from_numpy(symbols).to(device)[..., None]
     there = torch.from_numpy(present).to(device)
-    each = torch.log_softmax(scores, -1)
-    found = each.gather(-1, chosen)[..., 0]
-    if any_digit.any():
-        # Only there: where no digit may follow, the gradient of this sum would be NaN.
-        where = torch.from_numpy(any_digit).to(device)
-        found = found.masked_scatter(where, each[where][:, :SPACE].logsumexp(-1))
+    found = torch.log_softmax(scores, -1).gather(-1, chosen)[..., 0]
     return torch.where(there, found, 0.0), there
 
 
@@ -263,17 +250,12 @@ class Learner:
         for first in range(0, len(items), self.config.batch_size):
             yield items[first : first + self.config.batch_size]
 
-    def _scored(self, model: Any, turns: Sequence[Query]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what `log_probabilities` does, as the config has it."""
-        digits = self.config.last_digits
-        return log_probabilities(model, self.prompt, turns, self.temperature, digits)
-
     @torch.no_grad()
     def _old(self, turns: Sequence[Query]) -> list[torch.Tensor]:
         """Return the log-probabilities (n,) of each query by the model as it is."""
         found = []
         for batch in self._batches(turns):
-            rows = self._scored(self.model, batch)
+            rows = log_probabilities(self.model, self.prompt, batch, self.temperature)
             found += [row[there] for row, there in zip(*rows, strict=True)]
         return found
 
@@ -291,7 +273,7 @@ class Learner:
             return
         for batch in self._batches(items):
             turns = [query.turn for query, _ in batch]
-            new, there = self._scored(self.model, turns)
+            new, there = log_probabilities(self.model, self.prompt, turns, self.temperature)
             old = new.detach().clone()
             for row, (_, before) in enumerate(batch):
                 if before is not None:
@@ -302,7 +284,7 @@ class Learner:
                 losses, held = -advantage[:, None] * new, torch.zeros_like(there)
             if self.start is not None:
                 with torch.no_grad():
-                    first, _ = self._scored(self.start, turns)
+                    first, _ = log_probabilities(self.start, self.prompt, turns, self.temperature)
                 apart = first - new  # J. Schulman's estimator, which is never below 0
                 divergence = torch.where(there, apart.exp() - apart - 1, 0.0)
                 losses = losses + self.config.kl * divergence
