@@ -249,11 +249,9 @@ class TextPolicy:
         """Return the (n, D) levels of actions (n, D), or raise InputError for another shape."""
         values, dimensions = np.asarray(actions, np.float64), self.spec.dimensions
         if values.ndim != 2 or values.shape[1] != dimensions or len(values) not in lengths:
-            raise InputError(
-                f"{lengths[0]} to {lengths[-1]} actions of {dimensions}",
-                f"{name} of shape {values.shape}",
-                "give the rest of the last chunk (draft_actions), or fewer steps (action_prefix)",
-            )
+            expected = f"{lengths[0]} to {lengths[-1]} actions of {dimensions}"
+            remedy = "give the rest of the last chunk (draft_actions), or fewer (action_prefix)"
+            raise InputError(expected, f"{name} of shape {values.shape}", remedy)
         return self.codec.encode(to_written(values, seen, self.spec))
 
 
