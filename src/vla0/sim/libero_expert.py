@@ -29,7 +29,6 @@ from vla0.sim.libero_microwave import close_door, open_door, put_in
 WIDEST = 0.07  # m that fit well between the fingers; a wider object is held at its rim
 KNOB = 0.035  # m; an object that ends on top in something no wider is held there
 ABOVE = 0.10  # m that the hand is above an object before it goes down
-BESIDE = 0.04  # m between a bowl and an open drawer, for the hand
 CARRY = 0.2  # m by which an object is lifted
 # Knobs first, since what is put down may hide them; drawers are shut when all lies in them.
 ORDER = {"turnon": 0, "turnoff": 0, "open": 1, "in": 2, "on": 2, "close": 3}
@@ -56,8 +55,8 @@ class LiberoExpert:
         self.env, self.hand = env, Hand(env)
         goals: list[list[str]] = env.world.parsed_problem["goal_state"]
         # Where something goes into a drawer, that has to be open.
-        drawers = [goal[2] for goal in goals if goal[0] == "in" and "cabinet" in goal[2]]
-        goals = goals + [["open", place] for place in drawers if ["open", place] not in goals]
+        filled = [goal[2] for goal in goals if goal[0] == "in" and "cabinet" in goal[2]]
+        goals = goals + [["open", place] for place in filled if ["open", place] not in goals]
         self.goals = sorted(goals, key=lambda goal: ORDER.get(goal[0], 0))
         if not has_expert(env.task):
             expected = "a task of knobs, drawers, picking and placing"
