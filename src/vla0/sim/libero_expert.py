@@ -164,13 +164,14 @@ class LiberoExpert:
         hand.gain = STIFF
         yield from hand.move(low + up(ABOVE), self.down, CLOSED, 0.02)
         yield from hand.move(low, self.down, CLOSED, 0.01, limit=30)
-        first, left = (spot - centre) / np.linalg.norm(spot - centre), [np.inf]
+        first = (spot - centre) / np.linalg.norm(spot - centre)
+        left: list[float] = []
         for _ in range(60):
             now = middle(hand.corners(thing))[:2]
             way = (spot - now) / np.linalg.norm(spot - now)
-            left.append((spot - now) @ first)
+            left.append(float((spot - now) @ first))
             # there, or stuck: then it would only tip over
-            if left[-1] < 0.008 or (len(left) > 8 and left[-4] - left[-1] < 0.002):
+            if left[-1] < 0.008 or (len(left) > 7 and left[-4] - left[-1] < 0.002):
                 break
             yield hand.towards(np.append(now + radius * way, low[2]), self.down, CLOSED)
         yield from hand.move(hand.position + up(ABOVE), self.down, CLOSED, 0.03)
