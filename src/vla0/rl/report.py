@@ -99,7 +99,8 @@ def _drawn(rounds: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, 
             height = [line.get(key, 0.0) for line in rounds]
             right.bar(numbers, height, bottom=foot, color=colour, label=name)
             foot = [below + more for below, more in zip(foot, height, strict=True)]
-        right.legend(frameon=False, fontsize=7)
+        right.set_ylim(top=1.15 * max(foot) or 1.0)  # the legend covers no bar
+        right.legend(frameon=False, fontsize=7, loc="upper left", ncols=len(PARTS))
     if held_out:
         rates = [line["success"] for line in held_out]
         bounds = [_interval(line["success"], line["episodes"]) for line in held_out]
