@@ -65,7 +65,11 @@ def main(config: TrainConfig, measure: Measure | None = None) -> Path:
     # The first of several processes locks the folder for all of them.
     first_process = int(os.environ.get("RANK", 0)) == 0
     with held(Path(config.logging.output_dir), "training") if first_process else nullcontext():
-        return _run(config, measure)
+        last = _run(config, measure)
+        # Left to the end of the interpreter, it aborted a process once, after its last step.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        return last
 
 
 def _run(config: TrainConfig, measure: Measure | None) -> Path:
