@@ -17,7 +17,7 @@ def turn_knob(hand: Hand, goal: list[str], down: np.ndarray) -> Iterator[np.ndar
         down: The rotation (3, 3) of the hand that points down.
     """
     sign = 1 if goal[0] == "turnon" else -1
-    joint = hand.env.env.sim.model.joint_name2id(hand.env.world.get_object(goal[1]).joints[0])
+    joint = hand.joint(goal[1])
     centre, axis = hand.data.xanchor[joint].copy(), hand.data.xaxis[joint].copy()
     corners = hand.boxes({hand.model.jnt_bodyid[joint]}).reshape(-1, 3)
     top = corners[:, 2].max()
@@ -108,8 +108,7 @@ def handle(hand: Hand, place: str) -> tuple[np.ndarray, np.ndarray]:
         hand: The hand.
         place: The region in the drawer.
     """
-    world, model = hand.env.world, hand.model
-    joint = hand.env.env.sim.model.joint_name2id(world.object_sites_dict[place].joints[0])
+    model, joint = hand.model, hand.joint(place)
     low, high = model.jnt_range[joint]
     out = hand.data.xaxis[joint] * (1 if high > -low else -1)
     boxes = hand.boxes({model.jnt_bodyid[joint]})
@@ -127,8 +126,7 @@ def swept(hand: Hand, place: str) -> tuple[np.ndarray, np.ndarray]:
         (2, 2) the least and most, in m, of two coordinates, and the matrix (2, 2) that gives them
         for points (..., 2).
     """
-    world, model = hand.env.world, hand.model
-    joint = hand.env.env.sim.model.joint_name2id(world.object_sites_dict[place].joints[0])
+    model, joint = hand.model, hand.joint(place)
     along = flat(handle(hand, place)[1])
     frame = np.stack([along, [-along[1], along[0]]], 1)
     covered = hand.boxes({model.jnt_bodyid[joint]}).reshape(-1, 3)[:, :2] @ frame

@@ -81,6 +81,10 @@ class Hand:
         """The model of the simulation, as MuJoCo has it."""
         return self.env.env.sim.model._model
 
+    def joint(self, thing: str) -> int:
+        """Return the number of the joint of a knob, a door or a drawer, whose region is named."""
+        return self.env.env.sim.model.joint_name2id(self.env.world.get_object(thing).joints[0])
+
     @property
     def position(self) -> np.ndarray:
         """The position (3,) of the hand, between its finger tips."""

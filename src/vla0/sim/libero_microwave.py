@@ -165,8 +165,7 @@ class Door:
     """
 
     def __init__(self, hand: Hand, microwave: str):
-        name = hand.env.world.get_object(microwave).joints[0]
-        joint = hand.env.env.sim.model.joint_name2id(name)
+        joint = hand.joint(microwave)
         self.hand, self.body = hand, {int(hand.model.jnt_bodyid[joint])}
         self.hinge, self.axis = hand.data.xanchor[joint].copy(), hand.data.xaxis[joint].copy()
 
