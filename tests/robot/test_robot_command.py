@@ -67,16 +67,24 @@ def assert_within(spec, arm, start=None):
 
 @pytest.mark.parametrize("way", ["sync", "async", "ensemble"])
 def test_the_arm_reaches_its_goal_though_answers_are_late(arm, way):
-    policy = Reach(latency_s=lambda query: 0.15)
+    meanwhile = []
+
+    def late(query):
+        before = len(arm.diary)
+        time.sleep(0.15)
+        meanwhile.append(len(arm.diary) - before)
+        return 0.0
+
+    policy = Reach(latency_s=late)
     with serving(policy) as (url, _):
         (report,) = session(arm, url, mode=way, seconds=2.5).run()
-    sent, at = commands(arm)
+    sent, _ = commands(arm)
     assert report.stopped is None
     assert_within(policy.spec, arm)
     np.testing.assert_allclose(sent[-1], policy.goal, atol=3)
-    if way == "async":
-        # a command every 50 ms though an answer takes 150
-        assert np.quantile(np.diff(at), 0.9) < 0.08
+    # whether it moves while an answer is on its way; how evenly is a law in simulated time
+    assert sum(moved > 0 for moved in meanwhile) > len(meanwhile) / 2 or way == "sync"
+    assert max(meanwhile) == 0 or way != "sync"
 
 
 def test_whatever_a_policy_says_and_when_no_command_leaves_the_limits(arm):
@@ -117,14 +125,12 @@ def test_a_server_that_dies_is_held_and_then_stopped(arm):
         thread.start()
         while len(arm.diary) < 30:
             time.sleep(0.01)
-    died = time.monotonic()
+    before = len(arm.diary)
     thread.join(10)
     assert not thread.is_alive()
     assert "no fresh command" in current.reports[0].stopped
-    last = arm.diary[-1][0]
-    assert last < died + 8 / 20 + 0.2  # what was left of the chunk
-    assert held[0] - last < 0.2 + 0.15
-    assert arm.diary[-1][0] <= last
+    assert len(arm.diary) - before <= 8  # what was left of the chunk
+    assert arm.diary[-1][0] <= held[0]
 
 
 @pytest.mark.parametrize("fault", ["frozen", "silent"])
@@ -136,11 +142,12 @@ def test_a_camera_that_sees_nothing_new_is_not_acted_upon(arm, fault):
         while len(arm.diary) < 20:
             time.sleep(0.01)
         setattr(arm.cameras["wrist"], fault, True)
-        broke = time.monotonic()
+        before = len(arm.diary)
         thread.join(10)
     assert current.reports[0].stale > 0
     assert "no fresh command" in current.reports[0].stopped
-    assert arm.diary[-1][0] - broke < 0.5 + 8 / 20 + 0.3
+    # half a second until it is known to be stale, and what was left of the chunk
+    assert len(arm.diary) - before <= 0.5 * 20 + 8 + 2
 
 
 def test_frames_that_are_dropped_now_and_then_do_no_harm(arm):

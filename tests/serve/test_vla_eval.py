@@ -144,7 +144,7 @@ def test_a_message_of_vla_evals_cannot_swell_nor_hold_up_others(policy):
         nested = msgpack.packb({"type": "hello", "payload": [[[]] * 50_000] * 20, "seq": 1})
         began = time.monotonic()
         assert "entries" in asked(connection, None, nested)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 3  # building it would be many seconds
         assert asked(connection, MessageType.HELLO, {}).payload["protocol_version"] == 1
 
 
