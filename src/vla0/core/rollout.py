@@ -13,7 +13,10 @@ from vla0.errors import InputError
 
 
 class Env(Protocol):
-    """A world in which a policy acts: a simulator or a robot."""
+    """A world in which a policy acts: a simulator or a robot.
+
+    The pictures of an observation may be looked at until the next step, no longer.
+    """
 
     fps: float
     max_steps: int

@@ -18,6 +18,7 @@ import numpy as np
 
 from vla0.core.spec import Observation
 from vla0.errors import InputError, nearest
+from vla0.sim.pictures import Pictures
 from vla0.sim.simulator import refuse_suite, renderer
 
 mujoco: Any  # pyright cannot see the names, which come from a binary
@@ -202,9 +203,11 @@ class ArmEnv:
     def __init__(self, task: str, image_size: int = IMAGE_SIZE, max_steps: int = STEPS):
         self.instruction = instruction(task)
         self.task, self.max_steps, self.world = task, max_steps, ArmPhysics(image_size, image_size)
+        self.instant = 0  # a number of the present; see Pictures
 
     def reset(self, seed: int) -> Observation:
         """Start the episode of a seed, which places the arm, the cube and the mark."""
+        self.instant += 1
         self.world.place(seed)
         return self._observe()
 
@@ -214,17 +217,19 @@ class ArmEnv:
         Returns:
             The observation after the action, and whether the fingertips touch the target.
         """
+        self.instant += 1
         self.world.command(np.asarray(action, np.float64))
         self.world.until(self.world.data.time + 1 / self.fps)
         return self._observe(), self.world.touched(self.task)
 
     def close(self) -> None:
         """Free the renderer."""
+        self.instant += 1
         self.world.close()
 
     def _observe(self) -> Observation:
-        """Draw the present observation."""
-        pictures = {camera: self.world.picture(camera) for camera in CAMERAS}
+        """Return the present observation, whose pictures are not drawn yet."""
+        pictures = Pictures(CAMERAS, self.world.picture, lambda: self.instant)
         return Observation(pictures, self.instruction, self.world.joints().astype(np.float32))
 
 

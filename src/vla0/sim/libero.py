@@ -2,10 +2,10 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +25,7 @@ from vla0.sim.libero_files import (
     task_named,
     tasks,
 )
+from vla0.sim.pictures import Pictures
 
 # Maps our camera names to the keys of the public datasets, and then to robosuite's names.
 CAMERAS = {"agentview": "observation.images.image", "wrist": "observation.images.image2"}
@@ -55,33 +56,6 @@ class Options:
             raise InputError("quick: true or false", f"{self.quick!r}", "give one of those")
 
 
-class Pictures(Mapping[str, np.ndarray]):
-    """The pictures {camera: (h, w, 3) uint8} of one instant, drawn when they are first looked at.
-
-    They must be looked at before the next step.
-
-    Args:
-        draw: Draws the picture of a camera.
-    """
-
-    def __init__(self, draw: Callable[[str], np.ndarray]):
-        self.draw, self.drawn = draw, {}
-
-    def __getitem__(self, camera: str) -> np.ndarray:
-        if camera not in self.drawn:
-            self.drawn[camera] = self.draw(camera)
-        return self.drawn[camera]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(RAW)
-
-    def __len__(self) -> int:
-        return len(RAW)
-
-    def __reduce__(self):
-        return dict, (dict(self),)  # draws all pictures, because another process cannot
-
-
 class LiberoEnv:
     """One LIBERO task.
 
@@ -90,9 +64,7 @@ class LiberoEnv:
     that, after any ensembling. A state (8,) is the position in m, the axis-angle, and the positions
     of the two fingers in m.
 
-    An episode does not depend on those before it. Pictures are drawn when they are looked at: on a
-    CPU they take most of a step's time, and a policy that executes several steps per query looks
-    at few.
+    An episode does not depend on those before it. Pictures are drawn when they are looked at.
 
     Args:
         task: Name of the task, as `vla0.sim.libero_files.task_named` takes it.
@@ -203,6 +175,7 @@ class LiberoEnv:
 
     def close(self) -> None:
         """Free the simulator."""
+        self.instant += 1
         self._draw_here()  # robosuite frees what belongs to the current OpenGL context
         self.env.close()
 
@@ -215,9 +188,8 @@ class LiberoEnv:
                 self.raw["robot0_gripper_qpos"],
             ]
         )
-        return Observation(
-            Pictures(partial(self._draw, self.instant)), self.instruction, state.astype(np.float32)
-        )
+        pictures = Pictures(RAW, self._draw, lambda: self.instant)
+        return Observation(pictures, self.instruction, state.astype(np.float32))
 
     @cached_property
     def _unplaced(self) -> tuple[np.ndarray, np.ndarray]:
@@ -230,14 +202,8 @@ class LiberoEnv:
         fresh = mujoco.MjModel.from_xml_string(self.world.model.get_xml())  # type: ignore[attr-defined]
         return fresh.body_pos.copy(), fresh.body_quat.copy()
 
-    def _draw(self, instant: int, camera: str) -> np.ndarray:
-        """Draw a camera's picture, or raise InputError when its instant has passed."""
-        if instant != self.instant:
-            raise InputError(
-                "pictures of the present",
-                f"{camera} of a step that has passed",
-                "look before you act",
-            )
+    def _draw(self, camera: str) -> np.ndarray:
+        """Draw a camera's picture of the scene that was saved last."""
         self._draw_here()
         size = self.image_size
         picture = self.env.sim.render(

@@ -14,6 +14,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
 from vla0.core.spec import Observation
 from vla0.errors import InputError, nearest
+from vla0.sim.pictures import Pictures
 from vla0.sim.simulator import refuse_suite, renderer
 
 CAMERAS = {"front": "observation.images.front"}  # maps our camera names to keys of a dataset
@@ -90,8 +91,8 @@ class MetaWorldEnv:
 
     An action (4,) is dx, dy, dz of the hand and the gripper, in [-1, 1]. Values outside are
     clipped, as Meta-World does. A state (4,) is the position of the hand in m and the opening of
-    the gripper. Pictures have no shadows, reflections and multisampling, which on a CPU would be
-    most of their cost.
+    the gripper. Pictures are drawn when they are looked at. They have no shadows, reflections and
+    multisampling, which on a CPU would be most of their cost.
 
     Args:
         task: A name of Meta-World's, such as "drawer-close-v3".
@@ -137,11 +138,13 @@ class MetaWorldEnv:
         self.camera.lookat[:] = (0.0, 0.7, 0.1)
         self.camera.distance, self.camera.azimuth, self.camera.elevation = 1.0, 145.0, -30.0
         self.full_state = np.zeros(39)  # what the expert acts on
+        self.instant = 0  # a number of the present; see Pictures
 
     def reset(self, seed: int) -> Observation:
         """Start the episode of a seed, which places the objects and, with "above", the hand."""
         self.env.hand_init_pos = self.hand + np.random.default_rng([seed, 1]).uniform(*self.start)
         self.env.seed(seed)
+        self.instant += 1
         self.full_state, _ = self.env.reset()
         return self._observe()
 
@@ -152,6 +155,7 @@ class MetaWorldEnv:
             The observation after the action, and whether Meta-World called the task solved.
         """
         success = False
+        self.instant += 1
         for _ in range(self.ticks):
             self.full_state, _, _, _, info = self.env.step(np.clip(action, -1, 1))
             success = success or bool(info["success"])
@@ -159,16 +163,21 @@ class MetaWorldEnv:
 
     def close(self) -> None:
         """Free the renderer."""
+        self.instant += 1
         self.renderer.close()
 
     def _observe(self) -> Observation:
-        """Draw the present observation."""
-        self.renderer.update_scene(self.env.data, self.camera)
+        """Return the present observation, whose picture is not drawn yet."""
         return Observation(
-            {CAMERA: self.renderer.render()},
+            Pictures((CAMERA,), self._draw, lambda: self.instant),
             self.instruction,
             self.full_state[:4].astype(np.float32),
         )
+
+    def _draw(self, _: str) -> np.ndarray:
+        """Draw the present picture of the only camera."""
+        self.renderer.update_scene(self.env.data, self.camera)
+        return self.renderer.render()
 
 
 class MetaWorldExpert:
