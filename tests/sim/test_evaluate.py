@@ -3,9 +3,11 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +77,41 @@ def test_environments_share_one_batched_policy(tmp_path):
     run(tmp_path, config_of(tmp_path / "world", episodes=6), {"policy": counted}, workers=6)
     assert sum(sizes) == 6 * 7
     assert max(sizes) > 1
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+import worlds
+from vla0.sim.evaluate import EvalConfig, evaluate
+with Path("begun").open("a") as file:
+    file.write(__name__ + "\\n")
+def own(config, task):
+    return worlds.make_line(config, task)
+config = EvalConfig(tasks=("fine",), env={world!r}, episodes=3, first_seed=0, ensemble="mean")
+def play():
+    evaluate({{"policy": worlds.walk}}, 4, config, Path("out"), make_env={made}, workers=2)
+{called}
+"""
+
+
+@pytest.mark.parametrize(
+    ("made", "called", "names"),
+    [
+        ("worlds.make_line", "play()", ["__main__"]),
+        ("own", "if __name__ == '__main__': play()", ["__main__", "__mp_main__", "__mp_main__"]),
+    ],
+    ids=["a script without a guard", "a script that defines its world"],
+)
+def test_worlds_do_not_run_the_script_again_unless_they_need_it(tmp_path, made, called, names):
+    (tmp_path / "world").mkdir()
+    tests = str(Path(__file__).parents[1])
+    text = SCRIPT.format(tests=tests, world=str(tmp_path / "world"), made=made, called=called)
+    (tmp_path / "script.py").write_text(text)
+    subprocess.run([sys.executable, "script.py"], cwd=tmp_path, check=True, timeout=120)
+    assert (tmp_path / "begun").read_text().split() == names
+    assert sum(line["success"] for line in read_episodes(tmp_path / "out" / "episodes.jsonl")) == 3
 
 
 def test_every_policy_sees_the_same_seeds(tmp_path):
