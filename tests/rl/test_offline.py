@@ -141,6 +141,7 @@ def test_what_does_not_fit_is_refused(start, dataset, tmp_path):
     refused("episodes of", episodes="good")
     refused("temperature above 0", temperature=0.0)
     refused("played", update={"clip_high": 0.5})
+    refused("played", update={"method": "imitation"})
     none = judged_dataset(tmp_path / "none", said=(None,) * 4)
     with pytest.raises(InputError, match="episodes with a verdict; got none in 4 episodes"):
         offline(config(start, none, tmp_path / "out"))

@@ -50,13 +50,20 @@ def start(processor, tmp_path_factory):
     return str(folder)
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "GRPO": {},
+    "LoRA": {"lora": Lora(4)},
+    "imitation": {"method": "imitation", "lr_scheduler": "linear"},
+}
+
+
 @pytest.fixture(scope="module")
 def whole(start, tmp_path_factory):
-    """The folder of a run that was not interrupted, by LoRA's rank."""
+    """The folder of a run that was not interrupted, by how it learns."""
     folders = {}
-    for rank in (0, 4):
-        folders[rank] = tmp_path_factory.mktemp("whole") / f"rank-{rank}"
-        main(config(start, folders[rank], update={"lora": Lora(rank)}))
+    for way, update in WAYS.items():
+        folders[way] = tmp_path_factory.mktemp("whole") / way
+        main(config(start, folders[way], update=update))
     return folders
 
 
@@ -104,6 +111,17 @@ def test_a_run_learns_keeps_every_episode_and_draws_itself(start, tmp_path):
     assert VLA0.from_pretrained(last, "cpu").spec.bins == 9
 
 
+def test_successes_alone_are_learned_from_at_a_rate_that_falls_to_nothing(start, tmp_path):
+    update = {"method": "imitation", "lr_scheduler": "linear"}
+    main(config(start, tmp_path / "run", ("left",), rounds=15, update=update))
+    rounds = rounds_of(tmp_path / "run")
+    assert rounds[-1]["success"] > 0.8 > rounds[0]["success"]
+    rates = [line["learning_rate"] for line in rounds if "learning_rate" in line]
+    np.testing.assert_allclose(rates, 2e-3 * np.linspace(1, 0, 16)[: len(rates)])
+    # a group that all of its members solved counts, too
+    assert all(line["useful"] == 2 for line in rounds)
+
+
 def test_tasks_whose_success_is_uncertain_get_more_initial_states():
     tasks = ["solved", "even", "new"]
     tried = {"solved": [200.0, 200.0], "even": [30.0, 60.0]}
@@ -125,9 +143,9 @@ def test_tasks_whose_success_is_uncertain_get_more_initial_states():
     np.testing.assert_allclose([whole[t] / 2100 for t in tasks], [least, even, new], atol=0.02)
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_a_run_that_was_killed_ends_as_one_that_was_not(start, whole, tmp_path, monkeypatch, rank):
-    changes: dict[str, Any] = {"update": {"lora": Lora(rank)}}
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_that_was_killed_ends_as_one_that_was_not(start, whole, tmp_path, monkeypatch, way):
+    changes: dict[str, Any] = {"update": WAYS[way]}
     play, left = Player.play, [3]
 
     def killed(*arguments):
@@ -143,16 +161,16 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(start, whole, tmp_path, 
     assert (tmp_path / "cut" / "last").resolve().name == "step-000002"
     monkeypatch.setattr(Player, "play", play)
     cut = main(config(start, tmp_path / "cut", **changes))
-    assert same(whole[rank] / "last", cut)
+    assert same(whole[way] / "last", cut)
     assert not same(cut, start)
     keys = ("round", "success", "episodes", "useful", "tokens")
-    assert [[line[key] for key in keys] for line in rounds_of(whole[rank])] == [
+    assert [[line[key] for key in keys] for line in rounds_of(whole[way])] == [
         [line[key] for key in keys] for line in rounds_of(tmp_path / "cut")
     ]
-    measured = [(run / "metrics.jsonl").read_text() for run in (whole[rank], tmp_path / "cut")]
+    measured = [(run / "metrics.jsonl").read_text() for run in (whole[way], tmp_path / "cut")]
     assert measured[0] == measured[1]
     lines = [
-        (run / "episodes.jsonl").read_text().splitlines() for run in (whole[rank], tmp_path / "cut")
+        (run / "episodes.jsonl").read_text().splitlines() for run in (whole[way], tmp_path / "cut")
     ]
     told = [[{**json.loads(line), "seconds": 0} for line in some] for some in lines]
     assert told[0] == told[1]  # none of a round that was cut, and none twice
@@ -173,9 +191,9 @@ def test_a_save_that_was_cut_is_made_good(start, whole, tmp_path, monkeypatch, m
         main(config(start, tmp_path / "cut"))
     monkeypatch.setattr(module, moment, original)
     cut = main(config(start, tmp_path / "cut"))
-    assert same(whole[0] / "last", cut)
+    assert same(whole["GRPO"] / "last", cut)
     for name in ("metrics.jsonl", "best"):
-        one, other = whole[0] / name, tmp_path / "cut" / name
+        one, other = whole["GRPO"] / name, tmp_path / "cut" / name
         if name == "best":
             assert one.resolve().name == other.resolve().name
         else:
@@ -254,7 +272,7 @@ def test_the_folder_of_something_else_is_left_alone(start, whole, tmp_path):
         main(config(start, tmp_path))
     assert (tmp_path / "episodes.jsonl").read_text() == "{}\n"
     run = tmp_path / "run"
-    shutil.copytree(whole[0], run, symlinks=True)
+    shutil.copytree(whole["GRPO"], run, symlinks=True)
     shutil.rmtree(run / "step-000004")
     before = sorted(path.name for path in run.rglob("*"))
     with pytest.raises(InputError, match="step-000004', which is not there"):
@@ -316,6 +334,9 @@ def test_too_little_memory_names_the_setting(start, tmp_path, monkeypatch):
         ({"update": {"ratio": "word"}}, "ratio of"),
         ({"update": {"learning_rate": 0.0}}, "learning_rate > 0"),
         ({"update": {"precision": "fp16"}}, "precision"),
+        ({"update": {"method": "ppo"}}, "update.method of"),
+        ({"update": {"lr_scheduler": "cosine"}}, "update.lr_scheduler of"),
+        ({"update": {"method": "imitation", "clip_low": 0.1}}, "update.method=grpo"),
         ({"update": {"lora": {"rank": 4, "dropout": 0.1}}}, "no update.lora.dropout"),
         ({"num_rounds": None}, "num_rounds or max_minutes"),
         ({"rolouts": {}}, "unknown key 'rolouts'"),

@@ -20,6 +20,7 @@ from vla0.rl.update import (
     Learner,
     Weighed,
     advantages,
+    imitated,
     log_probabilities,
     objective,
     symbols_of,
@@ -105,6 +106,43 @@ def test_episodes_without_an_advantage_are_left_out(fresh):
         assert [query.advantage for query in weighed(both, config)] == wanted
     found = weighed(both, UpdateConfig(scale_by_deviation=False, failures=0))
     assert [query.advantage for query in found] == [0.5, 0.5]
+
+
+GROUPS = st.lists(
+    st.tuples(
+        st.sampled_from(["button", "drawer", "window"]),
+        st.lists(st.tuples(st.booleans(), st.integers(1, 4)), min_size=2, max_size=6),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(GROUPS)
+def test_of_successes_each_task_counts_alike_and_what_others_failed_at_counts_more(groups):
+    """Each group is a task, and of each episode its success and its queries."""
+    made = [
+        [
+            Played(("a", task, 0), {"success": success}, [Turn((number, place), task)] * queries)  # type: ignore[arg-type]
+            for place, (success, queries) in enumerate(episodes)
+        ]
+        for number, (task, episodes) in enumerate(groups)
+    ]
+    found = imitated(made)
+    assert len(found) == sum(q for _, eps in groups for success, q in eps if success)
+    if not found:
+        return
+    assert np.mean([query.advantage for query in found]) == pytest.approx(1)
+    by_task, by_episode = {}, {}
+    for query in found:
+        for sums, key in ((by_task, query.turn.levels), (by_episode, query.turn.seen)):
+            sums[key] = sums.get(key, 0) + query.advantage
+    assert all(share == pytest.approx(len(found) / len(by_task)) for share in by_task.values())
+    failed = [np.mean([not success for success, _ in episodes]) for _, episodes in groups]
+    for (one, _), weight in by_episode.items():
+        for (other, _), less in by_episode.items():
+            if groups[one][0] == groups[other][0] and failed[one] > failed[other]:
+                assert weight > less
 
 
 def test_the_clip_holds_what_has_moved_far_enough_in_the_right_direction():

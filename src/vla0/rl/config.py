@@ -1,13 +1,16 @@
 """What a config of `vla0 rl` may say."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from vla0.data.config import DataConfig
 from vla0.errors import InputError, refuse_idle
 from vla0.train.config import Lora
 
+GRPO, IMITATION = "grpo", "imitation"
+METHODS = (GRPO, IMITATION)
+SCHEDULERS = ("constant", "linear")
 RATIOS = ("token", "chunk")
 WAYS = ("filter", "weighted")
 
@@ -24,7 +27,9 @@ class RolloutsConfig:
     """The episodes that are played at random in each round, and judged by their success."""
 
     group_size: int = 8  # episodes from the same initial state, which are compared
-    groups: int = 8  # groups of a round whose episodes differ in success
+    # groups of a round from which something is learned: their episodes differ in success or, with
+    # update.method=imitation, one of them succeeded
+    groups: int = 8
     # How many times as many initial states are tried, at most, to find these groups
     waves: int = 3
     temperature: float = 1.0  # 1: drawn from the model's own probabilities; larger: more varied
@@ -56,9 +61,17 @@ class RolloutsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateConfig:
-    """How the weights follow success: GRPO (Z. Shao et al., arXiv 2402.03300)."""
+    """How the weights follow success."""
 
-    learning_rate: float = 1e-6  # of AdamW, constant
+    # "grpo": what went better than its group becomes likelier, what went worse less likely
+    # (Z. Shao et al., arXiv 2402.03300). "imitation": a round's successes alone become likelier,
+    # those of each task together as much, which bears learning rates near those of training (RAFT:
+    # H. Dong et al., arXiv 2304.06767)
+    method: str = GRPO
+    learning_rate: float = 1e-6  # of AdamW, at the start
+    # "constant", or "linear": falls to 0 by num_rounds, or by max_minutes if that is sooner; by
+    # minutes, a run that resumes does not end in the same bits
+    lr_scheduler: str = "constant"
     steps_per_round: int = 4  # steps of the optimizer in a pass over a round's episodes
     epochs: int = 1  # passes over a round's episodes
     batch_size: int = 8  # chunks in one pass through the model; the result does not depend on it
@@ -85,6 +98,11 @@ class UpdateConfig:
         )
         _at_least(0, clip_low=self.clip_low, clip_high=self.clip_high, kl=self.kl)
         _at_least(0, max_grad_norm=self.max_grad_norm, failures=self.failures)
+        for name, known in (("method", METHODS), ("lr_scheduler", SCHEDULERS)):
+            if (given := getattr(self, name)) not in known:
+                raise InputError(f"update.{name} of {known}", f"'{given}'", "choose one of those")
+        if self.method == IMITATION:
+            refuse_idle(changed(self, COMPARED), f"update.method={GRPO}")
         if not self.learning_rate > 0:
             raise InputError("update.learning_rate > 0", f"{self.learning_rate}", "1e-6, say")
         if self.ratio not in RATIOS:
@@ -98,6 +116,16 @@ class UpdateConfig:
                 f"{self.lora.dropout}",
                 "leave it out: what acts must be what is trained",
             )
+
+
+# Settings of episodes that are compared with their group.
+COMPARED = ("ratio", "clip_low", "clip_high", "scale_by_deviation", "failures")
+
+
+def changed(config: UpdateConfig, names: Sequence[str]) -> dict[str, bool]:
+    """Return {setting: whether it is not the default}, for `refuse_idle`."""
+    defaults = {each.name: each.default for each in fields(UpdateConfig)}
+    return {f"update.{name}": getattr(config, name) != defaults[name] for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,10 +193,5 @@ class OfflineConfig:
             {f"data.{name}": True for name in other},
             "training anew (the checkpoint's Spec has them)",
         )
-        usual = UpdateConfig()
-        names = ("ratio", "clip_low", "clip_high", "scale_by_deviation", "failures")
-        changed = {name: getattr(self.update, name) != getattr(usual, name) for name in names}
-        refuse_idle(
-            {f"update.{name}": True if other else None for name, other in changed.items()},
-            "rounds that are played (no --offline)",
-        )
+        idle = changed(self.update, ("method", "lr_scheduler", *COMPARED))
+        refuse_idle(idle, "rounds that are played (no --offline)")

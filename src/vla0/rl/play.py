@@ -11,7 +11,7 @@ from vla0.core.ensemble import steps_used
 from vla0.errors import InputError
 from vla0.policy import VLA0
 from vla0.rl import processes
-from vla0.rl.config import RLConfig
+from vla0.rl.config import IMITATION, RLConfig
 from vla0.rl.rollouts import Played, RolloutPool, drawing, greedy, sampled
 from vla0.rl.update import memory
 from vla0.sim.evaluate import EvalConfig
@@ -23,7 +23,7 @@ class Round:
     """What was played in a round.
 
     Args:
-        own: This process's groups whose episodes differ in success.
+        own: This process's groups from which something is learned.
         useful: How many such groups there are in all processes.
         lines: Lines of episodes.jsonl of all episodes in all processes, of the other groups too.
         groups: How many groups were played in all processes.
@@ -84,6 +84,7 @@ class Player:
     ):
         self.config, self.settings, self.seeds = config, settings, seeds
         self.policy, self.pool = policy, pool
+        self.imitates = config.update.method == IMITATION
         self.heavy = pool.rollout.keep < len(settings.tasks)  # not all worlds of a process stay
         chunk_size = policy.spec.chunk_size
         self.steps = steps_used(chunk_size, settings.n_action_steps, settings.ensemble)
@@ -141,7 +142,9 @@ class Player:
         return {"success": mean, "episodes": float(len(ended)), **each}
 
     def play(self, number: int, start: int, tried: Tried) -> Round:
-        """Play groups until enough of them differ, or enough initial states were tried.
+        """Play groups until enough of them are useful, or enough initial states were tried.
+
+        GRPO learns from groups whose episodes differ in success, imitation from all successes.
 
         Args:
             number: The number of the round.
@@ -176,11 +179,12 @@ class Player:
             useful = 0
             for group in own:
                 ended = [by_job[job] for job in group if job in by_job]
-                if len({episode.success for episode in ended}) > 1:
+                kinds = {episode.success for episode in ended}
+                if len(kinds) > 1 or (self.imitates and True in kinds):
                     result.own.append(ended)
                     useful += 1
-                else:  # what it saw is not needed, and takes memory
-                    for episode in ended:
+                for episode in ended:  # what is not learned takes memory
+                    if not (episode.success if self.imitates else len(kinds) > 1):
                         episode.turns.clear()
             told = processes.gathered((useful, [episode.line for episode in played]))
             for others, lines in told:

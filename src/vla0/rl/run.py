@@ -22,11 +22,11 @@ from vla0.errors import InputError
 from vla0.files import held, read_json, settle, write_whole
 from vla0.policy import VLA0
 from vla0.rl import processes
-from vla0.rl.config import RLConfig
+from vla0.rl.config import IMITATION, RLConfig
 from vla0.rl.play import Player, remembered
 from vla0.rl.report import write_report
 from vla0.rl.rollouts import RolloutPool, drawing
-from vla0.rl.update import DTYPES, Learner, learning, weighed
+from vla0.rl.update import DTYPES, Learner, imitated, learning, weighed
 from vla0.sim.evaluate import EvalConfig, Past, world
 from vla0.sim.experiment import fit, following
 from vla0.sim.results import mend, wilson
@@ -171,6 +171,16 @@ class Run:
             write_report(output)
         return output / "last"
 
+    def _share(self) -> float:
+        """Return the share of the learning rate at which the next round learns."""
+        config, state = self.config, self.state
+        if config.update.lr_scheduler == "constant":
+            return 1.0
+        done = [0.0]
+        done += [state.rounds / config.num_rounds] if config.num_rounds else []
+        done += [state.minutes / config.max_minutes] if config.max_minutes else []
+        return max(0.0, 1 - max(done))
+
     def _over(self) -> str | None:
         """Return why the run is over, or None."""
         config, state = self.config, self.state
@@ -221,12 +231,14 @@ class Run:
             "useful": result.useful,
             **result.seconds,
         }
-        if not result.useful:
+        if not result.useful or solved == total:
             self._nothing_to_learn(solved, total)
         else:
-            queries = weighed(result.own, self.config.update)
-            with learning(self.config.update):
-                line |= self.learner.learn(queries, [self.config.seed, number])
+            update, imitate = self.config.update, self.config.update.method == IMITATION
+            queries = imitated(result.own) if imitate else weighed(result.own, update)
+            with learning(update):
+                seed = [self.config.seed, number]
+                line |= self.learner.learn(queries, seed, imitate, self._share())
         self.state.rounds = number
         if self.first:
             self._record(line, result.lines, solved)
@@ -242,7 +254,7 @@ class Run:
             self.board.add_scalar(f"rl/{key}", value, number)
         low, high = wilson(solved, total)
         logger.info(
-            "round %d: %d of %d solved (%.0f to %.0f %%), %d of %d groups differ; "
+            "round %d: %d of %d solved (%.0f to %.0f %%), %d of %d groups count; "
             "%.0f s playing, %.0f s learning; about %s left",
             number,
             solved,
@@ -268,7 +280,7 @@ class Run:
         return f"{max(0.0, min(left)):.0f} minutes"
 
     def _nothing_to_learn(self, solved: int, total: int) -> None:
-        """Say that no group's episodes differ in success; at the start, raise InputError."""
+        """Say that no group is of use; at the start, raise InputError if all or none succeeded."""
         got = f"{solved} of {total} solved, no group with both success and failure"
         first = self.state.rounds == 0
         if solved == 0 and first:

@@ -1,7 +1,8 @@
-"""Make what succeeded likelier than what failed: GRPO on the tokens of chunks.
+"""Make what succeeded likelier than what failed: GRPO on the tokens of chunks, or imitation.
 
 Z. Shao et al., arXiv 2402.03300; the wider upper clip and the mean over all tokens of a step are
-those of Q. Yu et al., arXiv 2503.14476.
+those of Q. Yu et al., arXiv 2503.14476. Imitation of one's own successes: H. Dong et al., arXiv
+2304.06767.
 """
 
 import time
@@ -20,8 +21,9 @@ from vla0.decode.draft import after, may_follow
 from vla0.errors import InputError
 from vla0.rl import processes
 from vla0.rl.config import UpdateConfig
-from vla0.rl.rollouts import Played
+from vla0.rl.rollouts import Played, Turn
 
+EASY = 0.1  # weight of a success in a group where none failed, where it is 1 if nearly all did
 # Of the weights that act, by update.precision.
 DTYPES: dict[str | None, Any] = {None: "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -81,6 +83,31 @@ def weighed(groups: Sequence[Sequence[Played]], config: UpdateConfig) -> list[We
             if weight:
                 found += [Weighed(turn, weight) for turn in episode.turns]
     return found
+
+
+def imitated(groups: Sequence[Sequence[Played]]) -> list[Weighed]:
+    """Return the queries of all successes, with how much each counts: 1 in the mean.
+
+    All tasks count alike, so that none is forgotten while others are learned. Within a task an
+    episode counts the more, the more of its group failed.
+
+    Args:
+        groups: This process's episodes of each initial state. Where there are several processes,
+            all ask together.
+    """
+    found: list[tuple[str, float, Turn]] = []
+    for group in groups:
+        hard = float(1 - np.mean([episode.success for episode in group]) + EASY)
+        for episode in (episode for episode in group if episode.success):
+            each = hard / max(1, len(episode.turns))
+            found += [(episode.job[1], each, turn) for turn in episode.turns]
+    sums: dict[str, float] = {}
+    count = 0
+    for others in processes.gathered([(task, each) for task, each, _ in found]):
+        count += len(others)
+        for task, each in others:
+            sums[task] = sums.get(task, 0.0) + each
+    return [Weighed(turn, each / sums[task] / len(sums) * count) for task, each, turn in found]
 
 
 def symbols_of(levels: np.ndarray, grammar: Grammar) -> list[int]:
@@ -207,7 +234,11 @@ class Learner:
             )
 
     def learn(
-        self, queries: Sequence[Weighed], seed: Sequence[int], imitate: bool = False
+        self,
+        queries: Sequence[Weighed],
+        seed: Sequence[int],
+        imitate: bool = False,
+        share: float = 1.0,
     ) -> dict[str, float]:
         """Take the steps of one round. Where there are several processes, all take them together.
 
@@ -216,6 +247,7 @@ class Learner:
             seed: Of the order in which the queries come.
             imitate: The queries were not played by this model: what was done in them becomes
                 likelier, each by its advantage, which must not be negative.
+            share: Of the learning rate.
 
         Returns:
             What TensorBoard shows: mean ratio, share of tokens that a clip held, and so on.
@@ -224,6 +256,8 @@ class Learner:
         # transformers saves memory in training mode alone. Nothing else differs in it.
         self.model.train(config.gradient_checkpointing)
         rng = np.random.default_rng(list(seed))
+        for group in self.optimizer.param_groups:
+            group["lr"] = share * config.learning_rate
         several = config.epochs * config.steps_per_round > 1 and not imitate
         # With a single step the model that is trained is still the one that played.
         old = self._old([query.turn for query in queries]) if several else [None] * len(queries)
@@ -242,6 +276,7 @@ class Learner:
             "clipped": sums["clipped"] / tokens,
             "kl": sums["kl"] / tokens,
             "gradient_norm": sums["norm"] / max(1.0, sums["steps"]),
+            "learning_rate": share * config.learning_rate,
             "tokens": sums["tokens"] / config.epochs,
             "update_s": time.monotonic() - started,
         }
