@@ -98,15 +98,14 @@ class UpdateConfig:
         )
         _at_least(0, clip_low=self.clip_low, clip_high=self.clip_high, kl=self.kl)
         _at_least(0, max_grad_norm=self.max_grad_norm, failures=self.failures)
-        for name, known in (("method", METHODS), ("lr_scheduler", SCHEDULERS)):
+        choices = {"method": METHODS, "lr_scheduler": SCHEDULERS, "ratio": RATIOS}
+        for name, known in choices.items():
             if (given := getattr(self, name)) not in known:
                 raise InputError(f"update.{name} of {known}", f"'{given}'", "choose one of those")
         if self.method == IMITATION:
             refuse_idle(changed(self, COMPARED), f"update.method={GRPO}")
         if not self.learning_rate > 0:
             raise InputError("update.learning_rate > 0", f"{self.learning_rate}", "1e-6, say")
-        if self.ratio not in RATIOS:
-            raise InputError(f"update.ratio of {RATIOS}", f"'{self.ratio}'", "choose one of those")
         if self.precision not in (None, "bf16", "fp32"):
             got = f"'{self.precision}'"
             raise InputError("update.precision: bf16, fp32 or null", got, "choose one of those")

@@ -179,12 +179,14 @@ class Player:
             useful = 0
             for group in own:
                 ended = [by_job[job] for job in group if job in by_job]
-                kinds = {episode.success for episode in ended}
-                if len(kinds) > 1 or (self.imitates and True in kinds):
+                solved = [episode for episode in ended if episode.success]
+                compared = ended if 0 < len(solved) < len(ended) else []
+                learned = solved if self.imitates else compared
+                if learned:
                     result.own.append(ended)
                     useful += 1
                 for episode in ended:  # what is not learned takes memory
-                    if not (episode.success if self.imitates else len(kinds) > 1):
+                    if not learned or (self.imitates and not episode.success):
                         episode.turns.clear()
             told = processes.gathered((useful, [episode.line for episode in played]))
             for others, lines in told:

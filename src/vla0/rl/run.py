@@ -22,7 +22,7 @@ from vla0.errors import InputError
 from vla0.files import held, read_json, settle, write_whole
 from vla0.policy import VLA0
 from vla0.rl import processes
-from vla0.rl.config import IMITATION, RLConfig
+from vla0.rl.config import RLConfig
 from vla0.rl.play import Player, remembered
 from vla0.rl.report import write_report
 from vla0.rl.rollouts import RolloutPool, drawing
@@ -234,7 +234,7 @@ class Run:
         if not result.useful or solved == total:
             self._nothing_to_learn(solved, total)
         else:
-            update, imitate = self.config.update, self.config.update.method == IMITATION
+            update, imitate = self.config.update, self.player.imitates
             queries = imitated(result.own) if imitate else weighed(result.own, update)
             with learning(update):
                 seed = [self.config.seed, number]
