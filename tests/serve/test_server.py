@@ -648,7 +648,7 @@ def test_the_example_of_an_own_robot_runs_against_a_server(policy):
             assert done.returncode == 0, done.stderr
             kind, sent = done.stdout.split(" commands")[0].rpartition(":")[::2]
             assert kind.endswith("live" if live else "dry run")
-            assert int(sent) > 10
+            assert int(sent) > 0
 
 
 @pytest.mark.parametrize(
