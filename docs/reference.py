@@ -56,12 +56,17 @@ def comments(text: str) -> dict[int, str]:
 
 
 def fields(file: str, name: str) -> Iterator[tuple[str, str, str, str]]:
-    """(name, type, default, meaning) of a dataclass's fields; meaning: the comments at each."""
+    """(name, type, default, meaning) of a dataclass's fields; meaning: the comments at each.
+
+    Those of what it inherits from, in the same file, come first.
+    """
     text = (SOURCE / file).read_text(encoding="utf-8")
     notes, lines = comments(text), text.splitlines()
     tree = next(
         n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef) and n.name == name
     )
+    for base in tree.bases:
+        yield from fields(file, ast.unparse(base)) if f"class {ast.unparse(base)}" in text else ()
     for node in tree.body:
         if not isinstance(node, ast.AnnAssign):
             continue
@@ -74,11 +79,9 @@ def fields(file: str, name: str) -> Iterator[tuple[str, str, str, str]]:
         ]
         default = "" if node.value is None else ast.unparse(node.value)
         if default.startswith("field("):
-            default = (
-                "{}"
-                if "dict" in default
-                else default.removeprefix("field(default_factory=")[:-1] + "()"
-            )
+            made = default.removeprefix("field(default_factory=")[:-1]
+            own = made.removeprefix("lambda: ")
+            default = "{}" if "dict" in made else made + "()" if own == made else own
         yield ast.unparse(node.target), ast.unparse(node.annotation), default, " ".join(said)
 
 

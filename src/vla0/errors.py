@@ -45,6 +45,11 @@ RENAMED = {  # keys and names that earlier versions had
 }
 
 
+def said(error: BaseException, most: int = 200) -> str:
+    """Return an error's type and the first line of what it says, which may be nothing."""
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])[:most]
+
+
 def refuse_unknown(
     keys: Iterable[str],
     known: Iterable[str],

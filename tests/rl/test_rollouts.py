@@ -15,7 +15,8 @@ from vla0.decode import GreedyDecoder
 from vla0.policy import VLA0
 from vla0.rl.config import UpdateConfig
 from vla0.rl.rollouts import RolloutPool, Turn, greedy, sampled
-from vla0.rl.update import Learner, weighed
+from vla0.rl.update import Learner
+from vla0.rl.weights import weighed
 from vla0.sim.workers import ATTEMPTS, RolloutConfig
 
 SMALL = {"width": 48, "layers": 2, "heads": 3}

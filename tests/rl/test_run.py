@@ -16,6 +16,7 @@ from conftest import make_spec
 
 from vla0 import InputError
 from vla0.checkpoint.tiny import tiny_model
+from vla0.data.config import Masking
 from vla0.policy import VLA0
 from vla0.rl import run as module
 from vla0.rl.config import RLConfig, RolloutsConfig, RunConfig, UpdateConfig
@@ -53,7 +54,12 @@ def start(processor, tmp_path_factory):
 WAYS: dict[str, dict[str, Any]] = {
     "GRPO": {},
     "LoRA": {"lora": Lora(4)},
-    "imitation": {"method": "imitation", "lr_scheduler": "linear"},
+    "imitation": {
+        "method": "imitation",
+        "lr_scheduler": "linear",
+        "replay_rounds": 2,
+        "augmentation": Masking(mask="number"),
+    },
 }
 
 
@@ -337,6 +343,8 @@ def test_too_little_memory_names_the_setting(start, tmp_path, monkeypatch):
         ({"update": {"method": "ppo"}}, "update.method of"),
         ({"update": {"lr_scheduler": "cosine"}}, "update.lr_scheduler of"),
         ({"update": {"method": "imitation", "clip_low": 0.1}}, "update.method=grpo"),
+        ({"update": {"replay_rounds": 2}}, "update.method=imitation"),
+        ({"update": {"augmentation": {"mask": "number"}}}, "update.method=imitation"),
         ({"update": {"lora": {"rank": 4, "dropout": 0.1}}}, "no update.lora.dropout"),
         ({"num_rounds": None}, "num_rounds or max_minutes"),
         ({"rolouts": {}}, "unknown key 'rolouts'"),

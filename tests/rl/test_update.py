@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from vla0.checkpoint.tiny import tiny_model
 from vla0.core.codec import Grammar
+from vla0.core.prompt import hide_numbers
+from vla0.data.config import Masking
 from vla0.decode import SpeculativeDecoder
 from vla0.decode.sampling import Sampling, noise_for
 from vla0.policy import VLA0
@@ -18,14 +20,12 @@ from vla0.rl.config import UpdateConfig
 from vla0.rl.rollouts import Played, Turn
 from vla0.rl.update import (
     Learner,
-    Weighed,
-    advantages,
-    imitated,
     log_probabilities,
     objective,
+    read_of,
     symbols_of,
-    weighed,
 )
+from vla0.rl.weights import Weighed, advantages, weighed
 
 SMALL = {"width": 48, "layers": 2, "heads": 3}
 SMALL |= {"vision_width": 32, "vision_layers": 1, "vision_heads": 2}
@@ -72,6 +72,40 @@ def test_the_probabilities_that_are_trained_are_those_that_were_drawn_from(
         assert not found[~there].any()
 
 
+@torch.no_grad()
+def test_what_is_hidden_is_neither_read_nor_learned(fresh):
+    turns, _ = drawn(fresh, 2)
+    grammar = Grammar(fresh.spec.bins, fresh.spec.numbers)
+    texts = [read_of(turn.levels, grammar) for turn in turns]
+    second = [text.split(" ")[1] for text in texts]
+    hidden = [hide_numbers(text, np.arange(len(text.split(" "))) == 1) for text in texts]
+    whole, there = log_probabilities(fresh.model, fresh.prompt, turns, 1.0)
+    found, seen = log_probabilities(fresh.model, fresh.prompt, turns, 1.0, hidden)
+    for row, (text, number) in enumerate(zip(texts, second, strict=True)):
+        first = int(there[row].long().argmax())  # rows are padded on the left
+        before = first + len(text.split(" ")[0]) + 1
+        gone = slice(before, before + len(number))
+        assert not seen[row, gone].any()
+        assert seen[row].sum() == there[row].sum() - len(number)
+        assert not found[row, gone].any()
+        torch.testing.assert_close(found[row, :before], whole[row, :before])
+        after = found[row, gone.stop + 1 :] - whole[row, gone.stop + 1 :]
+        assert (after.abs() > 1e-4).any()  # it was read
+
+
+def test_imitation_hides_as_much_as_it_is_told_to(fresh):
+    turns, _ = drawn(fresh, 4)
+    queries = [Weighed(turn, 1.0) for turn in turns]
+    told = {}
+    for share in (0.0, 1.0):
+        masking = Masking(mask="number", mask_most=share, mask_none=0.0)
+        learning = UpdateConfig(augmentation=masking, steps_per_round=1, learning_rate=1e-9)
+        learner = Learner(fresh.model, fresh.prompt, learning, 1.0)
+        told[share] = learner.learn(queries, [0], imitate=True)["tokens"]
+        assert learner.learn(queries, [0], imitate=True)["tokens"] == told[share]
+    assert 0.2 * told[0.0] < told[1.0] < 0.9 * told[0.0]
+
+
 def test_a_chunk_ends_with_the_end_and_a_part_of_one_with_a_space():
     grammar = Grammar(30, 4)
     assert symbols_of(np.array([[3, 10]]), grammar) == [3, 10, 1, 0, 10]
@@ -106,43 +140,6 @@ def test_episodes_without_an_advantage_are_left_out(fresh):
         assert [query.advantage for query in weighed(both, config)] == wanted
     found = weighed(both, UpdateConfig(scale_by_deviation=False, failures=0))
     assert [query.advantage for query in found] == [0.5, 0.5]
-
-
-GROUPS = st.lists(
-    st.tuples(
-        st.sampled_from(["button", "drawer", "window"]),
-        st.lists(st.tuples(st.booleans(), st.integers(1, 4)), min_size=2, max_size=6),
-    ),
-    min_size=1,
-    max_size=6,
-)
-
-
-@given(GROUPS)
-def test_of_successes_each_task_counts_alike_and_what_others_failed_at_counts_more(groups):
-    """Each group is a task, and of each episode its success and its queries."""
-    made = [
-        [
-            Played(("a", task, 0), {"success": success}, [Turn((number, place), task)] * queries)  # type: ignore[arg-type]
-            for place, (success, queries) in enumerate(episodes)
-        ]
-        for number, (task, episodes) in enumerate(groups)
-    ]
-    found = imitated(made)
-    assert len(found) == sum(q for _, eps in groups for success, q in eps if success)
-    if not found:
-        return
-    assert np.mean([query.advantage for query in found]) == pytest.approx(1)
-    by_task, by_episode = {}, {}
-    for query in found:
-        for sums, key in ((by_task, query.turn.levels), (by_episode, query.turn.seen)):
-            sums[key] = sums.get(key, 0) + query.advantage
-    assert all(share == pytest.approx(len(found) / len(by_task)) for share in by_task.values())
-    failed = [np.mean([not success for success, _ in episodes]) for _, episodes in groups]
-    for (one, _), weight in by_episode.items():
-        for (other, _), less in by_episode.items():
-            if groups[one][0] == groups[other][0] and failed[one] > failed[other]:
-                assert weight > less
 
 
 def test_the_clip_holds_what_has_moved_far_enough_in_the_right_direction():

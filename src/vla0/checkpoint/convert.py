@@ -15,7 +15,7 @@ from vla0.checkpoint.location import locate
 from vla0.checkpoint.safe_pickle import load_arrays
 from vla0.core.prompt import Prompt
 from vla0.core.spec import SPEC_FILE, Spec
-from vla0.errors import InputError
+from vla0.errors import InputError, said
 from vla0.files import whole_folder
 
 CAMERAS = ("agentview", "wrist")  # in the order of the official LIBERO config
@@ -104,7 +104,7 @@ def read_spec(run: Path, vision_id: bool = False, crop: float | None = None) -> 
         tile = bool(qwen["tiled_rgb_imgs"])
         sides = [int(side) for side in qwen["rgb_img_size"]]
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = said(error)
         raise InputError(f"an official config.yaml in '{run}'", reason, REMEDY) from None
     if count > len(CAMERAS) or len(set(sides)) != 1:
         remedy = "only the LIBERO configs can be converted"

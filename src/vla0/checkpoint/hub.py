@@ -12,7 +12,7 @@ import numpy as np
 
 from vla0.checkpoint.location import UNWANTED
 from vla0.core.spec import Spec
-from vla0.errors import InputError, nearest
+from vla0.errors import InputError, nearest, said
 from vla0.files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def download(name: str, out: str | Path | None = None) -> Path:
         OfflineModeIsEnabled,
         OSError,
     ) as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+        reason = said(error)
         raise InputError(
             f"'{repo}' on the Hub",
             reason,
@@ -118,7 +118,7 @@ def push(checkpoint: str | Path, repo: str, private: bool = False) -> str:
         OfflineModeIsEnabled,
         OSError,
     ) as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
+        reason = said(error)
         remedy = (
             "check the name (owner/name) and the connection, and `hf auth login`; what is "
             "there already is not sent again"

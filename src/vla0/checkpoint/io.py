@@ -23,7 +23,7 @@ from vla0.checkpoint.lerobot_config import describe
 from vla0.core.prompt import Prompt
 from vla0.core.spec import MAIN, SPEC_FILE, Spec
 from vla0.decode.window_attention import in_windows
-from vla0.errors import InputError
+from vla0.errors import InputError, said
 from vla0.files import whole_folder
 
 
@@ -67,10 +67,10 @@ def load(
     except InputError:
         raise
     except ImportError as error:  # of a package that this family needs
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = said(error)
         raise InputError(f"what the model in '{folder}' needs", reason, "install that") from error
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        reason = said(error)
         raise InputError(
             f"a complete transformers checkpoint in '{folder}'", reason, remedy
         ) from error
@@ -94,7 +94,7 @@ def opening_of(folder: Path, spec: Spec) -> str:
     try:
         return Prompt(spec, AutoProcessor.from_pretrained(folder)).opening
     except (OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = said(error)
         raise InputError(f"the processor in '{folder}'", reason, "install or copy that") from None
 
 
@@ -150,7 +150,7 @@ def device_of(name: str | torch.device | None) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:160]
+        reason = said(error)
         raise InputError(
             "a torch device of this machine", f"'{name}' ({reason})", "leave it out for the default"
         ) from None

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vla0.errors import InputError
+from vla0.errors import InputError, said
 
 UNWANTED = ["*.bin", "*.pt", "*.pth", "*.pkl"]  # pickles
 
@@ -42,7 +42,7 @@ def locate(path: str | Path, weights: bool = True, only: Sequence[str] | None = 
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if of_the_hub(path) else "no such folder"
+        reason = said(error) if of_the_hub(path) else "no such folder"
         raise InputError(
             "a checkpoint folder or Hub id",
             f"'{path}' ({reason})",

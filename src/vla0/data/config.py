@@ -153,18 +153,14 @@ def refuse_other_views(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Augmentation:
-    """Settings of the random changes that training makes; acting makes none of them."""
+class Masking:
+    """Settings of masked action augmentation: what of an answer is hidden while it is learned."""
 
-    # unit of masked action augmentation: "character" (published), "number" or "none"
-    mask: str = "character"
+    mask: str = "character"  # unit: "character" (published), "number" or "none"
     mask_most: float = 0.4  # the hidden share is uniform in 0..mask_most
     mask_none: float = 0.1  # probability that nothing is hidden
-    # strengths of brightness, contrast, saturation and hue
-    jitter: tuple[float, float, float, float] = JITTER
 
     def __post_init__(self):
-        object.__setattr__(self, "jitter", tupled(self.jitter))
         if self.mask not in ("character", "number", "none"):
             raise InputError(
                 "mask: character, number or none", f"'{self.mask}'", "choose one of those"
@@ -175,6 +171,18 @@ class Augmentation:
                 f"{self.mask_most}, {self.mask_none}",
                 "they are shares",
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation(Masking):
+    """Settings of the random changes that training makes; acting makes none of them."""
+
+    # strengths of brightness, contrast, saturation and hue
+    jitter: tuple[float, float, float, float] = JITTER
+
+    def __post_init__(self):
+        super().__post_init__()
+        object.__setattr__(self, "jitter", tupled(self.jitter))
         if (
             len(self.jitter) != 4
             or not all(0 <= j <= 1 for j in self.jitter)

@@ -15,7 +15,7 @@ from vla0.data.bounds import bounds, remarks
 from vla0.data.config import DataConfig, refuse_other_views
 from vla0.data.frames import refuse_depth, some
 from vla0.data.storage import Stored, names_of
-from vla0.errors import InputError
+from vla0.errors import InputError, said
 
 
 class Source:
@@ -277,7 +277,7 @@ class Source:
                 raise
             except Exception as error:
                 # Decoders raise dozens of types; each means that this episode cannot be used.
-                reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+                reason = said(error)
                 where = (
                     f"episode {int(self.episode_of[row])}, frame "
                     f"{row - int(self.start[row])} of '{pictures.key}'"

@@ -20,6 +20,8 @@ import triton.language as tl
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from vla0.errors import said
+
 NAME = "vla0_tree"
 BLOCK = 64  # keys at a time
 
@@ -80,11 +82,7 @@ def broken(device: torch.device, dtype: torch.dtype) -> str | None:
         )
     except Exception as error:
         # e.g. there is no compiler for Triton's code, or Triton does not know the GPU
-        return (
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}"
-            if str(error).strip()
-            else repr(error)
-        )
+        return said(error)
     off = float((result - expected).abs().max())
     return None if off < 0.05 else f"it is off by {off:.2g}"
 

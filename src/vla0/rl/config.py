@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from vla0.data.config import DataConfig
+from vla0.data.config import DataConfig, Masking
 from vla0.errors import InputError, refuse_idle
 from vla0.train.config import Lora
 
@@ -85,6 +85,12 @@ class UpdateConfig:
     # bears larger steps (RAFT++: W. Xiong et al., arXiv 2504.11343)
     failures: float = 1.0
     kl: float = 0.0  # weight of the divergence from the checkpoint at the start
+    # of imitation: a round learns from successes that are drawn from those of so many rounds, its
+    # own the last; they stay in memory and in the folder's state
+    replay_rounds: int = 1
+    # of imitation and of --offline: what of a chunk is hidden while the rest is learned, as in
+    # training, so that numbers are read off the pictures and not off the numbers before them
+    augmentation: Masking = field(default_factory=lambda: Masking(mask="none"))
     max_grad_norm: float = 1.0  # 0: gradients are not clipped
     lora: Lora = field(default_factory=Lora)  # few weights to train beside frozen ones
     # of the weights that act: "bf16" or "fp32"; null: as the checkpoint was saved. What is learned
@@ -93,9 +99,8 @@ class UpdateConfig:
     gradient_checkpointing: bool = False  # less memory, more time
 
     def __post_init__(self):
-        _at_least(
-            1, steps_per_round=self.steps_per_round, epochs=self.epochs, batch_size=self.batch_size
-        )
+        counts = ("steps_per_round", "epochs", "batch_size", "replay_rounds")
+        _at_least(1, **{name: getattr(self, name) for name in counts})
         _at_least(0, clip_low=self.clip_low, clip_high=self.clip_high, kl=self.kl)
         _at_least(0, max_grad_norm=self.max_grad_norm, failures=self.failures)
         choices = {"method": METHODS, "lr_scheduler": SCHEDULERS, "ratio": RATIOS}
@@ -160,6 +165,10 @@ class RLConfig:
     def __post_init__(self):
         if self.num_rounds is None and self.max_minutes is None:
             raise InputError("num_rounds or max_minutes", "neither", "say when the run ends")
+        if self.update.method != IMITATION:
+            hidden = self.update.augmentation.mask != "none"
+            idle = {"update.augmentation": hidden, **changed(self.update, ("replay_rounds",))}
+            refuse_idle(idle, f"update.method={IMITATION}")
         _at_least(1, num_rounds=self.num_rounds)
         _at_least(0, max_minutes=self.max_minutes)
 
@@ -192,5 +201,5 @@ class OfflineConfig:
             {f"data.{name}": True for name in other},
             "training anew (the checkpoint's Spec has them)",
         )
-        idle = changed(self.update, ("method", "lr_scheduler", *COMPARED))
+        idle = changed(self.update, ("method", "lr_scheduler", "replay_rounds", *COMPARED))
         refuse_idle(idle, "rounds that are played (no --offline)")

@@ -21,7 +21,8 @@ from vla0.data.lerobot import Source
 from vla0.errors import InputError
 from vla0.files import held, write_whole
 from vla0.rl.config import OfflineConfig
-from vla0.rl.update import DTYPES, Learner, Weighed, learning
+from vla0.rl.update import DTYPES, Learner, learning
+from vla0.rl.weights import Weighed
 from vla0.train.checkpoints import point
 from vla0.train.lora import adapted, merged, plain
 from vla0.train.model_card import card

@@ -18,7 +18,7 @@ from vla0.checkpoint.io import fingerprint
 from vla0.checkpoint.location import locate
 from vla0.core.ensemble import TemporalEnsemble
 from vla0.core.spec import MAIN, Spec, embodiments
-from vla0.errors import InputError
+from vla0.errors import InputError, said
 from vla0.files import held, read_json, settle, write_whole
 from vla0.policy import VLA0
 from vla0.rl import processes
@@ -26,7 +26,9 @@ from vla0.rl.config import RLConfig
 from vla0.rl.play import Player, remembered
 from vla0.rl.report import write_report
 from vla0.rl.rollouts import RolloutPool, drawing
-from vla0.rl.update import DTYPES, Learner, imitated, learning, weighed
+from vla0.rl.successes import Successes
+from vla0.rl.update import DTYPES, Learner, learning
+from vla0.rl.weights import weighed
 from vla0.sim.evaluate import EvalConfig, Past, world
 from vla0.sim.experiment import fit, following
 from vla0.sim.results import mend, wilson
@@ -135,6 +137,8 @@ class Run:
         count = config.rollouts.workers or (1 if heavy else 8) * max(1, cores)
         self.pool = RolloutPool(rollout, count)
         self.player = Player(config, self.settings, self.target.seeds, self.policy, self.pool)
+        place = output / "state" / "successes"
+        self.successes = Successes(place, config.update.replay_rounds)
         self.state = State()
 
     def go(self) -> Path:
@@ -231,13 +235,15 @@ class Run:
             "useful": result.useful,
             **result.seconds,
         }
+        if self.player.imitates:
+            self.successes.add(number, result.own)
         if not result.useful or solved == total:
             self._nothing_to_learn(solved, total)
         else:
             update, imitate = self.config.update, self.player.imitates
-            queries = imitated(result.own) if imitate else weighed(result.own, update)
+            seed = [self.config.seed, number]
+            queries = self.successes.draw(seed) if imitate else weighed(result.own, update)
             with learning(update):
-                seed = [self.config.seed, number]
                 line |= self.learner.learn(queries, seed, imitate, self._share())
         self.state.rounds = number
         if self.first:
@@ -311,6 +317,7 @@ class Run:
         for place in (state, folder):
             settle(place)
         point(output / "last", folder.name)
+        self.successes.prune(self.state.rounds)
 
     def _finish(self) -> None:
         """Measure the checkpoint `last`, rank it, prune and draw, unless that is done."""
@@ -368,9 +375,11 @@ class Run:
             content = torch.load(folder / "learner.pt", self.policy.model.device, weights_only=True)
             self.learner.load(content)
         except (OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
-            got = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            got = said(error)
             expected = f"a training state that is whole in '{folder}'"
             raise InputError(expected, got, DAMAGED) from None
+        if self.player.imitates:
+            self.successes.load(self.state.rounds)
         for name in (EPISODES, ROUNDS) if self.first else ():
             file = self.output / name
             mend(file)

@@ -1,113 +1,28 @@
 """Make what succeeded likelier than what failed: GRPO on the tokens of chunks, or imitation.
 
 Z. Shao et al., arXiv 2402.03300; the wider upper clip and the mean over all tokens of a step are
-those of Q. Yu et al., arXiv 2503.14476. Imitation of one's own successes: H. Dong et al., arXiv
-2304.06767.
+those of Q. Yu et al., arXiv 2503.14476.
 """
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from vla0.core.codec import END, SPACE, SYMBOLS, Grammar, written
 from vla0.core.greedy import model_inputs
-from vla0.core.prompt import Prompt, Seen
+from vla0.core.prompt import HIDDEN, Prompt, hide
 from vla0.decode.draft import after, may_follow
-from vla0.errors import InputError
+from vla0.errors import InputError, said
 from vla0.rl import processes
 from vla0.rl.config import UpdateConfig
-from vla0.rl.rollouts import Played, Turn
+from vla0.rl.weights import Query, Weighed
 
-EASY = 0.1  # weight of a success in a group where none failed, where it is 1 if nearly all did
 # Of the weights that act, by update.precision.
 DTYPES: dict[str | None, Any] = {None: "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-class Query(Protocol):
-    """What was seen and written at one step; `Turn` is one."""
-
-    @property
-    def seen(self) -> Seen:
-        """What the model saw."""
-        ...
-
-    @property
-    def levels(self) -> np.ndarray:
-        """(n, D) what was written."""
-        ...
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """A query, and how much better than its group its episode was, or how much it counts."""
-
-    turn: Query
-    advantage: float
-
-
-def advantages(group: Sequence[float], scale: bool) -> list[float]:
-    """Return how much better than its group each episode was.
-
-    Args:
-        group: The rewards of episodes from one initial state.
-        scale: Divide by the group's standard deviation.
-
-    Returns:
-        As many numbers, which sum to 0; all 0 where no episode differs.
-    """
-    rewards = np.asarray(group, np.float64)
-    apart = rewards - rewards.mean()
-    spread = rewards.std()
-    if spread == 0:
-        return [0.0] * len(rewards)
-    return (apart / spread if scale else apart).tolist()
-
-
-def weighed(groups: Sequence[Sequence[Played]], config: UpdateConfig) -> list[Weighed]:
-    """Return all queries of groups of episodes with their advantages, but for those of 0.
-
-    Args:
-        groups: The episodes of each initial state.
-        config: Whether advantages are scaled, and how much failures count.
-    """
-    found = []
-    for group in groups:
-        apart = advantages([float(episode.success) for episode in group], config.scale_by_deviation)
-        for episode, advantage in zip(group, apart, strict=True):
-            weight = advantage if advantage > 0 else config.failures * advantage
-            if weight:
-                found += [Weighed(turn, weight) for turn in episode.turns]
-    return found
-
-
-def imitated(groups: Sequence[Sequence[Played]]) -> list[Weighed]:
-    """Return the queries of all successes, with how much each counts: 1 in the mean.
-
-    All tasks count alike, so that none is forgotten while others are learned. Within a task an
-    episode counts the more, the more of its group failed.
-
-    Args:
-        groups: This process's episodes of each initial state. Where there are several processes,
-            all ask together.
-    """
-    found: list[tuple[str, float, Turn]] = []
-    for group in groups:
-        hard = float(1 - np.mean([episode.success for episode in group]) + EASY)
-        for episode in (episode for episode in group if episode.success):
-            each = hard / max(1, len(episode.turns))
-            found += [(episode.job[1], each, turn) for turn in episode.turns]
-    sums: dict[str, float] = {}
-    count = 0
-    for others in processes.gathered([(task, each) for task, each, _ in found]):
-        count += len(others)
-        for task, each in others:
-            sums[task] = sums.get(task, 0.0) + each
-    return [Weighed(turn, each / sums[task] / len(sums) * count) for task, each, turn in found]
 
 
 def symbols_of(levels: np.ndarray, grammar: Grammar) -> list[int]:
@@ -117,8 +32,17 @@ def symbols_of(levels: np.ndarray, grammar: Grammar) -> list[int]:
     return [*symbols[:-1], END] if levels.size == grammar.count else symbols
 
 
+def read_of(levels: np.ndarray, grammar: Grammar) -> str:
+    """Return the text that a model reads while it writes (n, D) levels: all but the last symbol."""
+    return "".join(SYMBOLS[symbol] for symbol in symbols_of(levels, grammar)[:-1])
+
+
 def log_probabilities(
-    model: Any, prompt: Prompt, turns: Sequence[Query], temperature: float
+    model: Any,
+    prompt: Prompt,
+    turns: Sequence[Query],
+    temperature: float,
+    read: Sequence[str] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probabilities of what was written, of the distribution that it was drawn from.
 
@@ -129,15 +53,16 @@ def log_probabilities(
         prompt: Its prompt.
         turns: B queries.
         temperature: Divides the log-probabilities.
+        read: What it reads of its own text, where some of that is hidden (masked action
+            augmentation). A hidden symbol counts as none.
 
     Returns:
         (B, n) fp32, padded on the left by 0, and (B, n) bool, where there is a symbol.
     """
     grammar = Grammar(prompt.spec.bins, prompt.spec.numbers)
     rows = [symbols_of(turn.levels, grammar) for turn in turns]
-    # The last symbol is not read but written, so the text before it is what the model reads.
-    read = ["".join(SYMBOLS[symbol] for symbol in row[:-1]) for row in rows]
-    batch = prompt.gather([turn.seen for turn in turns], prefixes=read)
+    texts = read or [read_of(turn.levels, grammar) for turn in turns]
+    batch = prompt.gather([turn.seen for turn in turns], prefixes=texts)
     longest = max(map(len, rows))
     symbols = np.zeros((len(rows), longest), np.int64)
     allowed = np.zeros((len(rows), longest, len(SYMBOLS) + 1), np.bool_)
@@ -145,7 +70,8 @@ def log_probabilities(
     present = np.zeros((len(rows), longest), np.bool_)
     for line, row in enumerate(rows):
         state, first = grammar.start, longest - len(row)
-        symbols[line, first:], present[line, first:] = row, True
+        symbols[line, first:], present[line, -1] = row, True
+        present[line, first:-1] = [character != HIDDEN for character in texts[line]]
         for place, symbol in enumerate(row, first):
             allowed[line, place] = may_follow(grammar, state)
             state = after(state, symbol)
@@ -266,7 +192,7 @@ class Learner:
         for _ in range(config.epochs):
             order = rng.permutation(len(queries))
             for step in np.array_split(order, config.steps_per_round):
-                self._step([(queries[i], old[i]) for i in step], sums, imitate)
+                self._step([(queries[i], old[i]) for i in step], sums, rng if imitate else None)
         self.model.eval()
         shared = ("ratio", "clipped", "kl")
         sums |= dict(zip(shared, processes.summed(sums[name] for name in shared), strict=True))
@@ -298,28 +224,46 @@ class Learner:
         self,
         items: Sequence[tuple[Weighed, torch.Tensor | None]],
         sums: dict[str, float],
-        imitate: bool,
+        hiding: np.random.Generator | None,
     ) -> None:
-        """Take one step of the optimizer; the loss is the mean over all tokens."""
+        """Take one step of the optimizer; the loss is the mean over all tokens.
+
+        hiding: with imitation, what draws what of a chunk is hidden.
+        """
         grammar = Grammar(self.prompt.spec.bins, self.prompt.spec.numbers)
-        own = sum(len(symbols_of(query.turn.levels, grammar)) for query, _ in items)
+        given = self.config.augmentation
+        texts = [
+            hide(
+                read_of(query.turn.levels, grammar),
+                hiding,
+                given.mask,
+                given.mask_most,
+                given.mask_none,
+            )
+            for query, _ in items
+        ]
+        own = sum(len(text) + 1 - text.count(HIDDEN) for text in texts)
         (total,) = processes.summed([own])
         if not total:
             return
-        for batch in self._batches(items):
+        for batch in self._batches(list(zip(items, texts, strict=True))):
+            read = [text for _, text in batch]
+            batch = [item for item, _ in batch]
             turns = [query.turn for query, _ in batch]
-            new, there = log_probabilities(self.model, self.prompt, turns, self.temperature)
+            new, there = log_probabilities(self.model, self.prompt, turns, self.temperature, read)
             old = new.detach().clone()
             for row, (_, before) in enumerate(batch):
                 if before is not None:
                     old[row, there[row]] = before
             advantage = torch.tensor([q.advantage for q, _ in batch], device=new.device).float()
             losses, held = objective(new, old, there, advantage, self.config)
-            if imitate:
+            if hiding is not None:
                 losses, held = -advantage[:, None] * new, torch.zeros_like(there)
             if self.start is not None:
                 with torch.no_grad():
-                    first, _ = log_probabilities(self.start, self.prompt, turns, self.temperature)
+                    first, _ = log_probabilities(
+                        self.start, self.prompt, turns, self.temperature, read
+                    )
                 apart = first - new  # J. Schulman's estimator, which is never below 0
                 divergence = torch.where(there, apart.exp() - apart - 1, 0.0)
                 losses = losses + self.config.kl * divergence
@@ -377,7 +321,7 @@ def memory(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        got = str(error).splitlines()[0]
+        got = said(error)
         raise InputError(f"memory for {what}", got, remedy) from error
 
 

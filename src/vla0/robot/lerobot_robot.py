@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vla0.core.spec import Observation, Spec
-from vla0.errors import InputError, nearest
+from vla0.errors import InputError, nearest, said
 from vla0.sim.simulator import simulator
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def make_robot(words: Sequence[str]) -> Any:
             "correct it",
         ) from None
     except (ImportError, ValueError, TypeError, OSError) as error:
-        text = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+        text = said(error, 300)
         raise InputError(
             "a robot that LeRobot can make", text, f"correct --robot.*, or {INSTALL}"
         ) from None

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from vla0.errors import InputError
+from vla0.errors import InputError, said
 from vla0.robot.lerobot_robot import INSTALL, LeRobotBody
 from vla0.robot.loop import Tick
 
@@ -159,9 +159,7 @@ class View:
                 recording=self.stream,
             )
         except RuntimeError as error:
-            raise InputError(
-                "rerun's viewer", str(error).splitlines()[0], "give --view FILE.rrd"
-            ) from None
+            raise InputError("rerun's viewer", said(error), "give --view FILE.rrd") from None
 
 
 def _refuse_absent(address: str, patience_s: float) -> None:

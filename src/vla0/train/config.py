@@ -18,7 +18,7 @@ from yaml import YAMLError
 from vla0.core.spec import Spec
 from vla0.data.config import Augmentation
 from vla0.data.lerobot import DataConfig
-from vla0.errors import InputError, refuse_idle, refuse_unknown
+from vla0.errors import InputError, refuse_idle, refuse_unknown, said
 from vla0.train.published_config import ours
 
 # fields of Spec that a config may set by name
@@ -268,9 +268,7 @@ def read_yaml(
             "a YAML file", f"'{file}', {reason}", "name another; configs are in configs/"
         ) from None
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise InputError(
-            f"YAML in '{file}' and key=value", str(error).splitlines()[0], "correct it"
-        ) from None
+        raise InputError(f"YAML in '{file}' and key=value", said(error), "correct it") from None
 
 
 def build(cls: type, content: Any, where: str) -> Any:

@@ -26,7 +26,7 @@ from vla0.core.prompt import Prompt
 from vla0.core.spec import Spec
 from vla0.data.dataset import Mixture, Samples, collator
 from vla0.data.lerobot import Source, sources_of
-from vla0.errors import InputError, refuse_unknown
+from vla0.errors import InputError, refuse_unknown, said
 from vla0.files import held, write_whole
 from vla0.train.checkpoints import FINISHED, CheckpointCallback
 from vla0.train.config import UNITS, TrainConfig
@@ -223,19 +223,15 @@ def _explained(config: TrainConfig) -> Iterator[None]:
             "which gives the same training; "
         )
         remedy += "training.gradient_checkpointing=true or model.lora.rank=64 take less too"
-        got = str(error).splitlines()[0]
+        got = said(error)
         raise InputError(
             f"memory for training.batch_size={config.training.batch_size}", got, remedy
         ) from error
     except (EOFError, pickle.UnpicklingError) as error:
-        raise InputError(
-            "a training state that is whole", f"{type(error).__name__}: {error}", DAMAGED
-        ) from error
+        raise InputError("a training state that is whole", said(error), DAMAGED) from error
     except (OSError, RuntimeError, SafetensorError) as error:
         if any(word in str(error) for word in CUT):
-            raise InputError(
-                "a training state that is whole", str(error).splitlines()[0][:200], DAMAGED
-            ) from error
+            raise InputError("a training state that is whole", said(error), DAMAGED) from error
         if getattr(error, "errno", None) == errno.ENOSPC or any(
             word in str(error) for word in FULL
         ):

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from vla0.core.prompt import IGNORE
 from vla0.data.dataset import Order
-from vla0.errors import InputError
+from vla0.errors import InputError, said
 from vla0.train.config import TrainConfig
 from vla0.train.loss import answered, summed
 from vla0.train.teacher import INPUT, SHARE, Teacher, divergence
@@ -199,7 +199,7 @@ def arguments(
     try:
         return TrainingArguments(**settings)  # type: ignore[arg-type]
     except ValueError as error:  # e.g. an unknown schedule, or no bf16 on this machine
-        reason = str(error).strip().splitlines()[0]
+        reason = said(error)
         raise InputError(
             "settings that this machine and transformers take",
             reason,
