@@ -314,8 +314,12 @@ def test_another_config_checkpoint_or_damage_is_refused(start, processor, tmp_pa
         main(config(str(other), tmp_path / "run", rounds=2))
     state = tmp_path / "run" / "state" / "checkpoint-2"
     whole = (state / "learner.pt").read_bytes()
-    (state / "learner.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="a training state that is whole"):
+    for content in (whole[: len(whole) // 2], b"", b"{}"):
+        (state / "learner.pt").write_bytes(content)
+        with pytest.raises(InputError, match="a training state that is whole"):
+            main(config(start, tmp_path / "run", rounds=4))
+    torch.save({"weights": {}}, state / "learner.pt")
+    with pytest.raises(InputError, match="a training state of this model"):
         main(config(start, tmp_path / "run", rounds=4))
     (state / "learner.pt").write_bytes(whole)
     (state / "state.json").write_text("{")

@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -84,8 +85,11 @@ def test_what_is_read_again_is_drawn_as_before(tmp_path):
         "000004-0.pt",  # what round 6 draws from
         "000005-0.pt",
     ]
+    left = tmp_path / "successes" / "000006-3.pt"  # a kill's, and of a process that is no more
+    left.write_bytes(b"")
     resumed = Successes(tmp_path / "successes", 3)
     resumed.load(5)
+    assert not left.exists()
     for each in (successes, resumed):
         each.add(6, [group("round 6", True, False)])
     for one, other in zip(successes.draw([3]), resumed.draw([3]), strict=True):
@@ -94,12 +98,17 @@ def test_what_is_read_again_is_drawn_as_before(tmp_path):
         np.testing.assert_array_equal(one.turn.levels, other.turn.levels)
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "other"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "text", "other"])
 def test_a_file_that_is_damaged_is_told(tmp_path, damage):
     successes = Successes(tmp_path, 2)
     successes.add(1, [group("first", True, False)])
     file = tmp_path / "000001-0.pt"
-    content = {"empty": b"", "cut": file.read_bytes()[:200], "other": b"{}"}
-    file.unlink() if damage == "missing" else file.write_bytes(content[damage])
-    with pytest.raises(InputError, match="the successes of"):
+    content = {"empty": b"", "cut": file.read_bytes()[:200], "text": b"{}"}
+    if damage == "missing":
+        file.unlink()
+    elif damage == "other":
+        torch.save([1, 2], file)
+    else:
+        file.write_bytes(content[damage])
+    with pytest.raises(InputError, match=r"the successes of|whole in '.*000001-0\.pt'"):
         Successes(tmp_path, 2).load(1)

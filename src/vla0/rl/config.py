@@ -87,7 +87,7 @@ class UpdateConfig:
     kl: float = 0.0  # weight of the divergence from the checkpoint at the start
     # of imitation: a round learns from successes that are drawn from those of so many rounds, its
     # own the last; they stay in memory and in the folder's state
-    replay_rounds: int = 1
+    replay_rounds: int = 20
     # of imitation and of --offline: what of a chunk is hidden while the rest is learned, as in
     # training, so that numbers are read off the pictures and not off the numbers before them
     augmentation: Masking = field(default_factory=lambda: Masking(mask="none"))

@@ -38,7 +38,7 @@ from vla0.train.checkpoints import FINISHED, measured, point, prune, rank
 from vla0.train.config import build
 from vla0.train.lora import adapted, merged, plain
 from vla0.train.model_card import card
-from vla0.train.resume import DAMAGED, refuse_dangling, refuse_other_config
+from vla0.train.resume import DAMAGED, refuse_dangling, refuse_other_config, saved
 
 logger = logging.getLogger(__name__)
 
@@ -371,13 +371,12 @@ class Run:
             self.output / "state" / f"checkpoint-{int(last.resolve().name.removeprefix('step-'))}"
         )
         self.state = State(**read_json(folder / "state.json", DAMAGED))
+        content = saved(folder / "learner.pt", self.policy.model.device)
         try:
-            content = torch.load(folder / "learner.pt", self.policy.model.device, weights_only=True)
             self.learner.load(content)
-        except (OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
-            got = said(error)
-            expected = f"a training state that is whole in '{folder}'"
-            raise InputError(expected, got, DAMAGED) from None
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            expected = f"a training state of this model in '{folder}'"
+            raise InputError(expected, said(error), DAMAGED) from None
         if self.player.imitates:
             self.successes.load(self.state.rounds)
         for name in (EPISODES, ROUNDS) if self.first else ():

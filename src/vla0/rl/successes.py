@@ -5,7 +5,6 @@ with them by J. Oh et al., arXiv 1806.05635.
 """
 
 import io
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from vla0.files import write_whole
 from vla0.rl import processes
 from vla0.rl.rollouts import Played, Turn
 from vla0.rl.weights import Weighed
-from vla0.train.resume import DAMAGED
+from vla0.train.resume import DAMAGED, saved
 
 EASY = 0.1  # weight of a success in a group where none failed, where it is 1 if nearly all did
 
@@ -49,6 +48,7 @@ class Successes:
 
     def __init__(self, folder: Path, rounds: int):
         self.folder, self.rounds = folder, rounds
+        self.rank, self.count = processes.joined()
         self.kept: dict[int, list[Success]] = {}
 
     def add(self, number: int, groups: Sequence[Sequence[Played]]) -> None:
@@ -65,7 +65,7 @@ class Successes:
             self.folder.mkdir(parents=True, exist_ok=True)
             content = io.BytesIO()
             torch.save([_plain(success) for success in found], content)
-            file = self.folder / f"{number:06d}-{processes.joined()[0]}.pt"
+            file = self.folder / f"{number:06d}-{self.rank}.pt"
             write_whole(file, content.getvalue())
 
     def draw(self, seed: Sequence[int]) -> list[Weighed]:
@@ -94,7 +94,7 @@ class Successes:
             return []
         lengths = [len(s.turns) for s in every]
         ends = np.cumsum(np.repeat(share / lengths, lengths)) * count
-        rng = np.random.default_rng([*seed, processes.joined()[0]])
+        rng = np.random.default_rng([*seed, self.rank])
         # Evenly spaced, so that what counts alike comes equally often
         places = np.arange(round(ends[-1])) + rng.random()
         return [Weighed(turns[place], 1.0) for place in np.searchsorted(ends[:-1], places, "right")]
@@ -102,21 +102,31 @@ class Successes:
     def load(self, number: int) -> None:
         """Read of a round and those before it what the next one draws from.
 
+        What a kill left of later rounds is removed, since they are played anew, perhaps by fewer
+        processes.
+
         Raises:
             InputError: When a file is missing or damaged.
         """
-        rank, count = processes.joined()
+        for file in self.folder.glob("*.pt"):
+            if _round(file) > number:
+                file.unlink(missing_ok=True)
         for kept in range(max(1, number + 2 - self.rounds), number + 1):
             files = sorted(self.folder.glob(f"{kept:06d}-*.pt"))
             if not files:
                 raise InputError(f"the successes of round {kept}", "no file of them", DAMAGED)
-            self.kept[kept] = [s for file in files[rank::count] for s in _read(file)]
+            self.kept[kept] = [s for file in files[self.rank :: self.count] for s in _read(file)]
 
     def prune(self, number: int) -> None:
         """Remove what no round after this one draws from."""
         for file in self.folder.glob("*.pt"):
-            if int(file.name.partition("-")[0]) < number + 2 - self.rounds:
+            if _round(file) < number + 2 - self.rounds:
                 file.unlink()
+
+
+def _round(file: Path) -> int:
+    """Return the round of a file."""
+    return int(file.name.partition("-")[0])
 
 
 def _failed(group: Sequence[Played]) -> float:
@@ -139,6 +149,7 @@ def _plain(success: Success) -> dict[str, Any]:
 
 def _read(file: Path) -> list[Success]:
     """Return the successes of a file, or raise InputError."""
+    content = saved(file)
     try:
         return [
             Success(
@@ -152,7 +163,7 @@ def _read(file: Path) -> list[Success]:
                     for turn in each["turns"]
                 ],
             )
-            for each in torch.load(file, weights_only=True)
+            for each in content
         ]
-    except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"the successes of a round in '{file}'", said(error), DAMAGED) from None

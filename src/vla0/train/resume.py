@@ -7,19 +7,36 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
+
 from vla0.data.lerobot import Source
-from vla0.errors import InputError
+from vla0.errors import InputError, said
 from vla0.files import read_json
 from vla0.train.config import TrainConfig
 
 FREE = ("logging.", "data.num_workers")  # keys of a config that may change when a run resumes
 DATA = "data that was read"  # key of train_config.json: the data when the run began
 DAMAGED = (
-    "it is damaged: bring it back, or begin anew in another output_dir, from its weights: "
-    "model.name=RUN/last"
+    "it is damaged: bring it back, or begin anew in another output_dir, from the weights in "
+    "RUN/last"
 )
+
+
+def saved(file: Path, device: Any = None) -> Any:
+    """Return what torch saved in a file of a training state.
+
+    Raises:
+        InputError: When the file is missing or damaged.
+    """
+    try:
+        return torch.load(file, device, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as error:
+        raise InputError(
+            f"a training state that is whole in '{file}'", said(error), DAMAGED
+        ) from None
 
 
 def recorded(config: TrainConfig, processes: int) -> dict[str, Any]:
