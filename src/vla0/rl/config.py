@@ -64,8 +64,8 @@ class UpdateConfig:
     """How the weights follow success."""
 
     # "grpo": what went better than its group becomes likelier, what went worse less likely
-    # (Z. Shao et al., arXiv 2402.03300). "imitation": a round's successes alone become likelier,
-    # those of each task together as much, which bears learning rates near those of training (RAFT:
+    # (Z. Shao et al., arXiv 2402.03300). "imitation": successes alone become likelier, those
+    # of each task as often, which bears learning rates near those of training (RAFT:
     # H. Dong et al., arXiv 2304.06767)
     method: str = GRPO
     learning_rate: float = 1e-6  # of AdamW, at the start

@@ -182,6 +182,7 @@ class Learner:
         # transformers saves memory in training mode alone. Nothing else differs in it.
         self.model.train(config.gradient_checkpointing)
         rng = np.random.default_rng(list(seed))
+        hiding = rng if imitate else None
         for group in self.optimizer.param_groups:
             group["lr"] = share * config.learning_rate
         several = config.epochs * config.steps_per_round > 1 and not imitate
@@ -192,7 +193,8 @@ class Learner:
         for _ in range(config.epochs):
             order = rng.permutation(len(queries))
             for step in np.array_split(order, config.steps_per_round):
-                self._step([(queries[i], old[i]) for i in step], sums, rng if imitate else None)
+                items = [(queries[i], old[i], self._read(queries[i], hiding)) for i in step]
+                self._step(items, sums, imitate)
         self.model.eval()
         shared = ("ratio", "clipped", "kl")
         sums |= dict(zip(shared, processes.summed(sums[name] for name in shared), strict=True))
@@ -220,44 +222,33 @@ class Learner:
             found += [row[there] for row, there in zip(*rows, strict=True)]
         return found
 
+    def _read(self, query: Weighed, hiding: np.random.Generator | None) -> str:
+        """Return what the model reads of its own text, of which `hiding` draws what is hidden."""
+        grammar = Grammar(self.prompt.spec.bins, self.prompt.spec.numbers)
+        given, text = self.config.augmentation, read_of(query.turn.levels, grammar)
+        return hide(text, hiding, given.mask, given.mask_most, given.mask_none)
+
     def _step(
         self,
-        items: Sequence[tuple[Weighed, torch.Tensor | None]],
+        items: Sequence[tuple[Weighed, torch.Tensor | None, str]],
         sums: dict[str, float],
-        hiding: np.random.Generator | None,
+        imitate: bool,
     ) -> None:
-        """Take one step of the optimizer; the loss is the mean over all tokens.
-
-        hiding: with imitation, what draws what of a chunk is hidden.
-        """
-        grammar = Grammar(self.prompt.spec.bins, self.prompt.spec.numbers)
-        given = self.config.augmentation
-        texts = [
-            hide(
-                read_of(query.turn.levels, grammar),
-                hiding,
-                given.mask,
-                given.mask_most,
-                given.mask_none,
-            )
-            for query, _ in items
-        ]
-        own = sum(len(text) + 1 - text.count(HIDDEN) for text in texts)
+        """Take one step of the optimizer; the loss is the mean over all tokens."""
+        own = sum(len(text) + 1 - text.count(HIDDEN) for *_, text in items)
         (total,) = processes.summed([own])
         if not total:
             return
-        for batch in self._batches(list(zip(items, texts, strict=True))):
-            read = [text for _, text in batch]
-            batch = [item for item, _ in batch]
-            turns = [query.turn for query, _ in batch]
+        for batch in self._batches(items):
+            turns, read = [query.turn for query, *_ in batch], [text for *_, text in batch]
             new, there = log_probabilities(self.model, self.prompt, turns, self.temperature, read)
             old = new.detach().clone()
-            for row, (_, before) in enumerate(batch):
+            for row, (_, before, _) in enumerate(batch):
                 if before is not None:
                     old[row, there[row]] = before
-            advantage = torch.tensor([q.advantage for q, _ in batch], device=new.device).float()
+            advantage = torch.tensor([q.advantage for q, *_ in batch], device=new.device).float()
             losses, held = objective(new, old, there, advantage, self.config)
-            if hiding is not None:
+            if imitate:
                 losses, held = -advantage[:, None] * new, torch.zeros_like(there)
             if self.start is not None:
                 with torch.no_grad():
@@ -321,8 +312,7 @@ def memory(what: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        got = said(error)
-        raise InputError(f"memory for {what}", got, remedy) from error
+        raise InputError(f"memory for {what}", said(error), remedy) from error
 
 
 def learning(config: UpdateConfig) -> Any:

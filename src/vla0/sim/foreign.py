@@ -14,7 +14,7 @@ from vla0.checkpoint.io import fingerprint
 from vla0.checkpoint.location import locate
 from vla0.core.ensemble import NONE
 from vla0.core.spec import Observation
-from vla0.errors import InputError
+from vla0.errors import InputError, said
 from vla0.sim.baselines import baselines
 from vla0.sim.evaluate import PRESENT, EvalConfig, Past, evaluate
 from vla0.sim.experiment import reported
@@ -214,9 +214,8 @@ def _explained(folder: Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or ["no reason"])[0][:200]
-        got = f"{type(error).__name__}: {reason}"
-        raise InputError(f"a policy that LeRobot loads in '{folder}'", got, "see it") from None
+        expected = f"a policy that LeRobot loads in '{folder}'"
+        raise InputError(expected, said(error), "see it") from None
 
 
 def _cameras(config: Any, target: Simulator, keys: Mapping[str, str]) -> dict[str, str]:
