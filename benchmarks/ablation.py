@@ -144,7 +144,7 @@ def file_of(row: str) -> str:
 
 def vla0(*words: object) -> None:
     """Runs a `vla0` command; ends where it fails."""
-    console.print(f"[bold]vla0 {' '.join(map(str, words))}[/bold]")
+    console.print(f"vla0 {' '.join(map(str, words))}", style="bold", markup=False)
     code = subprocess.run(
         [sys.executable, "-m", "vla0", *map(str, words)], env={**os.environ, "TQDM_DISABLE": "1"}
     ).returncode

@@ -19,9 +19,9 @@ from ablation import Dataset, Episodes, Out, Seeds, console, table, vla0
 
 from vla0.files import write_whole
 
-TASKS = ("button-press-topdown-v3", "drawer-close-v3", "window-close-v3")
+TASKS = ["button-press-topdown-v3", "drawer-close-v3", "window-close-v3"]
 # As configs/rl_demo.yaml acts.
-ACTING = ["--n-action-steps", 2, "--ensemble", "none", "--option", "start=above", "--max-steps", 50]
+ACTING = ["--n-action-steps", 2, "--ensemble", "none", "--option", "start=above"]
 ROWS = ("start", "rl", "control")
 
 
@@ -32,33 +32,42 @@ def run(
     minutes: Annotated[float, typer.Option(help="of reinforcement learning, and of control")] = 30,
     seed: Seeds = None,
     episodes: Episodes = 40,
+    task: Annotated[
+        list[str] | None, typer.Option(help="of the dataset; the demo's where none is named")
+    ] = None,
+    max_steps: Annotated[int, typer.Option(help="of an episode")] = 50,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="key=value of configs/rl_demo.yaml")
     ] = None,
 ) -> None:
     """Train, learn and try what is missing, and print the table after each seed."""
+    tasks = task or TASKS
+    acting = [*ACTING, "--max-steps", max_steps]
+    acting += [word for name in tasks for word in ("--task", name)]
+    acting += ["--episodes", episodes]
     for own in seed or [0, 1, 2]:
         start, learned, control = (out / f"{row}-{own}" for row in ROWS)
         begun = [f"training.seed={own}", f"model.tiny.seed={own}"]
         took = trained(dataset, start, steps, begun, out)
-        tried(out, "start", own, start / "last", episodes)
+        tried(out, "start", own, start / "last", acting)
         settings = [f"checkpoint={start / 'last'}", f"logging.output_dir={learned}"]
-        settings += [f"seed={own}", f"max_minutes={minutes}", *(set_ or ())]
+        settings += [f"seed={own}", f"max_minutes={minutes}"]
+        settings += [f"simulator.tasks=[{','.join(tasks)}]", f"simulator.max_steps={max_steps}"]
+        settings += set_ or ()
         vla0("rl", "--config", "configs/rl_demo.yaml", *settings)
-        tried(out, "rl", own, learned / "best", episodes, blank=True)
+        tried(out, "rl", own, learned / "best", acting, blank=True)
         more = round(60 * minutes * steps / took)
         anew = [f"model.name={start / 'last'}", f"training.seed={100 + own}"]
         trained(dataset, control, more, anew, out)
-        tried(out, "control", own, control / "last", episodes)
+        tried(out, "control", own, control / "last", acting)
         console.print(table(out, list(ROWS)))
 
 
 def tried(
-    out: Path, row: str, seed: int, checkpoint: Path, episodes: int, blank: bool = False
+    out: Path, row: str, seed: int, checkpoint: Path, acting: list[Any], blank: bool = False
 ) -> None:
     """Try a checkpoint on unseen seeds, and with its pictures blanked where that is asked."""
-    tasks = [word for task in TASKS for word in ("--task", task)]
-    words: list[Any] = ["--checkpoint", checkpoint, *tasks, "--episodes", episodes, *ACTING]
+    words: list[Any] = ["--checkpoint", checkpoint, *acting]
     words += ["--baseline", "blank"] if blank else []
     vla0("eval", *words, "--out", out / f"{row}-{seed}-eval")
 

@@ -15,7 +15,8 @@ from vla0.data.config import DataConfig
 from vla0.data.lerobot import Source
 from vla0.policy import VLA0
 from vla0.rl.config import OfflineConfig, UpdateConfig
-from vla0.rl.offline import Recorded, offline, verdicts, weights_of
+from vla0.rl.demonstrations import Demonstrations, Recorded
+from vla0.rl.offline import offline, verdicts, weights_of
 from vla0.rl.update import log_probabilities
 
 SMALL = {"width": 48, "layers": 2, "heads": 3}
@@ -124,6 +125,22 @@ def test_what_succeeded_becomes_likelier_than_if_it_had_failed(start, tmp_path, 
     assert (last / "README.md").is_file()
     with pytest.raises(InputError, match="a new output_dir"):
         offline(config(start, dataset, tmp_path / f"out-{first}", episodes=how))
+
+
+def test_so_many_demonstrations_stand_beside_what_was_played(start, dataset):
+    source = Source(DataConfig(dataset=str(dataset), held_out=1, **COLUMNS))
+    some = Demonstrations(source, VLA0.from_pretrained(start, "cpu").prompt, 0.25)
+
+    def rows(played, seed):
+        drawn = some.beside(played, seed)
+        assert all(query.imitated and query.advantage == 1 for query in drawn)
+        return [query.turn.row for query in drawn]
+
+    assert len(set(rows(21, [0, 1]))) == 7
+    assert rows(21, [0, 1]) == rows(21, [0, 1]) != rows(21, [0, 2])
+    assert len(many := rows(300, [0])) == 100
+    assert set(many) == set(range(12))  # the last episode is held out
+    assert rows(0, [0]) == []
 
 
 def test_the_end_of_an_episode_is_not_learned_beyond(start, dataset):

@@ -9,6 +9,8 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import worlds
@@ -16,7 +18,8 @@ from conftest import make_spec
 
 from vla0 import InputError
 from vla0.checkpoint.tiny import tiny_model
-from vla0.data.config import Masking
+from vla0.core.spec import Observation
+from vla0.data.config import DataConfig, Masking
 from vla0.policy import VLA0
 from vla0.rl import run as module
 from vla0.rl.config import RLConfig, RolloutsConfig, RunConfig, UpdateConfig
@@ -60,16 +63,45 @@ WAYS: dict[str, dict[str, Any]] = {
         "replay_rounds": 2,
         "augmentation": Masking(mask="number"),
     },
+    "demonstrations": {"demonstrations": 0.4, "augmentation": Masking(mask="number")},
 }
 
 
 @pytest.fixture(scope="module")
-def whole(start, tmp_path_factory):
+def demonstrations(tmp_path_factory):
+    """A dataset in which "push right" goes to the right, and nothing is said of the left."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    picture = {"dtype": "image", "shape": (56, 56, 3), "names": ["height", "width", "channels"]}
+    action = {"dtype": "float32", "shape": (1,), "names": None}
+    folder = tmp_path_factory.mktemp("demonstrations") / "data"
+    dataset = LeRobotDataset.create(
+        "local/right", 20, {"observation.images.front": picture, "action": action}, root=folder,
+        use_videos=False,
+    )  # fmt: skip
+    for _ in range(2):
+        for _ in range(4):
+            frame = {"observation.images.front": np.zeros((56, 56, 3), np.uint8)}
+            dataset.add_frame({**frame, "action": np.float32([0.5]), "task": "push right"})
+        dataset.save_episode()
+    dataset.finalize()
+    return DataConfig(dataset=str(folder), cameras={"front": "observation.images.front"})
+
+
+@pytest.fixture(scope="module")
+def ways(demonstrations):
+    """How a run may learn: {name: what `config` takes}."""
+    data = {"demonstrations": {"data": demonstrations}}
+    return {way: {"update": update, **data.get(way, {})} for way, update in WAYS.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(start, ways, tmp_path_factory):
     """The folder of a run that was not interrupted, by how it learns."""
     folders = {}
-    for way, update in WAYS.items():
+    for way, changes in ways.items():
         folders[way] = tmp_path_factory.mktemp("whole") / way
-        main(config(start, folders[way], update=update))
+        main(config(start, folders[way], **changes))
     return folders
 
 
@@ -128,6 +160,39 @@ def test_successes_alone_are_learned_from_at_a_rate_that_falls_to_nothing(start,
     assert all(line["useful"] == 2 for line in rounds)
 
 
+def test_what_was_demonstrated_is_learned_beside_what_succeeds(start, demonstrations, tmp_path):
+    """Only "push left" is played. Without demonstrations of the right all goes to the left."""
+    seen = {
+        side: Observation({"front": np.zeros((56, 56, 3), np.uint8)}, f"push {side}")
+        for side in ("left", "right")
+    }
+    for data, right in ((None, -1), (demonstrations, 1)):
+        last = main(config(start, tmp_path / f"{right}", ("left",), rounds=15, data=data))
+        policy = VLA0.from_pretrained(last, "cpu")
+        assert np.sign(policy.predict_batch([seen["left"]])[0][0, 0]) == -1
+        assert np.sign(policy.predict_batch([seen["right"]])[0][0, 0]) == right
+
+
+def test_demonstrations_that_do_not_fit_the_checkpoint_are_refused(start, demonstrations, tmp_path):
+    wrong = dataclasses.replace(demonstrations, cameras={"top": "observation.images.front"})
+    with pytest.raises(InputError, match="cameras: "):
+        main(config(start, tmp_path / "run", data=wrong))
+
+
+def test_a_run_does_not_go_on_with_other_demonstrations(start, demonstrations, tmp_path):
+    folder = tmp_path / "data"
+    shutil.copytree(demonstrations.dataset, folder)
+    data = dataclasses.replace(demonstrations, dataset=str(folder))
+    main(config(start, tmp_path / "run", rounds=1, data=data))
+    (file,) = folder.glob("data/*/*.parquet")
+    table = pq.read_table(file)
+    other = table.column("action").combine_chunks()
+    values = pa.array([-0.5] * len(other), other.type)
+    pq.write_table(table.set_column(table.schema.get_field_index("action"), "action", values), file)
+    with pytest.raises(InputError, match="demonstrations"):
+        main(config(start, tmp_path / "run", rounds=2, data=data))
+
+
 def test_tasks_whose_success_is_uncertain_get_more_initial_states():
     tasks = ["solved", "even", "new"]
     tried = {"solved": [200.0, 200.0], "even": [30.0, 60.0]}
@@ -150,8 +215,10 @@ def test_tasks_whose_success_is_uncertain_get_more_initial_states():
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_run_that_was_killed_ends_as_one_that_was_not(start, whole, tmp_path, monkeypatch, way):
-    changes: dict[str, Any] = {"update": WAYS[way]}
+def test_a_run_that_was_killed_ends_as_one_that_was_not(
+    start, whole, ways, tmp_path, monkeypatch, way
+):
+    changes = ways[way]
     play, left = Player.play, [3]
 
     def killed(*arguments):
@@ -340,6 +407,8 @@ def test_too_little_memory_names_the_setting(start, tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"rollouts": {"temperature": 0.0}}, "temperature above 0"),
+        ({"rollouts": {"explore": 0.0}}, "explore above 0"),
+        ({"rollouts": {"explore": 1.2}}, "at most 1"),
         ({"rollouts": {"group_size": 1}}, "group_size >= 2"),
         ({"update": {"ratio": "word"}}, "ratio of"),
         ({"update": {"learning_rate": 0.0}}, "learning_rate > 0"),
@@ -348,7 +417,11 @@ def test_too_little_memory_names_the_setting(start, tmp_path, monkeypatch):
         ({"update": {"lr_scheduler": "cosine"}}, "update.lr_scheduler of"),
         ({"update": {"method": "imitation", "clip_low": 0.1}}, "update.method=grpo"),
         ({"update": {"replay_rounds": 2}}, "update.method=imitation"),
-        ({"update": {"augmentation": {"mask": "number"}}}, "update.method=imitation"),
+        ({"update": {"augmentation": {"mask": "number"}}}, "update.method=imitation or data"),
+        ({"update": {"demonstrations": 0.3}}, "data.dataset"),
+        ({"update": {"demonstrations": 1.0}, "data": {"dataset": "d"}}, "below 1"),
+        ({"data": {"dataset": "d", "relative_dims": [0]}}, "training anew"),
+        ({"data": {}}, "'dataset'"),
         ({"update": {"lora": {"rank": 4, "dropout": 0.1}}}, "no update.lora.dropout"),
         ({"num_rounds": None}, "num_rounds or max_minutes"),
         ({"rolouts": {}}, "unknown key 'rolouts'"),

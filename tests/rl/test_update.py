@@ -95,14 +95,14 @@ def test_what_is_hidden_is_neither_read_nor_learned(fresh):
 
 def test_imitation_hides_as_much_as_it_is_told_to(fresh):
     turns, _ = drawn(fresh, 4)
-    queries = [Weighed(turn, 1.0) for turn in turns]
+    queries = [Weighed(turn, 1.0, imitated=True) for turn in turns]
     told = {}
     for share in (0.0, 1.0):
         masking = Masking(mask="number", mask_most=share, mask_none=0.0)
         learning = UpdateConfig(augmentation=masking, steps_per_round=1, learning_rate=1e-9)
         learner = Learner(fresh.model, fresh.prompt, learning, 1.0)
-        told[share] = learner.learn(queries, [0], imitate=True)["tokens"]
-        assert learner.learn(queries, [0], imitate=True)["tokens"] == told[share]
+        told[share] = learner.learn(queries, [0])["tokens"]
+        assert learner.learn(queries, [0])["tokens"] == told[share]
     assert 0.2 * told[0.0] < told[1.0] < 0.9 * told[0.0]
 
 
@@ -201,6 +201,26 @@ def test_the_size_of_a_pass_changes_nothing_but_rounding(processor):
         ends.append(torch.cat([w.detach().flatten() for w in policy.model.parameters()]))
     assert float((ends[0] - ends[1]).abs().max()) < 1e-3
     assert float((ends[0] - ends[1]).abs().mean()) < 1e-5
+
+
+def test_what_is_imitated_is_held_by_no_clip_and_stands_beside_what_is_compared(processor):
+    config = UpdateConfig(learning_rate=1e-3, steps_per_round=1, epochs=20, clip_high=0.05)
+    moved, clipped = {}, {}
+    for imitated in (False, True):
+        policy = VLA0(tiny_model(processor, **SMALL, seed=4), processor, make_spec(bins=30))
+        turns, _ = drawn(policy, 2)
+
+        def likely(policy=policy, turns=turns):
+            with torch.no_grad():
+                found, _ = log_probabilities(policy.model, policy.prompt, turns, 1.0)
+            return found.sum(1)
+
+        before = likely()
+        queries = [Weighed(turns[0], 1.0), Weighed(turns[1], 1.0, imitated)]
+        told = Learner(policy.model, policy.prompt, config, 1.0).learn(queries, [1])
+        moved[imitated], clipped[imitated] = likely() - before, told["clipped"]
+    assert 0 < moved[False][1] < 0.5 * moved[True][1]
+    assert 0 < clipped[True] < 0.6 * clipped[False] + 1e-9
 
 
 def test_a_learner_goes_on_from_its_state_bit_for_bit(processor, tmp_path):

@@ -36,6 +36,9 @@ class RolloutsConfig:
     # queries of an episode in a row that are drawn with the same noise: they stray to the same
     # side, and success tells more of where to stray (J. Hollenstein et al., arXiv 2312.11091)
     noise_hold: int = 1
+    # share of these rows of queries that are drawn at all; in the others the likeliest chunk is
+    # taken and nothing learned, so that success tells more of the few that strayed
+    explore: float = 1.0
     # of the initial states; None: the later half of the seeds that demonstrations may have
     first_seed: int | None = None
     workers: int | None = None  # worlds at once; None: 8 a core, or one where worlds are heavy
@@ -56,6 +59,10 @@ class RolloutsConfig:
                 "rollouts.temperature above 0",
                 f"{self.temperature}",
                 "without chance all episodes of a group are the same: 1 is usual",
+            )
+        if not 0 < self.explore <= 1:
+            raise InputError(
+                "rollouts.explore above 0 and at most 1", f"{self.explore}", "0.3, say"
             )
 
 
@@ -88,7 +95,9 @@ class UpdateConfig:
     # of imitation: a round learns from successes that are drawn from those of so many rounds, its
     # own the last; they stay in memory and in the folder's state
     replay_rounds: int = 20
-    # of imitation and of --offline: what of a chunk is hidden while the rest is learned, as in
+    # share of demonstrations among the chunks that a round learns from, where `data` names some
+    demonstrations: float = 0.5
+    # of what is imitated: what of a chunk is hidden while the rest is learned, as in
     # training, so that numbers are read off the pictures and not off the numbers before them
     augmentation: Masking = field(default_factory=lambda: Masking(mask="none"))
     max_grad_norm: float = 1.0  # 0: gradients are not clipped
@@ -103,6 +112,9 @@ class UpdateConfig:
         _at_least(1, **{name: getattr(self, name) for name in counts})
         _at_least(0, clip_low=self.clip_low, clip_high=self.clip_high, kl=self.kl)
         _at_least(0, max_grad_norm=self.max_grad_norm, failures=self.failures)
+        if not 0 <= self.demonstrations < 1:
+            got = f"{self.demonstrations}"
+            raise InputError("update.demonstrations >= 0 and below 1", got, "0.5 is the default")
         choices = {"method": METHODS, "lr_scheduler": SCHEDULERS, "ratio": RATIOS}
         for name, known in choices.items():
             if (given := getattr(self, name)) not in known:
@@ -132,6 +144,18 @@ def changed(config: UpdateConfig, names: Sequence[str]) -> dict[str, bool]:
     return {f"update.{name}": getattr(config, name) != defaults[name] for name in names}
 
 
+def _plain_data(data: DataConfig) -> None:
+    """Raise InputError for what a dataset cannot have where a checkpoint is there already."""
+    if data.mixture:
+        raise InputError("one dataset", "data.mixture", "learn from one after the other")
+    plain = DataConfig(dataset=data.dataset)
+    idle = ("statistics", "relative_dims", "periodic", "weight", "num_workers")
+    other = [name for name in idle if getattr(data, name) != getattr(plain, name)]
+    refuse_idle(
+        {f"data.{name}": True for name in other}, "training anew (the checkpoint's Spec has them)"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where a run saves and logs, and when it ends."""
@@ -158,6 +182,9 @@ class RLConfig:
     logging: RunConfig  # see below
     rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)  # see below
     update: UpdateConfig = field(default_factory=UpdateConfig)  # see below
+    # demonstrations that are learned beside what is played, so that they are not forgotten; with
+    # the names of the dataset's columns, as in the training of the checkpoint. null: none
+    data: DataConfig | None = None
     num_rounds: int | None = None  # give this, max_minutes, or both
     max_minutes: float | None = None  # a round that has begun is finished
     seed: int = 0  # of the initial states, what is drawn, and the order of chunks
@@ -165,10 +192,15 @@ class RLConfig:
     def __post_init__(self):
         if self.num_rounds is None and self.max_minutes is None:
             raise InputError("num_rounds or max_minutes", "neither", "say when the run ends")
+        if self.data is None:
+            refuse_idle(changed(self.update, ("demonstrations",)), "data.dataset")
+        else:
+            _plain_data(self.data)
         if self.update.method != IMITATION:
-            hidden = self.update.augmentation.mask != "none"
-            idle = {"update.augmentation": hidden, **changed(self.update, ("replay_rounds",))}
-            refuse_idle(idle, f"update.method={IMITATION}")
+            refuse_idle(changed(self.update, ("replay_rounds",)), f"update.method={IMITATION}")
+            if self.data is None:
+                hidden = self.update.augmentation.mask != "none"
+                refuse_idle({"update.augmentation": hidden}, f"update.method={IMITATION} or data")
         _at_least(1, num_rounds=self.num_rounds)
         _at_least(0, max_minutes=self.max_minutes)
 
@@ -192,14 +224,8 @@ class OfflineConfig:
             raise InputError(f"episodes of {WAYS}", f"'{self.episodes}'", "choose one of those")
         if not self.temperature > 0:
             raise InputError("temperature above 0", f"{self.temperature}", "0.5 is the default")
-        if self.data.mixture:
-            raise InputError("one dataset", "data.mixture", "learn from one after the other")
-        plain = DataConfig(dataset=self.data.dataset)
-        idle = ("statistics", "relative_dims", "periodic", "weight", "num_workers")
-        other = [name for name in idle if getattr(self.data, name) != getattr(plain, name)]
-        refuse_idle(
-            {f"data.{name}": True for name in other},
-            "training anew (the checkpoint's Spec has them)",
+        _plain_data(self.data)
+        idle = changed(
+            self.update, ("method", "lr_scheduler", "replay_rounds", "demonstrations", *COMPARED)
         )
-        idle = changed(self.update, ("method", "lr_scheduler", "replay_rounds", *COMPARED))
         refuse_idle(idle, "rounds that are played (no --offline)")

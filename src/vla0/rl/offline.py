@@ -13,14 +13,13 @@ import torch
 
 from vla0.checkpoint import io as models
 from vla0.checkpoint.location import locate
-from vla0.core.codec import ActionCodec
-from vla0.core.prompt import Prompt, Seen
-from vla0.core.relative import to_written
-from vla0.core.spec import MAIN, Sample, Spec, embodiments
+from vla0.core.prompt import Prompt
+from vla0.core.spec import MAIN, Spec, embodiments
 from vla0.data.lerobot import Source
 from vla0.errors import InputError
 from vla0.files import held, write_whole
 from vla0.rl.config import OfflineConfig
+from vla0.rl.demonstrations import Recorded, fitting
 from vla0.rl.update import DTYPES, Learner, learning
 from vla0.rl.weights import Weighed
 from vla0.train.checkpoints import point
@@ -33,38 +32,6 @@ SUCCESS = "next.success"  # LeRobot's column: whether the task is done after thi
 # That of `vla0 robot` (vla0.robot.record): whether somebody gave a verdict. Without it all are.
 JUDGED = "judged"
 NAME = "step-000001"  # of the checkpoint
-
-
-class Recorded:
-    """A row of a dataset as a query: what the policy would see, and what was done.
-
-    Args:
-        source: The dataset.
-        row: Its row.
-        prompt: The prompt of the policy.
-    """
-
-    def __init__(self, source: Source, row: int, prompt: Prompt):
-        self.source, self.row, self.prompt = source, row, prompt
-        self.known: np.ndarray | None = None
-
-    def _sample(self) -> Sample:
-        spec = self.prompt.spec
-        return self.source.sample(self.row, spec.chunk_size, spec.history)
-
-    @property
-    def seen(self) -> Seen:
-        """What the model sees; read anew each time, since pictures take memory."""
-        return self.prompt.see(self._sample().observation)
-
-    @property
-    def levels(self) -> np.ndarray:
-        """(n, D) what it would have written, up to the end of the episode."""
-        if self.known is None:
-            sample, spec = self._sample(), self.prompt.spec
-            written = to_written(sample.actions, sample.observation, spec)
-            self.known = ActionCodec(spec).encode(written)[sample.valid]
-        return self.known
 
 
 def verdicts(source: Source) -> dict[int, bool]:
@@ -143,8 +110,7 @@ def offline(config: OfflineConfig) -> Path:
         raise InputError("a new output_dir", got, "choose another, or remove that folder")
     folder = locate(config.checkpoint)
     spec = Spec.load(folder)
-    source = Source(config.data)
-    _fit(spec, source, config.checkpoint)
+    source = fitting(config.data, spec, config.checkpoint)
     verdict = verdicts(source)
     starts = source.dataset.starts
     task_of = {int(source.episode_of[row]): int(source.task_of[row]) for row in starts}
@@ -158,7 +124,7 @@ def offline(config: OfflineConfig) -> Path:
         model = adapted(vlm.eval(), config.update.lora, False).eval()
         prompt = Prompt(spec, processor)
         queries = [
-            Weighed(Recorded(source, row, prompt), weights[episode])
+            Weighed(Recorded(source, row, prompt), weights[episode], imitated=True)
             for row, episode in enumerate(map(int, source.episode_of))
             if episode in weights and row < source.first_held_out
         ]
@@ -171,7 +137,7 @@ def offline(config: OfflineConfig) -> Path:
             len(weights),
         )
         learner = Learner(model, prompt, config.update, 1.0, start)
-        told = learner.learn(queries, [config.seed], imitate=True)
+        told = learner.learn(queries, [config.seed])
         remark = (
             f"It went on from '{Path(config.checkpoint).name}' by {len(weights)} judged episodes."
         )
@@ -182,20 +148,3 @@ def offline(config: OfflineConfig) -> Path:
         point(output / "last", NAME)
     logger.info("%.0f tokens, %.0f s", told["tokens"], told["update_s"])
     return output / "last"
-
-
-def _fit(spec: Spec, source: Source, name: str) -> None:
-    """Raise InputError where a dataset is not what the checkpoint was trained on."""
-    remedy = "name its columns in data, as in the training of the checkpoint"
-    for what, expected, got in (
-        ("cameras", set(spec.cameras), set(source.cameras)),
-        ("numbers in an action", spec.dimensions, source.actions.shape[1]),
-        ("steps a second", spec.fps, source.fps),
-        (
-            "numbers in a state",
-            0 if spec.state is None else len(spec.state[0]),
-            0 if source.states is None else source.states.shape[1],
-        ),
-    ):
-        if expected != got and not (what == "numbers in a state" and spec.relative_dims):
-            raise InputError(f"{what}: {expected}, as '{name}' has", f"{got}", remedy)

@@ -23,6 +23,7 @@ from vla0.files import held, read_json, settle, write_whole
 from vla0.policy import VLA0
 from vla0.rl import processes
 from vla0.rl.config import RLConfig
+from vla0.rl.demonstrations import Demonstrations, fitting
 from vla0.rl.play import Player, remembered
 from vla0.rl.report import write_report
 from vla0.rl.rollouts import RolloutPool, drawing
@@ -107,7 +108,9 @@ class Run:
         dtype = DTYPES[config.update.precision]
         self.first = processes.joined()[0] == 0  # the process that writes
         vlm, self.processor = models.load(folder, None, dtype)
+        source = fitting(config.data, spec, config.checkpoint) if config.data else None
         identity = {"began with": fingerprint(vlm, spec), "versions": self.target.provenance()}
+        identity["demonstrations"] = source.fingerprint() if source else None
         self.recorded = json.loads(json.dumps(dataclasses.asdict(config) | identity))
         self._refuse_others()
         acting = (
@@ -127,6 +130,8 @@ class Run:
             self.model, self.policy.prompt, config.update, config.rollouts.temperature, start
         )
         drawing(self.policy)
+        share, prompt = config.update.demonstrations, self.policy.prompt
+        self.demonstrations = Demonstrations(source, prompt, share) if source else None
         heavy = self.target.heavy
         rollout = RolloutConfig(
             make_env=world(self.settings, Past(spec.history)),
@@ -240,11 +245,14 @@ class Run:
         if not result.useful or solved == total:
             self._nothing_to_learn(solved, total)
         else:
-            update, imitate = self.config.update, self.player.imitates
-            seed = [self.config.seed, number]
-            queries = self.successes.draw(seed) if imitate else weighed(result.own, update)
+            update, seed = self.config.update, [self.config.seed, number]
+            queries = (
+                self.successes.draw(seed) if self.player.imitates else weighed(result.own, update)
+            )
+            if self.demonstrations is not None:
+                queries += self.demonstrations.beside(len(queries), seed)
             with learning(update):
-                line |= self.learner.learn(queries, seed, imitate, self._share())
+                line |= self.learner.learn(queries, seed, self._share())
         self.state.rounds = number
         if self.first:
             self._record(line, result.lines, solved)

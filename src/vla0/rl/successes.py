@@ -97,7 +97,8 @@ class Successes:
         rng = np.random.default_rng([*seed, self.rank])
         # Evenly spaced, so that what counts alike comes equally often
         places = np.arange(round(ends[-1])) + rng.random()
-        return [Weighed(turns[place], 1.0) for place in np.searchsorted(ends[:-1], places, "right")]
+        places = np.searchsorted(ends[:-1], places, "right")
+        return [Weighed(turns[place], 1.0, imitated=True) for place in places]
 
     def load(self, number: int) -> None:
         """Read of a round and those before it what the next one draws from.

@@ -163,16 +163,13 @@ class Learner:
         self,
         queries: Sequence[Weighed],
         seed: Sequence[int],
-        imitate: bool = False,
         share: float = 1.0,
     ) -> dict[str, float]:
         """Take the steps of one round. Where there are several processes, all take them together.
 
         Args:
-            queries: What was played in this process, with advantages.
+            queries: What was played in this process, with advantages, and what is imitated.
             seed: Of the order in which the queries come.
-            imitate: The queries were not played by this model: what was done in them becomes
-                likelier, each by its advantage, which must not be negative.
             share: Of the learning rate.
 
         Returns:
@@ -182,19 +179,22 @@ class Learner:
         # transformers saves memory in training mode alone. Nothing else differs in it.
         self.model.train(config.gradient_checkpointing)
         rng = np.random.default_rng(list(seed))
-        hiding = rng if imitate else None
         for group in self.optimizer.param_groups:
             group["lr"] = share * config.learning_rate
-        several = config.epochs * config.steps_per_round > 1 and not imitate
+        played = [i for i, query in enumerate(queries) if not query.imitated]
+        old: list[torch.Tensor | None] = [None] * len(queries)
         # With a single step the model that is trained is still the one that played.
-        old = self._old([query.turn for query in queries]) if several else [None] * len(queries)
+        if config.epochs * config.steps_per_round > 1:
+            rows = self._old([queries[i].turn for i in played])
+            for i, row in zip(played, rows, strict=True):
+                old[i] = row
         names = ("tokens", "ratio", "clipped", "kl", "norm", "steps")
         sums: dict[str, float] = dict.fromkeys(names, 0.0)
         for _ in range(config.epochs):
             order = rng.permutation(len(queries))
             for step in np.array_split(order, config.steps_per_round):
-                items = [(queries[i], old[i], self._read(queries[i], hiding)) for i in step]
-                self._step(items, sums, imitate)
+                items = [(queries[i], old[i], self._read(queries[i], rng)) for i in step]
+                self._step(items, sums)
         self.model.eval()
         shared = ("ratio", "clipped", "kl")
         sums |= dict(zip(shared, processes.summed(sums[name] for name in shared), strict=True))
@@ -222,17 +222,18 @@ class Learner:
             found += [row[there] for row, there in zip(*rows, strict=True)]
         return found
 
-    def _read(self, query: Weighed, hiding: np.random.Generator | None) -> str:
-        """Return what the model reads of its own text, of which `hiding` draws what is hidden."""
+    def _read(self, query: Weighed, rng: np.random.Generator) -> str:
+        """Return what the model reads of its text. Of what it imitates some may be hidden."""
         grammar = Grammar(self.prompt.spec.bins, self.prompt.spec.numbers)
         given, text = self.config.augmentation, read_of(query.turn.levels, grammar)
-        return hide(text, hiding, given.mask, given.mask_most, given.mask_none)
+        if not query.imitated:
+            return text
+        return hide(text, rng, given.mask, given.mask_most, given.mask_none)
 
     def _step(
         self,
         items: Sequence[tuple[Weighed, torch.Tensor | None, str]],
         sums: dict[str, float],
-        imitate: bool,
     ) -> None:
         """Take one step of the optimizer; the loss is the mean over all tokens."""
         own = sum(len(text) + 1 - text.count(HIDDEN) for *_, text in items)
@@ -248,8 +249,9 @@ class Learner:
                     old[row, there[row]] = before
             advantage = torch.tensor([q.advantage for q, *_ in batch], device=new.device).float()
             losses, held = objective(new, old, there, advantage, self.config)
-            if imitate:
-                losses, held = -advantage[:, None] * new, torch.zeros_like(there)
+            imitated = torch.tensor([q.imitated for q, *_ in batch], device=new.device)[:, None]
+            losses = torch.where(imitated, -advantage[:, None] * new, losses)
+            held = held & ~imitated
             if self.start is not None:
                 with torch.no_grad():
                     first, _ = log_probabilities(

@@ -30,10 +30,18 @@ class Query(Protocol):
 
 @dataclass(frozen=True)
 class Weighed:
-    """A query, and how much better than its group its episode was, or how much it counts."""
+    """A query that is learned from.
+
+    Args:
+        turn: The query.
+        advantage: How much better than its group its episode was, or how much it counts.
+        imitated: It was not played by the model as it is. What was done becomes likelier as in
+            training, and `advantage` must not be negative.
+    """
 
     turn: Query
     advantage: float
+    imitated: bool = False
 
 
 def advantages(group: Sequence[float], scale: bool) -> list[float]:
@@ -55,7 +63,9 @@ def advantages(group: Sequence[float], scale: bool) -> list[float]:
 
 
 def weighed(groups: Sequence[Sequence[Played]], config: UpdateConfig) -> list[Weighed]:
-    """Return all queries of groups of episodes with their advantages, but for those of 0.
+    """Return the queries of groups of episodes that chance decided, with their advantages.
+
+    Those of advantage 0 are left out.
 
     Args:
         groups: The episodes of each initial state.
@@ -67,5 +77,5 @@ def weighed(groups: Sequence[Sequence[Played]], config: UpdateConfig) -> list[We
         for episode, advantage in zip(group, apart, strict=True):
             weight = advantage if advantage > 0 else config.failures * advantage
             if weight:
-                found += [Weighed(turn, weight) for turn in episode.turns]
+                found += [Weighed(turn, weight) for turn in episode.turns if turn.drawn]
     return found

@@ -296,10 +296,10 @@ def build(cls: type, content: Any, where: str) -> Any:
             )
     values = {}
     for key, value in content.items():
-        kind = kinds[key]
-        choices = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        if dataclasses.is_dataclass(kind):
-            value = build(typing.cast(type, kind), value, f"{where}: {key}")
+        choices = _choices(kinds[key])
+        inner = next(filter(dataclasses.is_dataclass, choices), None)
+        if inner is not None and not (value is None and types.NoneType in choices):
+            value = build(inner, value, f"{where}: {key}")
         elif float in choices and type(value) is int:
             value = float(value)
         elif all(choice in PLAIN for choice in choices) and type(value) not in choices:
@@ -319,9 +319,19 @@ def build(cls: type, content: Any, where: str) -> Any:
     return cls(**values)
 
 
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """Return the types that a union allows, or the type itself."""
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+
+
 def _fields(kind: Any) -> tuple[Any, ...]:
-    """Return the fields of a dataclass, () for any other type."""
-    return dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    """Return the fields of a dataclass, perhaps of one that may be missing; () for others."""
+    return tuple(
+        field
+        for choice in _choices(kind)
+        if dataclasses.is_dataclass(choice)
+        for field in dataclasses.fields(choice)
+    )
 
 
 def _positive(name: str, value: float | None) -> None:
