@@ -14,7 +14,7 @@ from vla0.core.spec import Observation
 from vla0.decode import GreedyDecoder
 from vla0.policy import VLA0
 from vla0.rl.config import UpdateConfig
-from vla0.rl.rollouts import Played, RolloutPool, Turn, greedy, sampled
+from vla0.rl.rollouts import RolloutPool, Turn, greedy, sampled
 from vla0.rl.update import Learner
 from vla0.rl.weights import weighed
 from vla0.sim.workers import ATTEMPTS, RolloutConfig
@@ -143,32 +143,6 @@ def test_queries_in_a_row_share_their_noise_and_each_is_drawn_as_alone(sides):
     alone = levels(1)
     assert len(set(alone)) > 3
     assert levels(4) == [level for level in alone[:10] for _ in range(4)]
-
-
-def test_of_rows_that_are_not_drawn_the_likeliest_is_taken_and_nothing_is_learned(sides):
-    policy, _ = sides
-    seen = Observation({"front": np.zeros((8, 8, 3), np.uint8)}, "left")
-    queries = [(("0-1", "left", 0), query) for query in range(400)]
-
-    def turns(explore):
-        answered = sampled(policy, 1.0, 1, seed_of, 4, explore)(queries, [seen] * len(queries))
-        return [turn for _, turn in answered]
-
-    (likeliest,) = policy.predict_batch([seen], 1)[0]
-    every, some = turns(1.0), turns(0.3)
-    assert all(turn.drawn for turn in every)
-    drawn = np.array([turn.drawn for turn in some])
-    assert (drawn.reshape(-1, 4) == drawn[::4, None]).all()
-    assert 0.15 < drawn.mean() < 0.45
-    for one, other in zip(some, every, strict=True):
-        if one.drawn:
-            assert one.levels == other.levels
-        else:
-            np.testing.assert_allclose(policy.actions(one.levels, seen)[0], likeliest)
-    episodes = [Played(("", "", 0), {"success": success}, some) for success in (True, False)]
-    learned = weighed([episodes], UpdateConfig())
-    assert len(learned) == 2 * drawn.sum()
-    assert all(query.turn.drawn for query in learned)
 
 
 def test_what_succeeds_is_learned_and_the_words_decide(sides):

@@ -407,8 +407,6 @@ def test_too_little_memory_names_the_setting(start, tmp_path, monkeypatch):
     ("change", "message"),
     [
         ({"rollouts": {"temperature": 0.0}}, "temperature above 0"),
-        ({"rollouts": {"explore": 0.0}}, "explore above 0"),
-        ({"rollouts": {"explore": 1.2}}, "at most 1"),
         ({"rollouts": {"group_size": 1}}, "group_size >= 2"),
         ({"update": {"ratio": "word"}}, "ratio of"),
         ({"update": {"learning_rate": 0.0}}, "learning_rate > 0"),

@@ -36,9 +36,6 @@ class RolloutsConfig:
     # queries of an episode in a row that are drawn with the same noise: they stray to the same
     # side, and success tells more of where to stray (J. Hollenstein et al., arXiv 2312.11091)
     noise_hold: int = 1
-    # share of these rows of queries that are drawn at all; in the others the likeliest chunk is
-    # taken and nothing learned, so that success tells more of the few that strayed
-    explore: float = 1.0
     # of the initial states; None: the later half of the seeds that demonstrations may have
     first_seed: int | None = None
     workers: int | None = None  # worlds at once; None: 8 a core, or one where worlds are heavy
@@ -59,10 +56,6 @@ class RolloutsConfig:
                 "rollouts.temperature above 0",
                 f"{self.temperature}",
                 "without chance all episodes of a group are the same: 1 is usual",
-            )
-        if not 0 < self.explore <= 1:
-            raise InputError(
-                "rollouts.explore above 0 and at most 1", f"{self.explore}", "0.3, say"
             )
 
 

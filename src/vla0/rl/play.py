@@ -159,7 +159,6 @@ class Player:
             self.steps,
             lambda job: self._seed(number, job),
             rollouts.noise_hold,
-            rollouts.explore,
         )
         rank, count = processes.joined()
         for _ in range(rollouts.waves):

@@ -27,12 +27,10 @@ class Turn:
     Args:
         seen: What the model saw.
         levels: (n, D) what it wrote.
-        drawn: Whether chance decided it; else it is the likeliest.
     """
 
     seen: Seen
     levels: np.ndarray
-    drawn: bool = True
 
 
 @dataclass
@@ -164,7 +162,6 @@ def sampled(
     num_steps: int,
     seed_of: Callable[[Job], Sequence[int]],
     noise_hold: int = 1,
-    explore: float = 1.0,
 ) -> Answer:
     """Return what draws chunks at random, each a function of model, episode and step.
 
@@ -175,7 +172,6 @@ def sampled(
         seed_of: The seed of all that is drawn in an episode.
         noise_hold: Queries in a row that are drawn with the same noise. Each chunk is drawn from
             the model's probabilities all the same, but those of a row stray to the same side.
-        explore: The share of such rows that are drawn; in the others the likeliest is taken.
 
     Raises:
         InputError: When the model has no decoder that draws.
@@ -184,12 +180,8 @@ def sampled(
     grammar = Grammar(policy.spec.bins, policy.spec.numbers)
 
     def answer(jobs, observations):
-        noise, drawn = [], []
-        for job, query in jobs:
-            rng = np.random.default_rng([*seed_of(job), query // noise_hold])
-            row = noise_for(grammar, rng)
-            drawn.append(rng.random() < explore)
-            noise.append(row if drawn[-1] else np.zeros_like(row))
+        seeds = [[*seed_of(job), query // noise_hold] for job, query in jobs]
+        noise = [noise_for(grammar, np.random.default_rng(seed)) for seed in seeds]
         seen = [policy.prompt.see(observation) for observation in observations]
         *_, levels = decoder.stream(
             policy.prompt.gather(seen),
@@ -198,10 +190,8 @@ def sampled(
             sampling=Sampling(temperature, noise),
         )
         return [
-            (policy.actions(row, observation), Turn(look, row, chance))
-            for row, observation, look, chance in zip(
-                levels, observations, seen, drawn, strict=True
-            )
+            (policy.actions(row, observation), Turn(look, row))
+            for row, observation, look in zip(levels, observations, seen, strict=True)
         ]
 
     return answer

@@ -63,9 +63,7 @@ def advantages(group: Sequence[float], scale: bool) -> list[float]:
 
 
 def weighed(groups: Sequence[Sequence[Played]], config: UpdateConfig) -> list[Weighed]:
-    """Return the queries of groups of episodes that chance decided, with their advantages.
-
-    Those of advantage 0 are left out.
+    """Return all queries of groups of episodes with their advantages, but for those of 0.
 
     Args:
         groups: The episodes of each initial state.
@@ -77,5 +75,5 @@ def weighed(groups: Sequence[Sequence[Played]], config: UpdateConfig) -> list[We
         for episode, advantage in zip(group, apart, strict=True):
             weight = advantage if advantage > 0 else config.failures * advantage
             if weight:
-                found += [Weighed(turn, weight) for turn in episode.turns if turn.drawn]
+                found += [Weighed(turn, weight) for turn in episode.turns]
     return found

@@ -299,7 +299,7 @@ def build(cls: type, content: Any, where: str) -> Any:
         choices = _choices(kinds[key])
         inner = next(filter(dataclasses.is_dataclass, choices), None)
         if inner is not None and not (value is None and types.NoneType in choices):
-            value = build(inner, value, f"{where}: {key}")
+            value = build(typing.cast(type, inner), value, f"{where}: {key}")
         elif float in choices and type(value) is int:
             value = float(value)
         elif all(choice in PLAIN for choice in choices) and type(value) not in choices:
