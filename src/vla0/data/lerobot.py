@@ -5,6 +5,7 @@ No module above this one knows the keys or the frame rate of a dataset.
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -255,6 +256,21 @@ class Source:
             "numbers": digest.hexdigest()[:16],
         }
 
+    def numbers(self, row: int, chunk_size: int) -> Sample:
+        """Return the Sample of a row without its pictures, which take the time.
+
+        Args:
+            row: Row number.
+            chunk_size: H, steps of the chunk that begins at the row.
+        """
+        ahead = np.arange(row, row + chunk_size)
+        state = None if self.states is None else self.states[row]
+        return Sample(
+            Observation({}, self.tasks[self.task_of[row]], state),
+            self.actions[np.minimum(ahead, self.end[row] - 1)].astype(np.float32),
+            ahead < self.end[row],
+        )
+
     def sample(self, row: int, chunk_size: int, history: int) -> Sample:
         """Return the Sample of a row.
 
@@ -266,8 +282,6 @@ class Source:
         Raises:
             InputError: When a picture cannot be read.
         """
-        ahead = np.arange(row, row + chunk_size)
-        actions = self.actions[np.minimum(ahead, self.end[row] - 1)].astype(np.float32)
         back = np.maximum(np.arange(row - history + 1, row + 1), self.start[row])
         images = {}
         for camera, pictures in self.pictures.items():
@@ -286,12 +300,8 @@ class Source:
                     "readable pictures", f"{where}: {reason}", "mend or drop that episode"
                 ) from error
             images[camera] = frames[0] if history == 1 else frames
-        state = None if self.states is None else self.states[row]
-        return Sample(
-            Observation(images, self.tasks[self.task_of[row]], state),
-            actions,
-            ahead < self.end[row],
-        )
+        sample = self.numbers(row, chunk_size)
+        return replace(sample, observation=replace(sample.observation, images=images))
 
 
 def sources_of(config: DataConfig) -> dict[str, Source]:

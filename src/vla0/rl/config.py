@@ -90,8 +90,8 @@ class UpdateConfig:
     replay_rounds: int = 20
     # share of demonstrations among the chunks that a round learns from, where `data` names some
     demonstrations: float = 0.5
-    # of what is imitated: what of a chunk is hidden while the rest is learned, as in
-    # training, so that numbers are read off the pictures and not off the numbers before them
+    # what of a chunk is hidden while it is imitated, as in training, so that numbers are read off
+    # the pictures and not off the numbers before them
     augmentation: Masking = field(default_factory=lambda: Masking(mask="none"))
     max_grad_norm: float = 1.0  # 0: gradients are not clipped
     lora: Lora = field(default_factory=Lora)  # few weights to train beside frozen ones

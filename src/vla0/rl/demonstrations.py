@@ -11,7 +11,7 @@ import numpy as np
 from vla0.core.codec import ActionCodec
 from vla0.core.prompt import Prompt, Seen
 from vla0.core.relative import to_written
-from vla0.core.spec import Sample, Spec
+from vla0.core.spec import Spec
 from vla0.data.config import DataConfig
 from vla0.data.lerobot import Source
 from vla0.errors import InputError
@@ -32,20 +32,20 @@ class Recorded:
         self.source, self.row, self.prompt = source, row, prompt
         self.known: np.ndarray | None = None
 
-    def _sample(self) -> Sample:
-        spec = self.prompt.spec
-        return self.source.sample(self.row, spec.chunk_size, spec.history)
-
     @property
     def seen(self) -> Seen:
         """What the model sees; read anew each time, since pictures take memory."""
-        return self.prompt.see(self._sample().observation)
+        spec = self.prompt.spec
+        return self.prompt.see(
+            self.source.sample(self.row, spec.chunk_size, spec.history).observation
+        )
 
     @property
     def levels(self) -> np.ndarray:
         """(n, D) what it would have written, up to the end of the episode."""
         if self.known is None:
-            sample, spec = self._sample(), self.prompt.spec
+            spec = self.prompt.spec
+            sample = self.source.numbers(self.row, spec.chunk_size)
             written = to_written(sample.actions, sample.observation, spec)
             self.known = ActionCodec(spec).encode(written)[sample.valid]
         return self.known

@@ -181,13 +181,11 @@ class Learner:
         rng = np.random.default_rng(list(seed))
         for group in self.optimizer.param_groups:
             group["lr"] = share * config.learning_rate
-        played = [i for i, query in enumerate(queries) if not query.imitated]
-        old: list[torch.Tensor | None] = [None] * len(queries)
         # With a single step the model that is trained is still the one that played.
-        if config.epochs * config.steps_per_round > 1:
-            rows = self._old([queries[i].turn for i in played])
-            for i, row in zip(played, rows, strict=True):
-                old[i] = row
+        several = config.epochs * config.steps_per_round > 1
+        played = [query.turn for query in queries if not query.imitated and several]
+        rows = iter(self._old(played))
+        old = [None if query.imitated else next(rows, None) for query in queries]
         names = ("tokens", "ratio", "clipped", "kl", "norm", "steps")
         sums: dict[str, float] = dict.fromkeys(names, 0.0)
         for _ in range(config.epochs):
